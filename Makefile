@@ -1,0 +1,62 @@
+# One command each; every one sets its environment up by itself:
+#   make setup      the virtual environment and the compiled kernels
+#   make demo       pretrain a small BERT in about three minutes (runs/demo)
+#   make test       the test suite; TESTS="tests/test_ops.py -k gelu" for a part of it
+#   make lint       ruff and clang-format
+#   make test-gpu   the op and model tests on a CUDA device, with PYTHON's own torch if that sees one
+#   make bench      ops and training steps beside their peers (benchmarks/results/cpu)
+#
+# VENV     where the environment lies (default .venv)
+# PYTHON   the interpreter that it is made with, 3.10 or newer (default python3)
+# Which package index is asked is pip's own configuration; the versions are those of constraints.txt.
+
+VENV ?= .venv
+PYTHON ?= python3
+TESTS ?= tests
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --disable-pip-version-check --quiet -c constraints.txt
+OUT := benchmarks/results/cpu
+SOURCES := setup.py fastlm kernels tests benchmarks
+
+.PHONY: setup demo test lint test-gpu bench
+
+setup: $(VENV)/.installed
+	@$(PY) setup.py --quiet build_ext --inplace
+
+demo: setup
+	$(PY) -m fastlm.demo --out runs/demo
+
+test: setup
+	$(PY) -m pytest $(TESTS)
+
+lint: $(VENV)/.lint
+	$(VENV)/bin/ruff check $(SOURCES)
+	$(VENV)/bin/ruff format --check $(SOURCES)
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run -Werror
+
+# A CUDA machine usually has its own torch: that one is tested, nothing is installed. Without one, VENV's is.
+test-gpu:
+	@if $(PYTHON) -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then \
+		$(PYTHON) setup.py --quiet build_ext --inplace && exec $(PYTHON) -m pytest --device cuda $(TESTS); \
+	else \
+		$(MAKE) setup && exec $(PY) -m pytest --device cuda $(TESTS); \
+	fi
+
+bench: setup
+	$(PY) benchmarks/bench_ops.py --op all --device cpu --json $(OUT)/ops.json --plot $(OUT)/ops.png
+	$(PY) benchmarks/bench_train.py --device cpu --json $(OUT)/train.json
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fastlm needs Python 3.10 or newer: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.lint: constraints.txt | $(PY)
+	$(PIP) ruff clang-format
+	@touch $@
+
+# torch and the build's needs first: the kernels are built here, against what is here, not in isolation.
+$(VENV)/.installed: constraints.txt pyproject.toml | $(PY)
+	$(PIP) torch setuptools wheel pybind11
+	$(PIP) --no-build-isolation --editable ".[test,lint]"
+	@touch $@

@@ -1,0 +1,72 @@
+"""A whole training step beside the same step in Transformers.
+
+    python benchmarks/bench_train.py --recipe bert-mini bert-small --device cpu --json train.json --plot train.png
+
+What is timed and how: fastlm/testing/train_step.py. The step is one micro-batch of the recipe: forward, backward,
+clipping, AdamW. Ids are drawn with the frequencies of words; no row is padded, so every contender's tokens are real.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import _report
+import torch
+from rich.console import Console
+
+from fastlm.testing.train_step import CONTENDERS, StepTime, compare_steps, drawn, table
+from fastlm.train import Recipe, load_recipe
+
+
+def row(recipe: Recipe, time: StepTime) -> dict:
+    return {
+        "op": "training step",
+        "recipe": recipe.name,
+        "shape": f"{recipe.micro_batch_tokens // recipe.data.row_tokens}x{recipe.data.row_tokens}",
+        "dtype": recipe.train.dtype,
+        "pass": "step",
+        "contender": time.contender,
+        "ms": time.ms,
+        "ms_iqr": time.ms_iqr,
+        "tokens_per_s": time.tokens_per_s,
+        "mfu": time.mfu,
+        "peak_mb": time.peak_mb,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--recipe", nargs="+", default=["bert-mini"], help="names or TOML files (default bert-mini)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--vocab", type=int, default=30522, help="size of the vocabulary (default BERT's)")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="as of `fastlm pretrain`")
+    parser.add_argument("--contenders", nargs="+", default=CONTENDERS, choices=CONTENDERS)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=1.0, help="least time of a contender in a round")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    args = parser.parse_args()
+
+    console, rows, missing = Console(highlight=False), [], {}
+    for name in args.recipe:
+        recipe = load_recipe(name).with_settings(args.set)
+        times = compare_steps(
+            recipe, drawn(recipe, args.vocab), device=args.device, contenders=args.contenders,
+            rounds=args.rounds, seconds=args.seconds,
+        )  # fmt: skip
+        title = f"{recipe.name}, {recipe.micro_batch_tokens} tokens a step, {recipe.train.dtype}, {args.device}"
+        console.print(table(times, title=title))
+        rows += [row(recipe, time) for time in times if not time.missing]
+        missing.update({time.contender: time.missing for time in times if time.missing})
+        if args.json:
+            _report.write_json(args.json, rows, missing=missing)
+    if args.plot:
+        groups = {}
+        for line in rows:
+            groups.setdefault(f"{line['recipe']} {line['shape']}", {})[line["contender"]] = line["tokens_per_s"]
+        _report.plot(args.plot, groups, title=f"Training steps on {args.device}", unit="tokens/s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""What a user would run instead of each op: plain torch, as a model's author writes it, torch's own random numbers.
+
+A peer takes the inputs and options of its OpCase and returns the leading outputs of the op. Where it wants its inputs
+in another form (padded, say), `adapt` gives them that form outside of the clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from fastlm.ops.attention import relative_buckets
+
+
+class Unsupported(Exception):
+    """Why a peer cannot do what is asked for."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """function(**inputs, **options) -> outputs; adapt(inputs, options) -> (inputs, options, real).
+
+    real (B, S), bool, says which places of padded inputs hold a row of the packed ones; None where nothing is padded.
+    """
+
+    function: Callable
+    adapt: Callable | None = None
+
+
+def layer_norm(x, weight=None, bias=None, *, eps=1e-5, residual=None, dropout_p=0.0, rng=None, stream=0):
+    h = F.dropout(x, dropout_p) if dropout_p else x
+    h = h if residual is None else residual + h
+    return F.layer_norm(h, h.shape[-1:], weight, bias, eps), h
+
+
+def rms_norm(x, weight=None, *, eps=1e-5, residual=None, dropout_p=0.0, rng=None, stream=0):
+    h = F.dropout(x, dropout_p) if dropout_p else x
+    h = h if residual is None else residual + h
+    return F.rms_norm(h, h.shape[-1:], weight, eps), h
+
+
+def cross_entropy(
+    logits, target, *, weight=None, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, reduction="mean", inplace=False
+):
+    if z_loss:
+        raise Unsupported("torch has no z_loss")
+    if inplace:  # the OpCase overwrites a copy, made within the clock, so the copy is everyone's
+        logits = logits + 0.0
+    return F.cross_entropy(
+        logits.flatten(0, -2), target.flatten(), weight=weight, ignore_index=ignore_index, reduction=reduction,
+        label_smoothing=label_smoothing,
+    )  # fmt: skip
+
+
+def linear_cross_entropy(hidden, weight, target, bias=None, *, class_weight=None, **options):
+    return cross_entropy(F.linear(hidden, weight, bias), target, weight=class_weight, **options)
+
+
+def linear_cross_entropy_chunked(hidden, weight, target, bias=None, *, class_weight=None, z_loss=0.0, **options):
+    """torch's own, with its default chunks."""
+    if z_loss:
+        raise Unsupported("torch has no z_loss")
+    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        raise Unsupported(f"torch {torch.__version__} has no chunked linear_cross_entropy; 2.13 has")
+    return F.linear_cross_entropy(
+        hidden, weight, target, linear_bias=bias, weight=class_weight, options=torch.nn.LinearCrossEntropyOptions(),
+        **options,
+    )  # fmt: skip
+
+
+def gelu(x, bias=None, *, gate=None, approximate="none"):
+    y = F.gelu(x if bias is None else x + bias, approximate=approximate)
+    return y if gate is None else y * gate
+
+
+def embedding(
+    input_ids, word, position=None, token_type=None, *, positions=None, token_type_ids=None, weight=None, bias=None,
+    eps=1e-12, dropout_p=0.0, rng=None, stream=0, padding_idx=None,
+):  # fmt: skip
+    h = F.embedding(input_ids, word, padding_idx)
+    if position is not None:
+        h = h + (position[: input_ids.shape[-1]] if positions is None else F.embedding(positions, position))
+    if token_type is not None:
+        h = h + (token_type[0] if token_type_ids is None else F.embedding(token_type_ids, token_type))
+    if weight is not None:
+        h = F.layer_norm(h, h.shape[-1:], weight, bias, eps)
+    return F.dropout(h, dropout_p) if dropout_p else h
+
+
+def mlm_mask(
+    input_ids, *, mask_token_id, vocab_size, special_ids, seed, epoch=0, sample_ids=None, positions=None,
+    special_tokens_mask=None, mlm_probability=0.15, mask_replace_prob=0.8, random_replace_prob=0.1, word_starts=None,
+    capacity=None,
+):  # fmt: skip
+    """Three random passes, as Transformers' collator makes them, the special tokens told apart on the device."""
+    if word_starts is not None:
+        raise Unsupported("whole words take a loop in Python")
+    special = special_tokens_mask
+    if special is None:
+        special = torch.isin(input_ids, torch.tensor(special_ids, device=input_ids.device))
+    selected = (torch.rand(input_ids.shape, device=input_ids.device) < mlm_probability) & ~special
+    labels = torch.where(selected, input_ids, -100)
+    replaced = selected & (torch.rand(input_ids.shape, device=input_ids.device) < mask_replace_prob)
+    masked = torch.where(replaced, mask_token_id, input_ids)
+    share = random_replace_prob / max(1e-9, 1.0 - mask_replace_prob)
+    randomised = selected & ~replaced & (torch.rand(input_ids.shape, device=input_ids.device) < share)
+    return torch.where(randomised, torch.randint_like(input_ids, vocab_size), masked), labels
+
+
+# ---- attention: heads before positions, a mask that is added, as models hand it over
+
+
+def attention_scores(q, k, v, *, key_mask=None, bias=None, causal=False, dropout_p=0.0, softmax_scale=None, stream=0):
+    """The scores in memory, (B, H, S, S)."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale)
+    mask = _mask(q, key_mask, bias, causal)
+    weights = torch.softmax(scores if mask is None else scores + mask, -1)
+    return (F.dropout(weights, dropout_p) @ v).transpose(1, 2)
+
+
+def attention_sdpa(q, k, v, *, key_mask=None, bias=None, causal=False, dropout_p=0.0, softmax_scale=None, stream=0):
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    alone = key_mask is None and bias is None
+    mask = None if alone else _mask(q, key_mask, bias, causal)
+    options = {"dropout_p": dropout_p, "is_causal": causal and alone, "scale": softmax_scale}
+    return F.scaled_dot_product_attention(q, k, v, mask, **options).transpose(1, 2)
+
+
+def _mask(q, key_mask, bias, causal):
+    """What is added to the scores, broadcast over (B, H, S, S), or None."""
+    mask = bias
+    if causal:
+        size = q.shape[2]
+        later = q.new_full((size, size), -torch.inf).triu(1)
+        mask = later if mask is None else mask + later
+    if key_mask is not None:
+        padding = q.new_zeros(key_mask.shape).masked_fill(~key_mask, -torch.inf)[:, None, None]
+        mask = padding if mask is None else mask + padding
+    return mask
+
+
+def adapt_attention(inputs, options):
+    """Packed rows become padded ones with a key mask, T5's table the bias that all of its layers share."""
+    inputs, options = dict(inputs), dict(options)
+    if "window_size" in options or inputs["q"].shape[-2] != inputs["k"].shape[-2]:
+        raise Unsupported("windows and grouped heads are not written here")
+    table, cu_seqlens = inputs.pop("table"), inputs.pop("cu_seqlens_q", None)
+    bidirectional, max_distance = options.pop("bidirectional", True), options.pop("max_distance", 128)
+    for name in ("rng", "cu_seqlens_k", "max_seqlen_k"):
+        inputs.pop(name, None)
+    real = None
+    if cu_seqlens is not None and table is not None:
+        raise Unsupported("a bias over packed rows is not written here")
+    if cu_seqlens is not None:
+        real = torch.arange(inputs.pop("max_seqlen_q"), device=cu_seqlens.device) < cu_seqlens.diff()[:, None]
+        for name in ("q", "k", "v"):
+            padded = inputs[name].new_zeros(*real.shape, *inputs[name].shape[1:])
+            padded[real] = inputs[name].detach()
+            inputs[name] = padded.requires_grad_()
+        inputs["key_mask"] = real
+    if table is not None:
+        place = torch.arange(inputs["q"].shape[1], device=table.device)
+        buckets = relative_buckets(place - place[:, None], table.shape[0], bidirectional, max_distance)
+        bias = F.embedding(buckets, table.detach()).permute(2, 0, 1)[None].to(inputs["q"].dtype).contiguous()
+        inputs["bias"] = bias.requires_grad_()
+    return inputs, options, real
+
+
+PEERS: dict[str, dict[str, Peer]] = {
+    "layer_norm": {"eager": Peer(layer_norm)},
+    "rms_norm": {"eager": Peer(rms_norm)},
+    "cross_entropy": {"eager": Peer(cross_entropy)},
+    "linear_cross_entropy": {
+        "eager": Peer(linear_cross_entropy),
+        "chunked": Peer(linear_cross_entropy_chunked),
+    },
+    "mlm_mask": {"eager": Peer(mlm_mask)},
+    "gelu": {"eager": Peer(gelu)},
+    "embedding": {"eager": Peer(embedding)},
+    "attention": {
+        "eager": Peer(attention_scores, adapt_attention),
+        "sdpa": Peer(attention_sdpa, adapt_attention),
+    },
+}

@@ -1,0 +1,107 @@
+#!/usr/bin/env bash
+# What a CUDA machine can tell of fastlm, in under ten minutes, with the torch and triton that it has and no network:
+#
+#   benchmarks/run_gpu.sh                build, then every part; results in benchmarks/results/<gpu>/
+#   benchmarks/run_gpu.sh tests ops      these parts alone, of: tests sanitizer ops train
+#   benchmarks/run_gpu.sh --dry-run      prints the plan and checks the imports; needs no GPU and writes nothing
+#
+# PYTHON          the interpreter that has torch (default python3)
+# FASTLM_COMMIT   what the results call the commit, where the tree comes without git
+# Each part writes as it goes, <part>.log above all; a part that fails or runs out of time stops no other.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+
+PYTHON=${PYTHON:-python3}
+PARTS=(tests sanitizer ops train)
+dry=0
+chosen=()
+for argument in "$@"; do
+  case $argument in
+    --dry-run) dry=1 ;;
+    tests | sanitizer | ops | train) chosen+=("$argument") ;;
+    *) echo "run_gpu.sh: expected --dry-run or of: ${PARTS[*]}; got $argument" >&2 && exit 2 ;;
+  esac
+done
+[ ${#chosen[@]} -gt 0 ] || chosen=("${PARTS[@]}")
+
+gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1 | tr 'A-Z ' 'a-z-')
+if [ -z "$gpu" ] && [ $dry -eq 0 ]; then
+  echo "run_gpu.sh: nvidia-smi names no GPU; --dry-run needs none" >&2
+  exit 1
+fi
+out=$PWD/benchmarks/results/${gpu:-gpu}
+
+# The command of a part, and the seconds that it may take.
+command_of() {
+  case $1 in
+    # From tests/, so that the fastlm that was installed is tested and not the tree's.
+    tests) echo "cd tests && $PYTHON -m pytest --device cuda -q" ;;
+    sanitizer)
+      echo "cd tests && compute-sanitizer --tool memcheck --target-processes all --error-exitcode 99" \
+        "$PYTHON -m pytest --device cuda -q test_ops.py -k 'error_bound and float32'"
+      ;;
+    ops) echo "$PYTHON benchmarks/bench_ops.py --op all --device cuda --json $out/ops.json --plot $out/ops.png" ;;
+    train) echo "$PYTHON benchmarks/bench_train.py --device cuda --json $out/train.json" ;;
+  esac
+}
+seconds_of() {
+  case $1 in
+    tests) echo 200 ;;
+    sanitizer) echo 100 ;;
+    ops) echo 150 ;;
+    train) echo 100 ;;
+  esac
+}
+
+INSTALL="$PYTHON -m pip install --quiet --no-deps --no-build-isolation --force-reinstall ."
+if [ $dry -eq 1 ]; then
+  echo "plan, results in $out:"
+  echo "  install: $INSTALL"
+  for part in "${chosen[@]}"; do echo "  $part, at most $(seconds_of "$part") s: $(command_of "$part")"; done
+  echo "imports, with $($PYTHON --version):"
+  failed=0
+  $PYTHON - <<'PY' || failed=1
+import importlib, sys
+failed = False
+for module in ("torch", "triton", "setuptools", "pybind11", "pytest", "fastlm.ops", "fastlm.models", "fastlm.train"):
+    try:
+        importlib.import_module(module)
+        print(f"  {module}: ok")
+    except Exception as error:
+        failed = True
+        print(f"  {module}: {type(error).__name__}: {error}")
+sys.exit(failed)
+PY
+  for script in bench_ops bench_train; do
+    if error=$($PYTHON benchmarks/$script.py --help 2>&1); then
+      echo "  benchmarks/$script.py: ok"
+    else
+      failed=1
+      echo "  benchmarks/$script.py: $(tail -n 1 <<<"$error")"
+    fi
+  done
+  exit $failed
+fi
+
+mkdir -p "$out"
+: >"$out/status.txt"
+failed=0
+run() { # name, seconds, command
+  local start=$SECONDS code
+  echo "== $1: $3"
+  timeout --kill-after=10 "$2" bash -c "$3" 2>&1 | tee "$out/$1.log"
+  code=${PIPESTATUS[0]}
+  echo "$1: exit $code after $((SECONDS - start)) s" | tee -a "$out/status.txt"
+  [ "$code" -eq 0 ] || failed=1
+}
+
+run install 300 "$INSTALL"
+run info 60 "cd benchmarks && $PYTHON -c 'import fastlm.info; print(fastlm.info.report())'"
+for part in "${chosen[@]}"; do
+  if [ "$part" = sanitizer ] && ! command -v compute-sanitizer >/dev/null; then
+    echo "sanitizer: compute-sanitizer is not installed" | tee -a "$out/status.txt"
+    continue
+  fi
+  run "$part" "$(seconds_of "$part")" "$(command_of "$part")"
+done
+exit $failed

@@ -1,0 +1,326 @@
+// fastlm._cpu: the CPU kernels as Python functions over addresses (`tensor.data_ptr()`; 0 for an absent tensor), sizes
+// and a thread count. No torch here: fastlm/ops/<op>.py allocates, checks and calls. The GIL is released in every call.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/attention.h"
+#include "cpu/cross_entropy.h"
+#include "cpu/embedding.h"
+#include "cpu/gelu.h"
+#include "cpu/layer_norm.h"
+#include "cpu/math.h"
+#include "cpu/mlm_mask.h"
+#include "cpu/partials.h"
+#include "cpu/philox_many.h"
+#include "philox.h"
+
+namespace py = pybind11;
+using namespace fastlm;
+using namespace fastlm::cpu;
+
+namespace {
+
+using Address = uintptr_t;
+
+template <class T = void>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+template <class T = void>
+const T* input(Address address) {
+  return reinterpret_cast<const T*>(address);
+}
+
+void bind_attention(py::module_& m) {
+  using StrideTuple = std::array<int64_t, 3>;  // sequence, row, head
+  py::class_<Attention>(m, "Attention")
+      .def(
+          py::init([](Address q, Address k, Address v, StrideTuple q_stride, StrideTuple k_stride, StrideTuple v_stride,
+                      Address cu_q, Address cu_k, Address key_mask, Address table, Address starts, int64_t one_way,
+                      bool bidirectional, int64_t batch, int64_t heads, int64_t kv_heads, int64_t d, int64_t sq,
+                      int64_t sk, int64_t left, int64_t right, float scale, uint64_t threshold, float dropout_scale,
+                      Address rng, uint32_t stream, int64_t lse_sequence, int64_t lse_head) {
+            return Attention{input(q),
+                             input(k),
+                             input(v),
+                             {q_stride[0], q_stride[1], q_stride[2]},
+                             {k_stride[0], k_stride[1], k_stride[2]},
+                             {v_stride[0], v_stride[1], v_stride[2]},
+                             input<int32_t>(cu_q),
+                             input<int32_t>(cu_k),
+                             input<uint8_t>(key_mask),
+                             input<float>(table),
+                             input<int32_t>(starts),
+                             one_way,
+                             bidirectional,
+                             batch,
+                             heads,
+                             kv_heads,
+                             d,
+                             sq,
+                             sk,
+                             left,
+                             right,
+                             scale,
+                             {threshold, dropout_scale, input<int64_t>(rng), stream},
+                             lse_sequence,
+                             lse_head};
+          }));
+  m.def(
+      "attention_fwd",
+      [](const Attention& args, Address out, Address lse, int dtype, int threads) {
+        attention_fwd(args, pointer(out), pointer<float>(lse), DType(dtype), threads);
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "attention_bwd",
+      [](const Attention& args, Address out, Address dout, StrideTuple dout_stride, Address lse, Address dlse,
+         Address dq, Address dk, Address dv, Address partial, Address dtable, Address dtable_partial, int dtype,
+         int threads) {
+        attention_bwd(args,
+                      {input(out),
+                       input(dout),
+                       {dout_stride[0], dout_stride[1], dout_stride[2]},
+                       input<float>(lse),
+                       input<float>(dlse),
+                       pointer(dq),
+                       pointer(dk),
+                       pointer(dv),
+                       pointer<float>(partial),
+                       pointer<float>(dtable),
+                       pointer<float>(dtable_partial)},
+                      DType(dtype), threads);
+      },
+      py::call_guard<py::gil_scoped_release>());
+}
+
+// Three each: word, position, type.
+using Three = std::array<Address, 3>;
+using Sizes = std::array<int64_t, 3>;
+
+void fill_lookup(Lookup* lookup, const Three& tables, const Three& ids, const Sizes& strides, const Sizes& periods) {
+  for (int k = 0; k < 3; ++k) lookup[k] = {input(tables[k]), input<int64_t>(ids[k]), strides[k], periods[k]};
+}
+
+void bind_embedding(py::module_& m) {
+  m.def("embedding_fwd",
+        [](const Three& tables, const Three& ids, const Sizes& strides, const Sizes& periods, Address weight,
+           Address bias, Address y, Address mean, Address rstd, int64_t tokens, int64_t cols, float eps,
+           uint64_t threshold, float scale, Address rng, uint32_t stream, int dtype, int threads) {
+          const py::gil_scoped_release release;
+          EmbeddingForward args{{},
+                                input<float>(weight),
+                                input<float>(bias),
+                                pointer(y),
+                                pointer<float>(mean),
+                                pointer<float>(rstd),
+                                tokens,
+                                cols,
+                                eps,
+                                {threshold, scale, input<int64_t>(rng), stream}};
+          fill_lookup(args.lookup, tables, ids, strides, periods);
+          embedding_fwd(args, DType(dtype), threads);
+        });
+  m.def("embedding_bwd",
+        [](const Three& tables, const Three& ids, const Sizes& strides, const Sizes& periods, Address dy,
+           Address weight, Address mean, Address rstd, Address dweight, Address dbias, Address dh, Address partial,
+           const Three& gradients, const Sizes& rows, const Sizes& skip, int64_t tokens, int64_t cols,
+           int64_t stride_dy, uint64_t threshold, float scale, Address rng, uint32_t stream, int dtype, int threads) {
+          const py::gil_scoped_release release;
+          EmbeddingBackward args{{},
+                                 input(dy),
+                                 input<float>(weight),
+                                 input<float>(mean),
+                                 input<float>(rstd),
+                                 pointer<float>(dweight),
+                                 pointer<float>(dbias),
+                                 pointer<float>(dh),
+                                 pointer<float>(partial),
+                                 {},
+                                 tokens,
+                                 cols,
+                                 stride_dy,
+                                 {threshold, scale, input<int64_t>(rng), stream}};
+          fill_lookup(args.lookup, tables, ids, strides, periods);
+          for (int k = 0; k < 3; ++k) args.gradient[k] = {pointer<float>(gradients[k]), rows[k], skip[k]};
+          embedding_bwd(args, DType(dtype), threads);
+        });
+}
+
+void bind_gelu(py::module_& m) {
+  m.def(
+      "gelu_fwd",
+      [](Address x, Address bias, Address gate, Address y, int64_t rows, int64_t cols, int64_t stride_x,
+         int64_t stride_gate, bool tanh, int dtype, int threads) {
+        gelu_fwd({input(x), input<float>(bias), input(gate), pointer(y), rows, cols, stride_x, stride_gate, tanh},
+                 DType(dtype), threads);
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "gelu_bwd",
+      [](Address dy, Address x, Address bias, Address gate, Address dx, Address dgate, Address dbias, Address partial,
+         int64_t rows, int64_t cols, int64_t stride_dy, int64_t stride_x, int64_t stride_gate, bool tanh, int dtype,
+         int threads) {
+        gelu_bwd({input(dy), input(x), input<float>(bias), input(gate), pointer(dx), pointer(dgate),
+                  pointer<float>(dbias), pointer<float>(partial), rows, cols, stride_dy, stride_x, stride_gate, tanh},
+                 DType(dtype), threads);
+      },
+      py::call_guard<py::gil_scoped_release>());
+}
+
+void bind_layer_norm(py::module_& m) {
+  m.def(
+      "layer_norm_fwd",
+      [](Address x, Address residual, Address weight, Address bias, Address h, Address y, Address mean, Address rstd,
+         int64_t rows, int64_t cols, int64_t stride_x, int64_t stride_residual, float eps, bool rms, uint64_t threshold,
+         float scale, Address rng, uint32_t stream, int dtype, int threads) {
+        layer_norm_fwd({input(x),
+                        input(residual),
+                        input<float>(weight),
+                        input<float>(bias),
+                        pointer(h),
+                        pointer(y),
+                        pointer<float>(mean),
+                        pointer<float>(rstd),
+                        rows,
+                        cols,
+                        stride_x,
+                        stride_residual,
+                        eps,
+                        rms,
+                        {threshold, scale, input<int64_t>(rng), stream}},
+                       DType(dtype), threads);
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "layer_norm_bwd",
+      [](Address dy, Address dh, Address h, Address weight, Address mean, Address rstd, Address dresidual, Address dx,
+         Address dweight, Address dbias, Address partial, int64_t rows, int64_t cols, int64_t stride_dy,
+         int64_t stride_dh, int64_t stride_h, bool rms, uint64_t threshold, float scale, Address rng, uint32_t stream,
+         int dtype, int threads) {
+        layer_norm_bwd({input(dy),
+                        input(dh),
+                        input(h),
+                        input<float>(weight),
+                        input<float>(mean),
+                        input<float>(rstd),
+                        pointer(dresidual),
+                        pointer(dx),
+                        pointer<float>(dweight),
+                        pointer<float>(dbias),
+                        pointer<float>(partial),
+                        rows,
+                        cols,
+                        stride_dy,
+                        stride_dh,
+                        stride_h,
+                        rms,
+                        {threshold, scale, input<int64_t>(rng), stream}},
+                       DType(dtype), threads);
+      },
+      py::call_guard<py::gil_scoped_release>());
+}
+
+void bind_cross_entropy(py::module_& m) {
+  // -> (the first row whose target is outside, or -1; Σ of the targets' weights)
+  m.def("cross_entropy_count",
+        [](Address target, Address weight, int64_t rows, int64_t vocabulary, int64_t ignore_index) {
+          const TargetCount count =
+              cross_entropy_count(input<int64_t>(target), input<float>(weight), rows, vocabulary, ignore_index);
+          return std::make_pair(count.outside, count.weight);
+        });
+  m.def(
+      "cross_entropy_fwd",
+      [](Address logits, Address target, Address weight, Address dloss, Address loss, Address dlogits, int64_t rows,
+         int64_t vocabulary, int64_t stride_x, int64_t stride_dx, int64_t ignore_index, float label_smoothing,
+         float z_loss, double denominator, int dtype, int threads) {
+        return cross_entropy_fwd({input(logits), input<int64_t>(target), input<float>(weight), input<float>(dloss),
+                                  pointer<float>(loss), pointer(dlogits), rows, vocabulary, stride_x, stride_dx,
+                                  ignore_index, label_smoothing, z_loss, denominator},
+                                 DType(dtype), threads);
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "cross_entropy_bwd",
+      [](Address dlogits, Address dloss, Address out, int64_t rows, int64_t cols, int64_t stride_x, int64_t stride_y,
+         bool per_row, int dtype, int threads) {
+        cross_entropy_bwd({input(dlogits), input<float>(dloss), pointer(out), rows, cols, stride_x, stride_y, per_row},
+                          DType(dtype), threads);
+      },
+      py::call_guard<py::gil_scoped_release>());
+}
+
+void bind_math(py::module_& m) {
+  const std::pair<const char*, void (*)(const float*, float*, int64_t)> functions[] = {
+      {"exp_array", exp_array},
+      {"expm1_neg_array", expm1_neg_array},
+      {"erf_array", erf_array},
+      {"tanh_array", tanh_array},
+  };
+  for (const auto& [name, function] : functions) {
+    m.def(name,
+          [function = function](Address x, Address y, int64_t n) { function(input<float>(x), pointer<float>(y), n); });
+  }
+}
+
+void bind_mlm_mask(py::module_& m) {
+  m.def("mlm_mask",
+        [](Address input_ids, Address sample_ids, int64_t sample_row, int64_t sample_col, Address positions,
+           int64_t position_row, int64_t position_col, Address epochs, int64_t epoch_row, int64_t epoch_col,
+           int64_t epoch, Address special_tokens_mask, Address word_starts, const std::vector<int64_t>& special_ids,
+           const std::vector<int64_t>& left_out, int64_t mask_token_id, int64_t vocab_size, int64_t seed,
+           uint64_t select_below, uint64_t mask_below, uint64_t replace_below, Address input_ids_out, Address labels,
+           Address index, Address targets, Address count, int64_t rows, int64_t cols, int64_t capacity, int threads) {
+          const py::gil_scoped_release release;
+          return mlm_mask({input<int64_t>(input_ids),
+                           {input<int64_t>(sample_ids), sample_row, sample_col},
+                           {input<int64_t>(positions), position_row, position_col},
+                           {input<int64_t>(epochs), epoch_row, epoch_col},
+                           epoch,
+                           input<bool>(special_tokens_mask),
+                           input<bool>(word_starts),
+                           special_ids.data(),
+                           left_out.data(),
+                           int64_t(special_ids.size()),
+                           int64_t(left_out.size()),
+                           mask_token_id,
+                           vocab_size,
+                           uint64_t(seed),
+                           select_below,
+                           mask_below,
+                           replace_below,
+                           pointer<int64_t>(input_ids_out),
+                           pointer<int64_t>(labels),
+                           pointer<int64_t>(index),
+                           pointer<int64_t>(targets),
+                           pointer<int64_t>(count),
+                           rows,
+                           cols,
+                           capacity},
+                          threads);
+        });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.def("philox", [](uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
+    const Words w = philox(c0, c1, c2, c3, {k0, k1});
+    return py::make_tuple(w.r0, w.r1, w.r2, w.r3);
+  });
+  bind_attention(m);
+  bind_cross_entropy(m);
+  m.def("philox_many", [](Address counters, int64_t n, uint32_t k0, uint32_t k1) {  // (4, n), n <= 256, in place
+    Lanes lanes;
+    for (int w = 0; w < 4; ++w) std::copy_n(pointer<uint32_t>(counters) + w * n, n, lanes.word[w]);
+    philox_many(lanes, n, {k0, k1});
+    for (int w = 0; w < 4; ++w) std::copy_n(lanes.word[w], n, pointer<uint32_t>(counters) + w * n);
+  });
+  m.def("row_blocks", &row_blocks);
+  bind_embedding(m);
+  bind_gelu(m);
+  bind_layer_norm(m);
+  bind_math(m);
+  bind_mlm_mask(m);
+}

@@ -1,0 +1,176 @@
+// cross_entropy: loss and gradient of a row in one pass over its logits. The maths: fastlm/ops/cross_entropy.py.
+//
+// Three sweeps over a row: its maximum; exp(x - maximum), written where the gradient will stand and added up; the
+// gradient. The first reads the logits from memory, the others find the row in the second-level cache (120 KB for
+// BERT's vocabulary), so that memory is read once and written once, and an element costs one exp. A running maximum
+// over blocks in the first-level cache, non-temporal stores and prefetches of the next row were no faster.
+#include "cross_entropy.h"
+
+#include <cmath>
+#include <limits>
+
+#include "math.h"
+#include "parallel.h"
+#include "simd.h"
+
+namespace fastlm::cpu {
+namespace {
+
+constexpr int64_t BLOCK = 4096;  // elements that are added up in float; the blocks' sums are added in double
+
+template <class T>
+FASTLM_INLINE float row_max(const T* x, int64_t n) {
+  float m = -std::numeric_limits<float>::infinity();
+#pragma omp simd reduction(max : m)
+  for (int64_t j = 0; j < n; ++j) {
+    const float v = load(x + j);
+    m = v > m ? v : m;  // a NaN is left to the exponentials
+  }
+  return m;
+}
+
+// Σ exp(x - m), each stored in e.
+template <class T>
+FASTLM_INLINE float block_exp(const T* x, int64_t n, float m, float* e) {
+  float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < n; ++j) {
+    const float v = fast_exp(load(x + j) - m);
+    e[j] = v;
+    sum += v;
+  }
+  return sum;
+}
+
+template <class T>
+FASTLM_INLINE float block_exp(const T* x, int64_t n, float m) {
+  float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < n; ++j) sum += fast_exp(load(x + j) - m);
+  return sum;
+}
+
+// Σ w (m - x); w null: 1.
+template <class T>
+FASTLM_INLINE float block_distance(const T* x, const float* w, int64_t n, float m) {
+  float sum = 0.0f;
+  if (w) {
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < n; ++j) sum += w[j] * (m - load(x + j));
+  } else {
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < n; ++j) sum += m - load(x + j);
+  }
+  return sum;
+}
+
+// Where a row's exponentials wait: in its gradient where that is float, else in scratch.
+FASTLM_INLINE float* waiting(float* dx, float*) { return dx; }
+FASTLM_INLINE float* waiting(bfloat16*, float* row) { return row; }
+
+// row_e: (vocabulary,) scratch; weight_sum: Σ weight.
+template <class T>
+FASTLM_CLONES void forward_rows(const CrossEntropy& a, int64_t begin, int64_t end, double weight_sum, float* row_e) {
+  const int64_t V = a.vocabulary;
+  const float smooth = a.label_smoothing, each = smooth / float(V);
+  for (int64_t r = begin; r < end; ++r) {
+    const T* x = static_cast<const T*>(a.logits) + r * a.stride_x;
+    T* dx = static_cast<T*>(a.dlogits) + (a.dlogits ? r * a.stride_dx : 0);
+    const int64_t t = a.target[r];
+    if (t == a.ignore_index) {
+      a.loss[r] = 0.0f;
+      if (a.dlogits) std::memset(static_cast<void*>(dx), 0, size_t(V) * sizeof(T));
+      continue;
+    }
+    const float x_t = load(x + t), w_t = a.weight ? a.weight[t] : 1.0f;
+    float* e = a.dlogits ? waiting(dx, row_e) : nullptr;
+
+    const float m = row_max(x, V);
+    double sum = 0.0, distance = 0.0;  // Σ exp(x - m), Σ w (m - x)
+    for (int64_t j = 0; j < V; j += BLOCK) {
+      const int64_t n = std::min(BLOCK, V - j);
+      if (smooth > 0.0f) distance += block_distance(x + j, a.weight ? a.weight + j : nullptr, n, m);
+      sum += e ? block_exp(x + j, n, m, e + j) : block_exp(x + j, n, m);
+    }
+    const float log_sum = float(std::log(sum)), lse = m + log_sum;
+    float loss = (1.0f - smooth) * w_t * ((m - x_t) + log_sum) + a.z_loss * lse * lse;
+    if (smooth > 0.0f) loss += float(double(each) * (distance + weight_sum * log_sum));
+    a.loss[r] = loss;
+    if (!a.dlogits) continue;
+
+    const float scale = float((a.dloss ? a.dloss[r] : 1.0f) / a.denominator);
+    const float one_hot = scale * (1.0f - smooth) * w_t, uniform = scale * each;
+    const double all = one_hot + uniform * weight_sum + 2.0 * scale * a.z_loss * lse;
+    const float factor = float(all / sum);
+    const float dx_t = e[t] * factor - (a.weight ? uniform * w_t : uniform) - one_hot;
+    if (smooth > 0.0f && a.weight) {
+#pragma omp simd
+      for (int64_t j = 0; j < V; ++j) store(dx + j, e[j] * factor - uniform * a.weight[j]);
+    } else {
+#pragma omp simd
+      for (int64_t j = 0; j < V; ++j) store(dx + j, e[j] * factor - uniform);
+    }
+    store(dx + t, dx_t);
+  }
+}
+
+template <class T>
+FASTLM_CLONES void scale_row(const T* x, float factor, int64_t n, T* y) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) store(y + j, load(x + j) * factor);
+}
+
+// Rows a thread takes at least: about as many elements as pay for waking it.
+int64_t grain(int64_t cols) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, cols)); }
+
+template <class T>
+void forward(const CrossEntropy& a, int threads) {
+  double weight_sum = double(a.vocabulary);
+  if (a.weight) {
+    weight_sum = 0.0;
+    for (int64_t j = 0; j < a.vocabulary; ++j) weight_sum += a.weight[j];
+  }
+  const bool waits = a.dlogits && sizeof(T) < sizeof(float);
+  parallel_for(a.rows, grain(a.vocabulary), threads, [&](int64_t begin, int64_t end) {
+    const auto row_e = scratch<float>(waits ? a.vocabulary : 0);
+    forward_rows<T>(a, begin, end, weight_sum, row_e.get());
+  });
+}
+
+template <class T>
+void backward(const CrossEntropyBackward& a, int threads) {
+  if (a.out == a.dlogits && !a.per_row && *a.dloss == 1.0f) return;
+  parallel_for(a.rows, grain(a.cols), threads, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      scale_row(static_cast<const T*>(a.dlogits) + r * a.stride_x, a.dloss[a.per_row ? r : 0], a.cols,
+                static_cast<T*>(a.out) + r * a.stride_y);
+    }
+  });
+}
+
+}  // namespace
+
+TargetCount cross_entropy_count(const int64_t* target, const float* weight, int64_t rows, int64_t vocabulary,
+                                int64_t ignore_index) {
+  TargetCount count{-1, 0.0};
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t t = target[r];
+    if (t == ignore_index) continue;
+    if (t < 0 || t >= vocabulary) return {r, 0.0};
+    count.weight += weight ? weight[t] : 1.0f;
+  }
+  return count;
+}
+
+double cross_entropy_fwd(const CrossEntropy& args, DType dtype, int threads) {
+  dtype == DType::f32 ? forward<float>(args, threads) : forward<bfloat16>(args, threads);
+  double sum = 0.0;
+  for (int64_t r = 0; r < args.rows; ++r) sum += args.loss[r];
+  return sum / args.denominator;
+}
+
+void cross_entropy_bwd(const CrossEntropyBackward& args, DType dtype, int threads) {
+  dtype == DType::f32 ? backward<float>(args, threads) : backward<bfloat16>(args, threads);
+}
+
+}  // namespace fastlm::cpu

@@ -1,0 +1,36 @@
+#pragma once
+
+#include "ops.h"
+
+namespace fastlm::cpu {
+
+// Shapes: x, residual, h, y (rows, cols); weight, bias (cols,) float32; mean, rstd (rows,) float32.
+// A null pointer stands for what is absent: residual, weight, bias, h (then h = x is not written).
+struct LayerNormForward {
+  const void *x, *residual;
+  const float *weight, *bias;
+  void *h, *y;
+  float *mean, *rstd;
+  int64_t rows, cols, stride_x, stride_residual;
+  float eps;
+  bool rms;  // no mean, no bias
+  Dropout dropout;
+};
+
+// dy, dh (the gradient that reaches the residual stream beside y; may be null), h (rows, cols) in;
+// dresidual (rows, cols) and, under dropout, dx (rows, cols) out; dweight, dbias (cols,) float32 or null.
+// partial: (2, row_blocks(rows), cols) float32 scratch.
+struct LayerNormBackward {
+  const void *dy, *dh, *h;
+  const float *weight, *mean, *rstd;
+  void *dresidual, *dx;
+  float *dweight, *dbias, *partial;
+  int64_t rows, cols, stride_dy, stride_dh, stride_h;
+  bool rms;
+  Dropout dropout;
+};
+
+void layer_norm_fwd(const LayerNormForward& args, DType dtype, int threads);
+void layer_norm_bwd(const LayerNormBackward& args, DType dtype, int threads);
+
+}  // namespace fastlm::cpu

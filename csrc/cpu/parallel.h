@@ -1,0 +1,52 @@
+// Threads, without knowing torch: the OpenMP pool that torch has started, at the size that the caller passes.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <exception>
+#include <memory>
+#include <new>
+
+namespace fastlm::cpu {
+
+// Set in a forked child: the pool's threads did not survive the fork, and a parallel region would wait for them.
+extern std::atomic<bool> forked;
+
+// Calls f(begin, end) on contiguous pieces of [0, n), at least `grain` items each, on at most `threads` threads.
+// Which thread takes which piece must not change a result: sums across items go through partials of fixed blocks.
+template <class F>
+inline void parallel_for(int64_t n, int64_t grain, int threads, F f) {
+  if (n <= 0) return;
+  const int64_t pieces = std::min<int64_t>(threads, (n + grain - 1) / grain);
+  if (pieces <= 1 || forked.load(std::memory_order_relaxed)) {
+    f(int64_t(0), n);
+    return;
+  }
+  std::exception_ptr error;  // one that left the parallel region would end the process
+#pragma omp parallel for num_threads(int(pieces)) schedule(static, 1)
+  for (int64_t p = 0; p < pieces; ++p) {
+    try {
+      f(n * p / pieces, n * (p + 1) / pieces);
+    } catch (...) {
+#pragma omp critical(fastlm_error)
+      error = std::current_exception();
+    }
+  }
+  if (error) std::rethrow_exception(error);
+}
+
+// Uninitialised, cache-line aligned scratch of n items, freed with the returned pointer.
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+template <class T>
+inline std::unique_ptr<T[], Free> scratch(int64_t n) {
+  const size_t bytes = (size_t(n) * sizeof(T) + 63) / 64 * 64;
+  void* p = std::aligned_alloc(64, std::max<size_t>(bytes, 64));
+  if (!p) throw std::bad_alloc();
+  return std::unique_ptr<T[], Free>(static_cast<T*>(p));
+}
+
+}  // namespace fastlm::cpu

@@ -1,0 +1,33 @@
+// What the CUDA runtime says of the devices: for `fastlm info`, and for choosing a kernel's configuration.
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+
+#include "device.h"
+
+#define FASTLM_STRING_(...) #__VA_ARGS__
+#define FASTLM_STRING(...) FASTLM_STRING_(__VA_ARGS__)
+
+namespace fastlm::cuda {
+
+static void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+std::vector<Device> devices() {
+  int count = 0;
+  check(cudaGetDeviceCount(&count), "cudaGetDeviceCount");
+  std::vector<Device> out;
+  for (int i = 0; i < count; ++i) {
+    cudaDeviceProp p;
+    check(cudaGetDeviceProperties(&p, i), "cudaGetDeviceProperties");
+    out.push_back(
+        {p.name, 10 * p.major + p.minor, p.multiProcessorCount, p.sharedMemPerBlockOptin, size_t(p.l2CacheSize)});
+  }
+  return out;
+}
+
+// nvcc's own list of what it compiles this file for: "800,900,1000" for sm_80, sm_90 and sm_100.
+std::string architectures() { return FASTLM_STRING(__CUDA_ARCH_LIST__); }
+
+}  // namespace fastlm::cuda

@@ -1,0 +1,87 @@
+"""Loads the compiled modules, and says why one is missing.
+
+`_cpu` is not linked to an OpenMP library: its symbols resolve to the one that torch has loaded, so that torch and
+fastlm share one pool of threads. torch publishes it to the whole process on Linux; where it does not, the library
+found in the process is opened again with global visibility.
+"""
+
+import ctypes
+import functools
+import importlib
+import re
+import sys
+
+import torch
+
+
+def _load(name):
+    try:
+        return importlib.import_module(f"fastlm.{name}"), None
+    except ImportError as error:
+        return None, error
+
+
+def openmp_libraries() -> list[str]:
+    """Paths of the OpenMP runtimes mapped in this process; none elsewhere than on Linux."""
+    if sys.platform != "linux":
+        return []
+    with open("/proc/self/maps") as maps:
+        return sorted(set(re.findall(r"(/\S*lib(?:gomp|iomp5|omp)[-.\w]*)$", maps.read(), re.M)))
+
+
+def _load_cpu():
+    module, error = _load("_cpu")
+    if error is not None and "undefined symbol" in str(error):
+        for library in openmp_libraries() or ["libgomp.so.1"]:
+            ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
+        module, error = _load("_cpu")
+    return module, error
+
+
+_cpu, _cpu_error = _load_cpu()
+
+
+def cpu():
+    """The module fastlm._cpu. Call only after `missing_cpu()` said None."""
+    return _cpu
+
+
+def missing_cpu() -> str | None:
+    """Why the C++ kernels are not available, or None."""
+    return (
+        None if _cpu_error is None else f"fastlm._cpu is not built ({_cpu_error}); run `pip install .` in fastlm's tree"
+    )
+
+
+@functools.cache
+def _cuda():
+    return _load("_cuda")
+
+
+def cuda():
+    """The module fastlm._cuda. Call only after `missing_cuda()` said None."""
+    return _cuda()[0]
+
+
+@functools.cache
+def missing_cuda() -> str | None:
+    """Why the CUDA C++ kernels are not available, or None."""
+    module, error = _cuda()
+    if error is not None:
+        return f"fastlm._cuda is not built ({error}); build fastlm where nvcc is on PATH"
+    try:
+        return None if module.devices() else "there is no CUDA device"
+    except RuntimeError as reason:
+        return f"no usable CUDA device ({reason})"
+
+
+def threads() -> int:
+    """Threads for a CPU kernel: torch's own setting (1 in a forked worker, whatever is passed)."""
+    return torch.get_num_threads()
+
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

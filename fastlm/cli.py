@@ -1,0 +1,167 @@
+"""The `fastlm` command. Each subcommand imports what it needs when it runs, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastlm import _malloc
+
+app = typer.Typer(
+    help="Pretrain Transformer language models on fused kernels.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+# Options that take several values, `--data a b c`; everything up to the next option belongs to them.
+_SEVERAL = ("--data", "--set")
+
+DataOption = Annotated[
+    list[str], typer.Option("--data", metavar="PATH...", help="Text files and directories, or one `prepare` output.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE...", help="Any key of the recipe, as train.lr=1e-3."),
+]
+
+
+@app.callback()
+def _options(
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def info() -> None:
+    """Show this machine, and which backend each op would run on it."""
+    import fastlm.info
+
+    typer.echo(fastlm.info.report())
+
+
+@app.command()
+def prepare(
+    data: DataOption,
+    out: Annotated[Path, typer.Option(help="Directory to write.")],
+    tokenizer: Annotated[str, typer.Option(help="train:N, or a tokenizer's directory.")] = "train:8192",
+    row_tokens: Annotated[int, typer.Option(help="Length of a row of packed pieces.")] = 128,
+    documents: Annotated[str, typer.Option(help="A document of a text file: file, line, blank.")] = "file",
+) -> None:
+    """Clean and tokenize text, and pack it into rows that `pretrain` reads."""
+    from fastlm.train.progress import prepare_with_progress
+
+    dataset = prepare_with_progress(data, tokenizer, out, row_tokens=row_tokens, documents=documents)
+    report = dataset.manifest["report"]
+    typer.echo(
+        f"{out}: {dataset.rows:,} rows of {dataset.row_tokens} tokens from {report['kept']:,} of {report['read']:,} "
+        f"documents; vocabulary {dataset.tokenizer.vocab_size:,}, unigram entropy {dataset.unigram_entropy:.3f} nats"
+    )
+    for reason, entry in report["set_aside"].items():
+        typer.echo(f"  set aside: {entry['count']:,} {reason} (first: {entry['first'][0]})")
+
+
+@app.command()
+def pretrain(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name, as bert-mini, or the path of a TOML file.")],
+    data: DataOption,
+    out: Annotated[Path, typer.Option(help="Directory of the run.")],
+    tokenizer: Annotated[str | None, typer.Option(help="train:N or a directory; else the recipe's.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Same as --set train.max_steps=N.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same as --set train.seed=S.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; else a GPU where there is one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; same as --set train.dtype=...")] = None,
+    settings: SetOption = None,
+    resume: Annotated[
+        str,
+        typer.Option(help="auto: go on with a run in OUT; never; or a checkpoint's directory."),
+    ] = "auto",
+) -> None:
+    """Pretrain a model; the finished one lies in OUT/hf, for `AutoModel.from_pretrained`."""
+    from fastlm.train.recipe import load_recipe
+
+    flags = {"train.max_steps": max_steps, "train.seed": seed, "train.dtype": dtype, "data.tokenizer": tokenizer}
+    chosen = load_recipe(recipe).with_settings(settings or [])
+    chosen = chosen.with_values({key: value for key, value in flags.items() if value is not None})
+
+    import torch
+
+    from fastlm import train
+    from fastlm.data import is_prepared
+
+    if tokenizer is not None and any(map(is_prepared, data)):
+        raise ValueError("--tokenizer: the data is prepared, with a tokenizer; leave --tokenizer out, or give text")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    result = train.pretrain(chosen, data, out, device=device, resume=resume)
+    if result.summary is not None:
+        typer.echo(
+            f"loss {result.summary['first_loss']:.3f} -> {result.summary['final_loss']:.3f} "
+            f"(unigram entropy {result.summary['unigram_entropy']:.3f}); the model is in {out / 'hf'}"
+        )
+
+
+@app.command()
+def recipe(
+    name: Annotated[str, typer.Argument(help="A recipe's name, as bert-mini, or the path of a TOML file.")],
+    settings: SetOption = None,
+) -> None:
+    """Print a recipe with every key and its meaning: a TOML file to start from."""
+    from fastlm.train.recipe import load_recipe
+
+    typer.echo(load_recipe(name).with_settings(settings or []).as_toml(), nl=False)
+
+
+@app.command()
+def fill_mask(
+    text: Annotated[str, typer.Argument(help="Text with the model's mask token, as [MASK], once or more.")],
+    model: Annotated[Path, typer.Option(help="A model's directory, as OUT/hf.")],
+    top: Annotated[int, typer.Option(min=1, help="How many candidates.")] = 5,
+) -> None:
+    """Show what a model would put in place of each mask."""
+    from fastlm.fill_mask import fill_mask as fill
+
+    for place, candidates in enumerate(fill(model, text, top=top)):
+        if place:
+            typer.echo()
+        for candidate in candidates:
+            typer.echo(f"{candidate.probability:7.1%}  {candidate.token:<16}  {candidate.text}")
+
+
+def _repeat_options(arguments: list[str]) -> list[str]:
+    """`--data a b` as `--data a --data b`, which is what click knows."""
+    out, several = [], None
+    for argument in arguments:
+        if argument.startswith("-"):
+            several = argument if argument in _SEVERAL else None
+            if several is None:
+                out.append(argument)
+        elif several is not None:
+            out += [several, argument]
+        else:
+            out.append(argument)
+    return out
+
+
+def main() -> None:
+    """Run the command line. What a user can mend is one line, `error: ...`, and exit status 2."""
+    arguments = _repeat_options(sys.argv[1:])
+    _malloc.tune()
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    try:
+        app(arguments)
+    except (ValueError, OSError, FloatingPointError) as error:
+        if "--traceback" in arguments:
+            raise
+        sys.exit(_fail(error))
+
+
+def _fail(error: Exception) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return 2

@@ -1,0 +1,181 @@
+"""`prepare`: text -> cleaning -> tokenizer -> packed rows -> shards and a manifest, written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from fastlm.data import cleaning
+from fastlm.data._checks import integer
+from fastlm.data.packing import MIN_PIECE, encode_documents, pack
+from fastlm.data.shards import FORMAT, VERSION, Dataset, open_dataset, read_manifest, tokenizer_checksum, write_shard
+from fastlm.data.sources import (
+    DOCUMENTS,
+    MANIFEST,
+    TOKENIZER,
+    Report,
+    SourceFile,
+    find_files,
+    is_prepared,
+    read_documents,
+)
+from fastlm.data.storage import atomic_directory, file_checksum, json_checksum, write_json
+from fastlm.data.tokenizer import Tokenizer, parse
+
+_SHARD_TOKENS = 1 << 24  # 32 MiB of two-byte tokens in a shard: one is held in memory while preparing
+
+Progress = Callable[[str, int, int], None]
+
+
+def prepare(
+    paths,
+    tokenizer,
+    out,
+    *,
+    row_tokens: int = 128,
+    documents: str = "file",
+    min_chars: int = 8,
+    shard_rows: int | None = None,
+    progress: Progress | None = None,
+) -> Dataset:
+    """Prepare the text in `paths` for training, into the directory `out`, and open it.
+
+    paths       files and directories; see `fastlm.data.sources`
+    tokenizer   "train:8192" to train a WordPiece of that size on this text, a directory to load, or a `Tokenizer`
+    row_tokens  length of a row, at least 8: the longest piece of a document that the model sees
+    documents   what of a plain-text file is a document: "file", "line", or "blank" (between blank lines)
+    min_chars   a document of fewer characters is dropped
+    shard_rows  rows in a shard file; the default makes 32 MiB
+    progress    called as progress(stage, bytes done, bytes in all) now and then; the stages are "checksums",
+                "tokenizer" (two passes over the text, only where one is trained) and "rows"
+
+    Where `out` already holds the same preparation (same text, settings and tokenizer), it is opened as it is;
+    so it is where another process prepared the same meanwhile. ValueError where it holds anything else or cannot be
+    written, for a missing path, a bad setting, or a corpus of which nothing is left.
+    """
+    out = Path(out)
+    row_tokens = integer("row_tokens", row_tokens, MIN_PIECE)
+    min_chars = integer("min_chars", min_chars, 0)
+    if documents not in DOCUMENTS:
+        raise ValueError(f"documents: expected one of {', '.join(DOCUMENTS)}, got {documents!r}")
+    if shard_rows is None:
+        shard_rows = max(1, _SHARD_TOKENS // row_tokens)
+    shard_rows = integer("shard_rows", shard_rows, 1)
+    tokenizer = parse(tokenizer)
+    progress = progress or (lambda stage, done, total: None)
+
+    report = Report()
+    files = find_files(paths, report)
+    settings = {
+        "row_tokens": row_tokens,
+        "documents": documents,
+        "min_chars": min_chars,
+        "shard_rows": shard_rows,
+        "tokenizer": f"train:{tokenizer}" if isinstance(tokenizer, int) else tokenizer.hash,
+    }
+    identity = json_checksum([VERSION, cleaning.VERSION, settings, _contents(files, progress)])
+    if os.path.exists(out) and not (out.is_dir() and not any(out.iterdir())):
+        return _already(out, identity)
+
+    total = sum(file.size for file in files)
+
+    def texts(stage: str, report: Report) -> Iterator[str]:
+        for text in cleaning.clean_documents(read_documents(files, documents, report), report, min_chars):
+            progress(stage, report.bytes_read, total)
+            yield text
+        progress(stage, total, total)
+
+    try:
+        with _target(out) as partial:
+            if isinstance(tokenizer, int):
+                tokenizer = Tokenizer.train(lambda: texts("tokenizer", Report()), tokenizer)
+            counts = _Counts(tokenizer.vocab_size)
+            ids = counts.count(encode_documents(texts("rows", report), tokenizer), report)
+            shards = [
+                write_shard(partial, f"{index:05d}", shard)
+                for index, shard in enumerate(pack(ids, tokenizer, row_tokens, shard_rows))
+            ]
+            if not shards:
+                given = ", ".join(file.name for file in files[:5])
+                raise ValueError(f"data: no text is left of {report.read} records in {given}: {report.reasons()}")
+            tokenizer.save(partial / TOKENIZER)
+            manifest = {
+                "format": FORMAT,
+                "version": VERSION,
+                "preparation": identity,
+                "settings": settings,
+                "row_tokens": row_tokens,
+                "tokenizer": {
+                    "hash": tokenizer.hash,
+                    "vocab_size": tokenizer.vocab_size,
+                    "checksum": tokenizer_checksum(partial),
+                },
+                "rows": sum(shard["rows"] for shard in shards),
+                "documents": counts.documents,
+                "text_tokens": int(counts.tokens.sum()),
+                "unigram_entropy": counts.entropy(tokenizer.special_ids),
+                "report": report.as_dict(),
+                "shards": shards,
+            }
+            write_json(partial / MANIFEST, {**manifest, "checksum": json_checksum(manifest)})
+    except FileExistsError:  # another process finished meanwhile
+        return _already(out, identity)
+    return open_dataset(out)
+
+
+def _already(out: Path, identity: str) -> Dataset:
+    """What lies in `out`, where it is the preparation `identity`."""
+    if is_prepared(out) and read_manifest(out)["preparation"] == identity:
+        return open_dataset(out)
+    raise ValueError(f"out: {out} exists and holds something else; name another directory, or delete it")
+
+
+@contextmanager
+def _target(out: Path) -> Iterator[Path]:
+    """`atomic_directory`, with a ValueError where it cannot begin."""
+    with ExitStack() as stack:
+        try:
+            partial = stack.enter_context(atomic_directory(out))
+        except OSError as error:
+            raise ValueError(f"out: expected a directory that can be written, got {out} ({error})") from error
+        yield partial
+
+
+def _contents(files: Iterable[SourceFile], progress: Progress) -> list[list[str]]:
+    """[name, checksum] of every file: what makes two preparations the same, wherever the files lie."""
+    total, done, contents = sum(file.size for file in files), 0, []
+    for file in files:
+        try:
+            contents.append([file.name, file_checksum(file.path)])
+        except OSError as error:
+            contents.append([file.name, f"unreadable: {error.strerror}"])
+        done += file.size
+        progress("checksums", done, total)
+    return contents
+
+
+class _Counts:
+    """What passes from the tokenizer to the rows: documents, and how often each token occurs (vocab_size,) int64."""
+
+    def __init__(self, vocab_size: int):
+        self.documents, self.tokens = 0, np.zeros(vocab_size, np.int64)
+
+    def count(self, documents: Iterable[np.ndarray], report: Report) -> Iterator[np.ndarray]:
+        for ids in documents:
+            if ids.size:
+                self.documents += 1
+                np.add.at(self.tokens, ids, 1)
+                yield ids
+            else:
+                report.kept -= 1
+                report.reject("no tokens", f"kept document {self.documents}")
+
+    def entropy(self, special_ids: Iterable[int]) -> float:
+        """-sum p ln p over the tokens that are not special, in nats: 0 where there are none."""
+        counts = np.delete(self.tokens, list(special_ids))
+        p = counts[counts > 0] / counts.sum()
+        return float(-(p * np.log(p)).sum())

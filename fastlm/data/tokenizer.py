@@ -1,0 +1,235 @@
+"""The tokenizer: a BERT WordPiece trained here, or any Hugging Face tokenizer directory with a mask token.
+
+It is saved in Transformers' layout, so `transformers.AutoTokenizer.from_pretrained(dir)` gives the same ids.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from fastlm.data._checks import integer
+from fastlm.data.storage import json_checksum, write_json
+
+_BERT = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
+_NEEDED = ("pad_token", "cls_token", "sep_token", "mask_token")
+_ALPHABET = 1000  # the most characters a trained vocabulary spells words with, as in BERT; the rest become [UNK]
+_SMALLEST = 16  # below it there is no room for letters
+_LARGEST = 1 << 24  # the trainer reserves memory for this many at once
+_CHUNK_CHARS = 1 << 15  # a long text is normalised in cuts of about this length: it takes 75 bytes a character
+# Transformers' tokenizers that are BERT's around a vocab.txt; others (BertJapanese, Bertweet) split words otherwise.
+_VOCAB_TXT = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "MobileBertTokenizer", "LayoutLMTokenizer")
+_RESAVE = "load it with Transformers' AutoTokenizer and save_pretrained it there"
+_REMEDY = "train one with `train:8192`, or name the directory of a masked language model's tokenizer (BERT, RoBERTa)"
+
+
+class Tokenizer:
+    """A `tokenizers.Tokenizer` with the roles that masked-language-model pretraining needs.
+
+    vocab_size      one more than the largest id
+    pad_id, cls_id, sep_id, mask_id
+    special_ids     sorted tuple of every special token's id, [UNK] among them, as Transformers' all_special_ids
+    hash            SHA-256 of the vocabulary, rules and roles: equal hashes give equal ids
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, config: dict):
+        """`config` is the content of a tokenizer_config.json; it names the special tokens. ValueError for a missing
+        mask, padding, [CLS] or [SEP] token."""
+        backend.no_truncation()
+        backend.no_padding()
+        self.backend, self.config = backend, config
+        vocab = backend.get_vocab(with_added_tokens=True)
+        roles = {role: _token(config.get(role)) for role in _BERT}
+        for role in _NEEDED:
+            if roles[role] not in vocab:
+                raise ValueError(f"tokenizer: expected one with a {role}, got {roles[role]!r}; {_REMEDY}")
+        self.vocab_size = max(vocab.values()) + 1
+        self.pad_id, self.cls_id, self.sep_id, self.mask_id = (vocab[roles[role]] for role in _NEEDED)
+        added = (id for id, token in backend.get_added_tokens_decoder().items() if token.special)
+        self.special_ids = tuple(sorted({*added, *(vocab[token] for token in roles.values() if token in vocab)}))
+        self._unk_id = vocab.get(roles["unk_token"])
+        self._reserved = set(self.special_ids) - {self._unk_id}
+        self.hash = json_checksum([json.loads(backend.to_str()), roles])
+
+    @classmethod
+    def load(cls, directory) -> Tokenizer:
+        """Read a directory as Transformers writes it: tokenizer.json, or the vocab.txt of a BERT."""
+        directory = Path(directory)
+        if not directory.is_dir():
+            raise ValueError(f"tokenizer: expected `train:8192` or a tokenizer's directory, got {str(directory)!r}")
+        config = {}
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):
+            if (directory / name).is_file():
+                config.update(_read_json(directory / name))
+        if (directory / "tokenizer.json").is_file():
+            try:
+                backend = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+            except Exception as error:  # the library raises bare Exceptions
+                raise ValueError(f"tokenizer: {directory / 'tokenizer.json'} cannot be read: {error}") from error
+        elif (directory / "vocab.txt").is_file():
+            config = {**_BERT, "tokenizer_class": "BertTokenizer", **config}
+            if str(config["tokenizer_class"]).removesuffix("Fast") not in _VOCAB_TXT:
+                raise ValueError(
+                    f"tokenizer: expected a tokenizer.json for the {config['tokenizer_class']} in {directory}, since a "
+                    f"vocab.txt alone is read as BERT's; {_RESAVE}"
+                )
+            try:
+                words = (directory / "vocab.txt").read_text(encoding="utf-8").rstrip("\n").split("\n")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"tokenizer: {directory / 'vocab.txt'} is not UTF-8: {error}") from error
+            backend = _wordpiece({word: id for id, word in enumerate(words)}, config)
+        else:
+            raise ValueError(
+                f"tokenizer: expected a tokenizer.json or a vocab.txt in {directory}, found neither; {_RESAVE}"
+            )
+        vocab = backend.get_vocab(with_added_tokens=True)
+        for role, token in _BERT.items():  # a lone tokenizer.json names no roles; BERT's names speak for themselves
+            if not config.get(role) and token in vocab:
+                config[role] = token
+        return cls(backend, config)
+
+    @classmethod
+    def train(cls, texts: Callable[[], Iterable[str]], vocab_size: int) -> Tokenizer:
+        """A lowercasing BERT WordPiece tokenizer of at most `vocab_size` tokens, learned from the texts.
+
+        `texts` is called twice, and must give the same texts each time. A small corpus yields fewer tokens.
+        [PAD] [UNK] [CLS] [SEP] [MASK] have the ids 0 to 4. The result depends on the texts alone.
+        """
+        vocab_size = integer("vocab_size", vocab_size, _SMALLEST, _LARGEST)
+        draft = _wordpiece({token: id for id, token in enumerate(_BERT.values())}, _BERT)
+        counts = Counter()
+        for text in texts():
+            for chunk in chunks(text):
+                counts.update(draft.normalizer.normalize_str(chunk))
+        letters = [letter for letter in counts if not letter.isspace()]
+        limit = min(_ALPHABET, (vocab_size - len(_BERT)) // 2)  # a letter may take two ids: "a" and "##a"
+        letters = sorted(sorted(letters, key=lambda letter: (-counts[letter], letter))[:limit])
+        inner = ["##" + letter for letter in letters if len(draft.pre_tokenizer.pre_tokenize_str("a" + letter)) == 1]
+        # The trainer numbers inner letters in the order of a randomly seeded hash map, and breaks ties between merges
+        # by number, so two runs differ. Letters given as "special" tokens keep the order given.
+        trainer = trainers.WordPieceTrainer(
+            vocab_size=vocab_size,
+            min_frequency=2,
+            initial_alphabet=letters,
+            limit_alphabet=len(letters),
+            special_tokens=[*_BERT.values(), *letters, *inner],
+            show_progress=False,
+        )
+        draft.train_from_iterator((chunk for text in texts() for chunk in chunks(text)), trainer)
+        vocab = json.loads(draft.to_str())["model"]["vocab"]
+        config = {**_BERT, "tokenizer_class": "BertTokenizer", "do_lower_case": True}
+        return cls(_wordpiece(vocab, config), config)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text` as a model reads it: between [CLS] and [SEP], with special tokens in it recognised."""
+        return self.backend.encode(text).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text as a corpus holds it: none added, and a "[MASK]" in it is seven ordinary characters.
+
+        A Unigram model may hold "<mask>" among its pieces and has no other way to spell it: that becomes the unknown
+        token, or nothing where there is none. No other special token is ever in the result.
+        """
+        self.backend.encode_special_tokens = True
+        try:
+            rows = [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        finally:
+            self.backend.encode_special_tokens = False
+        return [ids if self._reserved.isdisjoint(ids) else self._without_reserved(ids) for ids in rows]
+
+    def _without_reserved(self, ids: list[int]) -> list[int]:
+        if self._unk_id is None:
+            return [id for id in ids if id not in self._reserved]
+        return [self._unk_id if id in self._reserved else id for id in ids]
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return self.backend.decode(list(map(int, ids)), skip_special_tokens=skip_special_tokens)
+
+    def save(self, directory) -> None:
+        """Write tokenizer.json and tokenizer_config.json, and vocab.txt for a WordPiece, into `directory`."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        self.backend.save(str(directory / "tokenizer.json"))
+        write_json(directory / "tokenizer_config.json", self.config)
+        vocab = self.backend.get_vocab(with_added_tokens=True)
+        if isinstance(self.backend.model, models.WordPiece) and len(vocab) == self.vocab_size:
+            words = sorted(vocab, key=vocab.get)
+            (directory / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+
+
+def chunks(text: str) -> Iterator[str]:
+    """`text` in cuts of about `_CHUNK_CHARS` characters; tokens are the same but where so many have no space."""
+    start = 0
+    while start < len(text):
+        end = start + _CHUNK_CHARS
+        if end < len(text):
+            # A byte-level tokenizer keeps a space with the word after it, so the cut comes before the white space.
+            space = max(text.rfind("\n", start + 1, end), text.rfind(" ", start + 1, end))
+            end = space if space > 0 else end
+        yield text[start:end]
+        start = end
+
+
+def _token(entry) -> str | None:
+    """A special token as tokenizer_config.json gives it: a string, or an object with its "content"."""
+    return entry.get("content") if isinstance(entry, dict) else entry
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"tokenizer: {path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"tokenizer: expected a JSON object in {path}, got a {type(content).__name__}")
+    return content
+
+
+def _wordpiece(vocab: dict[str, int], config: dict) -> tokenizers.Tokenizer:
+    """BERT's tokenizer around `vocab`, as Transformers builds it from a vocab.txt."""
+    tokens = {role: _token(config[role]) for role in _BERT}
+    backend = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token=tokens["unk_token"]))
+    backend.normalizer = normalizers.BertNormalizer(
+        lowercase=config.get("do_lower_case", True),
+        strip_accents=config.get("strip_accents"),
+        handle_chinese_chars=config.get("tokenize_chinese_chars", True),
+    )
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece(prefix="##")
+    backend.add_special_tokens([token for token in tokens.values() if token in vocab])
+    cls, sep = tokens["cls_token"], tokens["sep_token"]
+    if cls in vocab and sep in vocab:
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{cls} $A {sep}",
+            pair=f"{cls} $A {sep} $B:1 {sep}:1",
+            special_tokens=[(cls, vocab[cls]), (sep, vocab[sep])],
+        )
+    return backend
+
+
+def parse(tokenizer) -> Tokenizer | int:
+    """What a `tokenizer` argument says: a `Tokenizer`, given or loaded from a directory, or the N of `train:N`."""
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer
+    if not isinstance(tokenizer, (str, os.PathLike)) or not os.fspath(tokenizer):
+        raise ValueError(f"tokenizer: expected `train:8192`, a tokenizer's directory or a Tokenizer, got {tokenizer!r}")
+    kind, colon, size = str(tokenizer).partition(":")
+    if kind != "train" or not colon:
+        return Tokenizer.load(tokenizer)
+    if not size.isdecimal() or not _SMALLEST <= int(size) <= _LARGEST:
+        raise ValueError(
+            f"tokenizer: expected train:N, as train:8192, with N from {_SMALLEST} to {_LARGEST}; got {tokenizer!r}"
+        )
+    return int(size)

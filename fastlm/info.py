@@ -1,0 +1,128 @@
+"""What `fastlm info` says: versions, the machine, and which backend each op would run here, and why not the others."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+import fastlm
+from fastlm import _malloc, _native
+from fastlm.ops import _registry  # with it come the ops, which register their backends
+
+PACKAGES = ("torch", "triton", "transformers", "tokenizers", "numpy")
+BACKENDS = ("cpu", "triton", "cuda", "sdpa", "flash_attn", "apex", "reference")
+# The flags of /proc/cpuinfo that make the levels of FASTLM_CLONES (csrc/cpu/simd.h).
+_V3 = {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"}
+_V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+
+
+def version(package: str) -> str | None:
+    """The installed version of a package, without importing it; None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> tuple[str, set[str]]:
+    """Name and feature flags of the CPU; the flags are empty elsewhere than on x86 Linux."""
+    fields = {}
+    if Path("/proc/cpuinfo").exists():
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            fields.setdefault(key.strip(), value.strip())
+    return fields.get("model name") or platform.processor() or platform.machine(), set(fields.get("flags", "").split())
+
+
+def _clone(flags: set[str]) -> str:
+    """The level of machine code that the CPU kernels run."""
+    if flags >= _V4:
+        return "x86-64-v4 (AVX-512)"
+    return "x86-64-v3 (AVX2, FMA)" if flags >= _V3 else "portable"
+
+
+def machine() -> dict[str, object]:
+    """What a recorded result has to say of the machine and the software it came from; JSON types only."""
+    name, flags = _cpu()
+    gpu = torch.cuda.is_available()
+    return {
+        "fastlm": fastlm.__version__,
+        "python": platform.python_version(),
+        **{package: version(package) for package in PACKAGES},
+        "platform": platform.platform(),
+        "cpu": name,
+        "cpu_code": _clone(flags),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "openmp": [Path(path).name for path in _native.openmp_libraries()],
+        "allocator": _malloc.state(),
+        "gpu": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if gpu else [],
+        "cuda": torch.version.cuda,
+    }
+
+
+def _auto(op: str, device: str, dtype: torch.dtype) -> str:
+    order = _registry.AUTO[op].get(device, ())
+    return next((name for name in order if _registry.reason(op, name, device, dtype) is None), "reference")
+
+
+def backends_table(device: str) -> list[str]:
+    """Lines: an op each, its backends on `device`; below, the reasons of those that cannot run, each once."""
+    columns = [name for name in BACKENDS if any(name in _registry.backends(op) for op in _registry.AUTO)]
+    reasons: list[str] = []
+
+    def word(op, backend, dtype):
+        if backend not in _registry.backends(op):
+            return "-"
+        why = _registry.reason(op, backend, device, dtype)
+        if why is None:
+            return "auto" if backend == _auto(op, device, dtype) else "yes"
+        if why not in reasons:
+            reasons.append(why)
+        return f"no ({reasons.index(why) + 1})"
+
+    def cell(op, backend):
+        words = [word(op, backend, dtype) for dtype in (torch.float32, torch.bfloat16)]
+        return "/".join(dict.fromkeys(words))  # one word where both dtypes have the same
+
+    rows = [(f"on {device}", *columns), *((op, *(cell(op, name) for name in columns)) for op in _registry.AUTO)]
+    lines = [f"{row[0]:<24}" + "".join(f"{word:<14}" for word in row[1:]).rstrip() for row in rows]
+    return lines + [f"  ({i}) {reason}" for i, reason in enumerate(reasons, 1)]
+
+
+def _architectures(cuda) -> str:
+    """nvcc's "800,900" as "sm_80, sm_90"."""
+    return ", ".join(f"sm_{int(code) // 10}" for code in cuda.architectures().split(","))
+
+
+def report() -> str:
+    """The text of `fastlm info`."""
+    m = machine()
+    missing_cpu, missing_cuda = _native.missing_cpu(), _native.missing_cuda()
+    cuda = _native.cuda()
+    gpus = [
+        f"{d.name}, sm_{d.capability}, {d.multiprocessors} SMs, {d.l2_bytes >> 20} MB L2"
+        for d in (cuda.devices() if missing_cuda is None else ())
+    ]
+    versions = ", ".join(f"{package} {m[package] or 'not installed'}" for package in PACKAGES)
+    openmp = _native.openmp_libraries()
+    rows = {
+        "fastlm": f"{m['fastlm']} in {Path(fastlm.__file__).parent}",
+        "versions": f"Python {m['python']}, {versions}",
+        "CPU": f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads",
+        "CPU kernels": missing_cpu or f"built; they run {m['cpu_code']} code here",
+        "OpenMP": ", ".join(openmp) if openmp else "none mapped",
+        "allocator": m["allocator"],
+        "CUDA kernels": f"built for {_architectures(cuda)}" if cuda else missing_cuda,
+        "CUDA devices": "; ".join(gpus) or missing_cuda,
+        "torch's CUDA": f"{m['cuda'] or 'built without'}" + (f", {', '.join(m['gpu'])}" if m["gpu"] else ", no device"),
+    }
+    lines = [f"{name:<14}{value}" for name, value in rows.items()]
+    for device in ["cpu"] + (["cuda"] if m["gpu"] else []):
+        lines += ["", *backends_table(device)]
+    legend = 'auto: what backend="auto" runs, if shapes and options allow; a/b: float32/bfloat16'
+    return "\n".join([*lines, "", legend])

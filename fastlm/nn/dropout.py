@@ -1,0 +1,26 @@
+"""Dropout that no fused op covers."""
+
+from __future__ import annotations
+
+import torch
+
+from fastlm.ops import _checks, _random
+
+
+class Dropout(torch.nn.Dropout):
+    """torch.nn.Dropout, which can take its bits from (seed, step) like every dropout inside the ops.
+
+    Without `rng` it is torch's own. With it, the mask is a pure function of (rng, stream) and of the element's row and
+    column, written in plain torch: an order of magnitude slower, for runs that must be reproduced.
+    """
+
+    def __init__(self, p: float = 0.5, inplace: bool = False, *, stream: int = 0) -> None:
+        super().__init__(p, inplace)
+        self.stream = stream
+
+    def forward(self, input: torch.Tensor, rng: torch.Tensor | None = None) -> torch.Tensor:
+        """input (..., cols); rng int64 (2,), (seed, step), on its device, or None."""
+        if rng is None or not self.training:
+            return super().forward(input)
+        _checks.is_rng(rng, self.stream, input.device)
+        return _random.dropout_rows(input, self.p, rng, self.stream)

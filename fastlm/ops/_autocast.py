@@ -1,0 +1,33 @@
+"""Autocast, as torch treats the function of the same name.
+
+torch.library ops fall through the autocast keys, so the public functions cast here. Source: torch's autocast op lists.
+"""
+
+from __future__ import annotations
+
+import torch
+
+# op -> device -> what its floating-point inputs become: "float32", "low" (the autocast dtype); absent: left alone
+_POLICY = {
+    "layer_norm": {"cuda": "float32"},
+    "rms_norm": {"cuda": "float32"},
+    "cross_entropy": {"cuda": "float32", "cpu": "float32"},
+    "linear_cross_entropy": {"cuda": "low", "cpu": "low"},
+    "attention": {"cuda": "low", "cpu": "low"},
+}
+
+
+def autocast_dtype(op: str, tensor: torch.Tensor) -> torch.dtype:
+    """What autocast would cast `tensor` to for `op`; its own dtype outside of autocast."""
+    device, dtype = tensor.device.type, tensor.dtype
+    policy = _POLICY.get(op, {}).get(device)
+    if policy is None or not torch.is_autocast_enabled(device):
+        return dtype
+    if not dtype.is_floating_point or dtype == torch.float64:
+        return dtype
+    return torch.float32 if policy == "float32" else torch.get_autocast_dtype(device)
+
+
+def autocast(op: str, *tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """The tensors, floating-point ones cast as autocast would for `op`; unchanged outside of autocast."""
+    return tuple(None if t is None else t.to(autocast_dtype(op, t)) for t in tensors)

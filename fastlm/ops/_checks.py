@@ -1,0 +1,52 @@
+"""Argument checks shared by the ops: a ValueError that names the argument, what was expected, and what came."""
+
+from __future__ import annotations
+
+import torch
+
+
+def is_tensor(name: str, value, *, device=None, dtypes=None, shape=None) -> None:
+    """Checks a tensor's device, dtype and shape; `shape` is a tuple, None standing for any size."""
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name}: expected on {device}, where the other inputs are, got {value.device}")
+    if dtypes is not None and value.dtype not in dtypes:
+        raise ValueError(f"{name}: expected {' or '.join(str(d) for d in dtypes)}, got {value.dtype}")
+    if shape is not None and (
+        value.dim() != len(shape) or any(want is not None and want != got for want, got in zip(shape, value.shape))
+    ):
+        wanted = ", ".join("*" if want is None else str(want) for want in shape)
+        raise ValueError(f"{name}: expected shape ({wanted}), got {tuple(value.shape)}")
+
+
+def is_float(name: str, value) -> None:
+    is_tensor(name, value)
+    if not value.dtype.is_floating_point:
+        raise ValueError(f"{name}: expected a floating-point tensor, got {value.dtype}")
+
+
+def probability(name: str, p: float) -> None:
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"{name}: expected a probability in [0, 1], got {p}")
+
+
+def is_rng(rng, stream: int, device) -> None:
+    if rng is not None:
+        is_tensor("rng", rng, device=device, dtypes=(torch.int64,), shape=(2,))
+    if not 0 <= stream < 2**32:
+        raise ValueError(f"stream: expected an integer in [0, 2^32), got {stream}")
+
+
+def one_of(name: str, value, allowed) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(repr(a) for a in allowed)}, got {value!r}")
+
+
+def ids_inside(name: str, ids: torch.Tensor, size_name: str, size: int) -> None:
+    """On the CPU, and outside of a compiler's trace, looks whether all ids lie in [0, size)."""
+    if ids.device.type != "cpu" or torch.compiler.is_compiling() or not ids.numel():
+        return
+    low, high = (bound.item() for bound in ids.aminmax())
+    if low < 0 or high >= size:
+        raise ValueError(f"{name}: expected ids in [0, {size_name} = {size}), got {low if low < 0 else high}")

@@ -1,0 +1,86 @@
+"""Dropout's random bits, in torch: the definition that every kernel reproduces. The generator: fastlm/philox.py.
+
+rng is int64[2], (seed, step), on the device of the op; it is read, never written. Each call site has its own `stream`.
+The key of one call is words r0, r1 of Philox(counter = (step low, step high, stream, 0), key(seed, DROPOUT_DOMAIN)).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fastlm import philox
+
+_LOW32 = 0xFFFFFFFF
+
+
+def draw_rng(rng: torch.Tensor | None, dropout_p: float, device: torch.device) -> torch.Tensor | None:
+    """rng, contiguous; None where there is none and no dropout; else two int64 from torch's generator of the device."""
+    if rng is not None:
+        return rng.contiguous()
+    if dropout_p == 0.0:
+        return None
+    return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=device)
+
+
+def call_key(rng: torch.Tensor, stream: int) -> tuple[torch.Tensor, torch.Tensor]:
+    seed, step = rng[0], rng[1]
+    k0, k1 = seed & _LOW32, ((seed >> 32) & _LOW32) ^ philox.DROPOUT_DOMAIN
+    r0, r1, _, _ = philox.philox4x32(step & _LOW32, (step >> 32) & _LOW32, stream, 0, k0, k1)
+    return r0, r1
+
+
+def keep_rows(rows: int, cols: int, p: float, rng: torch.Tensor, stream: int) -> torch.Tensor:
+    """Which elements of a (rows, cols) matrix stay, bool.
+
+    counter = (column div 4, row low, row high, 0), word column mod 4; dropped where the word < floor(p·2^32).
+    """
+    k0, k1 = call_key(rng, stream)
+    quad = torch.arange((cols + 3) // 4, device=rng.device)[None, :]
+    row = torch.arange(rows, device=rng.device)[:, None]
+    words = philox.philox4x32(quad, row & _LOW32, row >> 32, 0, k0, k1)
+    return torch.stack(words, -1).reshape(rows, -1)[:, :cols] >= philox.threshold(p)
+
+
+def row_scale(p: float) -> float:
+    """What a kept element of a row op is multiplied by: 1/(1-p); 0 for p = 1, where nothing is kept."""
+    return 1.0 / (1.0 - p) if p < 1.0 else 0.0
+
+
+def dropout_rows(x: torch.Tensor, p: float, rng: torch.Tensor | None, stream: int) -> torch.Tensor:
+    """Dropout of x (..., cols), its leading dimensions counted as rows."""
+    if p == 0.0:
+        return x
+    keep = keep_rows(x.numel() // max(1, x.shape[-1]), x.shape[-1], p, rng, stream).view(x.shape)
+    return torch.where(keep, x * row_scale(p), 0.0)
+
+
+def attention_threshold(p: float) -> int:
+    """round(256·p), the byte below which attention drops. 0 < p < 1/256 is a ValueError: a byte cannot say it."""
+    if 0.0 < p < 1.0 / 256.0:
+        raise ValueError(f"dropout_p: attention drops in steps of 1/256, so p is 0 or at least 1/256; got {p}")
+    return int(256.0 * p + 0.5)
+
+
+def keep_attention(
+    batch: int, heads: int, queries: int, keys: int, p: float, rng: torch.Tensor, stream: int
+) -> torch.Tensor:
+    """Which probabilities of (batch, heads, queries, keys) stay, bool.
+
+    counter = (key div 16, query, sequence·heads + head, 0) gives sixteen bytes, little-endian, for sixteen keys;
+    dropped where byte (key mod 16) < round(256 p).
+    """
+    k0, k1 = call_key(rng, stream)
+    device = rng.device
+    block = torch.arange((keys + 15) // 16, device=device)
+    query = torch.arange(queries, device=device)[:, None]
+    head = torch.arange(batch * heads, device=device)[:, None, None]
+    words = torch.stack(torch.broadcast_tensors(*philox.philox4x32(block, query, head, 0, k0, k1)), -1)
+    shifts = torch.arange(0, 32, 8, device=device)
+    data = ((words[..., None] >> shifts) & 0xFF).flatten(-3)[..., :keys]
+    return (data >= attention_threshold(p)).view(batch, heads, queries, keys)
+
+
+def attention_scale(p: float) -> float:
+    """What a kept probability is multiplied by: 256/(256-t)."""
+    t = attention_threshold(p)
+    return 256.0 / (256.0 - t) if t < 256 else 0.0

@@ -1,0 +1,174 @@
+"""The only dispatch code: schemas, one autograd path, and which backend runs an op.
+
+An op `fastlm::name` takes its backend as its last argument, a resolved name ("cpu", "triton", "cuda").
+`backend="auto"` and the backends written in plain torch ("reference", "sdpa", ...) are decided before, by `choose`.
+
+    choose(op, backend, x, ...)      in the public function: a name that can run, or a ValueError with the reason
+    define(schema, fake)             schema and shapes of a raw op, below autograd
+    implement(name, backend)         decorator: one backend's implementation of a raw op
+    differentiable(name, ...)        one Autograd-key function that redispatches below autograd
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from fastlm import _native
+
+# Device -> backends in the order `auto` tries them. Order by measurement; the measurement is in LOG.md.
+AUTO: dict[str, dict[str, tuple[str, ...]]] = {
+    op: {"cpu": ("cpu", "reference"), "cuda": ("reference",)}
+    for op in ("layer_norm", "rms_norm", "cross_entropy", "linear_cross_entropy", "mlm_mask", "gelu", "embedding")
+}
+AUTO["attention"] = {"cpu": ("cpu", "sdpa", "reference"), "cuda": ("sdpa", "reference")}
+
+_FLOATS = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
+# Backends that are plain differentiable torch functions: no raw op behind them.
+COMPOSITE = ("reference", "sdpa", "flash_attn", "apex")
+
+_library = torch.library.Library("fastlm", "DEF")  # lives as long as the process
+_implementations: dict[tuple[str, str], object] = {}
+_backends: dict[str, set[str]] = {op: {"reference"} for op in AUTO}
+_limits: dict[tuple[str, str], object] = {}
+
+
+def limit(op: str, backend: str):
+    """Decorator for f(x, **features) -> reason or None: what this backend of this op cannot do."""
+    _backends[op].add(backend)
+
+    def register(function):
+        _limits[op, backend] = function
+        return function
+
+    return register
+
+
+def offer(op: str, *backends: str) -> None:
+    """Says that `op` has these backends, with no limit beyond device and dtype."""
+    _backends[op].update(backends)
+
+
+def backends(op: str) -> tuple[str, ...]:
+    """The names of the backends that `op` has, whether or not they can run here."""
+    return tuple(sorted(_backends[op]))
+
+
+def _missing(backend: str, device: str) -> str | None:
+    if backend == "cpu":
+        return _native.missing_cpu() or (None if device == "cpu" else f"it runs on the cpu, the input is on {device}")
+    if backend == "cuda":
+        return _native.missing_cuda() or (None if device == "cuda" else f"it runs on cuda, the input is on {device}")
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return None
+
+
+def reason(op: str, backend: str, device: str, dtype: torch.dtype | None, x=None, **features) -> str | None:
+    """Why `backend` cannot run `op` on `device` with `dtype` (None: any), or None if it can."""
+    if backend not in _backends[op]:
+        return f"{op} has no such backend; it has {', '.join(backends(op))}"
+    missing = _missing(backend, device)
+    if missing:
+        return missing
+    if dtype is not None and dtype.is_floating_point and dtype not in _FLOATS.get(backend, (dtype,)):
+        return f"it takes {', '.join(str(d) for d in _FLOATS[backend])}, not {dtype}"
+    check = _limits.get((op, backend))
+    return check(x, **features) if check and x is not None else None
+
+
+def choose(op: str, backend: str, x: torch.Tensor, **features) -> str:
+    """The backend that runs `op` on x: the one named, or for "auto" the first of AUTO that can."""
+    device = x.device.type
+    if backend == "auto":
+        for candidate in AUTO[op].get(device, ("reference",)):
+            if reason(op, candidate, device, x.dtype, x, **features) is None:
+                return candidate
+        return "reference"
+    why = reason(op, backend, device, x.dtype, x, **features)
+    if why is not None:
+        raise ValueError(f'backend="{backend}" cannot run {op} here: {why}. Use backend="auto" to let fastlm choose.')
+    return backend
+
+
+def define(schema: str, fake) -> None:
+    """Defines fastlm::<schema>: no defaults, the last argument is `str backend`. `fake(*args)` gives empty outputs.
+
+    An argument that the schema marks as written, Tensor(a!), has its version raised at every call.
+    """
+    name = schema.split("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"fastlm::{name}", fake, lib=_library)
+
+    def run(*args):
+        try:
+            function = _implementations[name, args[-1]]
+        except KeyError:
+            names = sorted(backend for op, backend in _implementations if op == name)
+            raise ValueError(f"fastlm::{name}: backend is one of {names}, got {args[-1]!r}") from None
+        return function(*args[:-1])
+
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, run, key)
+
+    op = getattr(torch.ops.fastlm, name).default
+    written = [i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+
+    def raise_versions(keyset, *args):
+        for i in written:
+            torch.autograd.graph.increment_version(args[i])
+        return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+
+    if written:
+        _library.impl(name, raise_versions, "ADInplaceOrView", with_keyset=True)
+
+
+def implement(name: str, backend: str):
+    """Decorator: the implementation of fastlm::name for one backend; called with all arguments but the backend."""
+
+    def register(function):
+        _implementations[name, backend] = function
+        return function
+
+    return register
+
+
+def differentiable(name: str, setup_context, backward) -> None:
+    """Registers the Autograd-key function of fastlm::name.
+
+    setup_context(ctx, args, outputs) saves what backward needs; `args` are all of the op's.
+    backward(ctx, *grads) returns a gradient, or None, for each argument; a gradient may come as None.
+    Double backward is refused.
+    """
+    op = getattr(torch.ops.fastlm, name).default
+    below = torch._C._after_autograd_keyset
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, keyset, *args):
+            ctx.set_materialize_grads(False)
+            with torch._C._AutoDispatchBelowAutograd():
+                outputs = op.redispatch(keyset & below, *args)
+            setup_context(ctx, args, outputs)
+            return outputs
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx, *grads):
+            return None, *backward(ctx, *grads)
+
+    Function.__name__ = Function.__qualname__ = name  # the name that a profile and a graph show
+
+    def run(keyset, *args):
+        if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
+            return Function.apply(keyset, *args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & below, *args)
+
+    _library.impl(name, run, "Autograd", with_keyset=True)

@@ -1,0 +1,16 @@
+"""Views that the kernels' strides need."""
+
+from __future__ import annotations
+
+import torch
+
+
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """x (..., cols) as (rows, cols) with a unit last stride: a view where the strides allow, else a copy."""
+    x = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(x.shape[:-1].numel(), x.shape[-1])
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def unit_stride(x: torch.Tensor) -> torch.Tensor:
+    """x with a unit last stride: itself where it has one, else a copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()

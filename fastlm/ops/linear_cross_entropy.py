@@ -1,0 +1,300 @@
+"""linear_cross_entropy: cross_entropy(hidden @ weightᵀ + bias, target) whose logits never exist as a whole.
+
+The rows of hidden (N, D) are taken in chunks. A chunk's logits (rows, V) are a matrix product of the platform's BLAS
+into one buffer that every chunk reuses; fastlm's cross_entropy turns them into loss and gradient in place. The maths
+of a row stand in fastlm/ops/cross_entropy.py; with G = dlogits,
+
+    dhidden = G weight,   dweight = Gᵀ hidden,   dbias = Σ_rows G
+
+For "mean" and "sum" the forward computes these, where they are needed, while a chunk's logits are at hand, and
+backward multiplies them by dloss: three matrix products for a step, as without chunks. For "none", dloss differs from
+row to row: the forward keeps nothing but its inputs, and backward computes the logits again, a fourth product.
+
+Chunks are of equal size: a fifth of the rows, which bounds the memory, but at most 512, and at least 64. Fewer rows a
+chunk cost time, since each chunk reads and writes the whole weight gradient (at 256 rows about a twentieth of the
+time of the products, on two cores with 150 GFLOP/s and 15 GB/s), and more than 512 gain nothing.
+The weight gradient is summed over the chunks in float32. With bfloat16 on the CPU, where torch has no product of
+bfloat16 matrices with a float32 result, G and the chunk's hidden are widened for that product, a few classes at a
+time; the other products stay bfloat16, as F.linear's. oneDNN computes those in a float32 copy of the chunk, so that
+the chunks there are a sixteenth of the rows.
+
+Sources: Hsu et al. 2024 (arXiv:2410.10989, Liger Kernel) for gradients in the forward, chunk by chunk;
+Wijmans et al. 2024 (arXiv:2411.09009) for the memory that logits take.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from fastlm.ops import _checks, _registry
+from fastlm.ops._autocast import autocast, autocast_dtype
+from fastlm.ops._shapes import as_rows
+from fastlm.ops.cross_entropy import (
+    check_labels,
+    check_options,
+    check_target,
+    count_cpu,
+    cross_entropy_reference,
+    rows_cpu,
+    scale,
+)
+
+
+def linear_cross_entropy_reference(
+    hidden,
+    weight,
+    target,
+    bias=None,
+    *,
+    class_weight=None,
+    ignore_index=-100,
+    label_smoothing=0.0,
+    z_loss=0.0,
+    reduction="mean",
+    dtype=None,
+):
+    """The loss in plain differentiable torch; the logits exist. dtype: of the loss, hidden's by default."""
+    logits = F.linear(hidden, weight, bias)
+    return cross_entropy_reference(
+        logits if dtype is None else logits.to(dtype),
+        target,
+        weight=class_weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        reduction=reduction,
+    )
+
+
+# ---- the raw ops. The loss is float32; an output that is not needed is empty.
+
+
+def chunk_rows(rows: int, dtype: torch.dtype) -> int:
+    """Rows of a chunk; the rule stands above."""
+    parts = max(5 if dtype == torch.float32 else 16, -(-rows // 512))
+    return max(64, -(-rows // parts))
+
+
+def _fake_bwd(dloss, hidden, weight, target, bias, class_weight, ignore_index, label_smoothing, z_loss, needs, backend):
+    dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else hidden.new_empty(0)
+    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else weight.new_empty(0)
+    return dhidden, dweight, hidden.new_empty(weight.shape[0] if needs[2] else 0)
+
+
+def _fake_fwd(
+    hidden, weight, target, bias, class_weight, ignore_index, label_smoothing, z_loss, reduction, needs, backend
+):
+    loss = hidden.new_empty(target.shape if reduction == "none" else (), dtype=torch.float32)
+    return loss, *_fake_bwd(None, hidden, weight, target, bias, None, 0, 0.0, 0.0, needs, backend)
+
+
+_INPUTS = (
+    "Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? class_weight, int ignore_index, "
+    "float label_smoothing, float z_loss"
+)
+# needs: of dhidden, dweight, dbias; all false for "none", whose gradients are linear_cross_entropy_bwd's.
+_registry.define(
+    f"linear_cross_entropy_fwd({_INPUTS}, str reduction, bool[] needs, str backend) "
+    "-> (Tensor loss, Tensor dhidden, Tensor dweight, Tensor dbias)",
+    _fake_fwd,
+)
+_registry.define(
+    f"linear_cross_entropy_bwd(Tensor dloss, {_INPUTS}, bool[] needs, str backend) "
+    "-> (Tensor dhidden, Tensor dweight, Tensor dbias)",
+    _fake_bwd,
+)
+
+
+def _setup_context(ctx, args, outputs):
+    *inputs, reduction, needs, backend = args
+    _loss, *gradients = outputs
+    ctx.mark_non_differentiable(*gradients)
+    hidden, weight, _target, bias = inputs[:4]
+    wanted = [t is not None and t.requires_grad for t in (hidden, weight, bias)]
+    if reduction == "none":
+        ctx.save_for_backward(*inputs[:5])
+        ctx.rest = inputs[5:], wanted, backend
+    elif any(w and not n for w, n in zip(wanted, needs)):
+        raise ValueError(f"needs: expected {wanted}, what requires a gradient of hidden, weight, bias; got {needs}")
+    else:
+        ctx.save_for_backward(*gradients)
+        ctx.rest = None, needs, backend
+
+
+def _backward(ctx, dloss, *_):
+    options, needs, backend = ctx.rest
+    if options is None:
+        gradients = [scale(g, dloss, backend) if need else None for g, need in zip(ctx.saved_tensors, needs)]
+    else:
+        gradients = torch.ops.fastlm.linear_cross_entropy_bwd(dloss, *ctx.saved_tensors, *options, needs, backend)
+    dhidden, dweight, dbias = (g if need else None for g, need in zip(gradients, needs))
+    return dhidden, dweight, None, dbias, *(None,) * 7
+
+
+_registry.differentiable("linear_cross_entropy_fwd", _setup_context, _backward)
+
+
+# ---- CPU: torch's BLAS, and the kernel of csrc/cpu/cross_entropy.cpp
+
+WIDENED = 2048  # classes whose bfloat16 dlogits are widened at a time
+
+
+@torch.no_grad()  # products with out=
+@torch.autocast("cpu", enabled=False)  # which would make the float32 ones bfloat16
+def _chunks_cpu(hidden, weight, target, bias, class_weight, options, denominator, dloss, needs):
+    """Each row's loss, Σ loss / denominator, and the gradients: as _fake_bwd's, the weight's and bias's in float32."""
+    dhidden, dweight, dbias = _fake_bwd(None, hidden, weight, None, None, None, 0, 0.0, 0.0, needs, "cpu")
+    dweight, dbias = dweight.float(), dbias.float().zero_()
+    h, dh, weight = as_rows(hidden), as_rows(dhidden) if needs[0] else None, as_rows(weight)
+    rows, vocabulary = h.shape[0], weight.shape[0]
+    losses, total = h.new_empty(rows, dtype=torch.float32), 0.0 if rows or denominator else math.nan
+    step = chunk_rows(rows, h.dtype)
+    buffer = h.new_empty(min(step, rows), vocabulary)
+    if rows == 0:
+        dweight.zero_()
+    for begin in range(0, rows, step):
+        chunk = slice(begin, begin + step)
+        x = h[chunk]
+        g = buffer[: x.shape[0]]
+        if bias is None:
+            torch.mm(x, weight.t(), out=g)
+        else:
+            torch.addmm(bias, x, weight.t(), out=g)
+        losses[chunk], part = rows_cpu(
+            g,
+            target[chunk],
+            class_weight,
+            None if dloss is None else dloss[chunk],
+            g if any(needs) else None,
+            options,
+            denominator,
+        )
+        total += part
+        if needs[0]:
+            torch.mm(g, weight, out=dh[chunk])
+        if needs[1] or needs[2]:
+            x, width = x.float(), vocabulary if g.dtype == torch.float32 else WIDENED
+            for column in range(0, vocabulary, width):
+                columns = slice(column, column + width)
+                wide = g[:, columns].float()
+                if needs[1]:
+                    dw = dweight[columns]
+                    torch.addmm(dw, wide.t(), x, beta=1.0 if begin else 0.0, out=dw)
+                if needs[2]:
+                    dbias[columns] += wide.sum(0)
+    return losses, total, dhidden, dweight, dbias
+
+
+def _float(weight):
+    return None if weight is None else weight.float().contiguous()
+
+
+@_registry.implement("linear_cross_entropy_fwd", "cpu")
+def _fwd_cpu(hidden, weight, target, bias, class_weight, ignore_index, label_smoothing, z_loss, reduction, needs):
+    t, class_weight = target.reshape(-1).contiguous(), _float(class_weight)
+    denominator = count_cpu(t, class_weight, weight.shape[0], ignore_index, reduction)
+    options = ignore_index, label_smoothing, z_loss
+    losses, total, dhidden, dweight, dbias = _chunks_cpu(
+        hidden, weight, t, bias, class_weight, options, denominator, None, needs
+    )
+    loss = losses.view(target.shape) if reduction == "none" else losses.new_full((), total)
+    return loss, dhidden, dweight.to(weight.dtype), dbias.to(hidden.dtype)
+
+
+@_registry.implement("linear_cross_entropy_bwd", "cpu")
+def _bwd_cpu(dloss, hidden, weight, target, bias, class_weight, ignore_index, label_smoothing, z_loss, needs):
+    t, dloss = target.reshape(-1).contiguous(), dloss.reshape(-1).float().contiguous()
+    options = ignore_index, label_smoothing, z_loss
+    _, _, dhidden, dweight, dbias = _chunks_cpu(
+        hidden, weight, t, bias, _float(class_weight), options, 1.0, dloss, needs
+    )
+    return dhidden, dweight.to(weight.dtype), dbias.to(hidden.dtype)
+
+
+_registry.offer("linear_cross_entropy", "cpu")
+
+
+# ---- public
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    class_weight: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Cross-entropy of the logits hidden @ weightᵀ + bias, which never exist as a whole.
+
+    Args:
+        hidden: (..., D), floating point.
+        weight: (V, D), in hidden's dtype: the output projection, an embedding table where that is tied.
+        target: int64 (...), as of cross_entropy.
+        bias: (V,) in hidden's dtype, or None.
+        class_weight: (V,) floating point or None; cross_entropy's `weight`.
+        ignore_index, label_smoothing, z_loss, reduction: as of cross_entropy.
+        backend: "auto", "reference" (the logits exist), "cpu".
+
+    Gradients are computed in the forward, chunk by chunk, and scaled in backward ("none": computed in backward).
+    Beyond them, at most a quarter of the logits' memory is taken (but that of 64 rows for N < 320), and for bfloat16 a
+    float32 copy of the weight gradient.
+
+    Returns the loss, of target's shape for "none", else a scalar; in hidden's dtype, float32 for bfloat16 and float16
+    under autocast, which casts hidden, weight and bias as it would for F.linear.
+    Raises ValueError as cross_entropy does, and for dtypes of hidden, weight and bias that differ outside of autocast.
+    On a device, a target outside the vocabulary makes the loss and the gradients NaN.
+    """
+    _checks.is_float("hidden", hidden)
+    if hidden.dim() == 0 or hidden.shape[-1] == 0:
+        raise ValueError(f"hidden: expected (..., D) with D ≥ 1, got shape {tuple(hidden.shape)}")
+    check_target(target, hidden.device, hidden.shape[:-1])
+    hidden_dtype = hidden.dtype
+    _checks.is_float("weight", weight)
+    _checks.is_tensor("weight", weight, device=hidden.device, shape=(None, hidden.shape[-1]))
+    if weight.shape[0] == 0:
+        raise ValueError(f"weight: expected (V, D) with V ≥ 1, got shape {tuple(weight.shape)}")
+    if bias is not None:
+        _checks.is_float("bias", bias)
+        _checks.is_tensor("bias", bias, device=hidden.device, shape=weight.shape[:1])
+    check_options(
+        hidden.device, weight.shape[0], class_weight, "class_weight", label_smoothing, reduction, ignore_index
+    )
+    hidden, weight, bias = autocast("linear_cross_entropy", hidden, weight, bias)
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None and parameter.dtype != hidden.dtype:
+            raise ValueError(
+                f"{name}: expected {hidden_dtype}, hidden's dtype, got {parameter.dtype}; cast it, or use autocast"
+            )
+    backend = _registry.choose("linear_cross_entropy", backend, hidden)
+    dtype = autocast_dtype("cross_entropy", hidden)
+    if backend == "reference":
+        check_labels(target, weight.shape[0], ignore_index)
+        return linear_cross_entropy_reference(
+            hidden,
+            weight,
+            target,
+            bias,
+            class_weight=class_weight,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            reduction=reduction,
+            dtype=dtype,
+        )
+    needs = [
+        reduction != "none" and torch.is_grad_enabled() and t is not None and t.requires_grad
+        for t in (hidden, weight, bias)
+    ]
+    loss, _, _, _ = torch.ops.fastlm.linear_cross_entropy_fwd(
+        hidden, weight, target, bias, class_weight, ignore_index, label_smoothing, z_loss, reduction, needs, backend
+    )
+    return loss.to(dtype)

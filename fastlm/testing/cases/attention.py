@@ -1,0 +1,142 @@
+"""attention."""
+
+import itertools
+
+import torch
+
+from fastlm import ops
+from fastlm.testing.cases._case import OpCase, Variant, draw_rng
+
+
+def _cu_seqlens(lengths):
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+
+
+def _make(generator, b=0, s=0, h=1, d=8, kv=0, sk=-1, lengths=(), lengths_k=(), padding="", buckets=0):
+    """b sequences of s queries and sk keys (default s), h heads, kv of them for keys and values (default h).
+
+    lengths: packed input with these sequences (lengths_k: of the keys).
+    padding: a key_mask with padding on the "left", the "right", or on "both" sides, where also the last sequence has
+    no key at all; "holes": any key may be masked.
+    buckets: a bias table.
+    """
+
+    def randn(*size):
+        return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+    kv, sk = kv or h, s if sk < 0 else sk
+    lengths_k = lengths_k or lengths
+    rows_q, rows_k = ((sum(lengths),), (sum(lengths_k),)) if lengths else ((b, s), (b, sk))
+    key_mask = None
+    if padding == "holes":
+        key_mask = torch.rand(b, sk, generator=generator) < 0.5
+    elif padding:
+        pad = torch.randint(0, sk // 3 + 1, (2, b, 1), generator=generator)
+        first = pad[0] if padding in ("left", "both") else torch.zeros_like(pad[0])
+        last = sk - (pad[1] if padding in ("right", "both") else torch.zeros_like(pad[1]))
+        key_mask = (torch.arange(sk) >= first) & (torch.arange(sk) < last)
+        if padding == "both":
+            key_mask[-1] = False
+    packed = {
+        "cu_seqlens_q": _cu_seqlens(lengths), "cu_seqlens_k": _cu_seqlens(lengths_k),
+        "max_seqlen_q": max(lengths), "max_seqlen_k": max(lengths_k),
+    } if lengths else {}  # fmt: skip
+    return {
+        "q": randn(*rows_q, h, d), "k": randn(*rows_k, kv, d), "v": randn(*rows_k, kv, d),
+        "table": randn(buckets, h) if buckets else None, "key_mask": key_mask, "rng": draw_rng(generator), **packed,
+    }  # fmt: skip
+
+
+def _bind(function):
+    """The function with `table` and its flags for a RelativeBias, so that the table is an input like any other."""
+
+    def call(table=None, bidirectional=True, max_distance=128, **arguments):
+        bias = None if table is None else ops.RelativeBias(table, bidirectional, max_distance)
+        return function(relative_bias=bias, **arguments)
+
+    return call
+
+
+def _return_lse(function):
+    def call(*, backend, **arguments):
+        return function(**arguments, return_lse=True, backend=backend)
+
+    return call
+
+
+def _pairs(shape, options):
+    """Query-key pairs that the textbook counts: all of a sequence's, half of them where causal."""
+    lengths = shape.get("lengths") or (shape["s"],) * shape["b"]
+    lengths_k = shape.get("lengths_k") or (shape.get("sk", shape["s"]),) * shape["b"] if "b" in shape else lengths
+    return sum(q * k for q, k in zip(lengths, lengths_k)) / (2 if options.get("causal") else 1)
+
+
+def _flops(shape, options, backward):
+    forward = 4 * _pairs(shape, options) * shape["h"] * shape["d"]
+    return int(forward * 2.5 if backward else forward)
+
+
+def _bytes(shape, options, itemsize, backward):
+    lengths = shape.get("lengths") or (shape["s"],) * shape["b"]
+    keys = sum(shape.get("lengths_k") or lengths) if "b" not in shape else shape["b"] * shape.get("sk", shape["s"])
+    queries, h, d = sum(lengths), shape["h"], shape["d"]
+    tensors = 2 * queries * h + 2 * keys * shape.get("kv", h)  # q, out; k, v
+    if backward:  # q, out, dout, dq; k, v, dk, dv
+        tensors *= 2
+    return itemsize * tensors * d + 4 * queries * h  # and lse
+
+
+_TESTS = (
+    Variant({"b": 2, "s": 37, "h": 2, "d": 8}),
+    Variant({"b": 1, "s": 130, "h": 2, "d": 64}, {"dropout_p": 0.1, "stream": 3}),
+    Variant({"b": 2, "s": 70, "h": 2, "d": 33}, {"causal": True, "dropout_p": 0.5}),
+    Variant({"b": 2, "s": 9, "sk": 75, "h": 4, "kv": 2, "d": 80}, {"causal": True}),
+    Variant({"b": 2, "s": 75, "sk": 20, "h": 2, "d": 16}, {"causal": True}),  # queries that see no key
+    Variant({"b": 1, "s": 150, "h": 1, "d": 128}, {"window_size": (20, 5)}),
+    Variant({"b": 1, "s": 150, "sk": 140, "h": 4, "d": 8}, {"window_size": (16, -1), "causal": True}),
+    Variant({"b": 3, "s": 70, "h": 2, "d": 16, "padding": "both"}, {"dropout_p": 0.1}),
+    Variant({"b": 3, "s": 40, "h": 2, "d": 16, "padding": "left"}, {"causal": True}),
+    Variant({"b": 2, "s": 66, "h": 1, "d": 8, "padding": "holes"}),
+    Variant({"h": 4, "kv": 1, "d": 32, "lengths": (5, 0, 70, 1, 0)}, {"dropout_p": 0.1}),
+    Variant({"h": 2, "d": 16, "lengths": (3, 70, 0, 9), "lengths_k": (65, 7, 4, 0)}, {"causal": True}),
+    Variant({"b": 2, "s": 150, "h": 2, "d": 16, "buckets": 32}, {"max_distance": 50, "softmax_scale": 0.5}, ("table",)),
+    Variant(
+        {"h": 2, "d": 16, "lengths": (70, 0, 30), "buckets": 8},
+        {"causal": True, "bidirectional": False, "max_distance": 20, "dropout_p": 0.1},
+    ),
+    Variant({"b": 2, "s": 0, "h": 2, "d": 8}),
+    Variant({"b": 2, "s": 3, "sk": 0, "h": 2, "d": 8}),
+)
+
+# Real lengths of documents cut at 512: many short ones, every fifth or so as long as it may be.
+_LENGTHS = (512, 61, 187, 512, 23, 240, 34, 512, 96, 310, 512, 142, 57, 398, 512, 88)
+
+_BENCHMARKS = (
+    Variant({"b": 8, "s": 512, "h": 12, "d": 64}),
+    Variant({"b": 8, "s": 512, "h": 12, "d": 64}, {"dropout_p": 0.1}),
+    Variant({"h": 12, "d": 64, "lengths": _LENGTHS}, {"dropout_p": 0.1}),
+    Variant({"b": 4, "s": 1024, "h": 12, "d": 64}, {"causal": True}),
+    Variant({"b": 8, "s": 512, "h": 8, "d": 64, "buckets": 32}, {"softmax_scale": 1.0}),
+)
+
+ATTENTION = OpCase(
+    op="attention",
+    function=_return_lse(_bind(ops.attention)),
+    reference=_bind(ops.attention_reference),
+    make=_make,
+    gradients=("q", "k", "v", "table"),
+    tests=_TESTS,
+    benchmarks=_BENCHMARKS,
+    bytes=_bytes,
+    flops=_flops,
+    gradcheck=(
+        Variant(
+            {"b": 2, "s": 4, "sk": 3, "h": 2, "kv": 1, "d": 3, "padding": "left", "buckets": 4},
+            {"dropout_p": 0.2, "max_distance": 3},
+        ),
+        Variant(
+            {"h": 1, "d": 3, "lengths": (2, 0, 3), "buckets": 4},
+            {"causal": True, "bidirectional": False, "max_distance": 4},
+        ),
+    ),
+)

@@ -1,0 +1,77 @@
+"""cross_entropy."""
+
+import torch
+
+from fastlm import ops
+from fastlm.testing.cases._case import OpCase, Variant
+
+IGNORED = -100
+
+
+def make_target(generator, rows, vocabulary, ignored=0):
+    """Any classes, the last one among them; ignored: 1 for a fifth of the rows, 2 for all."""
+    target = torch.randint(0, vocabulary, (rows,), generator=generator)
+    target[rows // 2 :][:1] = vocabulary - 1
+    if ignored:
+        target[:: 5 if ignored == 1 else 1] = IGNORED
+    return target
+
+
+def _make(generator, rows, vocabulary, ignored=0, weight=0, scale=3, masked=0):
+    logits = torch.randn(rows, vocabulary, generator=generator, dtype=torch.float64) * scale
+    target = make_target(generator, rows, vocabulary, ignored)
+    if masked:  # a third of the classes cannot be
+        impossible = torch.rand(rows, vocabulary, generator=generator) < 1 / 3
+        impossible[target != IGNORED, target[target != IGNORED]] = False
+        logits = logits.masked_fill(impossible, -torch.inf)
+    return {
+        "logits": logits,
+        "target": target,
+        "weight": torch.rand(vocabulary, generator=generator, dtype=torch.float64) + 0.1 if weight else None,
+    }
+
+
+def _bytes(shape, options, itemsize, backward):
+    """The forward's one pass: logits in, gradient out. Backward has nothing to do while dloss is 1."""
+    elements = shape["rows"] * shape["vocabulary"]
+    return 0 if backward else itemsize * elements * 2
+
+
+def _overwriting(*, logits, inplace=False, backend, **arguments):
+    # In place needs logits that an op computed; the addition of zero keeps their bits.
+    return ops.cross_entropy(logits + 0.0 if inplace else logits, inplace=inplace, backend=backend, **arguments)
+
+
+def _reference(*, inplace=False, **arguments):
+    return ops.cross_entropy_reference(**arguments)
+
+
+CROSS_ENTROPY = OpCase(
+    op="cross_entropy",
+    function=_overwriting,
+    reference=_reference,
+    make=_make,
+    gradients=("logits",),
+    tests=(
+        Variant({"rows": 5, "vocabulary": 33}),
+        Variant({"rows": 0, "vocabulary": 7}, {"reduction": "sum"}),
+        Variant({"rows": 3, "vocabulary": 1}),
+        Variant({"rows": 4, "vocabulary": 9, "ignored": 2}, {"reduction": "sum"}),
+        Variant({"rows": 6, "vocabulary": 4099, "ignored": 1}, {"inplace": True}),
+        Variant({"rows": 20, "vocabulary": 300, "weight": 1, "ignored": 1}, {"label_smoothing": 0.1}),
+        Variant({"rows": 12, "vocabulary": 50, "ignored": 1}, {"z_loss": 1e-3, "reduction": "none"}),
+        Variant({"rows": 6, "vocabulary": 65, "weight": 1}, {"label_smoothing": 1.0, "z_loss": 1e-4, "inplace": True}),
+        Variant({"rows": 6, "vocabulary": 65, "scale": 10000}),
+        Variant({"rows": 7, "vocabulary": 130, "masked": 1}, {"reduction": "none", "inplace": True}),
+    ),
+    benchmarks=tuple(
+        Variant({"rows": rows, "vocabulary": vocabulary}, {"inplace": True} if inplace else {})
+        for rows, vocabulary in ((1024, 30522), (1024, 50257), (4096, 32128))
+        for inplace in (False, True)
+    ),
+    bytes=_bytes,
+    gradcheck=(
+        Variant({"rows": 5, "vocabulary": 6, "weight": 1, "ignored": 1}, {"label_smoothing": 0.2, "z_loss": 0.1}),
+        Variant({"rows": 5, "vocabulary": 6, "ignored": 1}, {"reduction": "none"}),
+    ),
+)

@@ -1,0 +1,79 @@
+"""layer_norm and rms_norm."""
+
+import dataclasses
+
+import torch
+
+from fastlm import ops
+from fastlm.testing.cases._case import OpCase, Variant, draw_rng
+
+
+def _make_norm(generator, rows, cols, weight=1, bias=1, residual=0):
+    def randn(*size):
+        return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+    return {
+        "x": randn(rows, cols) * 2 + 0.5,
+        "weight": randn(cols) if weight else None,
+        **({"bias": randn(cols)} if bias else {}),
+        "residual": randn(rows, cols) if residual else None,
+        "rng": draw_rng(generator),
+    }
+
+
+def _norm_bytes(shape, options, itemsize, backward):
+    elements, extra = shape["rows"] * shape["cols"], shape.get("residual", 0)
+    if not backward:  # x, residual in; y, h out
+        return itemsize * elements * (2 + 2 * extra)
+    dropped = options.get("dropout_p", 0.0) > 0.0
+    return itemsize * elements * (3 + extra + dropped)  # dy, h (and dh) in; dresidual (and dx) out
+
+
+_NORM_TESTS = (
+    Variant({"rows": 5, "cols": 33}),
+    Variant({"rows": 0, "cols": 8}),
+    Variant({"rows": 3, "cols": 1}),
+    Variant({"rows": 70, "cols": 768, "residual": 1}, float32=("weight", "bias")),
+    Variant({"rows": 9, "cols": 50, "residual": 1}, {"dropout_p": 0.1, "stream": 7}),
+    Variant({"rows": 4, "cols": 5}, {"dropout_p": 1.0}),
+    Variant({"rows": 2, "cols": 4099, "weight": 0, "bias": 0}, {"eps": 1e-12}),
+)
+_NORM_BENCHMARKS = tuple(
+    Variant({"rows": rows, "cols": cols, "residual": residual}, {"dropout_p": p} if p else {})
+    for rows, cols in ((8192, 768), (8192, 1024), (4096, 4096))
+    for residual, p in ((0, 0.0), (1, 0.0), (1, 0.1))
+)
+
+
+def _without_bias(variants):
+    return tuple(dataclasses.replace(v, shape={**v.shape, "bias": 0}) for v in variants)
+
+
+def _return_residual(function):
+    def call(*, backend, **arguments):
+        return function(**arguments, return_residual=True, backend=backend)
+
+    return call
+
+
+LAYER_NORM = OpCase(
+    op="layer_norm",
+    function=_return_residual(ops.layer_norm),
+    reference=ops.layer_norm_reference,
+    make=_make_norm,
+    gradients=("x", "weight", "bias", "residual"),
+    tests=_NORM_TESTS,
+    benchmarks=_NORM_BENCHMARKS,
+    bytes=_norm_bytes,
+    gradcheck=(Variant({"rows": 3, "cols": 6, "residual": 1}, {"dropout_p": 0.3}),),
+)
+RMS_NORM = dataclasses.replace(
+    LAYER_NORM,
+    op="rms_norm",
+    function=_return_residual(ops.rms_norm),
+    reference=ops.rms_norm_reference,
+    gradients=("x", "weight", "residual"),
+    tests=_without_bias(_NORM_TESTS),
+    benchmarks=_without_bias(_NORM_BENCHMARKS),
+    gradcheck=_without_bias(LAYER_NORM.gradcheck),
+)

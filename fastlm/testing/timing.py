@@ -1,0 +1,71 @@
+"""Interleaved timing: every round runs every contender once, so that a slow moment of the machine meets them all."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds a call: the median of the rounds, and their interquartile range."""
+
+    ms: float
+    iqr: float
+    rounds: tuple[float, ...]
+
+    @classmethod
+    def of(cls, rounds: list[float]) -> Timing:
+        low, _, high = statistics.quantiles(rounds, n=4) if len(rounds) > 1 else (rounds[0],) * 3
+        return cls(statistics.median(rounds), high - low, tuple(rounds))
+
+
+def time_calls(function: Callable[[], object], calls: int, device: torch.device) -> float:
+    """Milliseconds a call."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(calls):
+            function()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / calls
+    start = time.perf_counter()
+    for _ in range(calls):
+        function()
+    return (time.perf_counter() - start) * 1e3 / calls
+
+
+def interleaved(
+    contenders: dict[str, Callable[[], object]], *, device: torch.device | str = "cpu", **options
+) -> dict[str, Timing]:
+    """Times every contender, a function without arguments, in turn. Options as of `interleaved_timers`.
+
+    A contender is expected to take fresh inputs by itself where that matters.
+    """
+    device = torch.device(device)
+    timers = {name: partial(time_calls, function, device=device) for name, function in contenders.items()}
+    return interleaved_timers(timers, **options)
+
+
+def interleaved_timers(
+    timers: dict[str, Callable[[int], float]], *, rounds: int = 7, min_ms: float = 20.0, warmup: int = 2
+) -> dict[str, Timing]:
+    """Times every contender, `rounds` rounds in turn, each round at least `min_ms` long.
+
+    A timer makes the calls that it is asked for, in another process for example, and returns milliseconds a call.
+    """
+    calls = {}
+    for name, timer in timers.items():
+        timer(warmup)
+        calls[name] = max(1, int(min_ms / max(1e-3, timer(1))))
+    times: dict[str, list[float]] = {name: [] for name in timers}
+    for _ in range(rounds):
+        for name, timer in timers.items():
+            times[name].append(timer(calls[name]))
+    return {name: Timing.of(rounds) for name, rounds in times.items()}

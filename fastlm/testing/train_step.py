@@ -1,0 +1,335 @@
+"""One training step of fastlm beside the same step of others, interleaved, each contender in a process of its own.
+
+The contenders start from the same weights and take the same masked rows: (rows, row_tokens) token ids, every row one
+sequence, about 15% of the tokens predicted. Before the clock starts each says its loss on the first batch, and one
+that computes something else is an error. Then every round runs each of them for a few steps, in turn: a slow moment
+of the machine meets them all, and an allocator's settings are one process's.
+
+    fastlm                fastlm's model and step, allocator tuned
+    transformers          BertForMaskedLM, AdamW and clipping as they come, allocator too
+    transformers tuned    the same, as an expert writes it: head on the masked tokens only, fused AdamW, allocator tuned
+
+Masks are made beforehand: the others get theirs for nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from safetensors.torch import load_file, save_file
+
+from fastlm import _malloc
+from fastlm.data import Dataset
+from fastlm.models import Bert
+from fastlm.testing.timing import Timing
+from fastlm.train import Recipe, make_model
+from fastlm.train.flops import peak_flops, recipe_flops
+from fastlm.train.objective import MaskedLM, Micro
+from fastlm.train.optimizer import make_optimizer, train_step
+
+CONTENDERS = ("fastlm", "transformers", "transformers tuned")
+_BATCHES = 4  # different ones, in turn
+_TENSORS = "input_ids", "labels"
+_WARMUP = 3  # steps before the clock; the heap settles in as many
+_CHECK = {"float32": 1e-4, "bfloat16": 2e-2}  # how far a contender's first loss may be from fastlm's, relatively
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """How a contender did: milliseconds a step, median and interquartile range over rounds; or why it did not run."""
+
+    contender: str
+    tokens: int = 0  # real ones, in a step
+    ms: float = math.nan
+    ms_iqr: float = math.nan
+    mfu: float | None = None
+    peak_mb: float = math.nan  # CPU: resident memory of the process; CUDA: allocated by torch
+    missing: str | None = None
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.ms * 1e3
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """Masked rows for all contenders: batches of (input_ids, labels), each (rows, row_tokens) int64."""
+
+    vocab_size: int
+    pad_id: int
+    batches: list[tuple[torch.Tensor, torch.Tensor]]
+    tokens: int  # real ones in a batch
+
+    @property
+    def predicted(self) -> int:
+        return round(sum(int((labels != -100).sum()) for _, labels in self.batches) / len(self.batches))
+
+
+def from_dataset(recipe: Recipe, dataset: Dataset) -> StepInputs:
+    """The first micro-batches of a run."""
+    objective = MaskedLM(recipe, dataset, torch.device("cpu"))
+    batches, tokens, shape = [], 0, (-1, recipe.data.row_tokens)
+    for step in range(_BATCHES):
+        micro = objective.micro(step, 0)
+        labels = torch.full_like(micro.inputs["input_ids"], -100)
+        labels[micro.inputs["index"]] = micro.inputs["targets"]
+        batches.append((micro.inputs["input_ids"].view(shape), labels.view(shape)))
+        tokens += micro.tokens
+    return StepInputs(dataset.tokenizer.vocab_size, dataset.tokenizer.pad_id, batches, round(tokens / _BATCHES))
+
+
+def drawn(recipe: Recipe, vocab_size: int) -> StepInputs:
+    """Micro-batches of ids drawn with the frequencies of words (Zipf's law), no padding; id 4 is the mask."""
+    draw = torch.Generator().manual_seed(recipe.train.seed)
+    weights = 1.0 / torch.arange(1.0, vocab_size - 4.0)
+    shape = recipe.micro_batch_tokens // recipe.data.row_tokens, recipe.data.row_tokens
+    batches = []
+    for _ in range(_BATCHES):
+        ids = 5 + torch.multinomial(weights, recipe.micro_batch_tokens, replacement=True, generator=draw).view(shape)
+        selected = torch.rand(shape, generator=draw) < recipe.data.mlm_probability
+        batches.append((ids.masked_fill(selected, 4), ids.masked_fill(~selected, -100)))
+    return StepInputs(vocab_size, 0, batches, recipe.micro_batch_tokens)
+
+
+def compare_steps(
+    recipe: Recipe,
+    inputs: StepInputs,
+    *,
+    device: str = "cpu",
+    contenders: Sequence[str] = CONTENDERS,
+    rounds: int = 7,
+    seconds: float = 1.0,
+) -> list[StepTime]:
+    """Times a step of `recipe`, one micro-batch, `rounds` times for each contender, each at least `seconds` long.
+
+    RuntimeError where a contender's loss is not the first one's, or its process fails.
+    """
+    with tempfile.TemporaryDirectory(prefix="fastlm-step-") as name:
+        directory = Path(name)
+        _write_inputs(recipe, inputs, directory, device)
+        workers = {}
+        try:
+            for contender in contenders:
+                workers[contender] = _Worker(contender, directory)
+            answers = {contender: worker.read() for contender, worker in workers.items()}
+            missing = {contender: answer["missing"] for contender, answer in answers.items() if "missing" in answer}
+            running = [contender for contender in contenders if contender not in missing]
+            losses = {contender: answers[contender]["loss"] for contender in running}
+            _same_losses(losses, _CHECK[recipe.train.dtype])
+            steps = {c: max(1, math.ceil(seconds / workers[c].run(_WARMUP)["seconds"])) for c in running}
+            times = {contender: [] for contender in running}
+            for _ in range(rounds):
+                for contender in running:
+                    answer = workers[contender].run(steps[contender])
+                    times[contender].append(answer["seconds"] * 1e3)
+                    answers[contender] = answer
+        finally:
+            for worker in workers.values():
+                worker.close()
+    pairs = inputs.tokens * recipe.data.row_tokens
+    flops = recipe_flops(recipe, inputs.vocab_size, inputs.tokens, pairs, inputs.predicted)
+    peak = peak_flops(torch.device(device), getattr(torch, recipe.train.dtype))
+    out = []
+    for contender in contenders:
+        if contender in missing:
+            out.append(StepTime(contender, missing=missing[contender]))
+        else:
+            timing = Timing.of(times[contender])
+            mfu = None if peak is None else flops / (timing.ms / 1e3 * peak)
+            out.append(StepTime(contender, inputs.tokens, timing.ms, timing.iqr, mfu, answers[contender]["peak_mb"]))
+    return out
+
+
+def table(times: Sequence[StepTime], *, title: str):
+    """The result as a rich table: one row a contender, the ratio that of tokens/s to fastlm's."""
+    out = Table(title=title, title_justify="left")
+    out.add_column("contender", no_wrap=True)
+    for column in ("tokens/s", "ms a step", "IQR", "MFU", "peak MB", "fastlm is"):
+        out.add_column(column, justify="right")
+    ours = next((t.tokens_per_s for t in times if t.contender == "fastlm"), math.nan)
+    for t in times:
+        if t.missing:
+            out.add_row(t.contender, f"[red]not run: {t.missing}")
+            continue
+        ratio = "" if t.contender == "fastlm" else f"{ours / t.tokens_per_s:.2f}x"
+        mfu = "n/a" if t.mfu is None else f"{t.mfu:.1%}"
+        out.add_row(
+            t.contender, f"{t.tokens_per_s:,.0f}", f"{t.ms:.1f}", f"{t.ms_iqr:.1f}", mfu, f"{t.peak_mb:,.0f}", ratio
+        )
+    return out
+
+
+# ---- the parent's side
+
+
+def _write_inputs(recipe: Recipe, inputs: StepInputs, directory: Path, device: str) -> None:
+    """Weights, batches and the recipe, for the workers."""
+    make_model(recipe, inputs.vocab_size, inputs.pad_id).save_pretrained(directory / "weights")
+    tensors = {f"{name}.{i}": batch[j] for i, batch in enumerate(inputs.batches) for j, name in enumerate(_TENSORS)}
+    save_file(tensors, directory / "batches.safetensors")
+    (directory / "spec.json").write_text(json.dumps({"recipe": recipe.tables(), "device": device}))
+
+
+def _same_losses(losses: dict[str, float], tolerance: float) -> None:
+    first, expected = next(iter(losses.items()))
+    for contender, loss in losses.items():
+        if not abs(loss - expected) <= tolerance * abs(expected):
+            raise RuntimeError(f"{contender} computes a loss of {loss:.6f} where {first} computes {expected:.6f}")
+
+
+class _Worker:
+    """A contender's process; it runs a round when it is told to, and is idle otherwise."""
+
+    def __init__(self, contender: str, directory: Path):
+        self.contender = contender
+        environment = {k: v for k, v in os.environ.items() if k not in _malloc.VARIABLES}
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "fastlm.testing.train_step", contender, str(directory)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, env=environment,
+        )  # fmt: skip
+
+    def read(self) -> dict:
+        line = self._process.stdout.readline()
+        if not line:
+            self._errors.seek(0)
+            raise RuntimeError(f"{self.contender} failed:\n{self._errors.read()[-2000:]}")
+        return json.loads(line)
+
+    def run(self, steps: int) -> dict:
+        """Runs so many steps: {"seconds": a step, "peak_mb"}."""
+        self._process.stdin.write(f"{steps}\n")
+        self._process.stdin.flush()
+        return self.read()
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+        self._errors.close()
+
+
+# ---- the worker's side
+
+
+def _work(contender: str, directory: Path) -> None:
+    """Answers {"loss"} or {"missing"} at once, then {"seconds", "peak_mb"} for each number of steps on stdin."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # libraries may print
+
+    def answer(**values) -> None:
+        print(json.dumps(values), file=answers, flush=True)
+
+    if contender != "transformers":
+        _malloc.tune()
+    spec = json.loads((directory / "spec.json").read_text())
+    table, device = Recipe.of(spec["recipe"]).train, torch.device(spec["device"])
+    tensors = {name: value.to(device) for name, value in load_file(directory / "batches.safetensors").items()}
+    batches = [tuple(tensors[f"{name}.{i}"] for name in _TENSORS) for i in range(_BATCHES)]
+    try:
+        build = _build_fastlm if contender == "fastlm" else _build_transformers
+        first_loss, step = build(table, directory, batches, device, tuned=contender.endswith("tuned"))
+    except ImportError as error:
+        answer(missing=f"{error.name} is not installed")
+        return
+    answer(loss=first_loss)
+    done = 0
+    for line in sys.stdin:
+        steps = int(line)
+        _wait(device)
+        began = time.perf_counter()
+        for _ in range(steps):
+            step(done % _BATCHES)
+            done += 1
+        _wait(device)
+        answer(seconds=(time.perf_counter() - began) / steps, peak_mb=_peak_mb(device))
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _peak_mb(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, kilobytes here
+
+
+def _build_fastlm(table, directory, batches, device, tuned):
+    dtype = getattr(torch, table.dtype)
+    model = Bert.from_pretrained(directory / "weights").to(device)
+    micros = []
+    for number, (input_ids, labels) in enumerate(batches):
+        rows, length = input_ids.shape
+        index = _predicted(labels)
+        inputs = {
+            "input_ids": input_ids.flatten(),
+            "cu_seqlens": torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=device),
+            "max_seqlen": length,
+            "positions": torch.arange(length, device=device).repeat(rows),
+            "rng": torch.tensor([table.seed, number], device=device),
+            "index": index,
+            "targets": labels.flatten()[index],
+            "reduction": "sum",
+        }
+        micros.append(Micro(inputs, tokens=0, pairs=0, predicted=len(index), dropped=0))
+    with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        loss = model.eval()(**micros[0].inputs).item() / micros[0].predicted
+    optimizer = make_optimizer(model.train(), table)
+
+    def step(number):
+        train_step(model, optimizer, [micros[number]], lr=table.lr, grad_clip=table.grad_clip, dtype=dtype)
+
+    return loss, step
+
+
+def _build_transformers(table, directory, batches, device, tuned):
+    import transformers
+
+    dtype = getattr(torch, table.dtype)
+    model = transformers.BertForMaskedLM.from_pretrained(directory / "weights").to(device)
+    settings = {"lr": table.lr, "weight_decay": table.weight_decay, "betas": (table.beta1, table.beta2)}
+    optimizer = torch.optim.AdamW(model.parameters(), eps=table.eps, fused=True if tuned else None, **settings)
+    indexes = [_predicted(labels) for _, labels in batches]
+
+    def forward(number):
+        input_ids, labels = batches[number]
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            if not tuned:
+                return model(input_ids=input_ids, labels=labels).loss
+            hidden = model.bert(input_ids=input_ids).last_hidden_state.flatten(0, 1)[indexes[number]]
+            return torch.nn.functional.cross_entropy(model.cls(hidden).float(), labels.flatten()[indexes[number]])
+
+    with torch.no_grad():
+        model.eval()
+        loss = forward(0).item()
+        model.train()
+
+    def step(number):
+        forward(number).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), table.grad_clip or math.inf)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return loss, step
+
+
+def _predicted(labels: torch.Tensor) -> torch.Tensor:
+    return labels.flatten().ne(-100).nonzero().flatten()
+
+
+if __name__ == "__main__":
+    _work(sys.argv[1], Path(sys.argv[2]))

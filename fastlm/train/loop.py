@@ -1,0 +1,339 @@
+"""`pretrain`: a run, from a recipe, data and a directory to a model that others can load.
+
+    OUT/data/             the text, prepared, where text was given
+    OUT/recipe.json       what the run is
+    OUT/metrics.jsonl     a line a step; see fastlm.train.metrics
+    OUT/checkpoints/      see fastlm.train.checkpoint
+    OUT/summary.json, OUT/loss.png, OUT/hf/     at the end
+
+What is learned is a function of the recipe and the data alone: order, masks and dropout depend on (seed, step). So a
+run that was killed goes on from its newest checkpoint to bit-identical losses, on the same machine and software.
+"""
+
+from __future__ import annotations
+
+import platform
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+import fastlm
+from fastlm.data import Dataset
+from fastlm.data.storage import atomic_directory, json_checksum
+from fastlm.models import Bert, BertConfig
+from fastlm.train import run as runs
+from fastlm.train.checkpoint import Checkpoint, load_newest, restore, save_checkpoint
+from fastlm.train.flops import chip, peak_flops, recipe_flops
+from fastlm.train.metrics import MetricsFile, first_and_final_loss, plot_loss, read_metrics
+from fastlm.train.objective import OBJECTIVES, MaskedLM, Micro, log_frequencies
+from fastlm.train.optimizer import lr_at, make_optimizer, train_step
+from fastlm.train.progress import ProgressLine, duration
+from fastlm.train.recipe import Recipe
+
+PATIENCE = 10  # steps without finite gradients, one after another, that end a run
+
+
+class Diverged(FloatingPointError):
+    """The gradients stay non-finite."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a call of `pretrain` ended: `summary` is what summary.json holds, None where the run was stopped early."""
+
+    out: Path
+    step: int
+    summary: dict | None
+
+
+@dataclass
+class Counters:
+    """What a run has counted; a checkpoint stores it."""
+
+    step: int = 0
+    tokens: int = 0  # real ones
+    seconds: float = 0.0
+    skipped: int = 0  # steps whose gradients were not finite
+    streak: int = 0  # of them, those that came last, one after another
+    dropped: int = 0  # predictions beyond the capacity of their batch
+
+
+def pretrain(recipe: Recipe, data, out, *, device: str = "cpu", resume: str = "auto") -> Result:
+    """Train the recipe's model on `data`, and write everything into the directory `out`.
+
+    data     what `fastlm.data.prepare` wrote, with rows of recipe.data.row_tokens; or text, a path or several, which
+             is prepared into OUT/data first
+    device   "cpu", "cuda", "cuda:1"
+    resume   "auto": go on from the newest checkpoint in `out`, if there is one; "never": `out` must hold no run;
+             a checkpoint's or a run's directory: start a new run in `out` from there
+
+    SIGTERM and SIGINT finish the step, write a checkpoint and return; a second one ends the process.
+    ValueError where data, checkpoints or `out` do not fit the recipe. `Diverged` after ten steps in a row without
+    finite gradients; none of them was applied, and checkpoints are from before.
+    """
+    out, device = Path(out), parse_device(device)
+    with runs.alone_in(out):
+        start = runs.find_start(recipe, out, resume)
+        dataset = runs.open_data(recipe, data, out, start)
+        return _Run(recipe, dataset, out, device, start).train()
+
+
+def parse_device(name: str) -> torch.device:
+    """ValueError where `name` is no device, or one that torch does not see."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected cpu or cuda, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: {name} was asked for, torch {torch.__version__} sees {torch.cuda.device_count()}")
+    return device
+
+
+def make_model(recipe: Recipe, vocab_size: int, pad_id: int) -> Bert:
+    """The recipe's model on the CPU, its weights drawn from the recipe's seed: the same for every device."""
+    sizes = {key: value for key, value in asdict(recipe.model).items() if key != "architecture"}
+    config = BertConfig(vocab_size=vocab_size, pad_token_id=pad_id, **sizes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.train.seed)
+        return Bert(config)
+
+
+class _Launched:
+    """A step that was given to the device: what the host knows of it, and the result that the device will have."""
+
+    def __init__(self, number: int, micros: list[Micro], lr: float, result: torch.Tensor):
+        self.number, self.micros, self.lr = number, micros, lr
+        self._result, self._done = result, None
+        if result.is_cuda:
+            self._result = torch.empty(result.shape, pin_memory=True).copy_(result, non_blocking=True)
+            self._done = torch.cuda.Event()
+            self._done.record()
+
+    def wait(self) -> tuple[float, float]:
+        """(loss, gradient norm) when the device has finished the step."""
+        if self._done is not None:
+            self._done.synchronize()
+        loss, norm = self._result.tolist()
+        return loss, norm
+
+    def count(self, what: str) -> int:
+        return sum(getattr(micro, what) for micro in self.micros)
+
+
+class _Run:
+    """One run, from `start` (a checkpoint, or None) to its last step or a signal."""
+
+    def __init__(self, recipe: Recipe, dataset: Dataset, out: Path, device: torch.device, start: Checkpoint | None):
+        self.recipe, self.dataset, self.out, self.device = recipe, dataset, out, device
+        self.dtype = getattr(torch, recipe.train.dtype)
+        model = make_model(recipe, dataset.tokenizer.vocab_size, dataset.tokenizer.pad_id)
+        if recipe.train.unigram_bias:
+            with torch.no_grad():
+                model.head.bias.copy_(log_frequencies(dataset, recipe.train.seed))
+        self.model = model.to(device).train()
+        self.optimizer = make_optimizer(self.model, recipe.train)
+        self.counters = Counters()
+        if start is not None:
+            restore(start, self.model, self.optimizer)
+            self.counters = Counters(**start.state["counters"])
+            runs.adopt_metrics(start, out)
+        self.peak = peak_flops(device, self.dtype)
+        self.pace = deque(maxlen=20)  # seconds of the latest steps
+
+    def train(self) -> Result:
+        table, first = self.recipe.train, self.counters.step
+        runs.replace_json(self.out / runs.RECIPE, {"name": self.recipe.name, **self.recipe.tables()})
+        self.metrics = MetricsFile(self.out / runs.METRICS, first)
+        objective = OBJECTIVES[self.recipe.model.architecture](self.recipe, self.dataset, self.device)
+        launched: deque[_Launched] = deque()
+        with ProgressLine(self.recipe.name, table.max_steps) as self.line, _stop_signal() as stop:
+            self._headline()
+            self.clock = time.perf_counter()
+            try:
+                for step, micros in _ahead(objective, self.recipe.micro_count, first, table.max_steps):
+                    lr = lr_at(step, table)
+                    moved = [micro.to(self.device) for micro in micros]
+                    result = train_step(
+                        self.model, self.optimizer, moved, lr=lr, grad_clip=table.grad_clip, dtype=self.dtype
+                    )
+                    launched.append(_Launched(step + 1, micros, lr, result))
+                    last = stop.is_set() or step + 1 == table.max_steps
+                    due = last or (table.checkpoint_every and (step + 1) % table.checkpoint_every == 0)
+                    # The host looks at a step of a GPU while the next one runs, so that the GPU never waits for it.
+                    while len(launched) > (self.device.type == "cuda" and not due):
+                        self._report(launched.popleft())
+                    if due and not self.counters.streak:
+                        self._save()
+                    if last:
+                        break
+            finally:
+                self.metrics.close()
+            if self.counters.step < table.max_steps:
+                self.line.note(f"stopped at step {self.counters.step}; the same command goes on from there")
+                return Result(self.out, self.counters.step, None)
+        return Result(self.out, self.counters.step, self._finish())
+
+    def _report(self, step: _Launched) -> None:
+        """Enter a finished step into the counters, the metrics and the progress line."""
+        loss, norm = step.wait()
+        now = time.perf_counter()
+        seconds, self.clock = now - self.clock, now
+        finite = torch.isfinite(torch.tensor([loss, norm])).all().item()
+        counters, tokens = self.counters, step.count("tokens")
+        counters.step = step.number
+        counters.tokens += tokens
+        counters.seconds += seconds
+        counters.dropped += step.count("dropped")
+        counters.skipped += not finite
+        counters.streak = 0 if finite else counters.streak + 1
+        mfu = None if self.peak is None else self._flops(step) / (seconds * self.peak)
+        self.metrics.add(
+            {
+                "step": step.number,
+                "loss": loss,
+                "tokens": counters.tokens,
+                "tokens_per_s": round(tokens / seconds, 1),
+                "lr": step.lr,
+                "grad_norm": norm,
+                "mfu": None if mfu is None else round(mfu, 4),
+            }
+        )
+        self.pace.append(seconds)
+        pace, steps = sum(self.pace) / len(self.pace), self.recipe.train.max_steps
+        text = [
+            f"step {step.number}/{steps}",
+            f"loss {loss:.3f}",
+            f"{tokens / pace:,.0f} tokens/s",
+            f"MFU {'n/a' if mfu is None else f'{100 * mfu:.0f}%'}",
+            f"lr {step.lr:.1e}",
+            f"ETA {duration((steps - step.number) * pace)}",
+        ]
+        if counters.skipped:
+            text.append(f"{counters.skipped} skipped")
+        self.line.update(step.number, "  ".join(text))
+        if counters.streak == PATIENCE:
+            newest, _ = load_newest(self.out / runs.CHECKPOINTS)
+            kept = "there is no checkpoint yet" if newest is None else f"the newest checkpoint is {newest.path}"
+            raise Diverged(
+                f"the gradients of {PATIENCE} steps in a row, up to step {step.number}, were not finite, and none was "
+                f"applied; {kept}. "
+                f"Try a lower train.lr than {self.recipe.train.lr:g}, or more than "
+                f"{self.recipe.train.warmup_steps} train.warmup_steps"
+            )
+
+    def _flops(self, step: _Launched) -> float:
+        counts = (step.count(what) for what in ("tokens", "pairs", "predicted"))
+        return recipe_flops(self.recipe, self.dataset.tokenizer.vocab_size, *counts)
+
+    def _save(self) -> None:
+        self.metrics.sync()
+        state = {
+            "counters": asdict(self.counters),
+            "recipe": self.recipe.tables(),
+            "data": {"manifest": json_checksum(self.dataset.manifest), "accepted": self.dataset.accepted},
+            "rng": {"seed": self.recipe.train.seed, "step": self.counters.step},
+            "versions": versions(),
+        }
+        save_checkpoint(
+            self.out / runs.CHECKPOINTS,
+            self.counters.step,
+            self.model,
+            self.optimizer,
+            state,
+            keep=self.recipe.train.keep_checkpoints,
+        )
+        self.clock = time.perf_counter()  # a checkpoint's time is not a step's
+
+    def _headline(self) -> None:
+        recipe, dataset, parameters = self.recipe, self.dataset, sum(p.numel() for p in self.model.parameters())
+        peak = "n/a, no peak is known" if self.peak is None else f"against {self.peak / 1e12:g} TFLOP/s"
+        self.line.note(
+            f"{recipe.name}: {parameters / 1e6:.1f} M parameters on {chip(self.device)} in {recipe.train.dtype}; "
+            f"{dataset.rows:,} rows of {dataset.row_tokens} tokens, vocabulary {dataset.tokenizer.vocab_size:,}\n"
+            f"MFU = 3 · forward FLOPs of matrix products on real tokens / (seconds · peak): {peak}"
+        )
+        if self.counters.step:
+            self.line.note(f"resumed after step {self.counters.step} of {recipe.train.max_steps}")
+
+    def _finish(self) -> dict:
+        """Write summary.json, loss.png and the model; the summary."""
+        counters, rows = self.counters, read_metrics(self.out / runs.METRICS)
+        first, final = first_and_final_loss(rows)
+        summary = {
+            "recipe": self.recipe.name,
+            "steps": counters.step,
+            "first_loss": first,
+            "final_loss": final,
+            "unigram_entropy": self.dataset.unigram_entropy,
+            "tokens": counters.tokens,
+            "seconds": round(counters.seconds, 3),
+            "tokens_per_s": round(counters.tokens / counters.seconds, 1),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "skipped_steps": counters.skipped,
+            "dropped_predictions": counters.dropped,
+            "device": chip(self.device),
+            "dtype": self.recipe.train.dtype,
+            "versions": versions(),
+        }
+        if counters.dropped:
+            self.line.note(
+                f"{counters.dropped} selected tokens, beyond the capacity of their batch, were not predicted"
+            )
+        title, entropy = f"fastlm {self.recipe.name}", self.dataset.unigram_entropy
+        plot_loss(rows, self.out / runs.PLOT, unigram_entropy=entropy, title=title)
+        if not (self.out / runs.MODEL).exists():
+            with atomic_directory(self.out / runs.MODEL) as partial:
+                self.model.eval().save_pretrained(partial, self.dataset.tokenizer)
+        runs.replace_json(self.out / runs.SUMMARY, summary)
+        return summary
+
+
+def versions() -> dict[str, str]:
+    return {"fastlm": fastlm.__version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def _ahead(objective: MaskedLM, micro_count: int, start: int, stop: int) -> Iterator[tuple[int, list[Micro]]]:
+    """(step, its micro-batches) for each step, made on the host by one thread while the steps before them run."""
+    pin = objective.device.type == "cuda"
+
+    def make(step: int) -> list[Micro]:
+        micros = [objective.micro(step, m) for m in range(micro_count)]
+        return [micro.pin() for micro in micros] if pin else micros
+
+    with ThreadPoolExecutor(1, thread_name_prefix="fastlm-batches") as thread:
+        pending = deque()
+        for step in range(start, stop):
+            pending.append((step, thread.submit(make, step)))
+            if len(pending) > 2:
+                step, made = pending.popleft()
+                yield step, made.result()
+        for step, made in pending:
+            yield step, made.result()
+
+
+@contextmanager
+def _stop_signal() -> Iterator[threading.Event]:
+    """An event that SIGTERM and SIGINT set; the second of them does what it did before."""
+    stop, before = threading.Event(), {}
+
+    def on_signal(number, frame):
+        stop.set()
+        signal.signal(number, before[number])
+
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

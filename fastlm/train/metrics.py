@@ -1,0 +1,122 @@
+"""What a run leaves to read: metrics.jsonl, summary.json, loss.png."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+_MEAN_OF = 10  # steps that the first and the final loss are means of
+
+
+class MetricsFile:
+    """metrics.jsonl, one JSON object a line: step, loss, tokens, tokens_per_s, lr, grad_norm, mfu.
+
+    `tokens` are the real ones from the start of the run, `grad_norm` is before clipping. A loss or norm that is not
+    finite (its step was skipped), and an unknown MFU, are null.
+    """
+
+    def __init__(self, path: Path, step: int):
+        """Open `path` for appending after `step`: lines of later steps, and a torn last one, are cut off."""
+        self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
+        self._file.seek(0)
+        end = 0
+        for row, length in _rows(self._file):
+            if row["step"] > step:
+                break
+            end += length
+        self._file.truncate(end)
+
+    def add(self, row: dict) -> None:
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """To the disk: before a checkpoint, so that no checkpoint is ahead of its metrics."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl up to the first that is torn."""
+    with open(path, encoding="utf-8") as file:
+        return [row for row, _ in _rows(file)]
+
+
+def _rows(file) -> Iterator[tuple[dict, int]]:
+    """(row, bytes of its line) of each line up to the first that is torn."""
+    for line in file:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            return
+        if not line.endswith("\n") or not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            return
+        yield row, len(line.encode())
+
+
+def first_and_final_loss(rows: list[dict]) -> tuple[float | None, float | None]:
+    """Means of the first and of the last ten losses that are finite; None where there is none."""
+    losses = [row["loss"] for row in rows if row["loss"] is not None]
+    if not losses:
+        return None, None
+    return float(np.mean(losses[:_MEAN_OF])), float(np.mean(losses[-_MEAN_OF:]))
+
+
+def plot_loss(rows: list[dict], path: Path, *, unigram_entropy: float, title: str) -> None:
+    """The loss against real tokens as a PNG: every step, a running mean, and the unigram entropy as a dashed line."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = [row for row in rows if row["loss"] is not None]
+    tokens = np.array([row["tokens"] for row in rows], dtype=float)
+    losses = np.array([row["loss"] for row in rows], dtype=float)
+    figure = Figure(figsize=(7.0, 4.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot(tokens, losses, color="#9ecae1", linewidth=0.8, label="each step")
+    axes.plot(tokens, _running_mean(losses), color="#08519c", linewidth=1.8, label="running mean")
+    axes.axhline(unigram_entropy, color="#d94801", linestyle="--", linewidth=1.2)
+    axes.annotate(
+        f"unigram entropy {unigram_entropy:.2f}",
+        (1.0, unigram_entropy),
+        xycoords=("axes fraction", "data"),
+        xytext=(-4, 4),
+        textcoords="offset points",
+        ha="right",
+        color="#d94801",
+        fontsize=9,
+    )
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("loss (nats a predicted token)")
+    axes.set_title(title)
+    axes.xaxis.set_major_formatter(lambda value, _: _short(value))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    partial = path.with_name(f".{path.name}.partial")
+    figure.savefig(partial, format="png")
+    os.replace(partial, path)
+
+
+def _running_mean(values: np.ndarray) -> np.ndarray:
+    """A mean over a window of a twentieth of the run, centred, narrower at the ends."""
+    half = max(1, len(values) // 40)
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    at = np.arange(len(values))
+    half = np.minimum(half, np.minimum(at, len(values) - 1 - at))
+    return (sums[at + half + 1] - sums[at - half]) / (2 * half + 1)
+
+
+def _short(value: float) -> str:
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:g}{letter}"
+    return f"{value:g}"

@@ -1,0 +1,47 @@
+"""Philox4x32-10 as Triton device functions: the bits of fastlm's dropout and masking on a GPU.
+
+Every word is uint32 and cast so here: with int64 counters `tl.philox` silently becomes Philox4x64, other bits.
+The definition, with its source, is fastlm/philox.py; the C++ and CUDA form is csrc/common/philox.h.
+"""
+
+import triton
+import triton.language as tl
+
+MASK_DOMAIN = tl.constexpr(0x4B53414D)
+DROPOUT_DOMAIN = tl.constexpr(0x504F5244)
+
+
+@triton.jit
+def philox4x32(c0, c1, c2, c3, k0, k1):
+    """Ten rounds on a counter (c0..c3) and a key (k0, k1): integers of any type, taken modulo 2^32; they broadcast.
+
+    Returns four uint32 words of the broadcast shape.
+    """
+    c0, c1, c2, c3 = tl.cast(c0, tl.uint32), tl.cast(c1, tl.uint32), tl.cast(c2, tl.uint32), tl.cast(c3, tl.uint32)
+    k0, k1 = tl.cast(k0, tl.uint32), tl.cast(k1, tl.uint32)
+    m0 = tl.full((), 0xD2511F53, tl.uint32)
+    m1 = tl.full((), 0xCD9E8D57, tl.uint32)
+    for _ in tl.static_range(10):
+        h0, l0 = tl.umulhi(c0, m0), c0 * m0
+        h1, l1 = tl.umulhi(c2, m1), c2 * m1
+        c0, c1, c2, c3 = h1 ^ c1 ^ k0, l1, h0 ^ c3 ^ k1, l0
+        k0 += 0x9E3779B9
+        k1 += 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def make_key(seed, domain: tl.constexpr):
+    """The key of a 64-bit `seed` in one of the domains above: (low 32 bits, high 32 bits XOR domain)."""
+    seed = tl.cast(seed, tl.uint64)
+    return seed.to(tl.uint32), (seed >> 32).to(tl.uint32) ^ domain
+
+
+@triton.jit
+def dropout_key(rng_ptr, stream):
+    """The key of one dropout call: rng_ptr (2,) int64 is (seed, step), `stream` the number of the call site."""
+    seed = tl.load(rng_ptr)
+    step = tl.load(rng_ptr + 1).to(tl.uint64)
+    k0, k1 = make_key(seed, DROPOUT_DOMAIN)
+    r0, r1, _, _ = philox4x32(step, step >> 32, stream, 0, k0, k1)
+    return r0, r1

@@ -1,0 +1,140 @@
+"""Builds the extension modules. The rest of the packaging is in pyproject.toml.
+
+fastlm._cpu is always built, with any C++17 compiler. It is compiled with OpenMP but not linked to an OpenMP library:
+the symbols resolve at import to the one that torch has loaded (fastlm/_native.py), so there is one pool of threads.
+
+fastlm._cuda is built when nvcc is found (CUDA_HOME, else PATH). Settings, for the build alone:
+  FASTLM_CUDA=0             leaves CUDA out
+  FASTLM_CUDA_ARCHS=90,100  architectures of the machine code, with PTX of the last one (default: 80,90,100)
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from pybind11.setup_helpers import Pybind11Extension, build_ext
+from setuptools import setup
+from setuptools.command.build import build
+from setuptools.modified import newer_group
+
+# fp contraction gives FMAs; without errno and traps, sqrt and compares vectorise. NaN and infinity keep their meaning.
+CXX_FLAGS = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra"]
+
+
+def sources(pattern):
+    return sorted(path.as_posix() for path in Path("csrc").glob(pattern))
+
+
+def find_nvcc():
+    """The path of nvcc, or None and the reason."""
+    if os.environ.get("FASTLM_CUDA") == "0":
+        return None, "FASTLM_CUDA=0"
+    if "CUDA_HOME" in os.environ:
+        nvcc = Path(os.environ["CUDA_HOME"], "bin", "nvcc")
+        return (str(nvcc), "") if nvcc.exists() else (None, f"CUDA_HOME is set, but {nvcc} does not exist")
+    nvcc = shutil.which("nvcc")
+    return nvcc, "" if nvcc else "nvcc is not on PATH; install the CUDA toolkit or set CUDA_HOME"
+
+
+def nvcc_flags():
+    archs = os.environ.get("FASTLM_CUDA_ARCHS", "80,90,100").split(",")
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    ptx = f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"
+    return ["-O3", "-std=c++17", "-lineinfo", "--threads=0", "-Xcompiler=-fPIC", *targets, ptx]
+
+
+def cpu_extension():
+    linux = sys.platform == "linux"
+    return Pybind11Extension(
+        "fastlm._cpu",
+        ["csrc/bindings_cpu.cpp", *sources("cpu/*.cpp")],
+        include_dirs=["csrc", "csrc/common"],
+        depends=["setup.py", *sources("**/*.h")],
+        # Apple's clang has no OpenMP: one thread there.
+        extra_compile_args=CXX_FLAGS + (["-fopenmp"] if linux else []),
+        extra_link_args=["-Wl,-z,now"] if linux else [],
+        cxx_std=17,
+    )
+
+
+def cuda_extension():
+    return Pybind11Extension(
+        "fastlm._cuda",
+        ["csrc/bindings_cuda.cpp", *sources("cuda/*.cu")],
+        include_dirs=["csrc", "csrc/common"],
+        depends=["setup.py", *sources("**/*.h"), *sources("**/*.cuh")],
+        extra_compile_args=CXX_FLAGS,
+        cxx_std=17,
+    )
+
+
+class BuildExt(build_ext):
+    """pybind11's build_ext; .cu sources go through nvcc, sources that changed are compiled, and side by side."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        if self.editable_mode:  # an editable install and `build_ext --inplace` share their objects
+            defaults = build(self.distribution)
+            defaults.ensure_finalized()
+            self.build_lib, self.build_temp = defaults.build_lib, defaults.build_temp
+
+    def build_extensions(self):
+        compiler = self.compiler
+        compile_cxx = compiler._compile
+
+        def compile_source(obj, src, ext, cc_args, extra_postargs, pp_opts):
+            if ext == ".cu":
+                includes = [option for option in pp_opts if option.startswith("-I")]
+                run([NVCC, "-c", *includes, *nvcc_flags(), src, "-o", obj])
+            else:
+                compile_cxx(obj, src, ext, cc_args, extra_postargs, pp_opts)
+
+        def compile_all(sources, output_dir=None, macros=None, include_dirs=None, debug=0, extra_preargs=None,
+                        extra_postargs=None, depends=None):  # fmt: skip
+            macros, objects, extra_postargs, pp_opts, targets = compiler._setup_compile(
+                output_dir, macros, include_dirs, sources, depends, extra_postargs
+            )
+            cc_args = compiler._get_cc_args(pp_opts, debug, extra_preargs)
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                jobs = [
+                    pool.submit(compile_source, obj, src, ext, cc_args, extra_postargs, pp_opts)
+                    for obj, (src, ext) in targets.items()
+                    if newer_group([src, *(depends or [])], obj)
+                ]
+                for job in jobs:
+                    job.result()
+            return objects
+
+        def link(objects, output_filename, *args, **kwargs):
+            # nvcc knows where its static runtime lies, whatever the layout of the toolkit.
+            run([NVCC, "-shared", "-cudart=static", *objects, "-o", output_filename])
+
+        compiler.src_extensions.append(".cu")
+        compiler.compile = compile_all
+        self.link_cuda = link
+        super().build_extensions()
+
+    def build_extension(self, extension):
+        if extension.name == "fastlm._cuda":
+            link_cxx, self.compiler.link_shared_object = self.compiler.link_shared_object, self.link_cuda
+            super().build_extension(extension)
+            self.compiler.link_shared_object = link_cxx
+        else:
+            super().build_extension(extension)
+
+
+def run(command):
+    print(" ".join(command), file=sys.stderr)
+    subprocess.check_call(command)
+
+
+NVCC, REASON = find_nvcc()
+print(f"fastlm: building _cuda with {NVCC}" if NVCC else f"fastlm: _cuda is left out: {REASON}", file=sys.stderr)
+
+setup(
+    ext_modules=[cpu_extension()] + ([cuda_extension()] if NVCC else []),
+    cmdclass={"build_ext": BuildExt},
+)

@@ -1,0 +1,28 @@
+"""`pytest --device cuda` runs the device-independent tests on a GPU; the default is the CPU."""
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="device of the op and model tests")
+
+
+def pytest_configure(config):
+    torch.set_num_threads(2)  # what a test asserts about threads must not depend on the machine
+
+
+def pytest_collection_modifyitems(config, items):
+    """With --device cuda, the tests that never look at the device would only repeat themselves."""
+    if config.getoption("--device") == "cuda":
+        elsewhere = [item for item in items if "device" not in item.fixturenames]
+        config.hook.pytest_deselected(items=elsewhere)
+        items[:] = [item for item in items if "device" in item.fixturenames]
+
+
+@pytest.fixture(scope="session")
+def device(request):
+    device = request.config.getoption("--device")
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("--device cuda: torch sees no CUDA device")
+    return device

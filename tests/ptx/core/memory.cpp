@@ -1,0 +1,293 @@
+// Address spaces, and the checks of every access: bounds, alignment, initialisation, races.
+#include "memory.h"
+
+#include <algorithm>
+
+namespace ptx {
+
+namespace {
+
+const char* SPACE_NAMES[] = {"global", "shared", "local", "parameter", "generic"};
+
+bool ordered(const Block& b, const Warp& w, int lane, Entry e) {
+  if (block_of(e) != (b.id & 0xfffff)) {
+    auto known = b.known.find(block_of(e));
+    return known != b.known.end() && time_of(e) < known->second;
+  }
+  u32 thread = thread_of(e), warp = thread / LANES, other = thread % LANES;
+  if (warp != w.id) return time_of(e) < w.known[warp];
+  if (int(other) == lane) return true;
+  u32 known = w.lanes_known;
+  if (w.pairs_known) known = std::max(known, (*w.pairs_known)[lane][other]);
+  return time_of(e) < known;
+}
+
+std::string thread_name(const Block& b, Entry e) {
+  u32 block = block_of(e), thread = thread_of(e);
+  std::string name = "thread " + std::to_string(thread);
+  return block == (b.id & 0xfffff) ? name : name + " of block " + std::to_string(block);
+}
+
+}  // namespace
+
+std::string hex(u64 v) {
+  char text[24];
+  snprintf(text, sizeof text, "0x%llx", static_cast<unsigned long long>(v));
+  return text;
+}
+
+std::string Access::where() const {
+  std::string text = std::to_string(bytes) + " byte" + (bytes == 1 ? "" : "s");
+  u32 at = space;
+  u64 offset = address;
+  if (at == GENERIC) {
+    u64 window = address / WINDOW_BYTES * WINDOW_BYTES;
+    at = window == SHARED_WINDOW ? SHARED : window == LOCAL_WINDOW ? LOCAL : window == PARAM_WINDOW ? PARAM : GLOBAL;
+    if (at != GLOBAL) offset -= window;
+  }
+  if (at != GLOBAL) return text + " of " + SPACE_NAMES[at] + " memory at offset " + std::to_string(i64(offset));
+  // The buffer it lies in, or the nearest one.
+  const Buffer* nearest = nullptr;
+  u64 distance = ~0ull;
+  for (const Buffer& buffer : block.launch.buffers) {
+    u64 d = address < buffer.begin ? buffer.begin - address : address >= buffer.end ? address - buffer.end + 1 : 0;
+    if (d < distance) nearest = &buffer, distance = d;
+  }
+  if (!nearest || distance > (1u << 30)) return text + " of global memory at " + hex(address);
+  u64 size = nearest->end - nearest->begin;
+  return text + " at byte " + std::to_string(i64(address - nearest->begin)) + " of " + nearest->name + " (" +
+         std::to_string(size) + " bytes)";
+}
+
+bool Access::locate(Range& range, bool write, u32 alignment) const {
+  auto fail = [&](const char* kind, const std::string& why) {
+    block.find(kind, warp, lane, (write ? "writes " : "reads ") + where() + why);
+    return false;
+  };
+  if (address % alignment) return fail("alignment", ": not aligned to " + std::to_string(alignment));
+  u32 at = space;
+  u64 a = address;
+  if (at == GENERIC) {
+    at = GLOBAL;
+    if (a >= SHARED_WINDOW && a < PARAM_WINDOW + WINDOW_BYTES) {
+      at = a < LOCAL_WINDOW ? SHARED : a < PARAM_WINDOW ? LOCAL : PARAM;
+      a %= WINDOW_BYTES;
+    }
+  }
+  switch (at) {
+    case GLOBAL: {
+      auto& buffers = block.launch.buffers;
+      u32& hint = block.hints[block.pc];
+      if (hint >= buffers.size() || a < buffers[hint].begin || a >= buffers[hint].end) {
+        auto after = std::upper_bound(buffers.begin(), buffers.end(), a,
+                                      [](u64 v, const Buffer& buffer) { return v < buffer.begin; });
+        if (after == buffers.begin() || a >= (after - 1)->end) return fail("bounds", ": outside every buffer");
+        hint = u32(after - buffers.begin()) - 1;
+      }
+      Buffer& buffer = buffers[hint];
+      if (bytes > buffer.end - a) return fail("bounds", ": it runs past the end");
+      if (write && !buffer.writable) return fail("bounds", ", which is read-only");
+      range.offset = a - buffer.begin;
+      range.data = buffer.host + range.offset;
+      range.state = buffer.state ? buffer.state + range.offset : nullptr;
+      range.shadow = buffer.shadow.writer ? &buffer.shadow : nullptr;
+      break;
+    }
+    case SHARED:
+      if (a > block.shared.size() || bytes > block.shared.size() - a) {
+        return fail("bounds", ": the block has " + std::to_string(block.shared.size()));
+      }
+      range = {&block.shared[a], &block.shared_state[a], block.shared_shadow.writer ? &block.shared_shadow : nullptr, a,
+               true};
+      break;
+    case LOCAL: {
+      u64 size = block.program.local_bytes;
+      if (a > size || bytes > size - a) return fail("bounds", ": the thread has " + std::to_string(size));
+      range.data = &warp.local[lane * size + a];
+      range.state = &warp.local_state[lane * size + a];
+      break;
+    }
+    default:
+      if (write) return fail("bounds", ", which is read-only");
+      if (a > block.launch.params.size() || bytes > block.launch.params.size() - a) {
+        return fail("bounds", ": the kernel has " + std::to_string(block.launch.params.size()));
+      }
+      range.data = &block.launch.params[a];
+  }
+  if (range.state) {
+    u8 any = 0;
+    for (u32 k = 0; k < bytes; ++k) any |= range.state[k];
+    if (any & HOLE) return fail("bounds", at == SHARED ? ": outside every variable" : ": not part of the tensor");
+    if (any & PENDING) {
+      block.find(
+          "async", warp, lane,
+          (write ? "writes " : "reads ") + where() + " that a cp.async is still writing: wait for its group first");
+      return false;
+    }
+  }
+  return true;
+}
+
+void Access::check_read(const Range& range) const {
+  Shadow& s = *range.shadow;
+  block.touched = true;
+  u32 thread = warp.id * LANES + lane;
+  u32 strong = flags & VOLATILE ? u32(STRONG) : 0, once = flags & NONCOHERENT ? u32(READ_ONLY) : 0;
+  Entry mine = make_entry(block.time, block.id & 0xfffff, thread, strong | once);
+  u64 first = range.offset >> s.shift, n = ((range.offset + bytes - 1) >> s.shift) - first + 1;
+  Entry *writer = &s.writer[first], *reader = &s.reader[first], *reader2 = &s.reader2[first];
+
+  auto visit = [&](u64 k, Entry& new_reader, Entry& new_reader2) {
+    Entry w = writer[k];
+    if (w && !(w & STRONG && (strong || w & SWAPPED))) {
+      bool ok = !once && ordered(block, warp, lane, w);
+      if (!ok) {
+        bool same = block_of(w) == block_of(mine) && thread_of(w) == thread;
+        block.find("race", warp, lane,
+                   "reads " + where() + (once ? " with ld.global.nc, but the kernel writes it: " : ": ") +
+                       (same ? "the same thread" : thread_name(block, w)) + " wrote it" +
+                       (once ? "" : ", and nothing orders the two"),
+                   -1, s.writer_pc[first + k]);
+      }
+    }
+    auto stale = [&](Entry e) {
+      return !e || (block_of(e) == block_of(mine) && thread_of(e) == thread) || ordered(block, warp, lane, e);
+    };
+    new_reader = reader[k], new_reader2 = reader2[k];
+    Entry keep = (new_reader | new_reader2) & READ_ONLY;
+    if (stale(new_reader))
+      new_reader = mine | keep;
+    else
+      new_reader2 = mine | keep;
+  };
+  Entry differ = 0;
+  for (u64 k = 1; k < n; ++k) {
+    differ |= (writer[k] ^ writer[0]) | (reader[k] ^ reader[0]) | (reader2[k] ^ reader2[0]);
+  }
+  u32* pcs = &s.reader_pc[first];
+  if (!differ) {
+    Entry a, b;
+    visit(0, a, b);
+    if (a == reader[0] && b == reader2[0]) return;
+    for (u64 k = 0; k < n; ++k) reader[k] = a, reader2[k] = b, pcs[k] = block.pc;
+  } else {
+    for (u64 k = 0; k < n; ++k) visit(k, reader[k], reader2[k]), pcs[k] = block.pc;
+  }
+}
+
+void Access::check_write(const Range& range, const u8* in, u32 undefined) const {
+  Shadow& s = *range.shadow;
+  block.touched = true;
+  u32 thread = warp.id * LANES + lane;
+  u32 strong = flags & VOLATILE ? u32(STRONG) : 0;
+  bool swap = flags & SWAP;
+  Entry mine = make_entry(block.time, block.id & 0xfffff, thread, strong | u32(swap ? SWAPPED : 0));
+  u64 first = range.offset >> s.shift, n = ((range.offset + bytes - 1) >> s.shift) - first + 1;
+  Entry *writer = &s.writer[first], *reader = &s.reader[first], *reader2 = &s.reader2[first];
+
+  // Writing what is there already harms nobody: both compilers let several lanes store one value.
+  auto silent = [&] {
+    if (!in || undefined || memcmp(in, range.data, bytes)) return false;
+    for (u32 k = 0; range.state && k < bytes; ++k) {
+      if (range.state[k] != WRITTEN) return false;
+    }
+    return true;
+  };
+  auto visit = [&](u64 k) {
+    for (Entry e : {writer[k], reader[k], reader2[k]}) {
+      if (!e) continue;
+      bool write = e == writer[k], once = !write && e & READ_ONLY;
+      if (!once && ((e & STRONG && strong) || (swap && !write) || ordered(block, warp, lane, e))) continue;
+      if (!once && silent()) continue;
+      block.find("race", warp, lane,
+                 "writes " + where() + ": " + thread_name(block, e) + (write ? " wrote it" : " read it") +
+                     (once ? " with ld.global.nc, which needs memory that the kernel does not write"
+                           : ", and nothing orders the two"),
+                 -1, write ? s.writer_pc[first + k] : s.reader_pc[first + k]);
+    }
+  };
+  Entry differ = 0;
+  for (u64 k = 1; k < n; ++k) {
+    differ |= (writer[k] ^ writer[0]) | (reader[k] ^ reader[0]) | (reader2[k] ^ reader2[0]);
+  }
+  for (u64 k = 0; k < (differ ? n : 1); ++k) visit(k);
+  u32* pcs = &s.writer_pc[first];
+  for (u64 k = 0; k < n; ++k) writer[k] = mine, reader[k] = 0, reader2[k] = 0, pcs[k] = block.pc;
+}
+
+bool Access::load(u8* out, u32& undefined, u32 alignment) const {
+  Range range;
+  undefined = 0;
+  memset(out, 0, bytes);
+  if (!locate(range, false, alignment)) return false;
+  if (range.state) {
+    bool unwritten = false;
+    for (u32 k = 0; k < bytes; ++k) {
+      unwritten |= range.state[k] == UNWRITTEN;
+      undefined |= u32(range.state[k] == UNDEFINED) << k;
+    }
+    if (unwritten && range.shared)
+      block.hold("uninitialised", warp, lane, "reads " + where() + ", which nothing wrote");
+    else if (unwritten)
+      block.find("uninitialised", warp, lane, "reads " + where() + ", which nothing wrote");
+  }
+  if (range.shadow) check_read(range);
+  memcpy(out, range.data, bytes);
+  if (flags & ACQUIRE) acquire_release(range.shared ? SHARED_WINDOW + address : address);
+  return true;
+}
+
+bool Access::store(const u8* in, u32 undefined, u32 alignment) const {
+  Range range;
+  if (!locate(range, true, alignment)) return false;
+  if (flags & RELEASE) acquire_release(range.shared ? SHARED_WINDOW + address : address);
+  if (range.shadow) check_write(range, in, undefined);
+  memcpy(range.data, in, bytes);
+  if (range.state) {
+    for (u32 k = 0; k < bytes; ++k) range.state[k] = undefined >> k & 1 ? UNDEFINED : WRITTEN;
+  }
+  return true;
+}
+
+// Blocks order each other through memory: a release (or a fence, then a strong write) publishes what the block did, an
+// acquire (or a strong read, then a fence) takes it over. Per block, not per thread.
+void Access::acquire_release(u64 key) const {
+  Launch& launch = block.launch;
+  std::lock_guard lock(launch.mutex);
+  auto& published = launch.released[key];
+  if (flags & ACQUIRE) {
+    for (auto [other, time] : published) block.known[other] = std::max(block.known[other], time);
+  } else {
+    for (auto [other, time] : published) {
+      block.read_before_fence[other] = std::max(block.read_before_fence[other], time);
+    }
+  }
+  u32 time = flags & RELEASE ? block.tick() : block.fence_time;
+  if (time) {
+    for (auto [other, at] : block.known) published[other] = std::max(published[other], at);
+    u32& own = published[block.id & 0xfffff];
+    own = std::max(own, time);
+  }
+}
+
+void complete_copies(Block& b, Warp& w, u32 mask, u32 pending_groups, bool uncommitted) {
+  std::erase_if(w.copies, [&](const AsyncCopy& c) {
+    bool done = mask >> c.lane & 1 && (uncommitted || c.group + pending_groups < w.group[c.lane]);
+    if (!done) return false;
+    u8 value[16] = {};
+    u32 undefined = 0, pc = b.pc;
+    b.pc = c.pc;
+    const Ins& ins = b.program.code[c.pc];
+    memset(&b.shared_state[c.shared], WRITTEN, c.bytes);
+    if (c.source_bytes) {
+      Access read{b, w, ins, int(c.lane), GLOBAL, c.global, c.source_bytes};
+      read.load(value, undefined, 1);
+    }
+    Access write{b, w, ins, int(c.lane), SHARED, c.shared, c.bytes};
+    write.store(value, undefined, 1);
+    b.pc = pc;
+    return true;
+  });
+}
+
+}  // namespace ptx

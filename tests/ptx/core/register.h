@@ -1,0 +1,22 @@
+// The table of instructions: the decoder (decode.py) asks for a handler by name.
+#pragma once
+
+#include "core.h"
+
+namespace ptx {
+
+inline void add(const std::string& name, Run run, Kind kind = Kind::PLAIN, Run taint = nullptr) {
+  handlers()[name] = Handler{run, taint, kind};
+}
+
+void register_integer();
+void register_move();
+void register_float();
+void register_half();
+void register_convert();
+void register_memory();
+void register_warp();
+void register_matrix();
+void register_system();
+
+}  // namespace ptx

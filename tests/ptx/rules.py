@@ -1,0 +1,680 @@
+"""One rule per opcode.
+
+A rule takes the decoder, the instruction and its modifiers, and emits the name of a handler (core/ops_*.cpp says what
+its numbers mean) with operands. A modifier that a rule does not take is an UnknownInstruction, like an opcode without a
+rule.
+"""
+
+from __future__ import annotations
+
+import re
+
+from ptx.decode import (
+    FLOATS,
+    GENERIC,
+    GLOBAL,
+    LOCAL,
+    PARAM,
+    PREDICATES,
+    SHARED,
+    Decoder,
+    Modifiers,
+    Program,
+    parse_integer,
+    rule,
+)  # fmt: skip
+from ptx.parse import SIZES, Function, Instruction, Module, PtxError
+
+INTEGERS = {"u8", "s8", "u16", "s16", "u32", "s32", "u64", "s64"}
+HALVES = {"f16", "bf16", "f16x2", "bf16x2"}
+INTEGRAL = {"rni": 0, "rzi": 1, "rmi": 2, "rpi": 3}
+SIGNED, VOLATILE, NONCOHERENT, ACQUIRE, RELEASE = 1, 2, 4, 8, 16
+SPACES = {
+    "global": GLOBAL, "const": GLOBAL, "shared": SHARED, "shared::cta": SHARED, "local": LOCAL, "param": PARAM,
+    "param::entry": PARAM, "param::func": PARAM,
+}  # fmt: skip
+SCOPES = {"cta", "gpu", "sys", "cluster", "gl"}
+WINDOWS = {"shared": 0x7000_0000_0000, "local": 0x7100_0000_0000, "param": 0x7200_0000_0000}
+ORDERED = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}
+COMPARISONS = {
+    "lt": 1, "eq": 2, "gt": 4, "le": 3, "ne": 5, "ge": 6, "num": 7, "nan": 8, "ltu": 9, "equ": 10, "leu": 11,
+    "gtu": 12, "neu": 13, "geu": 14,
+}  # fmt: skip
+BOOLEANS = {"and": 1, "or": 2, "xor": 3}
+CLOCKS = {"%clock", "%clock_hi", "%clock64", "%globaltimer", "%globaltimer_lo", "%globaltimer_hi"}
+XORSIGN = 128
+
+
+# ---- arithmetic ----------------------------------------------------------------------------------------------------
+
+
+def bits_type(type_: str) -> str:
+    return "pred" if type_ == "pred" else f"b{8 * SIZES[type_]}"
+
+
+def unsigned(type_: str) -> str:
+    return type_.replace("b", "u") if type_.startswith("b") and not type_.startswith("bf") else type_
+
+
+def simple(d: Decoder, ins: Instruction, handler: str, types: list[str], result: str, aux=()) -> None:
+    """d = handler(sources)."""
+    if not 0 < len(ins.operands) - 1 <= len(types):
+        raise d.unknown(f"{len(ins.operands)} operands")
+    sources = [d.source(token, type_) for token, type_ in zip(ins.operands[1:], types)]
+    d.emit(handler, [d.result(ins.operands[0], result)], sources, aux=aux)
+
+
+def floating(d: Decoder, ins: Instruction, opcode: str, type_: str, flags: int) -> None:
+    count = len(ins.operands) - 1
+    handler = f"{opcode}.{type_}"
+    if type_ in FLOATS and flags:
+        handler += "+"
+    simple(d, ins, handler, [type_] * count, type_, [flags])
+
+
+def last_type(m: Modifiers, d: Decoder) -> str:
+    if not m.words or m.words[-1] not in SIZES:
+        raise d.unknown()
+    return m.words.pop()
+
+
+@rule("add", "sub")
+def decode_add(d, ins, m):
+    type_ = last_type(m, d)
+    opcode = ins.opcode.split(".")[0]
+    if type_ in INTEGERS:
+        if m.take("cc"):
+            return simple(d, ins, f"{opcode}.carry.{type_}", [type_] * 2, type_, [2])
+        return simple(d, ins, f"{opcode}.sat.{type_}" if m.take("sat") else f"{opcode}.{type_}", [type_] * 2, type_)
+    floating(d, ins, opcode, type_, m.flags())
+
+
+@rule("addc", "subc")
+def decode_addc(d, ins, m):
+    type_ = last_type(m, d)
+    simple(d, ins, f"{ins.opcode[:3]}.carry.{type_}", [type_] * 2, type_, [1 | 2 * m.take("cc")])
+
+
+@rule("mul", "mad", "madc")
+def decode_mul(d, ins, m):
+    type_ = last_type(m, d)
+    opcode = ins.opcode.split(".")[0]
+    if type_ not in INTEGERS:
+        return floating(d, ins, "fma" if opcode == "mad" else "mul", type_, m.flags())
+    part = m.choose(("lo", "hi", "wide"))
+    carry = 2 * m.take("cc") | (opcode == "madc")
+    if carry:
+        return simple(d, ins, f"mad.carry.{type_}", [type_] * 3, type_, [carry, part == "hi"])
+    wide = type_[0] + str(16 * SIZES[type_]) if part == "wide" else type_
+    simple(d, ins, f"{opcode}.{part}.{type_}", [type_, type_, wide], wide)
+
+
+@rule("mul24", "mad24")
+def decode_mul24(d, ins, m):
+    type_ = last_type(m, d)
+    simple(d, ins, f"{ins.opcode.split('.')[0]}.{m.choose(('lo', 'hi'))}.{type_}", [type_] * 3, type_)
+
+
+@rule("fma")
+def decode_fma(d, ins, m):
+    type_ = last_type(m, d)
+    floating(d, ins, "fma", type_, m.flags())
+
+
+@rule("div", "rem", "sad")
+def decode_div(d, ins, m):
+    type_ = last_type(m, d)
+    opcode = ins.opcode.split(".")[0]
+    if type_ in INTEGERS:
+        return simple(d, ins, f"{opcode}.{type_}", [type_] * 3, type_)
+    m.take("approx", "full")
+    floating(d, ins, opcode, type_, m.flags())
+
+
+@rule("rcp", "sqrt", "rsqrt", "sin", "cos", "lg2", "ex2", "tanh")
+def decode_approximate(d, ins, m):
+    type_ = last_type(m, d)
+    opcode = ins.opcode.split(".")[0]
+    approximate = m.take("approx")
+    flags = m.flags()
+    if type_ == "f64" and approximate and opcode in ("rcp", "rsqrt"):
+        return simple(d, ins, f"{opcode}.approx.f64", [type_], type_)
+    floating(d, ins, opcode, type_, flags)
+
+
+@rule("min", "max")
+def decode_min(d, ins, m):
+    type_ = last_type(m, d)
+    opcode = ins.opcode.split(".")[0]
+    if type_ in INTEGERS:
+        return simple(d, ins, f"{opcode}.relu.{type_}" if m.take("relu") else f"{opcode}.{type_}", [type_] * 2, type_)
+    flags = m.flags()
+    if m.take("xorsign"):
+        m.take("abs")
+        flags |= XORSIGN
+    floating(d, ins, opcode + ("3" if len(ins.operands) == 4 else ""), type_, flags)
+
+
+@rule("abs", "neg")
+def decode_abs(d, ins, m):
+    type_ = last_type(m, d)
+    opcode = ins.opcode.split(".")[0]
+    if type_ in INTEGERS:
+        return simple(d, ins, f"{opcode}.{type_}", [type_], type_)
+    flags = m.flags()
+    if type_ in FLOATS:
+        return floating(d, ins, opcode, type_, flags)
+    sign = 0x80008000 if type_.endswith("x2") else 0x8000
+    whole = 0xFFFFFFFF if type_.endswith("x2") else 0xFFFF
+    aux = [flags, 0, whole & ~sign] if opcode == "abs" else [flags, sign, whole]
+    simple(d, ins, f"sign.{type_}", [type_], type_, aux)
+
+
+@rule("copysign")
+def decode_copysign(d, ins, m):
+    floating(d, ins, "copysign", last_type(m, d), 0)
+
+
+@rule("testp")
+def decode_testp(d, ins, m):
+    type_ = last_type(m, d)
+    tests = ("finite", "infinite", "number", "notanumber", "normal", "subnormal")
+    simple(d, ins, f"testp.{type_}", [type_], "pred", [1 << tests.index(m.choose(tests))])
+
+
+# ---- bits ----------------------------------------------------------------------------------------------------------
+
+
+@rule("and", "or", "xor", "not", "cnot")
+def decode_logic(d, ins, m):
+    type_ = last_type(m, d)
+    simple(d, ins, f"{ins.opcode.split('.')[0]}.{type_}", [type_] * 2, type_)
+
+
+@rule("shl", "shr")
+def decode_shift(d, ins, m):
+    type_ = last_type(m, d)
+    handler = f"shl.{bits_type(type_)}" if ins.opcode.startswith("shl") else f"shr.{unsigned(type_)}"
+    simple(d, ins, handler, [type_, "u32"], type_)
+
+
+@rule("shf", "bmsk", "fns", "brev", "popc", "clz", "bfi")
+def decode_bits(d, ins, m):
+    type_ = m.words[-1]
+    types = {
+        "shf": ["b32", "b32", "u32"],
+        "bmsk": ["u32"] * 2,
+        "fns": ["b32", "b32", "s32"],
+        "bfi": [type_] * 2 + ["u32"] * 2,
+    }
+    opcode = ins.opcode.split(".")[0]
+    result = "u32" if opcode in ("popc", "clz") else type_
+    m.words.clear()  # the whole opcode names the handler
+    simple(d, ins, ins.opcode, types.get(opcode, [type_]), result)
+
+
+@rule("bfe", "bfind")
+def decode_bfe(d, ins, m):
+    type_ = last_type(m, d)
+    if ins.opcode.startswith("bfe"):
+        return simple(d, ins, f"bfe.{type_}", [type_, "u32", "u32"], type_)
+    simple(d, ins, f"bfind.shiftamt.{type_}" if m.take("shiftamt") else f"bfind.{type_}", [type_], "u32")
+
+
+@rule("lop3")
+def decode_lop3(d, ins, m):
+    last_type(m, d)
+    a, b, c, table = ins.operands[1:]
+    sources = [d.source(token, "b32") for token in (a, b, c)]
+    d.emit("lop3.b32", [d.result(ins.operands[0], "b32")], sources, aux=[parse_integer(table)])
+
+
+@rule("prmt")
+def decode_prmt(d, ins, m):
+    modes = ("f4e", "b4e", "rc8", "ecl", "ecr", "rc16")
+    m.take("b32")
+    mode = m.choose(modes)
+    simple(d, ins, "prmt.b32", ["b32"] * 3, "b32", [modes.index(mode) + 1 if mode else 0])
+
+
+@rule("dp4a", "dp2a")
+def decode_dot(d, ins, m):
+    types = [m.words.pop(), m.words.pop()][::-1]
+    aux = [(types[0] == "s32") | 2 * (types[1] == "s32"), 1 if ins.opcode.startswith("dp4a") else 2]
+    upper = m.choose(("lo", "hi")) == "hi"
+    sources = [d.source(token, "b32") for token in ins.operands[1:]]
+    d.emit("dot", [d.result(ins.operands[0], "b32")], sources, imm=int(upper), aux=aux)
+
+
+# ---- comparisons, selection, moves, conversions --------------------------------------------------------------------
+
+
+def comparison(d: Decoder, ins: Instruction, m: Modifiers, type_: str, results: list, opcode: str, true: int) -> None:
+    word = m.choose(set(COMPARISONS) | set(ORDERED))
+    if word is None:
+        raise d.unknown()
+    boolean = BOOLEANS.get(m.choose(BOOLEANS), 0)
+    ftz = m.take("ftz")
+    a, b, *c = ins.operands[1:]
+    sources = [d.source(a, type_), d.source(b, type_)] + [d.source(token, "pred") for token in c]
+    if type_ in FLOATS | HALVES:
+        return d.emit(f"{opcode}.{type_}", results, sources, aux=[boolean, true, COMPARISONS[word], ftz])
+    d.emit(f"{opcode}.{ORDERED.get(word, word)}.{unsigned(type_)}", results, sources, aux=[boolean, true])
+
+
+@rule("setp")
+def decode_setp(d, ins, m):
+    type_ = last_type(m, d)
+    comparison(d, ins, m, type_, d.pair(ins.operands[0], "pred"), "setp", 0)
+
+
+@rule("set")
+def decode_set(d, ins, m):
+    type_ = last_type(m, d)
+    result = last_type(m, d)
+    true = {"f32": 0x3F800000, "f16": 0x3C00, "f16x2": 0x3C00, "bf16": 0x3F80, "bf16x2": 0x3F80}.get(result)
+    if true is None:
+        true = 0xFFFF if type_.endswith("x2") or SIZES[result] == 2 else 0xFFFFFFFF
+    comparison(d, ins, m, type_, [d.result(ins.operands[0], result)], "set", true)
+
+
+@rule("selp")
+def decode_selp(d, ins, m):
+    type_ = last_type(m, d)
+    simple(d, ins, f"selp.{bits_type(type_)}", [type_, type_, "pred"], type_)
+
+
+@rule("slct")
+def decode_slct(d, ins, m):
+    m.take("ftz")
+    choice = last_type(m, d)
+    type_ = last_type(m, d)
+    simple(d, ins, f"slct.{bits_type(type_)}.{choice}", [type_, type_, choice], type_)
+
+
+@rule("mov")
+def decode_mov(d, ins, m):
+    type_ = last_type(m, d)
+    to, value = ins.operands
+    if to.startswith("{"):
+        parts = d.vector(to)
+        size = SIZES[type_] // len(parts)
+        results = [d.result(part, f"b{8 * size}") for part in parts]
+        return d.emit("unpack", results, [d.source(value, type_)], aux=[size])
+    if value.startswith("{"):
+        parts = d.vector(value)
+        size = SIZES[type_] // len(parts)
+        return d.emit("pack", [d.result(to, type_)], [d.source(part, f"b{8 * size}") for part in parts], aux=[size])
+    if value in CLOCKS:
+        return d.emit("clock", [d.result(to, type_)])
+    simple(d, ins, f"mov.{bits_type(type_)}", [type_], type_)
+
+
+@rule("cvt")
+def decode_cvt(d, ins, m):
+    if m.take("pack"):
+        return decode_cvt_pack(d, ins, m)
+    source = last_type(m, d)
+    result = last_type(m, d)
+    integral = m.choose(INTEGRAL)
+    flags = m.flags()
+    if result in INTEGERS and source in INTEGERS:
+        return simple(d, ins, f"cvt.{result}.{source}", [source], result, [flags, 0, min(SIZES[result], SIZES[source])])
+    if result in INTEGERS:
+        if integral is None:
+            raise d.unknown("no rounding to an integer")
+        return simple(d, ins, f"cvt.{result}.{source}", [source], result, [flags | INTEGRAL[integral]])
+    if result in ("bf16x2", "f16x2"):
+        fast = result == "bf16x2" and flags == 0
+        return simple(d, ins, f"cvt.{'rn.' if fast else ''}{result}.f32", [source] * 2, result, [flags])
+    if result == "bf16" and source == "f32" and flags == 0:
+        return simple(d, ins, "cvt.rn.bf16.f32", [source], result)
+    if result == "f32" and source == "bf16" and flags == 0:
+        return simple(d, ins, "cvt.exact.f32.bf16", [source], result)
+    simple(d, ins, f"cvt.{result}.{source}", [source], result, [flags, 1 + INTEGRAL[integral] if integral else 0])
+
+
+def decode_cvt_pack(d, ins, m):
+    m.take("sat")
+    m.choose(("b32",))
+    m.choose(("s32",))
+    result = m.words.pop(0)
+    m.words.clear()
+    simple(d, ins, "cvt.pack", ["s32", "s32", "b32"], "b32", [0, 8 * SIZES.get(result, 0), result.startswith("s")])
+
+
+# ---- memory --------------------------------------------------------------------------------------------------------
+
+
+def memory_words(d: Decoder, m: Modifiers) -> tuple[int, int]:
+    """The space, and the flags of order; hints for the caches are dropped."""
+    m.words = [word for word in m.words if not word.startswith(("L1::", "L2::", "level::"))]
+    flags = 0
+    if m.take("volatile", "relaxed", "mmio"):
+        flags |= VOLATILE
+    if m.take("acquire"):
+        flags |= VOLATILE | ACQUIRE
+    if m.take("release"):
+        flags |= VOLATILE | RELEASE
+    if m.take("acq_rel"):
+        flags |= VOLATILE | ACQUIRE | RELEASE
+    if m.take("nc"):
+        flags |= NONCOHERENT
+    m.take("weak", "ca", "cg", "cs", "cv", "lu", "wb", "wt", "unified", *SCOPES)
+    word = m.choose(SPACES)
+    space = GENERIC if word is None else SPACES[word]
+    if flags & VOLATILE and space in (GLOBAL, GENERIC):
+        d.ordered = True
+    return space, flags
+
+
+def parameter_space(d: Decoder, space: int, symbol: int | None) -> int:
+    """.param is a kernel's parameter or, in calls and functions, local memory."""
+    if space != PARAM:
+        return space
+    return symbol if symbol is not None else PARAM if d.function.is_entry else LOCAL
+
+
+@rule("ld", "ldu")
+def decode_ld(d, ins, m):
+    type_ = last_type(m, d)
+    m.take("v2", "v4", "v8")
+    space, flags = memory_words(d, m)
+    base, offset, symbol = d.address(ins.operands[1])
+    results = [d.result(part, type_) for part in d.vector(ins.operands[0])]
+    flags |= SIGNED * type_.startswith("s")
+    aux = [parameter_space(d, space, symbol), SIZES[type_], flags, len(results)]
+    d.emit("ld", results, [base], imm=offset, aux=aux)
+
+
+@rule("st")
+def decode_st(d, ins, m):
+    type_ = last_type(m, d)
+    m.take("v2", "v4", "v8")
+    space, flags = memory_words(d, m)
+    base, offset, symbol = d.address(ins.operands[0])
+    values = [d.source(part, type_) for part in d.vector(ins.operands[1])]
+    aux = [parameter_space(d, space, symbol), SIZES[type_], flags, len(values)]
+    d.emit("st", [], [base, *values], imm=offset, aux=aux)
+
+
+@rule("atom", "red")
+def decode_atom(d, ins, m):
+    type_ = last_type(m, d)
+    operations = ("add", "min", "max", "inc", "dec", "and", "or", "xor", "exch", "cas")
+    operation = m.choose(operations)
+    m.take("noftz")
+    space, flags = memory_words(d, m)
+    if space in (GLOBAL, GENERIC):
+        d.ordered = True
+    if operation in ("and", "or", "xor", "exch", "cas"):
+        type_ = bits_type(type_)
+    operands = list(ins.operands)
+    results = [] if ins.opcode.startswith("red") else [d.result(operands.pop(0), type_)]
+    base, offset, _ = d.address(operands[0])
+    count = 2 if operation == "cas" else 1
+    values = [d.source(token, type_) for token in operands[1 : 1 + count]]
+    d.emit(f"atom.{operation}.{type_}", results, [base, *values], imm=offset, aux=[space, SIZES[type_], flags, 1])
+
+
+@rule("cp")
+def decode_cp(d, ins, m):
+    if not m.take("async"):
+        raise d.unknown()
+    if m.take("commit_group"):
+        return d.emit("cp.async.commit_group")
+    if m.take("wait_all"):
+        return d.emit("cp.async.wait_group", imm=0, aux=[1])
+    if m.take("wait_group"):
+        return d.emit("cp.async.wait_group", imm=parse_integer(ins.operands[0]))
+    m.words = [word for word in m.words if not word.startswith("L2::")]
+    m.take("ca", "cg")
+    if not m.take("shared", "shared::cta") or not m.take("global"):
+        raise d.unknown()
+    to, to_offset, _ = d.address(ins.operands[0])
+    source, offset, _ = d.address(ins.operands[1])
+    sources = [to, source]
+    if len(ins.operands) > 3:
+        size = d.source(ins.operands[3], "u32")
+        if size[0] == PREDICATES:
+            raise d.unknown("ignore-src")
+        if size[3] != 8:  # eight bytes are a cache policy
+            sources.append(size)
+    d.emit("cp.async", [], sources, imm=offset, aux=[0, parse_integer(ins.operands[2]), 0, 0, to_offset])
+
+
+@rule("ldmatrix", "stmatrix")
+def decode_ldmatrix(d, ins, m):
+    m.take("sync")
+    m.take("aligned")
+    if not m.take("m8n8") or not m.take("b16"):
+        raise d.unknown()
+    tiles = int(m.choose(("x1", "x2", "x4"))[1])
+    transposed = m.take("trans")
+    space, _ = memory_words(d, m)
+    if ins.opcode.startswith("ld"):
+        base, offset, _ = d.address(ins.operands[1])
+        results = [d.result(part, "b32") for part in d.vector(ins.operands[0])]
+        return d.emit("ldmatrix", results, [base], imm=offset, aux=[space, tiles, transposed])
+    base, offset, _ = d.address(ins.operands[0])
+    values = [d.source(part, "b32") for part in d.vector(ins.operands[1])]
+    d.emit("stmatrix", [], [base, *values], imm=offset, aux=[space, tiles, transposed])
+
+
+@rule("cvta")
+def decode_cvta(d, ins, m):
+    type_ = last_type(m, d)
+    to = "to." if m.take("to") else ""
+    space = {"shared::cta": "shared"}.get(word := m.choose(SPACES), word)
+    simple(d, ins, f"cvta.{to}{space}.{type_}", [type_], type_)
+
+
+@rule("isspacep")
+def decode_isspacep(d, ins, m):
+    space = {"shared::cta": "shared", "const": "global", "param::entry": "param"}.get(word := m.choose(SPACES), word)
+    source = d.source(ins.operands[1], "u64")
+    d.emit(
+        "isspacep", [d.result(ins.operands[0], "pred")], [source], imm=WINDOWS.get(space, 0), aux=[space == "global"]
+    )
+
+
+@rule("membar", "fence")
+def decode_fence(d, ins, m):
+    m.words.clear()
+    d.emit("fence")
+
+
+@rule("prefetch", "prefetchu", "discard", "applypriority", "nanosleep", "griddepcontrol", "pmevent")
+def decode_nothing(d, ins, m):
+    m.words.clear()
+    d.emit("nop")
+
+
+@rule("createpolicy")
+def decode_createpolicy(d, ins, m):
+    m.words.clear()
+    d.emit("mov.b64", [d.result(ins.operands[0], "b64")], [d.constant(0, 8)])
+
+
+# ---- warps ---------------------------------------------------------------------------------------------------------
+
+
+@rule("shfl")
+def decode_shfl(d, ins, m):
+    m.take("b32")
+    modes = ("up", "down", "bfly", "idx")
+    mode = modes.index(m.choose(modes))
+    if not m.take("sync"):
+        raise d.unknown("only shfl.sync exists on sm_70 and later")
+    results = d.pair(ins.operands[0], "b32")
+    sources = [d.source(token, "b32") for token in ins.operands[1:]]
+    d.emit("shfl", results, sources, aux=[mode, 0, 0, 0, 0, 4])
+
+
+@rule("vote")
+def decode_vote(d, ins, m):
+    m.take("pred", "b32")
+    modes = ("all", "any", "uni", "ballot")
+    mode = modes.index(m.choose(modes))
+    if not m.take("sync"):
+        raise d.unknown("only vote.sync exists on sm_70 and later")
+    result = d.result(ins.operands[0], "b32" if mode == 3 else "pred")
+    sources = [d.source(ins.operands[1], "pred"), d.source(ins.operands[2], "b32")]
+    d.emit("vote", [result], sources, aux=[mode, 0, 0, 0, 0, 2])
+
+
+@rule("match")
+def decode_match(d, ins, m):
+    type_ = last_type(m, d)
+    every = m.choose(("any", "all")) == "all"
+    m.take("sync")
+    sources = [d.source(ins.operands[1], type_), d.source(ins.operands[2], "b32")]
+    d.emit(f"match.{type_}", d.pair(ins.operands[0], "b32"), sources, aux=[every, 0, 0, 0, 0, 2])
+
+
+@rule("redux")
+def decode_redux(d, ins, m):
+    type_ = last_type(m, d)
+    m.take("sync")
+    operation = m.choose(("add", "min", "max", "and", "or", "xor"))
+    sources = [d.source(token, "b32") for token in ins.operands[1:]]
+    d.emit(f"redux.{operation}.{type_}", [d.result(ins.operands[0], type_)], sources, aux=[0, 0, 0, 0, 0, 2])
+
+
+@rule("elect")
+def decode_elect(d, ins, m):
+    m.take("sync")
+    d.emit("elect", d.pair(ins.operands[0], "b32"), [d.source(ins.operands[1], "b32")], aux=[0, 0, 0, 0, 0, 1])
+
+
+@rule("activemask")
+def decode_activemask(d, ins, m):
+    m.take("b32")
+    d.emit("activemask", [d.result(ins.operands[0], "b32")])
+
+
+@rule("bar", "barrier")
+def decode_bar(d, ins, m):
+    m.take("cta")
+    if m.take("warp"):
+        m.take("sync")
+        return d.emit("bar.warp.sync", [], [d.source(ins.operands[0], "b32")])
+    kinds = ("sync", "arrive", "red")
+    kind = kinds.index(m.choose(kinds))
+    aligned = m.take("aligned") or ins.opcode.startswith("bar.")
+    operands, results, reduction = list(ins.operands), [], 0
+    if kind == 2:
+        reduction = ("popc", "and", "or").index(m.choose(("popc", "and", "or")))
+        m.take("u32", "pred")
+        results = [d.result(operands.pop(0), "pred" if reduction else "u32")]
+    predicate = [operands.pop()] if kind == 2 else []
+    sources = [d.source(token, "u32") for token in operands] + [d.source(token, "pred") for token in predicate]
+    d.emit("barrier", results, sources, aux=[kind, aligned, len(operands) > 1, reduction])
+
+
+@rule("mma")
+def decode_mma(d, ins, m):
+    m.take("sync")
+    m.take("aligned")
+    if not m.take("row") or not m.take("col"):
+        raise d.unknown()
+    shape = m.choose({word for word in m.words if re.fullmatch(r"m\d+n8k\d+", word)})
+    if shape is None or len(m.words) < 4:
+        raise d.unknown()
+    rows, depth = int(shape[1:].split("n")[0]), int(shape.split("k")[1])
+    saturate = m.take("satfinite")
+    to, a, b, c = m.words
+    m.words = []
+    handler = f"mma.{a}.{b}" if a in ("s8", "u8") else f"mma.{a}"
+    per_register = {"tf32": 1, "f64": 1, "bf16": 2, "f16": 2, "s8": 4, "u8": 4}.get(a)
+    if per_register is None or rows not in (8, 16) or to != c or (rows == 8 and a in ("bf16", "f16", "tf32")):
+        raise d.unknown()
+    tokens = [d.vector(operand) for operand in ins.operands]
+    counts = [len(part) for part in tokens[1:]]
+    if counts[1] * 4 * per_register != depth or counts[0] * 4 * per_register * 8 != rows * depth:
+        raise d.unknown()
+    type_ = "f64" if a == "f64" else "b32"
+    results = [d.result(token, type_) for token in tokens[0]]
+    sources = [d.source(token, type_) for part in tokens[1:] for token in part]
+    d.emit(handler, results, sources, imm=int(saturate), aux=[rows, *counts, to == "f16"])
+
+
+@rule("movmatrix")
+def decode_movmatrix(d, ins, m):
+    m.take("sync", "aligned", "m8n8", "trans", "b16")
+    d.emit("movmatrix", [d.result(ins.operands[0], "b32")], [d.source(ins.operands[1], "b32")])
+
+
+# ---- control -------------------------------------------------------------------------------------------------------
+
+
+@rule("bra")
+def decode_bra(d, ins, m):
+    m.take("uni")
+    d.patches.append((len(d.code), d.function, ins.scope, ins.operands[0]))
+    d.emit("bra")
+
+
+@rule("brx")
+def decode_brx(d, ins, m):
+    m.take("idx", "uni")
+    index = d.source(ins.operands[0], "u32")
+    _, labels = ins.scope.find("tables", ins.operands[1])
+    if labels is None:
+        raise d.unknown(f"no .branchtargets {ins.operands[1]}")
+    d.patches.append((len(d.code), d.function, ins.scope, labels))
+    d.emit("brx.idx", [], [index])
+
+
+@rule("ret", "exit", "trap", "brkpt")
+def decode_end(d, ins, m):
+    m.take("uni")
+    d.emit("trap" if ins.opcode == "brkpt" else ins.opcode.split(".")[0])
+
+
+@rule("call")
+def decode_call(d: Decoder, ins: Instruction, m: Modifiers) -> Function | None:
+    """Copies the arguments to the callee's parameters, calls, copies the result back. Returns the callee."""
+    m.take("uni")
+    operands = list(ins.operands)
+    results = d.vector(operands.pop(0).replace("(", "{").replace(")", "}")) if operands[0].startswith("(") else []
+    name = operands.pop(0)
+    arguments = d.vector(operands.pop(0).replace("(", "{").replace(")", "}")) if operands else []
+    arguments = [token for token in arguments if token]
+    if operands or name not in d.module.functions:
+        raise d.unknown("only direct calls are supported")
+
+    def local(token):
+        place = d.symbol(token)
+        if place is None or place[0] != LOCAL:
+            raise d.unknown(f"argument {token}")
+        return place[1]
+
+    places = [local(token) for token in arguments]
+    if name == "vprintf":
+        d.emit("vprintf", aux=[*places, local(results[0])])
+        return None
+    if name == "__assertfail":
+        d.emit("__assertfail", aux=places[:4])
+        return None
+    callee = d.module.functions[name]
+    if not callee.defined:
+        raise d.unknown(f"{name} has no body")
+    for variable in callee.parameters + callee.results:
+        if id(variable) not in d.symbols:
+            d.place(variable)
+    for at, variable in zip(places, callee.parameters):
+        d.emit("copy.parameter", aux=[at, d.symbols[id(variable)][1], variable.bytes])
+    d.emit("call", target=name)
+    for token, variable in zip(results, callee.results):
+        d.emit("copy.parameter", aux=[d.symbols[id(variable)][1], local(token), variable.bytes])
+    return callee
+
+
+def decode(module: Module, entry: str) -> Program:
+    """The kernel `entry` of a module, ready to run. Raises UnknownInstruction, PtxError."""
+    function = module.functions.get(entry)
+    if function is None or not function.is_entry or not function.defined:
+        kernels = [name for name, f in module.functions.items() if f.is_entry and f.defined]
+        raise PtxError(f"no kernel {entry!r}; the module has {kernels}")
+    return Decoder(module, function).decode()

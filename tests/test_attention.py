@@ -1,0 +1,339 @@
+"""attention beyond its OpCase: layouts that must agree, masks and dropout bits seen from outside, bad input."""
+
+import itertools
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from fastlm import ops
+from fastlm.ops.attention import bucket_starts, relative_buckets
+from fastlm.testing.cases import CASES, Variant
+from fastlm.testing.compare import Comparison
+
+LENGTHS = (70, 1, 0, 130, 33)
+RNG = torch.tensor([-(2**62) + 12345, 2**40 + 7])
+
+
+def cu_seqlens(lengths):
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+
+
+def randn(*size, seed=0):
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
+
+
+def gradients(out, cotangent, *inputs):
+    return torch.autograd.grad(out, inputs, cotangent)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+def test_packed_is_padded_is_one_by_one(causal, dropout_p):
+    """The same bits, forward and backward. One by one without dropout, which knows the number of the sequence."""
+    heads, kv, d, longest = 4, 2, 16, max(LENGTHS)
+    options = {"causal": causal, "dropout_p": dropout_p, "rng": RNG, "stream": 5, "backend": "cpu"}
+    cu = cu_seqlens(LENGTHS)
+    total = int(cu[-1])
+    q, dout = randn(2, total, heads, d).unbind()
+    k, v = randn(2, total, kv, d, seed=1).unbind()
+    packed = [x.requires_grad_() for x in (q, k, v)]
+    out = ops.attention(*packed, cu_seqlens_q=cu, max_seqlen_q=longest, **options)
+    want = [out, *gradients(out, dout, *packed)]
+
+    def pad(x):
+        rows = [x.detach()[start:end] for start, end in itertools.pairwise(cu.tolist())]
+        return torch.stack([torch.nn.functional.pad(row, (0, 0, 0, 0, 0, longest - len(row))) for row in rows])
+
+    real = torch.arange(longest) < cu.diff()[:, None]
+    padded = [pad(x).requires_grad_() for x in (q, k, v)]
+    out = ops.attention(*padded, key_mask=real, **options)
+    for name, a, b in zip(("out", "dq", "dk", "dv"), want, [out, *gradients(out, pad(dout), *padded)]):
+        assert torch.equal(a, b[real]), f"padded {name}"
+
+    if dropout_p == 0.0:
+        for start, end in itertools.pairwise(cu.tolist()):
+            one = [x.detach()[None, start:end].requires_grad_() for x in (q, k, v)]
+            out = ops.attention(*one, **options)
+            for name, a, b in zip(("out", "dq", "dk", "dv"), want, [out, *gradients(out, dout[None, start:end], *one)]):
+                assert torch.equal(a[start:end], b[0]), f"one by one {name}, rows {start} to {end}"
+
+
+def test_padding_at_the_end_of_cu_seqlens():
+    """Repeating the total adds empty sequences and changes no bit, dropout's included."""
+    q, k, v = randn(3, 104, 2, 8).unbind()
+    options = {"max_seqlen_q": 70, "dropout_p": 0.3, "rng": RNG, "backend": "cpu"}
+    a = ops.attention(q, k, v, cu_seqlens_q=cu_seqlens((70, 34)), **options)
+    b = ops.attention(q, k, v, cu_seqlens_q=cu_seqlens((70, 34, 0, 0, 0)), **options)
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference", "sdpa"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_padding_has_no_influence(backend, causal):
+    """NaN in a masked row of k and v changes nothing and gets no gradient; a query without keys gives 0."""
+    q, k, v, dout = (randn(3, 80, 2, 16, seed=s) for s in range(4))
+    mask = torch.ones(3, 80, dtype=torch.bool)
+    mask[0, :13] = mask[0, 50:] = mask[1] = False
+    mask[2, 20:23] = False
+    results = []
+    for fill in (0.0, float("nan")):
+        inputs = [q.clone(), *(torch.where(mask[..., None, None], x, fill) for x in (k, v))]
+        inputs = [x.requires_grad_() for x in inputs]
+        out = ops.attention(*inputs, key_mask=mask, causal=causal, backend=backend)
+        results.append([out, *gradients(out, dout, *inputs)])
+    for name, a, b in zip(("out", "dq", "dk", "dv"), *results):
+        assert torch.equal(a, b), name
+    out, dq, dk, dv = results[1]
+    assert not out[1].any()
+    assert not dq[1].any()
+    assert not dk[~mask].any()
+    assert not dv[~mask].any()
+    if causal:
+        assert not out[0, :13].any()
+        assert out[0, 13:].all()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference", "sdpa"])
+def test_causal_is_aligned_bottom_right(backend):
+    """The last queries of a square causal attention are those of a shorter q; windows move with them."""
+    q, k, v = (randn(2, 90, 2, 8, seed=s) for s in range(3))
+    for options in ({"causal": True}, {"window_size": (5, 3)}):
+        whole = ops.attention(q, k, v, backend=backend, **options)
+        part = ops.attention(q[:, 77:], k, v, backend=backend, **options)
+        torch.testing.assert_close(whole[:, 77:], part, rtol=1e-5, atol=1e-6)
+    more_queries = ops.attention(q, k[:, :40], v[:, :40], causal=True, backend=backend)
+    assert not more_queries[:, :50].any()
+    assert torch.equal(more_queries[:, 50], v[:, 0])
+
+
+def numpy_bytes(seed, step, stream, sequence_head, query, keys):
+    """Dropout's bytes of one row of probabilities, from the definition, in NumPy."""
+
+    def philox(counter, key):
+        c, k = [np.uint64(x) for x in counter], [np.uint64(x) for x in key]
+        low, s32 = np.uint64(0xFFFFFFFF), np.uint64(32)
+        for _ in range(10):
+            a, b = np.uint64(0xD2511F53) * c[0], np.uint64(0xCD9E8D57) * c[2]
+            c = [(b >> s32) ^ c[1] ^ k[0], b & low, (a >> s32) ^ c[3] ^ k[1], a & low]
+            k = [(k[0] + np.uint64(0x9E3779B9)) & low, (k[1] + np.uint64(0xBB67AE85)) & low]
+        return np.array(c, dtype="<u4")
+
+    halves = [int(x) & (2**64 - 1) for x in (seed, step)]
+    key = philox([halves[1] & 0xFFFFFFFF, halves[1] >> 32, stream, 0],
+                 [halves[0] & 0xFFFFFFFF, (halves[0] >> 32) ^ 0x504F5244])[:2]  # fmt: skip
+    blocks = [philox([block, query, sequence_head, 0], key).view("u1") for block in range(-(-keys // 16))]
+    return np.concatenate(blocks)[:keys]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_dropout_bits(backend):
+    """With equal scores and v the identity, the output is the mask: it equals the definition's, bit for bit."""
+    heads, lengths, p, stream = 2, (40, 0, 67), 0.3, 9
+    cu, d = cu_seqlens(lengths), 80
+    total = int(cu[-1])
+    q = torch.zeros(total, heads, d)
+    v = torch.cat([torch.eye(n, d) for n in lengths])[:, None].expand(-1, heads, -1)
+    options = {"dropout_p": p, "rng": RNG, "stream": stream, "backend": backend}
+    out = ops.attention(q, q, v, cu_seqlens_q=cu, max_seqlen_q=max(lengths), **options)
+    threshold = round(256 * p)
+    for sequence, (start, n) in enumerate(zip(cu.tolist(), lengths)):
+        for head in range(heads):
+            for query in range(n):
+                drawn = numpy_bytes(*RNG.tolist(), stream, sequence * heads + head, query, n)
+                want = torch.from_numpy(np.where(drawn < threshold, 0.0, 256 / (256 - threshold) / n)).float()
+                got = out[start + query, head, :n]
+                assert torch.equal(got != 0, want != 0), (sequence, head, query)
+                torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_dropout_of_everything_and_default_rng(backend):
+    q, k, v, dout = (randn(1, 20, 2, 8, seed=s).requires_grad_() for s in range(4))
+    out = ops.attention(q, k, v, dropout_p=1.0, rng=RNG, backend=backend)
+    assert not out.any()
+    assert not any(g.any() for g in gradients(out, dout.detach(), q, k, v))
+    draws = [ops.attention(q, k, v, dropout_p=0.5, backend=backend) for _ in range(2)]
+    assert not torch.equal(*draws)
+
+
+@pytest.mark.parametrize(
+    ("bidirectional", "buckets", "max_distance"),
+    [(True, 32, 128), (False, 32, 128), (True, 10, 24), (False, 7, 100)],
+)
+def test_buckets_are_those_of_t5(bidirectional, buckets, max_distance):
+    """Against the float32 logarithm of Mesh TensorFlow's and Transformers' T5."""
+    relative = torch.arange(-600, 600)
+    n = buckets // 2 if bidirectional else buckets
+    distance = relative.abs() if bidirectional else (-relative).clamp(min=0)
+    exact = n // 2
+    large = torch.log(distance.float() / exact) / np.log(max_distance / exact) * (n - exact)
+    want = torch.where(distance < exact, distance, (exact + large.clamp(min=0).long()).clamp(max=n - 1))
+    want = want + (n if bidirectional else 0) * (relative > 0)
+    assert torch.equal(relative_buckets(relative, buckets, bidirectional, max_distance), want)
+    assert len(bucket_starts(buckets, bidirectional, max_distance)) == n
+
+
+def test_relative_bias_is_a_bias():
+    """Scores of zero leave the bias alone: the output is its softmax, position by position."""
+    table = randn(8, 2)
+    q, eye = torch.zeros(1, 20, 2, 24), torch.eye(30, 24)[None, :, None].expand(-1, -1, 2, -1)
+    k = torch.zeros(1, 30, 2, 24)
+    out = ops.attention(q, k, eye, relative_bias=ops.RelativeBias(table, True, 16), backend="cpu")
+    relative = torch.arange(30) - torch.arange(20)[:, None] - 10
+    bias = table[relative_buckets(relative, 8, True, 16)]
+    torch.testing.assert_close(out[0], bias.softmax(1)[:, :24].movedim(-1, 1), rtol=1e-5, atol=1e-7)
+
+
+def random_variant(draw):
+    """Any combination of features."""
+    kv, group, d = draw.choice((1, 2)), draw.choice((1, 1, 3)), draw.choice((1, 4, 8, 20, 64, 96))
+    shape = {"h": kv * group, "kv": kv, "d": d, "buckets": draw.choice((0, 0, 8))}
+    if draw.random() < 0.5:
+        shape["lengths"] = tuple(draw.choice((0, 1, 17, 64, 100, 130)) for _ in range(3)) + (3,)
+        if draw.random() < 0.5:
+            shape["lengths_k"] = tuple(draw.choice((0, 5, 96, 97, 140)) for _ in range(3)) + (2,)
+    else:
+        shape |= {"b": 2, "s": draw.choice((1, 50, 128)), "sk": draw.choice((-1, 7, 150))}
+        shape["padding"] = draw.choice(("", "left", "right", "both", "holes"))
+    options = {"dropout_p": draw.choice((0.0, 0.25)), "causal": draw.random() < 0.4}
+    if draw.random() < 0.4:
+        options["window_size"] = (draw.choice((-1, 0, 3, 40)), draw.choice((-1, 0, 2, 70)))
+    if shape["buckets"]:
+        options |= {"bidirectional": draw.random() < 0.5, "max_distance": 30}
+    return Variant(shape, options)
+
+
+def test_combinations():
+    """Forty random combinations of features, judged together by the error bound."""
+    case, comparison, draw = CASES["attention"], Comparison(), random.Random(3)
+    for seed in range(40):
+        variant = random_variant(draw)
+        results = {}
+        for name in ("ours", "eager", "exact"):
+            inputs = case.inputs(variant, seed, torch.float32)
+            inputs = case.exact(inputs) if name == "exact" else inputs
+            function, extra = (case.function, {"backend": "cpu"}) if name == "ours" else (case.reference, {})
+            outputs = case.run(function, variant, inputs, **extra)
+            grads = case.run_backward(inputs, outputs, seed)
+            results[name] = {"out": outputs[0], "lse": outputs[1], **{f"d{n}": g for n, g in grads.items()}}
+        for name, ours in results["ours"].items():
+            own = Comparison(factor=100.0)  # a wrong tile cannot hide among the others
+            for c in (comparison, own):
+                c.add(name, ours, results["eager"][name], results["exact"][name])
+            assert not own.failures(), f"{variant}: {own.failures()}"
+    assert not comparison.failures(), "; ".join(comparison.failures())
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_large_scores(backend):
+    """Scores of ±2000 neither overflow nor lose their gradient."""
+    q, k, v = (randn(1, 100, 1, 32, seed=s) for s in range(3))
+    q = (q * 300).requires_grad_()
+    out, lse = ops.attention(q, k, v, return_lse=True, backend=backend)
+    want = torch.softmax((q.double()[0, :, 0] @ k.double()[0, :, 0].T) * 32**-0.5, -1) @ v.double()[0, :, 0]
+    torch.testing.assert_close(out[0, :, 0].double(), want, rtol=1e-4, atol=1e-4)
+    assert lse.abs().max() > 1000
+    assert gradients(out, torch.ones_like(out), q)[0].isfinite().all()
+
+
+def test_sdpa_agrees_and_refuses():
+    q, v = randn(2, 30, 4, 16), randn(2, 40, 2, 16, seed=1)
+    table = randn(8, 4)
+    mask = torch.arange(40) < torch.tensor([[40], [25]])
+    bias = ops.RelativeBias(table, True, 20)
+    for options in ({}, {"causal": True}, {"key_mask": mask, "relative_bias": bias}, {"window_size": (3, 9)}):
+        want = ops.attention(q, v, v, backend="reference", **options)
+        torch.testing.assert_close(ops.attention(q, v, v, backend="sdpa", **options), want, rtol=1e-4, atol=1e-5)
+    refused = [
+        ({"dropout_p": 0.1}, "dropout bits"),
+        ({"return_lse": True}, "no lse"),
+        ({"relative_bias": ops.RelativeBias(table.requires_grad_(), True, 20)}, "gradient for the table"),
+    ]
+    for options, reason in refused:
+        with pytest.raises(ValueError, match=reason):
+            ops.attention(q, v, v, backend="sdpa", **options)
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        ops.attention(q[0], v[0], v[0], cu_seqlens_q=cu_seqlens((30,)), max_seqlen_q=30,
+                      cu_seqlens_k=cu_seqlens((40,)), max_seqlen_k=40, backend="sdpa")  # fmt: skip
+
+
+def test_dtypes_and_autocast():
+    """float64 and float16 have their backends on the CPU too; autocast lowers float32."""
+    q = randn(1, 9, 2, 8)
+    want = ops.attention(q, q, q)
+    for dtype in (torch.float64, torch.float16):
+        out, lse = ops.attention(*[q.to(dtype)] * 3, return_lse=True)
+        assert out.dtype == dtype
+        assert lse.dtype == torch.promote_types(dtype, torch.float32)
+        torch.testing.assert_close(out.float(), want, rtol=1e-2, atol=1e-2)
+    with pytest.raises(ValueError, match="float64"):
+        ops.attention(*[q.double()] * 3, backend="cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ops.attention(q, q, q).dtype == torch.bfloat16
+
+
+Q = torch.zeros(2, 6, 4, 8)
+PACKED = torch.zeros(12, 4, 8)
+CU = cu_seqlens((6, 6))
+BAD = {
+    "q: expected a floating-point": (Q.long(), {}),
+    "q: expected shape": (PACKED, {}),
+    "q: expected shape (T, H, D)": (Q, {"cu_seqlens_q": CU, "max_seqlen_q": 6}),
+    "q: expected at least one head": (Q[..., :0], {}),
+    "k: expected torch.float32, got torch.bfloat16": (Q, {"k": Q.bfloat16()}),
+    "k: expected shape": (Q, {"k": Q[..., :4]}),
+    "k: expected shape (2, ": (Q, {"k": Q[:1]}),
+    "v: expected shape": (Q, {"v": Q[:, :3]}),
+    "k: expected a number of heads": (Q, {"k": Q[:, :, :3], "v": Q[:, :, :3]}),
+    "window_size": (Q, {"window_size": (-2, 0)}),
+    "key_mask: expected torch.bool": (Q, {"key_mask": torch.ones(2, 6)}),
+    "key_mask: expected shape (2, 6)": (Q, {"key_mask": torch.ones(2, 5, dtype=torch.bool)}),
+    "key_mask: packed": (PACKED, {"cu_seqlens_q": CU, "max_seqlen_q": 6, "key_mask": torch.ones(2, 6).bool()}),
+    "cu_seqlens_q: expected with": (Q, {"max_seqlen_q": 6}),
+    "cu_seqlens_q: expected torch.int32": (PACKED, {"cu_seqlens_q": CU.long(), "max_seqlen_q": 6}),
+    "max_seqlen_q: expected with": (PACKED, {"cu_seqlens_q": CU}),
+    "max_seqlen_k: expected with": (PACKED, {"cu_seqlens_q": CU, "cu_seqlens_k": CU, "max_seqlen_q": 6}),
+    "max_seqlen_q: expected at least": (PACKED, {"cu_seqlens_q": CU, "max_seqlen_q": 5}),
+    "cu_seqlens_q: expected to start": (PACKED, {"cu_seqlens_q": CU + 1, "max_seqlen_q": 9}),
+    "cu_seqlens_q: expected to start at 0, never": (PACKED, {"cu_seqlens_q": CU[[0, 2, 1, 2]], "max_seqlen_q": 12}),
+    "cu_seqlens_q: expected to start at 0, never to fall": (PACKED, {"cu_seqlens_q": CU[:2], "max_seqlen_q": 6}),
+    "cu_seqlens_k: expected one more": (
+        PACKED,
+        {"cu_seqlens_q": CU, "cu_seqlens_k": cu_seqlens((12,)), "max_seqlen_q": 6, "max_seqlen_k": 12},
+    ),
+    "relative_bias: expected a RelativeBias": (Q, {"relative_bias": torch.zeros(32, 4)}),
+    "relative_bias.table: expected shape": (Q, {"relative_bias": ops.RelativeBias(torch.zeros(32, 3))}),
+    "relative_bias.table: expected at least 4": (Q, {"relative_bias": ops.RelativeBias(torch.zeros(2, 4))}),
+    "relative_bias.max_distance": (Q, {"relative_bias": ops.RelativeBias(torch.zeros(32, 4), True, 8)}),
+    "dropout_p: expected a probability": (Q, {"dropout_p": 1.5}),
+    "dropout_p: attention drops in steps": (Q, {"dropout_p": 0.001}),
+    "rng: expected torch.int64": (Q, {"dropout_p": 0.5, "rng": torch.zeros(2)}),
+    "stream": (Q, {"stream": -1}),
+    'backend="cuda"': (Q, {"backend": "cuda"}),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_bad_input(message, backend):
+    q, options = BAD[message]
+    options = {"k": q, "v": q, "backend": backend, **options}
+    with pytest.raises(ValueError) as error:
+        ops.attention(q, **options)
+    assert str(error.value).startswith(message)
+
+
+def test_raw_op_checks_cu_seqlens():
+    """The raw op reads memory by cu_seqlens, so it looks at them itself."""
+    cu = torch.tensor([0, 6, 40], dtype=torch.int32)
+    arguments = (cu, cu, None, None, None, 40, 40, -1, -1, 1.0, True, 0, 0.0, 0)
+    with pytest.raises(ValueError, match="cu_seqlens_q"):
+        torch.ops.fastlm.attention_fwd(PACKED, PACKED, PACKED, *arguments, "cpu")
+
+
+def test_a_window_wider_than_any_sequence_is_none():
+    q = torch.randn(1, 5, 2, 8)
+    wide = ops.attention(q, q, q, window_size=(2**63 - 1, 2**63 - 1), backend="cpu")
+    assert torch.equal(wide, ops.attention(q, q, q, backend="cpu"))

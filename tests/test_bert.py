@@ -1,0 +1,571 @@
+"""fastlm.models.Bert against transformers.BertForMaskedLM: results, gradients, training, checkpoints; its inputs."""
+
+import json
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from safetensors.torch import load_file, save_file
+
+from fastlm import ops
+from fastlm.models import Bert, BertConfig, _checkpoint
+from fastlm.models.bert import transformers_names
+from fastlm.testing.compare import ModelComparison
+
+TINY = {
+    "vocab_size": 83,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 56,
+    "max_position_embeddings": 24,
+}
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+LENGTHS = (11, 3, 16, 1)
+MASK, PAD = 4, 0
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def make_bert(seed=0, **changes):
+    """A tiny BERT with every parameter drawn wide, so that none hides behind its initial 0 or 1."""
+    bert = Bert(BertConfig(**{**TINY, **changes}))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in bert.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return bert
+
+
+def to_transformers(bert, dtype=torch.float32):
+    """transformers.BertForMaskedLM, eager attention, with the weights of `bert`."""
+    config = transformers.BertConfig(**bert.config.to_dict(), attn_implementation="eager")
+    theirs = transformers.BertForMaskedLM(config)
+    tensors = _checkpoint.export_tensors(bert.state_dict(), transformers_names(bert.config))
+    result = theirs.load_state_dict(tensors, strict=False)
+    assert set(result.missing_keys) <= {"cls.predictions.decoder.weight", "cls.predictions.decoder.bias"}  # tied
+    assert not result.unexpected_keys
+    return theirs.to(bert.head.bias.device, dtype).train(bert.training)
+
+
+class Batch:
+    """The same documents packed, padded left and padded right, with the tokens to predict."""
+
+    def __init__(self, seed=0, lengths=LENGTHS, device="cpu"):
+        generator = torch.Generator().manual_seed(seed)
+        documents = [torch.randint(5, TINY["vocab_size"], (n,), generator=generator) for n in lengths]
+        labels = [torch.where(torch.rand(n, generator=generator) < 0.3, d, -100) for n, d in zip(lengths, documents)]
+        labels[0][0] = documents[0][0]  # at least one
+        types = [torch.arange(n) * 2 // n for n in lengths]
+        longest, self.device = max(lengths), device
+
+        def pad(rows, value, left):
+            return torch.stack(
+                [F.pad(r, (n, 0) if left else (0, n), value=value) for r in rows for n in [longest - len(r)]]
+            )
+
+        self.sides = {}
+        for side, left in (("left", True), ("right", False)):
+            real = pad([torch.ones(n) for n in lengths], 0, left).long()
+            self.sides[side] = (
+                {
+                    "input_ids": pad(documents, PAD, left).to(device),
+                    "attention_mask": real.to(device),
+                    "token_type_ids": pad(types, 0, left).to(device),
+                },
+                pad(labels, -100, left).to(device),
+            )
+        cu = torch.tensor(
+            [0, *torch.tensor(lengths).cumsum(0).tolist(), sum(lengths), sum(lengths)]
+        )  # repeats at the end
+        self.packed = {
+            "input_ids": torch.cat(documents).to(device),
+            "cu_seqlens": cu.int().to(device),
+            "max_seqlen": longest,
+            "token_type_ids": torch.cat(types).to(device),
+        }
+        self.labels = torch.cat(labels).to(device)
+
+    def sparse(self, spare=3):
+        """index, targets, count as mlm_mask gives them, with `spare` entries beyond the count."""
+        index = (self.labels != -100).nonzero().flatten()
+        padding = index.new_zeros(spare)
+        return {
+            "index": torch.cat([index, padding]),
+            "targets": torch.cat([self.labels[index], padding - 100]),
+            "count": torch.tensor(len(index), device=self.device),
+        }
+
+    def theirs(self):
+        """Transformers' arguments: right padding, labels; and which tokens are real."""
+        inputs, labels = self.sides["right"]
+        return {**inputs, "labels": labels}, inputs["attention_mask"].bool()
+
+
+def gradients(bert):
+    return {name: parameter.grad.clone() for name, parameter in bert.named_parameters()}
+
+
+def their_gradients(theirs, config):
+    """Transformers' gradients as ours: the key bias's, exactly zero, in one tensor with the query's and value's."""
+    grads = {name: parameter.grad for name, parameter in theirs.named_parameters() if parameter.grad is not None}
+    names = transformers_names(config)
+    shapes = {ours: torch.cat([grads[name] for name in parts]).shape for ours, parts in names.items()}
+    state, missing = _checkpoint.import_tensors(grads, names, shapes)
+    assert not missing
+    return state
+
+
+def run_theirs(bert, batch, dtype):
+    """Losses of the predicted tokens, logits of the real ones, gradients of the mean loss."""
+    theirs = to_transformers(bert, dtype)
+    arguments, real = batch.theirs()
+    out = theirs(**arguments)
+    out.loss.backward()
+    logits = out.logits.detach()[real]
+    predicted = batch.labels != -100
+    losses = F.cross_entropy(logits[predicted], batch.labels[predicted], reduction="none")
+    return {"losses": losses, "logits": logits, **their_gradients(theirs, bert.config)}
+
+
+def run_ours(bert, batch, dtype=None):
+    sparse = batch.sparse()
+    bert.zero_grad()
+    with torch.autocast(batch.device, dtype=dtype, enabled=dtype is not None):
+        losses = bert(**batch.packed, **sparse, reduction="none")[: sparse["count"]]
+        logits = bert(**batch.packed)
+        bert(**batch.packed, **sparse).backward()
+    return {"losses": losses.detach(), "logits": logits.detach(), **gradients(bert)}
+
+
+@pytest.mark.parametrize("act", ["gelu", "gelu_new"])
+def test_equals_transformers(act, device):
+    """Losses, logits and every gradient: error against float64 at most four times that of Transformers' eager model."""
+    comparison = ModelComparison()
+    for seed in range(3):
+        bert = make_bert(seed, hidden_act=act, **NO_DROPOUT).to(device)
+        batch = Batch(seed, device=device)
+        ours, eager = run_ours(bert, batch), run_theirs(bert, batch, torch.float32)
+        exact = run_theirs(bert, batch, torch.float64)
+        for name in exact:
+            comparison.add(name, ours[name], eager[name], exact[name])
+    assert len(comparison.ours) == 2 + len(list(bert.parameters()))
+    assert not comparison.failures(), "; ".join(comparison.failures())
+
+
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "parameters"])
+def test_equals_transformers_in_bfloat16(autocast, device):
+    """The same bound in bfloat16: autocast over float32 parameters, and bfloat16 parameters."""
+    comparison = ModelComparison()
+    for seed in range(3):
+        bert, batch = make_bert(seed, **NO_DROPOUT).to(device), Batch(seed, device=device)
+        if not autocast:
+            bert.to(torch.bfloat16)
+        ours = run_ours(bert, batch, torch.bfloat16 if autocast else None)
+        exact = run_theirs(bert, batch, torch.float64)
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=autocast):
+            eager = run_theirs(bert, batch, bert.head.bias.dtype)
+        for name in exact:
+            comparison.add(name, ours[name], eager[name], exact[name])
+    assert not comparison.failures(), "; ".join(comparison.failures())
+
+
+def test_bfloat16_residual_stream(device):
+    """Between the layers x is bfloat16 under autocast, and parameters and their gradients stay float32."""
+    bert, batch, seen = make_bert().to(device), Batch(device=device), []
+    for layer in bert.layers:
+        layer.register_forward_hook(lambda module, inputs, out: seen.append((inputs[0].dtype, out.dtype)))
+    with torch.autocast(device, dtype=torch.bfloat16):
+        loss = bert(**batch.packed, **batch.sparse())
+    loss.backward()
+    assert seen == [(torch.bfloat16, torch.bfloat16)] * 2
+    assert loss.dtype == torch.float32
+    assert {grad.dtype for grad in gradients(bert).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_equals_packed(side, device):
+    """Real tokens: the same logits, loss and gradients, whatever ids stand in the padding."""
+    bert = make_bert(**NO_DROPOUT).double().to(device)
+    batch = Batch(device=device)
+    inputs, labels = batch.sides[side]
+    real = inputs["attention_mask"].bool()
+    packed = run_ours(bert, batch)
+    for noise in (False, True):
+        if noise:
+            junk = torch.randint_like(inputs["input_ids"], TINY["vocab_size"])
+            inputs = {**inputs, "input_ids": torch.where(real, inputs["input_ids"], junk)}
+        bert.zero_grad()
+        loss = bert(**inputs, targets=labels)
+        loss.backward()
+        torch.testing.assert_close(loss.detach(), packed["losses"].mean())
+        torch.testing.assert_close(bert(**inputs)[real], packed["logits"])
+        for name, grad in gradients(bert).items():
+            torch.testing.assert_close(grad, packed[name], msg=name)
+
+
+def test_left_padding_equals_transformers(device):
+    """Given the positions that we count, Transformers agrees; and ours can be told to count as it does."""
+    bert, batch = make_bert().eval().to(device), Batch(device=device)
+    inputs, _ = batch.sides["left"]
+    real = inputs["attention_mask"].bool()
+    theirs = to_transformers(bert)
+    columns = torch.arange(real.shape[1], device=device).expand_as(real)
+    for positions in ((real.cumsum(-1) - 1).clamp(min=0), columns):
+        want = theirs(**inputs, position_ids=positions).logits[real]
+        torch.testing.assert_close(bert(**inputs, positions=positions)[real], want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(theirs(**inputs).logits[real], want)
+
+
+def test_defaults(device):
+    """No mask: all tokens are real. No positions, no max_seqlen: from cu_seqlens. No types: 0."""
+    bert, batch = make_bert().eval().to(device), Batch(device=device)
+    ids = batch.packed["input_ids"][:22].view(2, 11)
+    torch.testing.assert_close(bert(ids), bert(ids, attention_mask=torch.ones_like(ids)))
+    cu = batch.packed["cu_seqlens"]
+    positions = torch.cat([torch.arange(n) for n in LENGTHS]).to(device)
+    types = torch.zeros_like(positions)
+    full = bert(batch.packed["input_ids"], cu_seqlens=cu, max_seqlen=16, positions=positions, token_type_ids=types)
+    torch.testing.assert_close(bert(batch.packed["input_ids"], cu_seqlens=cu), full)
+
+
+def test_sparse_head(device):
+    """Logits at an index, and the loss without count, with an int, with nothing to predict, summed and per token."""
+    bert, batch = make_bert().eval().to(device), Batch(device=device)
+    sparse, logits = batch.sparse(), bert(**batch.packed)
+    index, targets, count = sparse["index"], sparse["targets"], int(sparse["count"])
+    torch.testing.assert_close(bert(**batch.packed, index=index), logits[index])
+    want = F.cross_entropy(logits, batch.labels)
+    for given in (None, count, torch.tensor(count)):
+        torch.testing.assert_close(bert(**batch.packed, index=index, targets=targets, count=given), want)
+    total = bert(**batch.packed, **sparse, reduction="sum")
+    torch.testing.assert_close(total / count, want)
+    each = bert(**batch.packed, index=index, targets=targets, reduction="none")
+    torch.testing.assert_close(each.sum(), total)
+    nothing = bert(**batch.packed, index=index, targets=targets * 0 - 100, count=0, reduction="sum")
+    nothing.backward()
+    assert nothing == 0
+    assert all(not grad.any() for grad in gradients(bert).values())
+
+
+def test_masked_training_coincides_with_transformers(device):
+    """Ten steps of SGD on masked batches, dropout off: the losses of both models lie on one curve, and fall."""
+    bert = make_bert(**NO_DROPOUT).to(device)
+    theirs = to_transformers(bert)
+    curves = []
+    for model in (bert, theirs):
+        optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9), []
+        for step in range(10):
+            batch = Batch(step % 2, device=device)
+            masked = ops.mlm_mask(
+                batch.packed["input_ids"], mask_token_id=MASK, vocab_size=TINY["vocab_size"], special_ids=[PAD],
+                seed=1, mlm_probability=0.4,
+            )  # fmt: skip
+            if model is bert:
+                sparse = {"index": masked.index, "targets": masked.targets, "count": masked.count}
+                loss = bert(**{**batch.packed, "input_ids": masked.input_ids}, **sparse)
+            else:
+                arguments, real = batch.theirs()
+                arguments["input_ids"] = arguments["input_ids"].masked_scatter(real, masked.input_ids)
+                arguments["labels"] = torch.full_like(arguments["labels"], -100).masked_scatter(real, masked.labels)
+                loss = theirs(**arguments).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        curves.append(losses)
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+    assert curves[0][-1] < 0.8 * curves[0][0]
+
+
+def test_dropout_is_a_function_of_seed_and_step(device):
+    """Same (seed, step), same loss and gradients; another, others; none in evaluation. Each call site has its bits."""
+    bert, batch = make_bert().to(device), Batch(device=device)
+
+    def run(*rng):
+        bert.zero_grad()
+        loss = bert(**batch.packed, **batch.sparse(), rng=torch.tensor(rng, device=device))
+        loss.backward()
+        return {"loss": loss.detach(), **gradients(bert)}
+
+    first, again = run(1, 0), run(1, 0)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert first["loss"] != run(1, 1)["loss"]
+    assert first["loss"] != run(2, 0)["loss"]
+    streams = [bert.embeddings.stream, *(layer.stream + site for layer in bert.layers for site in range(3))]
+    assert streams == list(range(7))
+    torch.manual_seed(0)
+    drawn = bert(**batch.packed, **batch.sparse())
+    torch.manual_seed(0)
+    assert torch.equal(drawn, bert(**batch.packed, **batch.sparse()))
+    bert.eval()
+    assert run(1, 0)["loss"] == run(1, 1)["loss"]
+
+
+def test_every_dropout_is_at_work():
+    """Each of the three kinds of call site changes the loss when it alone drops."""
+    batch, rng = Batch(), torch.tensor([1, 2])
+    bert = make_bert()
+    sites = [bert.embeddings, bert.layers[0]]
+    names = [(sites[0], "dropout_p"), (sites[1], "dropout_p"), (sites[1], "attention_dropout_p")]
+    for module in (bert.embeddings, *bert.layers):
+        module.dropout_p = module.attention_dropout_p = 0.0
+    plain = bert(**batch.packed, **batch.sparse(), rng=rng)
+    for module, name in names:
+        setattr(module, name, 0.5)
+        assert bert(**batch.packed, **batch.sparse(), rng=rng) != plain
+        setattr(module, name, 0.0)
+
+
+def test_compile(device):
+    """One graph covers the training forward with dropout, and its backward gives eager's gradients."""
+    bert, batch = make_bert(num_hidden_layers=1).to(device), Batch(device=device)
+    sparse = batch.sparse()
+    arguments = {**batch.packed, "index": sparse["index"], "targets": sparse["targets"]}
+    arguments["rng"] = torch.tensor([1, 2], device=device)
+    want = bert(**arguments)
+    want.backward()
+    eager = gradients(bert)
+    bert.zero_grad()
+    loss = torch.compile(bert, fullgraph=True)(**arguments)
+    loss.backward()
+    torch.testing.assert_close(loss, want)
+    for name, grad in gradients(bert).items():
+        torch.testing.assert_close(grad, eager[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_initialisation():
+    torch.manual_seed(0)
+    bert = Bert(BertConfig(vocab_size=2000, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, pad_token_id=7))
+    for name, parameter in bert.named_parameters():
+        if name.endswith("bias"):
+            assert not parameter.any(), name
+        elif "norm" in name:
+            assert (parameter == 1).all(), name
+        elif "token_type" not in name:
+            assert parameter.std().item() == pytest.approx(0.02, rel=0.1), name
+    assert not bert.embeddings.word[7].any()
+    assert bert.embeddings.word[0].any()
+
+
+# ---- checkpoints
+
+
+class SavedTokenizer:
+    def save(self, directory):
+        (directory / "tokenizer.json").write_text("{}")
+
+
+def same_weights(ours, theirs):
+    state = theirs.state_dict()
+    exported = _checkpoint.export_tensors(ours.state_dict(), transformers_names(ours.config))
+    return all(torch.equal(tensor, state[name]) for name, tensor in exported.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+def test_transformers_reads_ours(dtype, tmp_path):
+    bert = make_bert(hidden_act="gelu_new").to(dtype).eval()
+    bert.save_pretrained(tmp_path / "hf", SavedTokenizer())
+    assert sorted(path.name for path in (tmp_path / "hf").iterdir()) == [
+        "config.json", "model.safetensors", "tokenizer.json",
+    ]  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        theirs, info = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert type(theirs) is transformers.BertForMaskedLM
+    assert not any(info.values()), info
+    assert theirs.dtype == dtype
+    assert theirs.cls.predictions.decoder.weight is theirs.bert.embeddings.word_embeddings.weight
+    assert same_weights(bert, theirs)
+    inputs, _ = Batch().sides["right"]
+    real = inputs["attention_mask"].bool()
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.1}
+    torch.testing.assert_close(bert(**inputs)[real], theirs(**inputs).logits[real], **tolerance)
+    back = Bert.from_pretrained(tmp_path / "hf", dtype=dtype)
+    assert back.config == bert.config
+    assert all(torch.equal(tensor, back.state_dict()[name]) for name, tensor in bert.state_dict().items())
+
+
+@pytest.mark.parametrize("shard", [None, "20KB"], ids=["one", "shards"])
+def test_reads_transformers(shard, tmp_path):
+    theirs = transformers.BertForMaskedLM(transformers.BertConfig(**TINY, pad_token_id=None)).eval()
+    theirs.save_pretrained(tmp_path, **({"max_shard_size": shard} if shard else {}))
+    assert (tmp_path / "model.safetensors.index.json").exists() == bool(shard)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours = Bert.from_pretrained(tmp_path)
+    assert same_weights(ours, theirs)
+    assert ours.config == BertConfig(**TINY, pad_token_id=None)
+    assert {p.dtype for p in ours.parameters()} == {torch.float32}
+    ours.save_pretrained(tmp_path / "again")
+    again = transformers.BertForMaskedLM.from_pretrained(tmp_path / "again")
+    assert all(torch.equal(t, again.state_dict()[name]) for name, t in theirs.state_dict().items())
+
+
+def test_reads_a_headless_model(tmp_path):
+    """BertModel: no prefix, no masked-LM head, a pooler."""
+    theirs = transformers.BertModel(transformers.BertConfig(**TINY))
+    theirs.save_pretrained(tmp_path)
+    with (
+        pytest.warns(UserWarning, match=r"starts anew.*cls.predictions.bias.*cls.predictions.transform.dense.weight"),
+        pytest.warns(UserWarning, match=r"left out.*bert.pooler.dense.bias, bert.pooler.dense.weight"),
+    ):
+        ours = Bert.from_pretrained(tmp_path)
+    assert torch.equal(ours.layers[1].out.weight, theirs.encoder.layer[1].attention.output.dense.weight)
+    assert (ours.head.norm.weight == 1).all()
+    assert ours.head.dense.weight.std().item() == pytest.approx(0.02, rel=0.2)
+
+
+def test_reads_legacy_names(tmp_path):
+    """LayerNorm.gamma and beta, the position_ids constant, and tied tensors under the decoder's names."""
+    bert = make_bert()
+    bert.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    legacy = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
+        for name, tensor in tensors.items()
+    }
+    legacy["bert.embeddings.position_ids"] = torch.arange(24)[None]
+    legacy["cls.predictions.decoder.weight"] = tensors["bert.embeddings.word_embeddings.weight"].clone()
+    legacy["cls.predictions.decoder.bias"] = legacy.pop("cls.predictions.bias")
+    save_file(legacy, tmp_path / "model.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours = Bert.from_pretrained(tmp_path)
+    assert all(torch.equal(tensor, ours.state_dict()[name]) for name, tensor in bert.state_dict().items())
+
+
+def test_save_is_atomic(tmp_path, monkeypatch):
+    """A save that fails midway leaves the earlier checkpoint whole, and nothing beside it."""
+    first = make_bert(1)
+    first.save_pretrained(tmp_path)
+
+    class Broken:
+        def save(self, directory):
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        make_bert(2).save_pretrained(tmp_path, Broken())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert torch.equal(Bert.from_pretrained(tmp_path).embeddings.word, first.embeddings.word)
+
+
+def edit_config(directory, **changes):
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def edit_tensors(directory, edit):
+    tensors = load_file(directory / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, directory / "model.safetensors")
+
+
+def replace_weights(directory, name=None):
+    (directory / "model.safetensors").unlink()
+    if name:
+        (directory / name).write_bytes(b"\x80\x04")
+
+
+LAST = "bert.encoder.layer.1.output.dense.weight"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: (d / "config.json").unlink(), "expected a config.json"),
+        (lambda d: (d / "config.json").write_text("{"), "config.json cannot be read"),
+        (lambda d: (d / "config.json").write_text("[]"), "JSON object, got list"),
+        (lambda d: edit_config(d, model_type="gpt2"), "expected model_type \"bert\".*got 'gpt2'"),
+        (lambda d: edit_config(d, hidden_act="relu"), "hidden_act: expected one of 'gelu'.*got 'relu'"),
+        (lambda d: edit_config(d, is_decoder=True), "is_decoder: expected False.*got True"),
+        (lambda d: edit_config(d, position_embedding_type="relative_key"), "position_embedding_type"),
+        (lambda d: edit_config(d, tie_word_embeddings=False), "tie_word_embeddings: expected True"),
+        (lambda d: edit_config(d, vocab_size=90), r"word_embeddings.weight: expected \(90, 32\), got \(83, 32\)"),
+        (
+            lambda d: edit_config(d, num_hidden_layers=1),
+            "no tensor beyond config.json's architecture, got bert.encoder",
+        ),
+        (lambda d: edit_tensors(d, lambda t: t.pop(LAST)), f"every tensor of the encoder, {LAST} missing"),
+        (
+            lambda d: edit_tensors(d, lambda t: t.update({"cls.predictions.decoder.weight": torch.zeros(83, 32)})),
+            "expected cls.predictions.decoder.weight equal to",
+        ),
+        (lambda d: replace_weights(d), "expected model.safetensors or model.safetensors.index.json"),
+        (
+            lambda d: replace_weights(d, "pytorch_model.bin"),
+            "pytorch_model.bin, which is pickled.*safe_serialization=True",
+        ),
+        (lambda d: (d / "model.safetensors").write_bytes(b"broken"), "model.safetensors cannot be read"),
+    ],
+)
+def test_checkpoint_errors(damage, message, tmp_path):
+    make_bert().save_pretrained(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        Bert.from_pretrained(tmp_path)
+
+
+def test_missing_shard_and_directory(tmp_path):
+    theirs = transformers.BertForMaskedLM(transformers.BertConfig(**TINY))
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
+    next(tmp_path.glob("model-*.safetensors")).unlink()
+    with pytest.raises(ValueError, match=r"model-.*safetensors cannot be read"):
+        Bert.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"expected a directory with config.json.*google-bert/bert-base-uncased"):
+        Bert.from_pretrained("google-bert/bert-base-uncased")
+
+
+# ---- errors of the configuration and the inputs
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 0}, "hidden_size: expected a positive integer, got 0"),
+        ({"num_hidden_layers": 1.5}, "num_hidden_layers: expected a positive integer, got 1.5"),
+        ({"num_attention_heads": 5}, "num_attention_heads: expected a divisor of hidden_size=32, got 5"),
+        ({"hidden_dropout_prob": 1.5}, r"hidden_dropout_prob: expected a probability in \[0, 1\], got 1.5"),
+        ({"pad_token_id": 83}, "pad_token_id: expected None or an id below vocab_size=83, got 83"),
+    ],
+)
+def test_config_errors(changes, message):
+    with pytest.raises(ValueError, match=message):
+        BertConfig(**{**TINY, **changes})
+
+
+IDS, CU = torch.ones(6, dtype=torch.long), torch.tensor([0, 2, 6], dtype=torch.int32)
+INDEX = torch.tensor([1, 4])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"input_ids": IDS}, r"input_ids: expected \(T,\) with cu_seqlens.*got \(6,\)"),
+        ({"input_ids": IDS.float(), "cu_seqlens": CU}, "input_ids: expected torch.int64 or torch.int32"),
+        ({"input_ids": IDS[None], "cu_seqlens": CU}, r"input_ids: expected shape \(\*\), got \(1, 6\)"),
+        ({"input_ids": IDS.repeat(5)[None]}, "max_position_embeddings=24"),
+        ({"input_ids": IDS, "cu_seqlens": CU.long()}, "cu_seqlens: expected torch.int32"),
+        ({"input_ids": IDS, "cu_seqlens": CU, "max_seqlen": 25}, "max_seqlen: expected at most"),
+        ({"input_ids": IDS, "cu_seqlens": CU, "attention_mask": IDS}, "attention_mask: expected None"),
+        ({"input_ids": IDS[None], "attention_mask": IDS}, r"attention_mask: expected shape \(1, 6\)"),
+        ({"input_ids": IDS * 83, "cu_seqlens": CU}, "input_ids: expected ids in"),
+        ({"input_ids": IDS.repeat(7), "cu_seqlens": CU * 7}, "positions: expected ids in"),
+        ({"input_ids": IDS, "cu_seqlens": CU, "index": INDEX.int()}, "index: expected torch.int64"),
+        (
+            {"input_ids": IDS, "cu_seqlens": CU, "index": INDEX + 2},
+            r"index: expected .* the number of tokens = 6\), got 6",
+        ),
+        ({"input_ids": IDS, "cu_seqlens": CU, "index": INDEX, "targets": IDS}, r"targets: expected shape \(2\)"),
+        ({"input_ids": IDS, "cu_seqlens": CU, "targets": INDEX}, r"target: expected shape \(6\)"),
+        ({"input_ids": IDS, "cu_seqlens": CU, "targets": IDS * 83}, "target: expected class indices"),
+    ],
+)
+def test_input_errors(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_bert()(**arguments)

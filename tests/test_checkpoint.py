@@ -1,0 +1,211 @@
+"""Checkpoints: whole or absent, checked, resumed from only where they belong."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from training import corpus, small
+
+from fastlm.data import prepare
+from fastlm.train import pretrain
+from fastlm.train.checkpoint import load_newest, read_checkpoint, restore, save_checkpoint
+from fastlm.train.metrics import read_metrics
+
+
+def parts():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+def save(directory, *steps, keep=9):
+    for step in steps:
+        save_checkpoint(directory, step, *parts(), {"counters": {"step": step}}, keep=keep)
+
+
+def names(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_round_trip(tmp_path):
+    model, optimizer = parts()
+    save_checkpoint(tmp_path, 7, model, optimizer, {"tokens": 5}, keep=1)
+    found, skipped = load_newest(tmp_path)
+    assert (found.step, found.state, skipped) == (7, {"tokens": 5, "step": 7}, [])
+    other, its_optimizer = parts()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    its_optimizer.state.clear()
+    restore(found, other, its_optimizer)
+    for ours, theirs in zip(model.parameters(), other.parameters()):
+        assert torch.equal(ours, theirs)
+        assert optimizer.state[ours].keys() == its_optimizer.state[theirs].keys()
+        assert all(torch.equal(value, its_optimizer.state[theirs][key]) for key, value in optimizer.state[ours].items())
+
+
+def test_the_newest_are_kept(tmp_path):
+    save(tmp_path, 1, 2, 10, 9, 100000000, keep=3)
+    assert names(tmp_path) == ["step-00000009", "step-00000010", "step-100000000"]
+    assert load_newest(tmp_path)[0].step == 100000000
+    save(tmp_path, 20, keep=1)  # behind it, since it was damaged: what was just written stays
+    assert names(tmp_path) == ["step-00000020"]
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "reason"),
+    [
+        ("model.safetensors", lambda data: data[:-1] + bytes([data[-1] ^ 1]), "model.safetensors does not match"),
+        ("optimizer.safetensors", lambda data: data[:-8], "optimizer.safetensors does not match"),
+        ("state.json", lambda data: data.replace(b"3", b"4"), "state.json does not match"),
+        ("manifest.json", lambda data: data.replace(b'"step": 3', b'"step": 4'), "manifest.json does not match"),
+        ("manifest.json", lambda data: data[:40], "step-00000003: "),
+        ("manifest.json", lambda data: b"[]", "step-00000003: "),
+        ("model.safetensors", None, "model.safetensors is missing"),
+        ("manifest.json", None, "manifest.json is missing"),
+    ],
+)
+def test_a_damaged_one_is_skipped_and_said(file, damage, reason, tmp_path):
+    save(tmp_path, 2, 3)
+    path = tmp_path / "step-00000003" / file
+    if damage is None:
+        path.unlink()
+    else:
+        path.write_bytes(damage(path.read_bytes()))
+    found, skipped = load_newest(tmp_path)
+    assert found.step == 2
+    assert len(skipped) == 1
+    assert "step-00000003" in skipped[0]
+    assert reason in skipped[0]
+
+
+def test_what_a_killed_writer_left_is_not_a_checkpoint(tmp_path):
+    save(tmp_path, 2)
+    (tmp_path / ".step-00000003.partial-abc").mkdir()
+    (tmp_path / "step-00000004").mkdir()
+    found, skipped = load_newest(tmp_path)
+    assert found.step == 2
+    assert "step-00000004: manifest.json is missing" in skipped[0]
+    save(tmp_path, 3, 4)
+    assert names(tmp_path) == ["step-00000002", "step-00000003", "step-00000004"]
+    assert load_newest(tmp_path)[0].step == 4
+
+
+def test_nothing_is_half_written_after_an_error(tmp_path):
+    save(tmp_path, 1)
+    with pytest.raises(TypeError):
+        save_checkpoint(tmp_path, 2, *parts(), {"not JSON": object()}, keep=1)
+    assert names(tmp_path) == ["step-00000001"]
+
+
+def test_another_model_is_refused(tmp_path):
+    save(tmp_path, 1)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 2))
+    with pytest.raises(ValueError, match=r"0.bias is \(4,\), the model's is \(5,\)"):
+        restore(load_newest(tmp_path)[0], model, torch.optim.AdamW(model.parameters()))
+
+
+# ---- resuming a run
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return corpus(tmp_path_factory.mktemp("text") / "corpus.txt")
+
+
+@pytest.fixture
+def run(text, tmp_path):
+    """A finished run of twelve steps with the checkpoints 8 and 12, from text."""
+    pretrain(small(), text, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def losses(run):
+    return [row["loss"] for row in read_metrics(run / "metrics.jsonl")]
+
+
+def test_resume_takes_an_older_one_where_the_newest_is_damaged(run, text):
+    before = losses(run)
+    newest = run / "checkpoints" / "step-00000012"
+    (newest / "model.safetensors").write_bytes(b"torn")
+    with pytest.warns(UserWarning, match="step-00000012: model.safetensors does not match"):
+        result = pretrain(small(), text, run)
+    assert result.step == 12
+    assert losses(run) == before
+    assert read_checkpoint(newest).step == 12
+
+
+def test_resume_refuses_where_every_checkpoint_is_damaged(run, text):
+    for path in (run / "checkpoints").iterdir():
+        (path / "state.json").unlink()
+    before = names(run)
+    with pytest.raises(ValueError, match=r"no checkpoint in .* can be used"):
+        pretrain(small(), text, run)
+    assert names(run) == before
+    assert len(losses(run)) == 12
+
+
+def test_a_finished_run_is_left_as_it_is(run, text):
+    before = (run / "metrics.jsonl").read_bytes(), (run / "summary.json").read_bytes()
+    result = pretrain(small(train__checkpoint_every=3), text, run)
+    assert result.summary == json.loads(before[1])
+    assert ((run / "metrics.jsonl").read_bytes(), (run / "summary.json").read_bytes()) == before
+
+
+def test_resume_refuses_another_recipe_or_other_data(run, text, tmp_path):
+    with pytest.raises(ValueError, match=r"train\.lr is 0\.001, was 0\.005"):
+        pretrain(small(train__lr=1e-3), text, run)
+    prepare(corpus(tmp_path / "other.txt", lines=500), "train:200", tmp_path / "other", row_tokens=32, documents="line")
+    with pytest.raises(ValueError, match=r"does not list|not what the run was started on"):
+        pretrain(small(), tmp_path / "other", run)
+    assert len(losses(run)) == 12
+
+
+def test_never_refuses_a_directory_with_a_run(run, text, tmp_path):
+    with pytest.raises(ValueError, match="holds a run, which `never` would overwrite"):
+        pretrain(small(), text, run, resume="never")
+    pretrain(small(), run / "data", tmp_path / "fresh", resume="never")
+    assert losses(tmp_path / "fresh") == losses(run)
+
+
+def test_resume_from_a_named_checkpoint_starts_another_run(run, text, tmp_path):
+    pretrain(small(), text, tmp_path / "branch", resume=str(run / "checkpoints" / "step-00000008"))
+    assert losses(tmp_path / "branch") == losses(run)
+    with pytest.raises(ValueError, match="holds a run that is not at"):
+        pretrain(small(), text, run, resume=str(run / "checkpoints" / "step-00000008"))
+    with pytest.raises(ValueError, match="expected auto, never, or a checkpoint's or a run's directory"):
+        pretrain(small(), text, tmp_path / "nowhere", resume=str(tmp_path / "missing"))
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_two_processes_cannot_train_in_one_directory(tmp_path, text):
+    import fcntl
+    import os
+
+    (tmp_path / "run").mkdir()
+    held = os.open(tmp_path / "run", os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    try:
+        with pytest.raises(ValueError, match="another process trains in"):
+            pretrain(small(), text, tmp_path / "run")
+    finally:
+        os.close(held)
+
+
+def test_a_run_without_a_checkpoint_starts_again(tmp_path, text):
+    """Killed before the first checkpoint: the same recipe starts anew, another is refused."""
+    pretrain(small(), text, tmp_path / "whole")
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("recipe.json", "metrics.jsonl"):
+        (run / name).write_bytes((tmp_path / "whole" / name).read_bytes())
+    with pytest.raises(ValueError, match=r"train\.seed is 1, was 0"):
+        pretrain(small(train__seed=1), text, run)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pretrain(small(), text, run)
+    assert losses(run) == losses(tmp_path / "whole")

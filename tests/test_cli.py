@@ -1,0 +1,171 @@
+"""The command line, as a user meets it: what it prints, its errors, its exit status."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from training import corpus, set_options
+
+from fastlm import _malloc, cli
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "fastlm", *map(str, arguments)], capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.fixture
+def fastlm(monkeypatch, capsys):
+    """Runs the command in this process: (exit status, standard output, standard error)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["fastlm", *map(str, arguments)])
+        monkeypatch.setattr(_malloc, "tune", lambda: "left alone in tests")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("warnings.showwarning", None)
+            with pytest.raises(SystemExit) as exit:
+                cli.main()
+        captured = capsys.readouterr()
+        return exit.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return corpus(tmp_path_factory.mktemp("text") / "corpus.txt")
+
+
+def test_from_text_to_a_filled_mask(text, tmp_path, fastlm):
+    """prepare, pretrain, fill-mask, each in a process of its own or as good."""
+    status, out, _ = fastlm(
+        "prepare", "--data", text, "--tokenizer", "train:200", "--out", tmp_path / "data",
+        "--row-tokens", 32, "--documents", "line",
+    )  # fmt: skip
+    assert status == 0
+    assert "rows of 32 tokens" in out
+    done = run("pretrain", "bert-mini", "--data", tmp_path / "data", "--out", tmp_path / "run", "--max-steps", 40,
+               "--seed", 3, "--device", "cpu", "--dtype", "float32", *set_options())  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "loss" in done.stdout
+    assert "tokens/s" in done.stderr
+    assert "MFU n/a" in done.stderr
+    recipe = json.loads((tmp_path / "run" / "recipe.json").read_text())
+    assert (recipe["train"]["max_steps"], recipe["train"]["seed"]) == (40, 3)
+    status, out, _ = fastlm(
+        "fill-mask", "--model", tmp_path / "run" / "hf", "anna found the old [MASK] near the [MASK]."
+    )
+    lines = out.splitlines()
+    assert status == 0
+    assert len(lines) == 11
+    shares = [float(line.split("%")[0]) for line in lines if line]
+    assert shares[:5] == sorted(shares[:5], reverse=True)
+    assert sum(shares[:5]) <= 100.5
+
+
+def test_several_values_after_one_option():
+    assert cli._repeat_options(["prepare", "--data", "a", "b", "--out", "o"]) == (
+        ["prepare", "--data", "a", "--data", "b", "--out", "o"]
+    )
+    assert cli._repeat_options(["--set", "a=1", "b=2", "--resume", "never"]) == (
+        ["--set", "a=1", "--set", "b=2", "--resume", "never"]
+    )
+    assert cli._repeat_options(["fill-mask", "--model", "m", "a b"]) == ["fill-mask", "--model", "m", "a b"]
+
+
+def pretrain_arguments(text, out, *more):
+    return ["pretrain", "bert-mini", "--data", text, "--out", out, "--device", "cpu", *set_options(), *more]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: [*a, "train.learning_rate=1"], "train.learning_rate: there is no such key"),
+        (lambda a: [*a, "train.lr=high"], "train.lr: expected a number, got 'high'"),
+        (lambda a: [*a, "train.batch_tokens=33"], "train.batch_tokens: expected a multiple"),
+        (lambda a: ["pretrain", "bert-huge", *a[2:]], "recipe: expected one of bert-base"),
+        (lambda a: [*a, "--tokenizer", "train:many"], "tokenizer: expected train:N"),
+        (lambda a: [*a, "--device", "tpu"], "device: expected cpu or cuda, got 'tpu'"),
+        (lambda a: [*a, "--dtype", "float16"], "train.dtype: expected 'float32' or 'bfloat16'"),
+        (lambda a: [*a, "--resume", "/no/such/run"], "resume: expected auto, never"),
+        (lambda a: [*a[:3], "/no/such/text", *a[4:]], "/no/such/text"),
+    ],
+)
+def test_errors_are_one_line_and_write_nothing(change, message, text, tmp_path, fastlm):
+    status, out, err = fastlm(*change(list(map(str, pretrain_arguments(text, tmp_path / "deep" / "run")))))
+    assert (status, out) == (2, "")
+    assert err.splitlines()[-1].startswith("error: ")
+    assert message in err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_empty_corpus(tmp_path, fastlm):
+    (tmp_path / "empty.txt").write_text("\n \n")
+    status, _, err = fastlm(*pretrain_arguments(tmp_path / "empty.txt", tmp_path / "run"))
+    assert status == 2
+    assert "error: data: no text is left" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]
+
+
+def test_tokenizer_without_a_mask_token(text, tmp_path, fastlm):
+    from tokenizers import Tokenizer, models
+
+    (tmp_path / "tokenizer").mkdir()
+    vocab = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "a": 4}
+    Tokenizer(models.WordPiece(vocab, unk_token="[UNK]")).save(str(tmp_path / "tokenizer" / "tokenizer.json"))
+    arguments = pretrain_arguments(text, tmp_path / "run", "--tokenizer", tmp_path / "tokenizer")
+    status, _, err = fastlm(*arguments)
+    assert status == 2
+    assert "error: tokenizer: expected one with a mask_token" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_prepared_data_that_does_not_fit(text, tmp_path, fastlm):
+    rows = tmp_path / "rows"
+    fastlm("prepare", "--data", text, "--tokenizer", "train:200", "--out", rows, "--row-tokens", 64)
+    status, _, err = fastlm(*pretrain_arguments(rows, tmp_path / "run"))
+    assert status == 2
+    assert "data.row_tokens" in err
+    assert "set data.row_tokens=64" in err
+    status, _, err = fastlm(*pretrain_arguments(rows, tmp_path / "run", "--tokenizer", "train:300"))
+    assert "error: --tokenizer: the data is prepared" in err
+    shard = next(rows.glob("*.tokens.npy"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    status, _, err = fastlm(*pretrain_arguments(rows, tmp_path / "run"))
+    assert status == 2
+    assert "checksum" in err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_fill_mask_errors(tmp_path, fastlm):
+    status, _, err = fastlm("fill-mask", "--model", tmp_path / "none", "a [MASK]")
+    assert status == 2
+    assert err.startswith("error: model: expected a directory")
+
+
+def test_a_traceback_where_asked_for(tmp_path):
+    done = run("--traceback", "fill-mask", "--model", tmp_path / "none", "a [MASK]")
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr
+
+
+def test_help_names_the_commands_and_imports_no_torch():
+    code = "import sys, fastlm.cli as c; sys.argv = ['fastlm', '--help']\n"
+    code += "try: c.main()\nexcept SystemExit: print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert all(name in done.stdout for name in ("info", "prepare", "pretrain", "recipe", "fill-mask"))
+    assert done.stdout.rstrip().endswith("False")
+
+
+def test_the_command_tunes_the_allocator():
+    code = "from fastlm import _malloc; print(_malloc.state()); print(_malloc.tune()); print(_malloc.state())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    before, tuned, after = done.stdout.splitlines()
+    assert before == "as shipped"
+    assert tuned == after
+    if sys.platform == "linux":
+        assert "mallopt" in after or "environment" in after

@@ -1,0 +1,350 @@
+"""cross_entropy and linear_cross_entropy beyond their OpCases: torch's semantics, memory, autograd in place, errors."""
+
+import itertools
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastlm import ops
+
+ROWS, VOCABULARY, FEATURES = 6, 37, 5
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def head(generator):
+    """hidden, weight (a leaf), target with one ignored row."""
+    hidden = torch.randn(ROWS, FEATURES, generator=generator)
+    weight = torch.randn(VOCABULARY, FEATURES, generator=generator).requires_grad_()
+    target = torch.randint(0, VOCABULARY, (ROWS,), generator=generator)
+    target[1], target[4] = -100, VOCABULARY - 1
+    return hidden, weight, target
+
+
+def eager_gradient(hidden, weight, target, **options):
+    return torch.autograd.grad(F.cross_entropy(hidden @ weight.t(), target, **options), weight)[0]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_torch_semantics(head, generator, backend):
+    """Loss and gradient of every combination of options, against torch in float64 and the z term written out."""
+    hidden, matrix, target = head
+    weights = torch.rand(VOCABULARY, generator=generator) + 0.1
+    logits = (hidden @ matrix.detach().t()).requires_grad_()
+    exact = logits.detach().double().requires_grad_()
+    for weight, smoothing, z_loss, reduction, ignore_index in itertools.product(
+        (None, weights), (0.0, 0.1, 1.0), (0.0, 0.02), ("none", "mean", "sum"), (-100, VOCABULARY - 1)
+    ):
+        inplace = z_loss > 0.0 and smoothing < 1.0
+        options = {"label_smoothing": smoothing, "reduction": reduction, "ignore_index": ignore_index}
+        t = target if ignore_index == -100 else target.clamp_min(0)
+        w = None if weight is None else weight.double()
+        want = F.cross_entropy(exact, t, weight=w, **options)
+        z = z_loss * exact.logsumexp(-1).square() * (t != ignore_index)
+        if reduction == "none":
+            want = want + z
+        elif reduction == "sum":
+            want = want + z.sum()
+        else:
+            kept = t[t != ignore_index]
+            want = want + z.sum() / (len(kept) if w is None else w[kept].sum())
+        x = logits + 0.0 if inplace else logits
+        got = ops.cross_entropy(x, t, weight=weight, z_loss=z_loss, inplace=inplace, backend=backend, **options)
+        cotangent = torch.rand(want.shape, generator=generator)
+        (want_dx,) = torch.autograd.grad(want, exact, cotangent.double())
+        (got_dx,) = torch.autograd.grad(got, logits, cotangent)
+        # Sums of at most six rows: a few roundings of the largest value.
+        torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(got_dx.double(), want_dx, rtol=2e-6, atol=2e-6)
+
+
+def test_classes_are_last(generator):
+    logits = torch.randn(2, 3, VOCABULARY, generator=generator)
+    target = torch.randint(0, VOCABULARY, (2, 3), generator=generator)
+    for reduction in ("none", "mean", "sum"):
+        want = F.cross_entropy(logits.movedim(-1, 1), target, reduction=reduction)
+        torch.testing.assert_close(ops.cross_entropy(logits, target, reduction=reduction), want)
+    one = ops.cross_entropy(logits[0, 0], target[0, 0])
+    torch.testing.assert_close(one, F.cross_entropy(logits[0, 0], target[0, 0]))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_nothing_to_predict(smoothing, generator):
+    """As torch: the mean over no rows is NaN, its gradient zero; the sum is zero."""
+    logits = torch.randn(3, VOCABULARY, generator=generator).requires_grad_()
+    target = torch.full((3,), -100)
+    loss = ops.cross_entropy(logits, target, label_smoothing=smoothing)
+    assert loss.isnan()
+    assert F.cross_entropy(logits, target, label_smoothing=smoothing).isnan()
+    assert torch.autograd.grad(loss, logits)[0].count_nonzero() == 0
+    assert ops.cross_entropy(logits, target, label_smoothing=smoothing, reduction="sum") == 0
+    assert ops.cross_entropy(logits[:0], target[:0]).isnan()
+
+
+def test_infinities_and_nan(generator):
+    """Rows with NaN, +inf, only -inf, or -inf at the target fare as in torch."""
+    logits = torch.randn(6, VOCABULARY, generator=generator)
+    logits[0, 3], logits[1, 3], logits[2], logits[3, 0], logits[4, 1] = math.nan, math.inf, -math.inf, -math.inf, -1e30
+    logits.requires_grad_()
+    target = torch.zeros(6, dtype=torch.int64)
+    for smoothing in (0.0, 0.1):
+        want = F.cross_entropy(logits, target, reduction="none", label_smoothing=smoothing)
+        got = ops.cross_entropy(logits, target, reduction="none", label_smoothing=smoothing, backend="cpu")
+        torch.testing.assert_close(got, want, equal_nan=True)
+        assert got[3] == math.inf
+        finite = [3, 4, 5]
+        got_dx = torch.autograd.grad(got.sum(), logits)[0][finite]
+        torch.testing.assert_close(got_dx, torch.autograd.grad(want.sum(), logits)[0][finite])
+
+
+def test_label_outside_reference(generator):
+    """What a device gives, where nothing can be raised: NaN in the loss and in the gradient of the row."""
+    logits = torch.randn(3, VOCABULARY, generator=generator).requires_grad_()
+    bad, good = torch.tensor([1, VOCABULARY, -100]), torch.tensor([1, 2, -100])
+    for reduction in ("none", "mean", "sum"):
+        loss = ops.cross_entropy_reference(logits, bad, reduction=reduction)
+        assert torch.equal(loss.isnan(), torch.tensor([False, True, False] if reduction == "none" else True))
+        assert torch.autograd.grad(loss.sum(), logits)[0][1].isnan().all()
+        assert ops.cross_entropy_reference(logits, good, reduction=reduction).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_dtypes(dtype, autocast, head):
+    """Loss and gradients in the dtypes of torch's functions, in and outside of autocast."""
+    hidden, weight, target = (t.detach() if t.dtype == torch.int64 else t.detach().to(dtype) for t in head)
+    logits = (hidden @ weight.t()).requires_grad_()
+    hidden.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        pairs = [
+            (ops.cross_entropy(logits, target), F.cross_entropy(logits, target), logits),
+            (
+                ops.linear_cross_entropy(hidden, weight, target),
+                F.cross_entropy(F.linear(hidden, weight), target),
+                hidden,
+            ),
+        ]
+    for ours, theirs, x in pairs:
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
+        assert torch.autograd.grad(ours, x)[0].dtype == dtype
+
+
+# ---- in place
+
+
+def test_inplace_memory(head):
+    """The gradient lies in the memory of the logits, from the forward on, and stays there in backward."""
+    hidden, weight, target = head
+    logits = hidden @ weight.t()
+    address, seen = logits.data_ptr(), []
+    logits.register_hook(lambda gradient: seen.append(gradient.data_ptr()))
+    (want,) = torch.autograd.grad(F.cross_entropy(other := logits.detach().clone().requires_grad_(), target), other)
+    loss = ops.cross_entropy(logits, target, inplace=True, backend="cpu")
+    torch.testing.assert_close(logits.detach(), want)
+    (loss * 0.5).backward()
+    assert seen == [address] == [logits.data_ptr()]
+    torch.testing.assert_close(logits.detach(), want * 0.5)
+    torch.testing.assert_close(weight.grad, eager_gradient(hidden, weight, target) * 0.5)
+
+
+def test_inplace_strides(head):
+    """Rows of a wider tensor, and columns that lie together, where the memory has no rows to overwrite."""
+    hidden, weight, target = head
+    for wide in ((hidden @ weight.t()).repeat(1, 2)[:, :VOCABULARY], (weight @ hidden.t()).t()):
+        assert wide._base is not None
+        loss = ops.cross_entropy(wide, target, inplace=True, backend="cpu")
+        (gradient,) = torch.autograd.grad(loss * 3, weight)
+        torch.testing.assert_close(gradient, 3 * eager_gradient(hidden, weight, target))
+
+
+def test_inplace_other_uses(head):
+    """Logits that are used elsewhere in the graph, before or after, or written, raise; they are never wrong."""
+    hidden, weight, target = head
+
+    def losses(view):
+        logits = hidden @ weight.t()
+        return logits, lambda: ops.cross_entropy(logits.view(1, ROWS, -1) if view else logits, t, inplace=True)
+
+    for view in (False, True):
+        t = target.view(1, ROWS) if view else target
+        logits, loss = losses(view)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            (logits.square().sum() + loss()).backward()
+        logits, loss = losses(view)
+        with pytest.raises(RuntimeError, match="overwritten its logits"):
+            (loss() + logits.sum()).backward()
+        logits, loss = losses(view)
+        value = loss()
+        with torch.no_grad():
+            logits.zero_()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            value.backward()
+        _, loss = losses(view)
+        loss().backward()  # and without another use there is no error
+
+
+def test_inplace_leaf_and_no_grad(head):
+    hidden, weight, target = head
+    logits = (hidden @ weight.t()).detach()
+    before = logits.clone()
+    for leaf in (logits.clone().requires_grad_(), logits.clone().requires_grad_().view(ROWS, VOCABULARY)):
+        with pytest.raises(ValueError, match=r"inplace: .* leaf"):
+            ops.cross_entropy(leaf, target, inplace=True)
+    ops.cross_entropy(logits, target, inplace=True)  # no gradient, nothing to write
+    assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_backward_twice(head, inplace):
+    """A graph that is kept gives the right gradient every time."""
+    hidden, weight, target = head
+    want = eager_gradient(hidden, weight, target)
+    loss = ops.cross_entropy(hidden @ weight.t(), target, inplace=inplace, backend="cpu")
+    linear = ops.linear_cross_entropy(hidden, weight, target, backend="cpu")
+    for keep in (True, True, False):
+        for value in (loss, linear):
+            (gradient,) = torch.autograd.grad(value * 2, weight, retain_graph=keep)
+            torch.testing.assert_close(gradient, 2 * want)
+    with pytest.raises(RuntimeError, match=r"second time|modified by an inplace"):
+        torch.autograd.grad(loss, weight)
+
+
+def test_inplace_compiles(head):
+    """Within a graph, and with the logits as its input, whose memory then holds the gradient."""
+    hidden, weight, target = head
+    want = eager_gradient(hidden, weight, target)
+
+    def whole(hidden, weight, target):
+        return ops.cross_entropy(hidden @ weight.t(), target, inplace=True, backend="cpu") * 2
+
+    def loss_alone(logits, target):
+        return ops.cross_entropy(logits, target, inplace=True, backend="cpu") * 2
+
+    torch._dynamo.reset()
+    (gradient,) = torch.autograd.grad(torch.compile(whole, fullgraph=True)(hidden, weight, target), weight)
+    torch.testing.assert_close(gradient, 2 * want)
+    logits = hidden @ weight.t()
+    before = logits.detach().clone()
+    loss = torch.compile(loss_alone, fullgraph=True)(logits, target)
+    assert not torch.equal(logits.detach(), before)
+    torch.testing.assert_close(torch.autograd.grad(loss, weight)[0], 2 * want)
+
+
+def test_inplace_schema(head):
+    """The raw op declares what it writes."""
+    hidden, weight, target = head
+    args = ((hidden @ weight.t()).detach(), target, None, -100, 0.1, 0.0, "mean", "cpu")
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.fastlm.cross_entropy_fwd_.default, args, test_utils=checks)
+    logits = args[0].clone()
+    version = logits._version
+    torch.ops.fastlm.cross_entropy_fwd_(logits, *args[1:])
+    assert logits._version == version + 1
+
+
+# ---- errors
+
+
+def outside(value):
+    return torch.tensor([1, 2, value, 3, 4, value])
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("value", [VOCABULARY, -1, 2**40])
+def test_label_outside(head, backend, value):
+    """The target, the value, its position and the vocabulary are named, and nothing was written."""
+    hidden, weight, _ = head
+    logits = hidden @ weight.t()
+    before = logits.detach().clone()
+    message = rf"target: .*\[0, {VOCABULARY}\).* got {value} at position 2"
+    for inplace in (False, True):
+        with pytest.raises(ValueError, match=message):
+            ops.cross_entropy(logits, outside(value), inplace=inplace, backend=backend)
+    with pytest.raises(ValueError, match=message):
+        ops.linear_cross_entropy(hidden, weight, outside(value), backend=backend)
+    assert torch.equal(logits.detach(), before)
+
+
+LOGITS, TARGET = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)
+BAD = {
+    "logits: expected a floating": lambda: ops.cross_entropy(LOGITS.int(), TARGET),
+    "logits: expected .*V ≥ 1": lambda: ops.cross_entropy(LOGITS[:, :0], TARGET),
+    r"target: expected shape \(3\)": lambda: ops.cross_entropy(LOGITS, TARGET[:2]),
+    "target: expected torch.int64, got torch.int32": lambda: ops.cross_entropy(LOGITS, TARGET.int()),
+    "target: .*class probabilities": lambda: ops.cross_entropy(LOGITS, LOGITS),
+    r"weight: expected shape \(4\), got \(3,\)": lambda: ops.cross_entropy(LOGITS, TARGET, weight=torch.ones(3)),
+    "weight: expected constants": lambda: ops.cross_entropy(LOGITS, TARGET, weight=torch.ones(4, requires_grad=True)),
+    "target: expected on meta": lambda: ops.cross_entropy(LOGITS.to("meta"), TARGET),
+    "label_smoothing: expected a probability": lambda: ops.cross_entropy(LOGITS, TARGET, label_smoothing=1.1),
+    "reduction: expected one of 'none', 'mean', 'sum'": lambda: ops.cross_entropy(LOGITS, TARGET, reduction="avg"),
+    "ignore_index: expected an integer": lambda: ops.cross_entropy(LOGITS, TARGET, ignore_index=None),
+    'backend="cpu" cannot run cross_entropy': lambda: ops.cross_entropy(LOGITS.double(), TARGET, backend="cpu"),
+    "hidden: expected .*D ≥ 1": lambda: ops.linear_cross_entropy(LOGITS[:, :0], LOGITS[:, :0], TARGET),
+    r"weight: expected shape \(\*, 4\)": lambda: ops.linear_cross_entropy(LOGITS, LOGITS.t(), TARGET),
+    "weight: expected .*V ≥ 1": lambda: ops.linear_cross_entropy(LOGITS, LOGITS[:0], TARGET),
+    r"bias: expected shape \(3\)": lambda: ops.linear_cross_entropy(LOGITS, LOGITS, TARGET, torch.ones(4)),
+    "weight: expected torch.float32, hidden's": lambda: ops.linear_cross_entropy(LOGITS, LOGITS.bfloat16(), TARGET),
+    r"class_weight: expected shape \(3\)": lambda: ops.linear_cross_entropy(
+        LOGITS, LOGITS, TARGET, class_weight=torch.ones(4)
+    ),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_errors(message):
+    with pytest.raises(ValueError, match=message):
+        BAD[message]()
+
+
+# ---- memory
+
+PEAK = """
+import sys, torch
+from fastlm import ops
+torch.set_num_threads(2)
+dtype, rows, vocabulary, features = getattr(torch, sys.argv[1]), 1280, 16384, 32
+def status(key):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+def step(rows):
+    hidden = torch.randn(rows, features).to(dtype).requires_grad_()
+    weight = torch.randn(vocabulary, features).to(dtype).requires_grad_()
+    target = torch.randint(0, vocabulary, (rows,))
+    before = status("VmRSS")
+    open("/proc/self/clear_refs", "w").write("5")  # VmHWM starts anew
+    (ops.linear_cross_entropy(hidden, weight, target, reduction=sys.argv[2], backend="cpu").sum() * 2).backward()
+    weights = weight.numel() * (weight.itemsize + (4 if dtype != torch.float32 else 0))  # the gradient, and in float32
+    return status("VmHWM") - before - weights - hidden.numel() * hidden.itemsize
+step(70)  # the BLAS and the threads take their own memory once
+print(step(rows) / (rows * vocabulary * dtype.itemsize))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(("dtype", "reduction"), [("float32", "mean"), ("float32", "none"), ("bfloat16", "mean")])
+def test_linear_peak_memory(dtype, reduction):
+    """Beyond the gradients, forward and backward take at most a quarter of the logits' memory."""
+    command = [sys.executable, "-c", PEAK, dtype, reduction]
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}  # what is freed goes back at once, or it would count
+    out = subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout
+    assert 0.05 < float(out) <= 0.25
+
+
+def test_inplace_refuses_rows_that_share_memory():
+    logits = (torch.randn(5, requires_grad=True) * 2).expand(4, 5)
+    with pytest.raises(ValueError, match=r"inplace: .*strides \(0, 1\)"):
+        ops.cross_entropy(logits, torch.zeros(4, dtype=torch.long), inplace=True)
+
+
+def test_linear_mean_of_no_rows_is_nan():
+    loss = ops.linear_cross_entropy(torch.randn(0, 4), torch.randn(3, 4), torch.zeros(0, dtype=torch.long))
+    assert loss.isnan()

@@ -1,0 +1,145 @@
+"""The tokenizer: trained the same every time, saved as Transformers reads it."""
+
+import json
+
+import pytest
+import tokenizers
+
+from fastlm.data import Tokenizer
+
+TEXTS = [
+    "The quick brown fox jumps over the lazy dog, and the dog sleeps on.",
+    "Foxes are quick; dogs are lazy. Café naïve 你好 Ελληνικά — 3.14 [MASK] [SEP] ##a",
+    "def quick(fox):\n    return fox + 1  # jumps, over and over and over",
+] * 3
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(lambda: TEXTS, 300)
+
+
+def test_layout(tokenizer):
+    assert tokenizer.decode(range(5), skip_special_tokens=False) == "[PAD] [UNK] [CLS] [SEP] [MASK]"
+    assert (tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.mask_id) == (0, 2, 3, 4)
+    assert tokenizer.special_ids == (0, 1, 2, 3, 4)
+    vocab = tokenizer.backend.get_vocab()
+    assert sorted(vocab.values()) == list(range(tokenizer.vocab_size))
+    assert tokenizer.vocab_size < 300, "a tiny corpus has no 300 tokens to give"
+    assert "quick" in vocab
+    assert "The" not in vocab
+
+
+def test_vocab_size_is_a_bound():
+    for size in (16, 40, 100):
+        assert Tokenizer.train(lambda: TEXTS, size).vocab_size <= size
+
+
+def test_training_is_deterministic(tokenizer):
+    # Without a fixed alphabet the trainer numbers inner letters by a randomly seeded hash map: four runs, four orders.
+    hashes = {Tokenizer.train(lambda: TEXTS, 300).hash for _ in range(4)}
+    assert hashes == {tokenizer.hash}
+    assert Tokenizer.train(lambda: TEXTS[:1] * 2, 300).hash != tokenizer.hash
+
+
+def test_any_text_encodes(tokenizer):
+    for text in ("", "\x00\x01", "\U0001f600 \u202e \uffff", "x" * 1000, "\u0e01\u0301" * 50):
+        ids = tokenizer.encode(text)
+        assert (ids[0], ids[-1]) == (2, 3)
+        assert all(0 <= id < tokenizer.vocab_size for id in ids)
+
+
+def test_special_tokens_in_a_corpus_are_text(tokenizer):
+    (ids,) = tokenizer.encode_batch(["a [MASK] dog"])
+    assert tokenizer.mask_id not in ids
+    assert len(ids) > 4
+    assert tokenizer.encode("a [MASK] dog").count(tokenizer.mask_id) == 1
+    assert tokenizer.encode_batch([]) == []
+
+
+def test_a_unigram_model_cannot_smuggle_special_tokens_in():
+    """Its vocabulary holds "<mask>" as a piece, as XLM-RoBERTa's does, whatever encode_special_tokens says."""
+    specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    pieces = [(token, 0.0) for token in specials] + [(piece, -3.0) for piece in "\u2581abms"]
+    roles = ("cls_token", "pad_token", "sep_token", "unk_token", "mask_token")
+    config = dict(zip(roles, specials))
+    backend = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=3))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    backend.add_special_tokens(specials)
+    assert Tokenizer(backend, config).encode_batch(["a <mask> b", "ab"]) == [[5, 6, 5, 3, 5, 7], [5, 6, 7]]
+    del config["unk_token"]
+    assert Tokenizer(backend, config).encode_batch(["a<s>b"]) == [[5, 6, 7]]
+
+
+def test_transformers_reads_what_we_write(tokenizer, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer.save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(theirs) == tokenizer.vocab_size
+    assert theirs.mask_token_id == tokenizer.mask_id
+    assert sorted(theirs.all_special_ids) == list(tokenizer.special_ids)
+    for text in TEXTS[:3]:
+        assert theirs(text).input_ids == tokenizer.encode(text)
+        assert theirs.decode(theirs(text).input_ids, skip_special_tokens=True) == tokenizer.decode(
+            tokenizer.encode(text)
+        )
+    assert theirs("a dog", "a fox").token_type_ids == [0] * 4 + [1] * 3
+    assert Tokenizer.load(tmp_path).hash == tokenizer.hash
+
+    theirs.save_pretrained(tmp_path / "again")
+    again = Tokenizer.load(tmp_path / "again")
+    assert [again.encode(text) for text in TEXTS] == [tokenizer.encode(text) for text in TEXTS]
+    assert (again.mask_id, again.special_ids) == (tokenizer.mask_id, tokenizer.special_ids)
+
+
+def test_a_vocab_txt_alone_is_a_bert(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).unlink()
+    assert Tokenizer.load(tmp_path).hash == tokenizer.hash
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": False}))
+    assert Tokenizer.load(tmp_path).encode("THE")[1] != tokenizer.encode("THE")[1]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "DistilBertTokenizerFast"}))
+    assert Tokenizer.load(tmp_path).encode("THE") == tokenizer.encode("THE")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertJapaneseTokenizer"}))
+    with pytest.raises(
+        ValueError, match=r"expected a tokenizer\.json for the BertJapaneseTokenizer in .* save_pretrained"
+    ):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "vocab.txt").write_bytes(b"caf\xe9\n")
+    with pytest.raises(ValueError, match=r"vocab\.txt is not UTF-8"):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_lone_tokenizer_json_with_truncation(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    backend = json.loads((tmp_path / "tokenizer.json").read_text())
+    backend["truncation"] = {"max_length": 4, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(backend))
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert Tokenizer.load(tmp_path).encode(TEXTS[0]) == tokenizer.encode(TEXTS[0])
+
+
+def test_bad_tokenizers(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match=r"tokenizer: expected `train:8192` or a tokenizer's directory, got .*nowhere"):
+        Tokenizer.load(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"tokenizer: expected a tokenizer\.json or a vocab\.txt"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\na\n")
+    with pytest.raises(ValueError, match=r"tokenizer: expected one with a mask_token, got '\[MASK\]'; train one with"):
+        Tokenizer.load(tmp_path)
+    tokenizer.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json is not valid JSON"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(ValueError, match="expected a JSON object"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(ValueError, match=r"tokenizer\.json cannot be read"):
+        Tokenizer.load(tmp_path)
+    with pytest.raises(ValueError, match="vocab_size: expected an integer from 16 to 16777216, got 3"):
+        Tokenizer.train(lambda: TEXTS, 3)

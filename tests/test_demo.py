@@ -1,0 +1,83 @@
+"""The demo, in small, and the comparison of training steps that it ends with."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from training import small
+
+from fastlm import demo
+from fastlm.testing import train_step
+from fastlm.train.metrics import read_metrics
+
+
+@pytest.fixture
+def run_demo(tmp_path):
+    recipe = replace(small(data__documents="file", data__tokenizer="train:400"), name="demo")
+
+    def run():
+        return demo.demo(tmp_path, seconds=0.1, recipe=recipe, least_steps=6, corpus_bytes=50_000, rounds=1)
+
+    return run
+
+
+def test_demo(run_demo, tmp_path, capsys, monkeypatch):
+    """Everything is there, a second run starts anew, a stopped one goes on."""
+    pytest.importorskip("transformers")
+    summary = run_demo()
+    assert {"corpus.jsonl", "data", "metrics.jsonl", "summary.json", "loss.png", "hf"} <= {
+        path.name for path in tmp_path.iterdir()
+    }
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    printed = capsys.readouterr().out
+    assert demo.SENTENCE in printed
+    assert printed.count("%") >= 5
+    assert all(contender in printed for contender in train_step.CONTENDERS)
+    assert "not run" not in printed
+
+    monkeypatch.setattr(train_step, "compare_steps", lambda *_, **__: [])
+    steps = len(read_metrics(tmp_path / "metrics.jsonl"))
+    run_demo()
+    assert "Starting anew" in capsys.readouterr().out
+    losses = [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl")]
+    (tmp_path / "summary.json").unlink()
+    run_demo()
+    assert "Going on with the demo that was stopped" in capsys.readouterr().out
+    assert [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl")] == losses
+    assert steps >= 6
+
+
+def test_demo_replaces_no_other_run(run_demo, tmp_path):
+    (tmp_path / "recipe.json").write_text('{"name": "mine"}')
+    with pytest.raises(ValueError, match="holds a run that is no demo"):
+        run_demo()
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.json"]
+
+
+def test_a_contender_that_computes_something_else_is_an_error():
+    train_step._same_losses({"fastlm": 5.0, "other": 5.0001}, 1e-4)
+    for loss in (4.99, float("nan")):
+        with pytest.raises(RuntimeError, match="other computes"):
+            train_step._same_losses({"fastlm": 5.0, "other": loss}, 1e-4)
+
+
+def test_a_contender_that_cannot_run_is_named(monkeypatch):
+    times = [
+        train_step.StepTime("fastlm", 100, 10.0, 1.0),
+        train_step.StepTime("theirs", missing="it is not installed"),
+    ]
+    table = train_step.table(times, title="steps")
+    assert table.row_count == 2
+    assert list(table.columns[1].cells) == ["10,000", "[red]not run: it is not installed"]
+
+
+def test_drawn_inputs():
+    recipe = small()
+    inputs = train_step.drawn(recipe, 100)
+    for input_ids, labels in inputs.batches:
+        assert input_ids.shape == labels.shape == (8, 32)
+        assert torch.equal(labels != -100, input_ids == 4)
+        assert labels[labels != -100].min() >= 5
+        assert labels.max() < 100
+    assert 0 < inputs.predicted < inputs.tokens == 256

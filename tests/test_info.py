@@ -1,0 +1,33 @@
+"""`fastlm info`: what would run here, and why the rest would not."""
+
+import json
+
+import torch
+
+from fastlm import info
+from fastlm.ops import _registry
+
+
+def test_report_names_every_op_and_what_runs_it():
+    report = info.report()
+    table = {line.split()[0]: line.split()[1:] for line in report.splitlines() if line.split()[:1]}
+    header = table["on"][1:]
+    for op in _registry.AUTO:
+        cells = dict(zip(header, table[op]))
+        x = torch.zeros(1)
+        assert cells[_registry.choose(op, "auto", x)].startswith("auto")
+    assert torch.__version__ in report
+
+
+def test_a_backend_that_cannot_run_has_its_reason():
+    """On a device where the CPU kernels cannot run, each refusal points at a line below the table."""
+    lines = info.backends_table("cuda")
+    assert "no (1)" in next(line for line in lines if line.startswith("layer_norm"))
+    assert "  (1) it runs on the cpu, the input is on cuda" in lines
+
+
+def test_machine_is_json_and_says_what_is_missing():
+    machine = json.loads(json.dumps(info.machine()))
+    assert machine["torch"] == torch.__version__
+    assert machine["threads"] == torch.get_num_threads()
+    assert info.version("no-such-package") is None

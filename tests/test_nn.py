@@ -1,0 +1,451 @@
+"""fastlm.nn against torch.nn: the same state_dict, initialisation, results and gradients; and what torch has not."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastlm.nn as nn
+from fastlm import ops
+from fastlm.testing.compare import ModelComparison
+
+CU = [0, 5, 5, 12, 14]  # packed sequences of 5, 0, 7 and 2 tokens
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def perturb(module):
+    """Every parameter drawn anew, so that none hides behind its initial 0 or 1."""
+    with torch.no_grad():
+        for i, parameter in enumerate(module.parameters()):
+            parameter.add_(0.3 * randn(*parameter.shape, seed=100 + i).to(parameter))
+    return module
+
+
+def evaluate(module, call, inputs, dtype, device):
+    """The output of call(module, *inputs) and the gradients of a fixed projection of it, by name."""
+    module = copy.deepcopy(module).to(device, dtype)
+    inputs = [x.detach().to(device, dtype).requires_grad_() if x.is_floating_point() else x.to(device) for x in inputs]
+    out = call(module, *inputs)
+    out.backward(randn(*out.shape, seed=7).to(device, dtype))
+    grads = {f"d{name}": parameter.grad for name, parameter in module.named_parameters()}
+    grads |= {f"dinput {i}": x.grad for i, x in enumerate(inputs) if x.requires_grad}
+    return {"output": out.detach(), **grads}
+
+
+def assert_equal_to_torch(ours, theirs, call, inputs, device, call_theirs=None):
+    """ours and theirs, modules with one state_dict; `inputs` in float64. Output and every gradient in the bound."""
+    ours.load_state_dict(perturb(theirs).state_dict())
+    call_theirs = call_theirs or call
+    exact = evaluate(theirs, call_theirs, inputs, torch.float64, "cpu")
+    eager = evaluate(theirs, call_theirs, inputs, torch.float32, device)
+    got = evaluate(ours, call, inputs, torch.float32, device)
+    comparison = ModelComparison()
+    for name in exact:
+        comparison.add(name, got[name], eager[name], exact[name])
+    assert not comparison.failures(), "; ".join(comparison.failures())
+
+
+# ---- norms
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "shape"),
+    [
+        ("LayerNorm", {"normalized_shape": 24}, (6, 5, 24)),
+        ("LayerNorm", {"normalized_shape": [5, 24], "eps": 1e-3}, (6, 5, 24)),
+        ("LayerNorm", {"normalized_shape": 24, "bias": False}, (6, 24)),
+        ("LayerNorm", {"normalized_shape": 24, "elementwise_affine": False}, (24,)),
+        ("RMSNorm", {"normalized_shape": 24}, (6, 5, 24)),
+        ("RMSNorm", {"normalized_shape": [5, 24], "eps": 1e-3}, (6, 5, 24)),
+        ("RMSNorm", {"normalized_shape": 24, "elementwise_affine": False}, (6, 24)),
+    ],
+)
+def test_norm(name, arguments, shape, device):
+    ours, theirs = getattr(nn, name)(**arguments), getattr(torch.nn, name)(**arguments)
+    assert repr(ours) == repr(theirs)
+    assert_equal_to_torch(ours, theirs, lambda m, x: m(x), [randn(*shape)], device)
+    residual = [randn(*shape), randn(*shape, seed=1)]
+    assert_equal_to_torch(ours, theirs, lambda m, x, r: m(x, r), residual, device, lambda m, x, r: m(x + r))
+
+
+def test_rms_norm_default_eps():
+    """torch's: that of the type the statistics are computed in."""
+    x = randn(4, 8) * 1e-4
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        ours, theirs = nn.RMSNorm(8, dtype=dtype)(x.to(dtype)), torch.nn.RMSNorm(8, dtype=dtype)(x.to(dtype))
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_norm_return_residual_and_dropout():
+    norm, x, residual, rng = nn.LayerNorm(8), randn(4, 8).float(), randn(4, 8, seed=1).float(), torch.tensor([3, 4])
+    y, h = norm(x, residual, dropout_p=0.5, rng=rng, stream=2, return_residual=True)
+    dropped = h - residual
+    assert 0 < (dropped == 0).sum() < dropped.numel()
+    torch.testing.assert_close(y, F.layer_norm(h, (8,)))
+    grid = nn.LayerNorm([2, 8])(x.view(2, 2, 8), residual.view(2, 2, 8), return_residual=True)
+    torch.testing.assert_close(grid[1], (x + residual).view(2, 2, 8))
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # torch's RMSNorm
+@pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm"])
+def test_norm_autocast(name, device):
+    """torch's result dtype, or with keep_dtype the input's."""
+    x = torch.zeros(4, 8, dtype=torch.bfloat16, device=device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        assert getattr(nn, name)(8, device=device)(x).dtype == getattr(torch.nn, name)(8, device=device)(x).dtype
+        kept = getattr(nn, name)(8, device=device, keep_dtype=True)(x, torch.zeros_like(x))
+    assert kept.dtype == torch.bfloat16
+
+
+def test_norm_shape_error():
+    with pytest.raises(ValueError, match=r"input: expected the last dimensions \(8,\).*got \(4, 6\)"):
+        nn.LayerNorm(8)(torch.zeros(4, 6))
+
+
+# ---- attention
+
+
+def mha_pair(**arguments):
+    torch.manual_seed(1)
+    ours = nn.MultiheadAttention(24, 4, **arguments)
+    torch.manual_seed(1)
+    theirs = torch.nn.MultiheadAttention(24, 4, **arguments)
+    for name, tensor in theirs.state_dict().items():  # the same names, order and initial values
+        assert torch.equal(ours.state_dict()[name], tensor)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    return ours, theirs
+
+
+PADDING = torch.tensor([[0] * 9, [1] * 4 + [0] * 5, [0] * 7 + [1] * 2]).bool()
+FLOAT_PADDING = torch.zeros(3, 9).double().masked_fill(PADDING, -torch.inf)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("mask", [None, PADDING, FLOAT_PADDING], ids=["none", "bool", "float"])
+def test_self_attention(batch_first, mask, device):
+    ours, theirs = mha_pair(batch_first=batch_first)
+    x = randn(3, 9, 24) if batch_first else randn(9, 3, 24)
+
+    def call(m, x):
+        key_padding_mask = None if mask is None else mask.to(x.device)
+        key_padding_mask = key_padding_mask.to(x) if mask is FLOAT_PADDING else key_padding_mask
+        return m(x, x, x, key_padding_mask=key_padding_mask, need_weights=False)[0]
+
+    assert_equal_to_torch(ours, theirs, call, [x], device)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"bias": False}, {"kdim": 16, "vdim": 20}], ids=["", "no-bias", "kdim"])
+def test_cross_attention(arguments, device):
+    ours, theirs = mha_pair(batch_first=True, **arguments)
+    inputs = [randn(3, 5, 24), randn(3, 9, ours.kdim, seed=1), randn(3, 9, ours.vdim, seed=2)]
+
+    def call(m, q, k, v):
+        return m(q, k, v, key_padding_mask=PADDING.to(q.device), need_weights=False)[0]
+
+    assert_equal_to_torch(ours, theirs, call, inputs, device)
+
+
+@pytest.mark.parametrize("shape", [(9, 24), (9, 3, 24)], ids=["unbatched", "batched"])
+def test_causal_attention(shape, device):
+    ours, theirs = mha_pair()
+
+    def call(m, x):
+        causal = torch.nn.Transformer.generate_square_subsequent_mask(9, device=x.device, dtype=x.dtype)
+        return m(x, x, x, need_weights=False, attn_mask=causal, is_causal=True)[0]
+
+    assert_equal_to_torch(ours, theirs, call, [randn(*shape)], device)
+
+
+def test_packed_attention(device):
+    """Each packed sequence is what it is alone."""
+    m = perturb(nn.MultiheadAttention(24, 4, dtype=torch.float64)).to(device)
+    x, cu = randn(14, 24).to(device), torch.tensor(CU, dtype=torch.int32, device=device)
+    packed, _ = m(x, x, x, need_weights=False, cu_seqlens=cu, max_seqlen=7)
+    alone = torch.cat([m(s, s, s, need_weights=False)[0] for s in x.split(cu.diff().tolist()) if len(s)])
+    torch.testing.assert_close(packed, alone)
+
+
+def test_attention_dropout():
+    m, x = nn.MultiheadAttention(24, 4, dropout=0.5, stream=3), randn(6, 2, 24).float()
+
+    def run(step):
+        return m(x, x, x, need_weights=False, rng=torch.tensor([1, step]))[0]
+
+    assert torch.equal(run(0), run(0))
+    assert not torch.equal(run(0), run(1))
+    m.eval()
+    assert torch.equal(run(0), run(1))
+
+
+X, TWO = torch.zeros(5, 2, 24), torch.zeros(5, 24)
+OFFSETS = torch.tensor([0, 5], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "arguments", "message"),
+    [
+        ((X, X, X), {"need_weights": True}, "need_weights: expected False.*pass need_weights=False"),
+        ((X, X, X), {"attn_mask": torch.zeros(5, 5)}, "attn_mask: .*is_causal=True"),
+        ((X, X, X), {"key_padding_mask": torch.zeros(3, 5).bool()}, r"key_padding_mask: expected shape \(2, 5\)"),
+        ((X, X, X), {"key_padding_mask": torch.zeros(2, 5).long()}, "key_padding_mask: expected bool"),
+        ((X, X, X), {"key_padding_mask": torch.ones(2, 5)}, "key_padding_mask: expected 0"),
+        ((X, X[:3], X[:3]), {"is_causal": True}, "is_causal: .*got 5 and 3"),
+        ((X, X, X[:3]), {}, r"value: expected as many vectors as key \(5, 2, 24\), got \(3, 2, 24\)"),
+        ((X[..., :20], X, X), {}, r"query: expected .*got \(5, 2, 20\)"),
+        ((X, TWO, TWO), {}, "key: expected"),
+        ((TWO, TWO, TWO), {"cu_seqlens": OFFSETS}, "max_seqlen: expected an integer"),
+        ((X, X, X), {"cu_seqlens": OFFSETS, "max_seqlen": 5}, r"query: expected \(T, 24\)"),
+        (
+            (TWO, TWO, TWO),
+            {"cu_seqlens": OFFSETS, "max_seqlen": 5, "key_padding_mask": torch.zeros(5).bool()},
+            "key_padding_mask: expected None with cu_seqlens",
+        ),
+        (
+            (TWO, TWO, TWO),
+            {"cu_seqlens": OFFSETS, "cu_seqlens_k": OFFSETS, "max_seqlen": 5, "max_seqlen_k": 5, "is_causal": True},
+            "is_causal: expected False",
+        ),
+    ],
+)
+def test_attention_errors(inputs, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        nn.MultiheadAttention(24, 4)(*inputs, **{"need_weights": False, **arguments})
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_attention_error():
+    nested = torch.nested.nested_tensor([TWO])
+    with pytest.raises(ValueError, match=r"query: expected a plain tensor.*cu_seqlens"):
+        nn.MultiheadAttention(24, 4)(nested, nested, nested, need_weights=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"add_bias_kv": True}, "add_bias_kv: expected False"),
+        ({"add_zero_attn": True}, "add_zero_attn: expected False"),
+        ({"num_heads": 5}, "embed_dim: expected a multiple of num_heads=5"),
+    ],
+)
+def test_attention_constructor_errors(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        nn.MultiheadAttention(**{"embed_dim": 24, "num_heads": 4, **arguments})
+
+
+# ---- encoder layer
+
+
+def layer_pair(dropout=0.0, **arguments):
+    torch.manual_seed(1)
+    ours = nn.TransformerEncoderLayer(24, 4, 40, dropout, **arguments)
+    torch.manual_seed(1)
+    theirs = torch.nn.TransformerEncoderLayer(24, 4, 40, dropout, **arguments)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], tensor)
+    return ours, theirs
+
+
+@pytest.mark.parametrize("norm_first", [False, True], ids=["post", "pre"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"activation": "gelu", "batch_first": True, "layer_norm_eps": 1e-3},
+        {"activation": torch.nn.GELU("tanh"), "bias": False},
+        {"activation": F.silu},
+    ],
+    ids=["relu", "gelu", "gelu-tanh", "silu"],
+)
+def test_encoder_layer(norm_first, arguments, device):
+    ours, theirs = layer_pair(norm_first=norm_first, **arguments)
+    x = randn(3, 9, 24) if arguments.get("batch_first") else randn(9, 3, 24)
+    for training in (True, False):
+        ours.train(training), theirs.train(training)
+        assert_equal_to_torch(ours, theirs, lambda m, x: m(x, src_key_padding_mask=PADDING.to(x.device)), [x], device)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_inside_torchs_encoder(causal, device):
+    """torch.nn.TransformerEncoder over copies of our layer, training and evaluation, where it would go nested."""
+    ours, theirs = (
+        torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        for layer in layer_pair(dropout=0.1, batch_first=True)
+    )
+
+    def call(m, x):
+        m.eval()
+        mask = torch.nn.Transformer.generate_square_subsequent_mask(9, device=x.device).bool() if causal else None
+        # right padding alone: a causal query before any real key is NaN in torch
+        return m(x, mask=mask, src_key_padding_mask=PADDING[2:].expand(3, -1).to(x.device))
+
+    assert_equal_to_torch(ours, theirs, call, [randn(3, 9, 24)], device)
+    with pytest.warns(UserWarning, match="enable_nested_tensor"):
+        ours = torch.nn.TransformerEncoder(layer_pair(batch_first=True)[0], 2).eval()
+    with torch.no_grad():
+        assert ours(torch.zeros(3, 9, 24), src_key_padding_mask=PADDING).shape == (3, 9, 24)
+
+
+@pytest.mark.parametrize("norm_first", [False, True], ids=["post", "pre"])
+def test_packed_encoder_layer(norm_first, device):
+    layer = perturb(layer_pair(norm_first=norm_first, activation="gelu")[0].double()).to(device)
+    x, cu = randn(14, 24).to(device), torch.tensor(CU, dtype=torch.int32, device=device)
+    alone = torch.cat([layer(s) for s in x.split(cu.diff().tolist()) if len(s)])
+    torch.testing.assert_close(layer(x, cu_seqlens=cu, max_seqlen=7), alone)
+
+
+@pytest.mark.parametrize("norm_first", [False, True], ids=["post", "pre"])
+def test_encoder_layer_dropout(norm_first):
+    """With rng the same bits from (seed, step); without, from torch's generator; none in evaluation."""
+    layer = nn.TransformerEncoderLayer(24, 4, 40, 0.5, norm_first=norm_first, stream=4)
+    sites = {layer.self_attn.stream, layer.dropout.stream, layer.dropout1.stream, layer.dropout2.stream}
+    assert sites == {4, 5, 6, 7}
+    x = randn(9, 3, 24).float()
+    first, again, other = (layer(x, rng=torch.tensor([1, step])) for step in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    drawn = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        drawn.append(layer(x))
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    layer.eval()
+    assert torch.equal(layer(x, rng=torch.tensor([1, 0])), layer(x))
+
+
+def test_dropout_bits():
+    """With rng: what is dropped is the ops' own choice, and the rest is scaled."""
+    x, rng = torch.ones(7, 10), torch.tensor([5, 6])
+    dropped = nn.Dropout(0.25, stream=9)(x, rng)
+    _, h = ops.layer_norm(x, dropout_p=0.25, rng=rng, stream=9, return_residual=True)
+    assert torch.equal(dropped, h)
+    assert torch.equal(dropped.unique(), torch.tensor([0.0, 1.0 / 0.75]))
+
+
+def test_encoder_layer_errors():
+    with pytest.raises(ValueError, match='activation: expected "relu", "gelu" or a callable'):
+        nn.TransformerEncoderLayer(24, 4, activation="swish")
+    with pytest.raises(ValueError, match="attn_mask"):
+        nn.TransformerEncoderLayer(24, 4)(X, src_mask=torch.zeros(5, 5))
+
+
+@pytest.mark.parametrize("norm_first", [False, True], ids=["post", "pre"])
+def test_encoder_layer_bf16_autocast_and_compile(norm_first):
+    """Autocast keeps float32 parameters; one graph covers the layer, forward and backward."""
+    layer = nn.TransformerEncoderLayer(24, 4, 40, 0.0, "gelu", batch_first=True, norm_first=norm_first)
+    x, rng = randn(3, 9, 24).float(), torch.tensor([1, 2])
+    plain = layer(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = layer(x)
+    assert (low.float() - plain).abs().max() < 0.1
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    out = compiled(x, src_key_padding_mask=PADDING, rng=rng)
+    want = layer(x, src_key_padding_mask=PADDING, rng=rng)
+    torch.testing.assert_close(out, want)
+    assert len(torch.autograd.grad(out.sum(), list(layer.parameters()))) == len(list(layer.parameters()))
+
+
+# ---- MLP
+
+
+class PlainMLP(torch.nn.Module):
+    def __init__(self, ours):
+        super().__init__()
+        self.linear1, self.linear2 = copy.deepcopy(ours.linear1), copy.deepcopy(ours.linear2)
+        self.gated, self.approximate = ours.gated, ours.approximate
+
+    def forward(self, x):
+        h = self.linear1(x)
+        h, gate = h.chunk(2, -1) if self.gated else (h, 1)
+        return self.linear2(F.gelu(h, approximate=self.approximate) * gate)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"approximate": "tanh", "out_features": 10}, {"gated": True}, {"bias": False}],
+    ids=["", "tanh", "gated", "no-bias"],
+)
+def test_mlp(arguments, device):
+    ours = nn.MLP(24, 40, **arguments)
+    assert_equal_to_torch(ours, PlainMLP(ours), lambda m, x: m(x), [randn(3, 9, 24)], device)
+
+
+# ---- losses and masking
+
+TARGET = torch.tensor([3, 0, -100, 10, 5, -100, 7])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"reduction": "sum", "label_smoothing": 0.1},
+        {"reduction": "none", "weight": randn(11, seed=3).abs(), "ignore_index": 5},
+    ],
+    ids=["mean", "sum", "none"],
+)
+def test_cross_entropy_loss(arguments, device):
+    ours, theirs = nn.CrossEntropyLoss(**arguments), torch.nn.CrossEntropyLoss(**arguments)
+    target = TARGET.where(TARGET >= 0, 5) if "ignore_index" in arguments else TARGET
+    for x, t in ((randn(7, 11), target), (randn(2, 11, 7), target.expand(2, 7)), (randn(11), target[0])):
+        assert_equal_to_torch(ours, theirs, lambda m, x, t: m(x, t), [x, t], device)
+
+
+def test_cross_entropy_loss_beyond_torch():
+    x = randn(7, 11).float().requires_grad_()
+    z = nn.CrossEntropyLoss(z_loss=0.1)(x, TARGET) - nn.CrossEntropyLoss()(x, TARGET)
+    torch.testing.assert_close(z, 0.1 * x.logsumexp(-1)[TARGET >= 0].square().mean())
+    (want,) = torch.autograd.grad(F.cross_entropy(x * 1, TARGET), x)
+    (got,) = torch.autograd.grad(nn.CrossEntropyLoss(inplace=True)(x * 1, TARGET), x)
+    torch.testing.assert_close(got, want)
+    with pytest.raises(ValueError, match="inplace: expected input"):
+        nn.CrossEntropyLoss(inplace=True)(torch.zeros(2, 11, 7), TARGET.expand(2, 7))
+    with pytest.raises(ValueError, match="target: expected class indices"):
+        nn.CrossEntropyLoss()(x, torch.zeros(7, 11))
+
+
+class PlainLinearCrossEntropy(torch.nn.Module):
+    """torch.nn.LinearCrossEntropyLoss, for a torch that does not have it."""
+
+    def __init__(self, in_features, classes, bias=False, **arguments):
+        super().__init__()
+        self.linear, self.arguments = torch.nn.Linear(in_features, classes, bias=bias), arguments
+
+    def forward(self, x, target):
+        return F.cross_entropy(self.linear(x), target, **self.arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{}, {"bias": True, "reduction": "sum", "label_smoothing": 0.1}], ids=["mean", "sum"]
+)
+def test_linear_cross_entropy_loss(arguments, device):
+    ours = nn.LinearCrossEntropyLoss(8, 11, **arguments)
+    inputs = [randn(7, 8), TARGET]
+    assert_equal_to_torch(ours, PlainLinearCrossEntropy(8, 11, **arguments), lambda m, x, t: m(x, t), inputs, device)
+    if hasattr(torch.nn, "LinearCrossEntropyLoss"):
+        theirs = torch.nn.LinearCrossEntropyLoss(8, 11, **arguments)
+        assert_equal_to_torch(ours, theirs, lambda m, x, t: m(x, t), inputs, device)
+    with pytest.raises(ValueError, match=r"out_features: expected \(\)"):
+        nn.LinearCrossEntropyLoss(8, 11, out_features=(2,))
+    with pytest.raises(ValueError, match="options: expected None"):
+        nn.LinearCrossEntropyLoss(8, 11, options=object())
+
+
+def test_mlm_masking():
+    arguments = {"mask_token_id": 3, "vocab_size": 50, "special_ids": [0, 1, 3], "seed": 11, "mlm_probability": 0.4}
+    ids = torch.arange(40).view(4, 10)
+    module = nn.MLMMasking(**arguments)
+    for ours, theirs in zip(module(ids, epoch=2), ops.mlm_mask(ids, epoch=2, **arguments)):
+        assert torch.equal(ours, theirs)
+    assert not module.state_dict()
+    assert "seed=11" in repr(module)

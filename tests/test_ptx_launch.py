@@ -1,0 +1,159 @@
+"""Undefined values, what the interpreter refuses, what a launch does with its tensors, launches from host code."""
+
+import ctypes
+import hashlib
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import ptx
+import pytest
+import torch
+from ptx.native import cache_directory, once
+from ptx.snippets import assemble, warp
+
+SOURCES = Path(__file__).parent / "ptx" / "sources"
+
+VALUES = np.arange(1, 33, dtype=np.uint32)
+
+HARMLESS = [
+    "mov.b32 %r2, {%h1, %h2}; mov.b32 {%h3, %h4}, %r2; mov.b32 y, {%h4, %h4};",  # %h1 is unset, %h4 is not
+    "prmt.b32 y, %r9, x0, 0x7654;",
+    "and.b32 %r2, %r9, 0; or.b32 y, %r2, x0;",
+    "setp.eq.u32 %p1, 0, 0; selp.b32 y, x0, %r9, %p1;",
+    "lop3.b32 y, %r9, x0, x0, 0xC0; lop3.b32 y, %r9, x0, x0, 0xCC;",
+    "shl.b32 %r2, %r9, 16; shl.b32 %r2, %r2, 16; or.b32 y, %r2, x0;",
+    "cvt.rn.bf16x2.f32 %r2, x0, %r9; shr.u32 y, %r2, 16;",
+]
+HARMFUL = [
+    "add.u32 y, %r9, x0;",
+    "prmt.b32 y, %r9, x0, 0x7653;",
+    "selp.b32 y, x0, x0, %p9;",
+    "setp.lt.u32 %p1, %r9, x0; @%p1 mov.b32 y, 0; mov.b32 y, 1;",
+    "cvt.rn.bf16x2.f32 %r2, x0, %r9; shl.b32 y, %r2, 16;",
+    "mov.b32 y, 1; ld.global.b32 %r3, [%d9];",
+]
+
+
+@pytest.mark.parametrize("code", HARMLESS)
+def test_undefined_bytes_that_do_not_matter(code):
+    warp("mov.b16 %h2, 5; " + code, VALUES)
+
+
+@pytest.mark.parametrize("code", HARMFUL)
+def test_unset_register(code):
+    with pytest.raises(ptx.KernelFault) as caught:
+        warp(code, VALUES)
+    assert caught.value.findings[0].kind == "unset register"
+
+
+# ---- what the interpreter refuses ----------------------------------------------------------------------------------
+
+
+def test_unknown_instruction_is_an_error_that_names_it():
+    with pytest.raises(ptx.UnknownInstruction, match=r"`wgmma.fence.sync.aligned`.*line 7"):
+        ptx.load(assemble("wgmma.fence.sync.aligned;"), "k")
+    with pytest.raises(ptx.UnknownInstruction, match=r"add.rn.satfinite.f32.*satfinite"):
+        ptx.load(assemble("add.rn.satfinite.f32 %r1, %r2, %r3;"), "k")
+    with pytest.raises(ptx.PtxError, match="no kernel 'other'"):
+        ptx.load(assemble(""), "other")
+
+
+def test_wrong_arguments_are_errors():
+    text = assemble("", ".param .u64 p0, .param .u32 n")
+    with pytest.raises(ValueError, match="takes 2 arguments"):
+        ptx.run(text, "k", 1, 32, [None])
+    with pytest.raises(ValueError, match=r"argument 1: .u32 n has 4 bytes"):
+        ptx.run(text, "k", 1, 32, [None, np.float64(1)])
+    with pytest.raises(ValueError, match="at most 1024 threads"):
+        ptx.run(text, "k", 1, 2048, [None, 1])
+    with pytest.raises(ValueError, match="shared_bytes"):
+        ptx.run(text, "k", 1, 32, [None, 1], shared_bytes=200 * 1024)
+
+
+COPY = """mov.u32 %r0, %tid.x; ld.param.u64 %d0, [p0]; ld.param.u64 %d1, [p1]; ld.param.u32 %r1, [n];
+mul.lo.u32 %r2, %r0, %r1; mad.wide.u32 %d2, %r2, 4, %d0; ld.global.b32 %r3, [%d2];
+mad.wide.u32 %d2, %r0, 4, %d1; st.global.b32 [%d2], %r3;"""
+COPY_PARAMETERS = ".param .u64 p0, .param .u64 p1, .param .u32 n"
+
+
+def test_elements_between_those_of_a_strided_view_are_out_of_bounds():
+    x, out = np.arange(128, dtype=np.uint32), np.zeros(32, np.uint32)
+    text = assemble(COPY, COPY_PARAMETERS)
+    ptx.run(text, "k", 1, 32, [x[::4], out, 4])
+    np.testing.assert_array_equal(out, x[::4])
+    with pytest.raises(ptx.KernelFault, match="not part of the tensor"):
+        ptx.run(text, "k", 1, 32, [x[::4], out, 3])
+
+
+def test_memory_that_one_launch_wrote_is_initialised_for_the_next():
+    x, middle = np.arange(32, dtype=np.uint32), ptx.uninitialised(np.empty(64, np.uint32))
+    text, out = assemble(COPY, COPY_PARAMETERS), np.zeros(32, np.uint32)
+    ptx.run(text, "k", 1, 32, [x, middle, 1])
+    ptx.run(text, "k", 1, 32, [middle, out, 1])
+    with pytest.raises(ptx.KernelFault, match="uninitialised"):
+        ptx.run(text, "k", 1, 32, [middle, out, 2])
+    middle[:] = 5  # by the host
+    ptx.run(text, "k", 1, 32, [middle, out, 2])
+    assert (out == 5).all()
+
+
+def test_all_findings_are_collected_on_request():
+    text = assemble(COPY, COPY_PARAMETERS)
+    x, out = np.zeros(16, np.uint32), np.zeros(8, np.uint32)
+    report = ptx.run(text, "k", 2, 32, [x, out, 1], check=False, max_findings=10)
+    assert (report.findings[0].kind, report.findings[0].count) == ("bounds", 32)
+    assert {f.instruction.split(".")[0] for f in report.findings} >= {"ld", "st"}
+
+
+def test_bank_conflicts_are_counted():
+    body = """.shared .align 4 .b32 s[1024]; mov.u32 %r0, %tid.x; ld.param.u32 %r1, [n]; mul.lo.u32 %r2, %r0, %r1;
+    mov.u32 %r3, s; mad.lo.u32 %r2, %r2, 4, %r3; st.shared.b32 [%r2], %r0;"""
+    text = assemble(body, ".param .u32 n")
+    for stride, extra in ((1, 0), (2, 1), (32, 31), (31, 0)):
+        report = ptx.run(text, "k", 1, 32, [stride], bank_conflicts=True)
+        assert sum(report.bank_conflicts.values()) == extra
+
+
+# ---- host code in C++ ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def host():
+    """sources/recorded.cu as a library, and its PTX."""
+    if ptx.nvcc() is None:
+        pytest.skip("nvcc is not installed")
+    source = SOURCES / "recorded.cu"
+    key = hashlib.sha256(source.read_bytes()).hexdigest()[:16]
+    library = cache_directory() / f"recorded-{key}.so"
+    with once(library) as missing:
+        if missing:
+            options = ["-shared", "-arch=sm_80", "-std=c++17", "-Xcompiler=-fPIC", "-cudart=static"]
+            options += ["-static-global-template-stub=false", "-device-entity-has-hidden-visibility=false"]
+            subprocess.run([ptx.nvcc(), *options, str(source), "-o", str(library)], check=True)
+    return ctypes.CDLL(str(library)), ptx.compile_cuda(source)
+
+
+@pytest.mark.parametrize("cols", [40, 33])
+def test_cuda_host_code_launches_on_the_interpreter(host, cols):
+    """The host chooses the instantiation and packs a struct; the kernel is executed in place of the launch."""
+    library, text = host
+    signature = ctypes.CFUNCTYPE(
+        None, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.c_size_t, ctypes.c_void_p, ctypes.c_size_t
+    )
+    kept = []
+
+    def record(execute):
+        def call(entry, shape, shared, params, size):
+            execute(entry.decode(), shape[0:3], shape[3:6], shared, ctypes.string_at(params, size))
+
+        kept.append(signature(call) if execute else signature())
+        library.record(kept[-1])
+
+    x, factor = torch.randn(3, 48)[:, :cols], torch.randn(3)
+    with ptx.cuda_on_ptx(record, text) as launches:
+        y = torch.empty(3, 48)[:, :cols]
+        pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, y, factor)]
+        library.scale(*pointers, 3, cols, ctypes.c_long(48))
+    assert torch.equal(y, x * factor[:, None])
+    assert ("ILi4E" in launches.kernels()[0]) == (cols % 4 == 0)

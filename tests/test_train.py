@@ -1,0 +1,384 @@
+"""Recipes, the schedule, a step, and whole small runs."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+
+import pytest
+import torch
+from training import corpus, set_options, small
+
+from fastlm.data import open_dataset, prepare
+from fastlm.train import Diverged, Recipe, load_recipe, make_model, pretrain
+from fastlm.train import optimizer as optimizers
+from fastlm.train.flops import encoder_flops, peak_flops
+from fastlm.train.metrics import MetricsFile, first_and_final_loss, read_metrics
+from fastlm.train.objective import MaskedLM, log_frequencies
+from fastlm.train.recipe import RECIPES
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A small corpus, prepared for the small recipe."""
+    directory = tmp_path_factory.mktemp("data")
+    prepare(corpus(directory / "corpus.txt"), "train:200", directory / "rows", row_tokens=32, documents="line")
+    return directory / "rows"
+
+
+def losses(run):
+    return [row["loss"] for row in read_metrics(run / "metrics.jsonl")]
+
+
+# ---- recipes
+
+
+def test_shipped_recipes():
+    names = {path.stem for path in RECIPES.glob("*.toml")}
+    assert names == {"bert-mini", "bert-small", "bert-base"}
+    sizes = {name: load_recipe(name).model for name in names}
+    assert [(sizes[n].num_hidden_layers, sizes[n].hidden_size) for n in sorted(names)] == [
+        (12, 768),
+        (4, 256),
+        (4, 512),
+    ]
+
+
+def test_set_reaches_every_key_with_its_type():
+    recipe = small()
+    for table, keys in recipe.tables().items():
+        for key, value in keys.items():
+            assert recipe.with_settings([f"{table}.{key}={value}"]) == recipe
+    changed = recipe.with_settings(
+        ["train.lr=1e-3", "train.max_steps=1e3", "train.grad_clip=2", "train.dtype=bfloat16"]
+    )
+    assert (changed.train.lr, changed.train.max_steps, changed.train.grad_clip) == (1e-3, 1000, 2.0)
+    assert type(changed.train.max_steps) is int
+    assert type(changed.train.grad_clip) is float
+    assert changed.differences(recipe.tables()) == [
+        "train.dtype is 'bfloat16', was 'float32'",
+        "train.grad_clip is 2.0, was 1.0",
+        "train.lr is 0.001, was 0.005",
+        "train.max_steps is 1000, was 12",
+    ]
+    assert not recipe.with_settings(["train.checkpoint_every=9", "train.keep_checkpoints=5"]).differences(
+        recipe.tables()
+    )
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("train.learning_rate=1", "train.learning_rate: there is no such key"),
+        ("train.wramup_steps=1", "did you mean train.warmup_steps"),
+        ("hidden_size=64", "did you mean model.hidden_size?"),
+        ("train.lr", "expected key=value"),
+        ("train.lr=fast", "train.lr: expected a number, got 'fast'"),
+        ("train.max_steps=1.5", "train.max_steps: expected an integer, got 1.5"),
+        ("train.max_steps=true", "train.max_steps: expected an integer, got True"),
+        ("train.max_steps=0", "train.max_steps: expected at least 1, got 0"),
+        ("train.lr=nan", "train.lr: expected more than 0"),
+        ("train.beta2=1.0", "train.beta2: expected at least 0.0 and less than 1.0, got 1.0"),
+        ("train.dtype=float16", "train.dtype: expected 'float32' or 'bfloat16', got 'float16'"),
+        ("train.batch_tokens=100", "train.batch_tokens: expected a multiple of data.row_tokens=32, got 100"),
+        ("train.micro_batch_tokens=96", "(32, 64, 128, 256, or 0 for all), got 96"),
+        ("data.row_tokens=128", "data.row_tokens: expected at most model.max_position_embeddings=64, got 128"),
+        ("model.num_attention_heads=3", "expected a divisor of model.hidden_size=32, got 3"),
+        ("model.attention_probs_dropout_prob=0.001", "expected 0 or at least 1/256"),
+        ("data.mask_replace_prob=0.95", "data.random_replace_prob: expected at most 1 together"),
+    ],
+)
+def test_bad_settings(setting, message):
+    with pytest.raises(ValueError) as raised:
+        small().with_settings([setting])
+    assert message in str(raised.value)
+
+
+def test_a_printed_recipe_is_a_recipe(tmp_path):
+    recipe = load_recipe("bert-base").with_settings(["train.lr=2e-4", "model.layer_norm_eps=1e-12"])
+    (tmp_path / "mine.toml").write_text(recipe.as_toml())
+    assert load_recipe(tmp_path / "mine.toml").tables() == recipe.tables()
+
+
+def test_bad_recipe_files(tmp_path):
+    for content, message in (
+        ("lr = 1", "expected the tables model, data, train, got 'lr'"),
+        ("[train\n", "is not valid TOML"),
+        ("[train]\nlr = '1'", "train.lr: expected a number, got '1'"),
+    ):
+        (tmp_path / "r.toml").write_text(content)
+        with pytest.raises(ValueError) as raised:
+            load_recipe(tmp_path / "r.toml")
+        assert message in str(raised.value)
+    with pytest.raises(ValueError, match="expected one of bert-base, bert-mini, bert-small"):
+        load_recipe("bert-huge")
+
+
+# ---- schedule, optimizer, step
+
+
+def test_schedule():
+    table = small(train__lr=1.0, train__warmup_steps=4, train__max_steps=12, train__final_lr=0.1).train
+    lrs = [optimizers.lr_at(step, table) for step in range(13)]
+    assert lrs[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert lrs[8] == pytest.approx(0.1 + 0.9 * 0.5)
+    assert lrs[12] == pytest.approx(0.1)
+    cosine = small(train__lr=1.0, train__schedule="cosine", train__warmup_steps=0).train
+    assert optimizers.lr_at(6, cosine) == pytest.approx(0.5)
+    assert optimizers.lr_at(3, cosine) == pytest.approx(0.5 + 0.5 * math.cos(math.pi / 4))
+
+
+def step_parts(data, **settings):
+    recipe = small(**settings)
+    dataset = open_dataset(data)
+    model = make_model(recipe, dataset.tokenizer.vocab_size, dataset.tokenizer.pad_id)
+    objective = MaskedLM(recipe, dataset, CPU)
+    return recipe, model, optimizers.make_optimizer(model, recipe.train), objective
+
+
+def test_only_matrices_decay(data):
+    _, model, optimizer, _ = step_parts(data)
+    decayed = {id(p): group["weight_decay"] > 0 for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        assert decayed[id(parameter)] is not (name.endswith("bias") or "norm" in name), name
+
+
+def test_clipping_is_adamw_on_clipped_gradients(data):
+    """The division inside the fused kernel gives what clip_grad_norm_ before an ordinary AdamW gives."""
+    _, model, optimizer, objective = step_parts(data, train__grad_clip=0.1)
+    _, other, _, _ = step_parts(data)
+    groups = [{**g, "params": []} for g in optimizer.param_groups]
+    theirs = dict(other.named_parameters())
+    for name, parameter in model.named_parameters():
+        groups[0 if parameter.dim() >= 2 else 1]["params"].append(theirs[name])
+    plain = torch.optim.AdamW([{k: g[k] for k in ("params", "weight_decay")} for g in groups],
+                              lr=1e-2, betas=(0.9, 0.98), eps=1e-6)  # fmt: skip
+    for step in range(3):
+        micro = objective.micro(step, 0)
+        loss, norm = optimizers.train_step(model, optimizer, [micro], lr=1e-2, grad_clip=0.1, dtype=torch.float32)
+        expected = other(**micro.inputs) / micro.predicted
+        expected.backward()
+        assert norm == pytest.approx(torch.nn.utils.clip_grad_norm_(other.parameters(), 0.1).item(), rel=1e-5)
+        assert norm > 0.1
+        assert loss == pytest.approx(expected.item(), rel=1e-6)
+        plain.step()
+        plain.zero_grad()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, theirs[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_step_without_finite_gradients_changes_nothing(data):
+    _, model, optimizer, objective = step_parts(data)
+    arguments = {"lr": 1e-2, "grad_clip": 1.0, "dtype": torch.float32}
+    optimizers.train_step(model, optimizer, [objective.micro(0, 0)], **arguments)
+    before = [p.detach().clone() for p in model.parameters()]
+    state = [v.clone() for p in model.parameters() for v in optimizer.state[p].values()]
+    hook = model.head.bias.register_hook(lambda gradient: gradient * torch.inf)
+    _, norm = optimizers.train_step(model, optimizer, [objective.micro(1, 0)], **arguments)
+    assert not math.isfinite(norm)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+    assert all(map(torch.equal, state, (v for p in model.parameters() for v in optimizer.state[p].values())))
+    hook.remove()
+    optimizers.train_step(model, optimizer, [objective.micro(2, 0)], **arguments)
+    assert not torch.equal(before[0], next(model.parameters()))
+
+
+def test_micro_batches_change_neither_masks_nor_loss(data):
+    """M = 1, 2 and 4 see the same tokens, masks and targets, and take the same step up to rounding."""
+    seen, results = {}, {}
+    for micro_tokens in (256, 128, 64):
+        recipe, model, optimizer, objective = step_parts(data, train__micro_batch_tokens=micro_tokens)
+        micros = [objective.micro(3, m) for m in range(recipe.micro_count)]
+        assert [int(micro.inputs["rng"][1]) for micro in micros] == [3 * len(micros) + m for m in range(len(micros))]
+        seen[micro_tokens] = [
+            torch.cat([micro.inputs[name] for micro in micros]) for name in ("input_ids", "positions", "targets")
+        ]
+        results[micro_tokens] = optimizers.train_step(
+            model, optimizer, micros, lr=1e-2, grad_clip=1.0, dtype=torch.float32
+        )
+    for micro_tokens in (128, 64):
+        assert all(map(torch.equal, seen[256], seen[micro_tokens]))
+        torch.testing.assert_close(results[micro_tokens], results[256], rtol=1e-5, atol=0)
+
+
+def test_objective_counts(data):
+    recipe, _, _, objective = step_parts(data)
+    micro = objective.micro(0, 0)
+    batch = objective.batches.at(0)
+    lengths = batch.cu_seqlens.diff().tolist()
+    padding = [int(n) for s, n in zip(batch.cu_seqlens, lengths) if n and batch.sample_ids[s] == 2**63 - 1]
+    assert micro.tokens == 256 - sum(padding)
+    assert micro.pairs == sum(n * n for n in lengths) - sum(n * n for n in padding)
+    assert micro.predicted == len(micro.inputs["targets"]) > 0
+    assert (micro.inputs["targets"] >= 5).all()
+    on_device = MaskedLM(recipe, open_dataset(data), torch.device("cuda")).micro(0, 0)  # made on the host all the same
+    assert on_device.inputs["index"].numel() == 128
+    assert on_device.predicted == micro.predicted
+
+
+def test_unigram_bias(data):
+    """The loss of a new model is the unigram entropy where its head starts at the tokens' frequencies."""
+    recipe, model, _, objective = step_parts(data)
+    with torch.no_grad():
+        model.head.bias.copy_(log_frequencies(objective.dataset, recipe.train.seed))
+    micro = objective.micro(0, 0)
+    with torch.no_grad():
+        loss = model(**micro.inputs) / micro.predicted
+    probabilities = model.head.bias.detach().exp()
+    assert probabilities.sum() == pytest.approx(1.0, abs=1e-3)
+    assert (probabilities[list(objective.tokenizer.special_ids)] < 1e-3).all()
+    assert loss == pytest.approx(objective.dataset.unigram_entropy, rel=0.1)
+
+
+def test_mfu_formula():
+    flops = encoder_flops(10, 100, 2, layers=3, hidden=4, intermediate=16, vocab=50)
+    products = 10 * (4 * 4 * 4 + 2 * 4 * 16) + 2 * 100 * 4  # qkv and output, MLP, scores and values
+    assert flops == 3 * 2 * (3 * products + 2 * (4 * 4 + 4 * 50))
+    assert peak_flops(CPU, torch.float32) is None
+
+
+# ---- runs
+
+
+def test_run_learns_and_leaves_its_files(data, tmp_path):
+    recipe = small(train__max_steps=60, train__checkpoint_every=0, train__batch_tokens=512)
+    result = pretrain(recipe, data, tmp_path / "run")
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"recipe.json", "metrics.jsonl", "checkpoints", "summary.json", "loss.png", "hf"}
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 61))
+    assert set(rows[0]) == {"step", "loss", "tokens", "tokens_per_s", "lr", "grad_norm", "mfu"}
+    assert rows[0]["mfu"] is None
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary == result.summary
+    assert summary["first_loss"] == pytest.approx(sum(losses(tmp_path / "run")[:10]) / 10)
+    assert summary["tokens"] == rows[-1]["tokens"] <= 60 * 512
+    assert summary["final_loss"] < summary["unigram_entropy"] - 0.25 < summary["first_loss"]
+    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_exported_model_gives_transformers_losses(data, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pretrain(small(), data, tmp_path / "run")
+    theirs = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "run" / "hf").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run" / "hf")
+    recipe, dataset = small(), open_dataset(data)
+    assert tokenizer.mask_token_id == dataset.tokenizer.mask_id
+    from fastlm.models import Bert
+
+    ours = Bert.from_pretrained(tmp_path / "run" / "hf").eval()
+    inputs = MaskedLM(recipe, dataset, CPU).micro(0, 0).inputs
+    with torch.no_grad():
+        loss = ours(**{**inputs, "reduction": "none"})
+        starts = inputs["cu_seqlens"].unique().tolist()
+        logits = torch.cat([theirs(inputs["input_ids"][None, a:b]).logits[0] for a, b in pairwise(starts)])
+        expected = torch.nn.functional.cross_entropy(logits[inputs["index"]], inputs["targets"], reduction="none")
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-4)
+
+
+def test_accumulation_trains_the_same_model(data, tmp_path):
+    pretrain(small(), data, tmp_path / "one")
+    pretrain(small(train__micro_batch_tokens=128), data, tmp_path / "two")
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+def test_divergence_stops_the_run_and_leaves_the_checkpoint(data, tmp_path, monkeypatch):
+    original = optimizers.train_step
+
+    def poisoned(model, optimizer, micros, **arguments):
+        step = int(micros[0].inputs["rng"][1])
+        bad = step in (1, 6) or step >= 10
+        hook = model.head.bias.register_hook(lambda gradient: gradient * (torch.inf if bad else 1.0))
+        try:
+            return original(model, optimizer, micros, **arguments)
+        finally:
+            hook.remove()
+
+    monkeypatch.setattr("fastlm.train.loop.train_step", poisoned)
+    with pytest.raises(Diverged, match=r"10 steps in a row, up to step 20.*step-00000008"):
+        pretrain(small(train__max_steps=30), data, tmp_path)
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows if row["grad_norm"] is None] == [2, 7, *range(11, 21)]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000004", "step-00000008"]
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "fastlm", "pretrain", "bert-mini", *map(str, arguments), *set_options()]
+
+
+def test_the_command_runs_the_small_recipe():
+    """Another default in bert-mini must not make the command's runs others than small()'s."""
+    assert load_recipe("bert-mini").with_settings(set_options()[1:]).tables() == small().tables()
+
+
+def wait_for_steps(run, count):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if (run / "metrics.jsonl").exists() and len(read_metrics(run / "metrics.jsonl")) >= count:
+            return
+        time.sleep(0.002)
+    raise AssertionError(f"no {count} steps in {run}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_killed_and_resumed_gives_the_same_losses(number, data, tmp_path):
+    """SIGKILL loses the steps since the checkpoint, SIGTERM and SIGINT none; the losses are bit-identical."""
+    steps = ["train.max_steps=40", "train.checkpoint_every=8"]
+    steps += ["model.hidden_dropout_prob=0.1", "model.attention_probs_dropout_prob=0.1"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    recipe = small().with_settings(steps)
+    pretrain(recipe, data, whole)
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # the order of a sum depends on them
+    process = subprocess.Popen(
+        [*command("--data", data, "--out", cut), *steps],
+        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **threads},
+    )  # fmt: skip
+    wait_for_steps(cut, 11)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    if number == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == 0, err
+        assert "stopped at step" in err
+    assert not (cut / "hf").exists()
+    done = len(read_metrics(cut / "metrics.jsonl"))
+    assert 11 <= done < 40
+    result = pretrain(recipe, data, cut)
+    assert result.step == 40
+    assert losses(cut) == losses(whole)
+    assert result.summary["tokens"] == json.loads((whole / "summary.json").read_text())["tokens"]
+
+
+# ---- metrics
+
+
+def test_metrics_are_cut_to_the_step_resumed_from(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    metrics = MetricsFile(path, 0)
+    for step in range(1, 6):
+        metrics.add({"step": step, "loss": float(step), "grad_norm": math.inf})
+    metrics.close()
+    with open(path, "a") as file:
+        file.write('{"step": 6, "lo')
+    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 4, 5]
+    metrics = MetricsFile(path, 3)
+    metrics.add({"step": 4, "loss": math.nan})
+    metrics.close()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines == [{"step": s, "loss": float(s), "grad_norm": None} for s in (1, 2, 3)] + [{"step": 4, "loss": None}]
+    assert first_and_final_loss(lines) == (2.0, 2.0)
+    assert first_and_final_loss([]) == (None, None)
+
+
+def test_default_model_is_bert_mini_with_berts_dropout():
+    mini = load_recipe("bert-mini")
+    dropout = {"model.hidden_dropout_prob": 0.1, "model.attention_probs_dropout_prob": 0.1}
+    assert Recipe().model == mini.with_values(dropout).model
+    assert os.path.basename(RECIPES) == "recipes"
