@@ -75,7 +75,7 @@ def linear_cross_entropy_reference(
 def chunk_rows(rows: int, dtype: torch.dtype) -> int:
     """Rows of a chunk; the rule stands above."""
     parts = max(5 if dtype == torch.float32 else 16, -(-rows // 512))
-    return max(64, -(-rows // parts))
+    return -(-rows // max(1, min(parts, rows // 64)))
 
 
 def _fake_bwd(dloss, hidden, weight, target, bias, class_weight, ignore_index, label_smoothing, z_loss, needs, backend):
@@ -148,14 +148,16 @@ def _chunks_cpu(hidden, weight, target, bias, class_weight, options, denominator
     """Each row's loss, Σ loss / denominator, and the gradients: as _fake_bwd's, the weight's and bias's in float32."""
     dhidden, dweight, dbias = _fake_bwd(None, hidden, weight, None, None, None, 0, 0.0, 0.0, needs, "cpu")
     dweight, dbias = dweight.float(), dbias.float().zero_()
-    h, dh, weight = as_rows(hidden), as_rows(dhidden) if needs[0] else None, as_rows(weight)
+    # Contiguous: for another leading dimension the BLAS may sum in another order, and give other bits.
+    h, weight = as_rows(hidden).contiguous(), weight.contiguous()
+    dh = as_rows(dhidden) if needs[0] else None
     rows, vocabulary = h.shape[0], weight.shape[0]
     losses, total = h.new_empty(rows, dtype=torch.float32), 0.0 if rows or denominator else math.nan
     step = chunk_rows(rows, h.dtype)
-    buffer = h.new_empty(min(step, rows), vocabulary)
+    buffer = h.new_empty(step, vocabulary)
     if rows == 0:
         dweight.zero_()
-    for begin in range(0, rows, step):
+    for begin in range(0, rows, max(1, step)):
         chunk = slice(begin, begin + step)
         x = h[chunk]
         g = buffer[: x.shape[0]]
