@@ -45,3 +45,15 @@ def dropout_key(rng_ptr, stream):
     k0, k1 = make_key(seed, DROPOUT_DOMAIN)
     r0, r1, _, _ = philox4x32(step, step >> 32, stream, 0, k0, k1)
     return r0, r1
+
+
+@triton.jit
+def keep_rows(row, quad, k0, k1, threshold):
+    """Which elements of rows stay: bool (M, 4Q) for row (M,), any integer, and quad = column div 4 (Q,).
+
+    threshold: floor(p·2^32), 1 to 2^32, int64. Compared as the last word that drops, which 32 bits hold.
+    """
+    row = row.to(tl.int64)[:, None]
+    r0, r1, r2, r3 = philox4x32(quad[None, :], row, row >> 32, 0, k0, k1)
+    words = tl.join(tl.join(r0, r2), tl.join(r1, r3))  # (M, Q, 2, 2), flattened r0 r1 r2 r3
+    return tl.reshape(words, (row.shape[0], 4 * quad.shape[0])) > (threshold - 1).to(tl.uint32)

@@ -12,6 +12,8 @@ An op `fastlm::name` takes its backend as its last argument, a resolved name ("c
 from __future__ import annotations
 
 import importlib.util
+import os
+import sys
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -20,7 +22,7 @@ from fastlm import _native
 
 # Device -> backends in the order `auto` tries them. Order by measurement; the measurement is in LOG.md.
 AUTO: dict[str, dict[str, tuple[str, ...]]] = {
-    op: {"cpu": ("cpu", "reference"), "cuda": ("reference",)}
+    op: {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
     for op in ("layer_norm", "rms_norm", "cross_entropy", "linear_cross_entropy", "mlm_mask", "gelu", "embedding")
 }
 AUTO["attention"] = {"cpu": ("cpu", "sdpa", "reference"), "cuda": ("sdpa", "reference")}
@@ -65,9 +67,21 @@ def _missing(backend: str, device: str) -> str | None:
         return _native.missing_cpu() or (None if device == "cpu" else f"it runs on the cpu, the input is on {device}")
     if backend == "cuda":
         return _native.missing_cuda() or (None if device == "cuda" else f"it runs on cuda, the input is on {device}")
-    if backend == "triton" and importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        if device != "cuda" and not _triton_takes_cpu():
+            return f"it runs on cuda, the input is on {device}; on the cpu only under TRITON_INTERPRET=1"
     return None
+
+
+def _triton_takes_cpu() -> bool:
+    """Whether Triton was told to interpret its kernels, or has a driver that runs them over CPU tensors."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return True
+    module = sys.modules.get("triton.runtime.driver")  # a driver can only have been set where triton is imported
+    active = module and module.driver._active
+    return bool(active) and active.get_active_torch_device().type == "cpu"
 
 
 def reason(op: str, backend: str, device: str, dtype: torch.dtype | None, x=None, **features) -> str | None:

@@ -144,8 +144,46 @@ def _bwd_cpu(dy, dh, h, weight, mean, rstd, dropout_p, rng, stream, rms, has_bia
     return dresidual, dx, dweight if weight is None else dweight32.to(weight.dtype), dbias
 
 
+# ---- Triton: kernels/layer_norm.py
+
+
+@_registry.implement("layer_norm_fwd", "triton")
+def _fwd_triton(x, residual, weight, bias, eps, dropout_p, rng, stream, rms):
+    from fastlm.kernels import layer_norm as kernels
+
+    y, h, mean, rstd = _fake_fwd(x, residual, weight, bias, eps, dropout_p, rng, stream, rms, "triton")
+    rows = rstd.numel(), x.shape[-1]
+    kernels.layer_norm_fwd(
+        as_rows(x), None if residual is None else as_rows(residual), _contiguous(weight), _contiguous(bias),
+        h.view(rows) if h.numel() else None, y.view(rows), None if rms else mean, rstd,
+        eps=eps, threshold=philox.threshold(dropout_p), scale=_random.row_scale(dropout_p), rng=rng, stream=stream,
+        rms=rms,
+    )  # fmt: skip
+    return y, h, mean, rstd
+
+
+@_registry.implement("layer_norm_bwd", "triton")
+def _bwd_triton(dy, dh, h, weight, mean, rstd, dropout_p, rng, stream, rms, has_bias):
+    from fastlm.kernels import layer_norm as kernels
+
+    out = _fake_bwd(dy, dh, h, weight, mean, rstd, dropout_p, rng, stream, rms, has_bias, "triton")
+    dresidual, dx, dweight, dbias = out
+    rows = rstd.numel(), h.shape[-1]
+    kernels.layer_norm_bwd(
+        as_rows(dy), None if dh is None else as_rows(dh), as_rows(h), _contiguous(weight), None if rms else mean, rstd,
+        dresidual.view(rows), dx.view(rows) if dropout_p > 0.0 else None, None if weight is None else dweight,
+        dbias if has_bias else None,
+        threshold=philox.threshold(dropout_p), scale=_random.row_scale(dropout_p), rng=rng, stream=stream, rms=rms,
+    )  # fmt: skip
+    return out
+
+
+def _contiguous(weight):
+    return None if weight is None else weight.contiguous()
+
+
 for _op in ("layer_norm", "rms_norm"):
-    _registry.offer(_op, "cpu")
+    _registry.offer(_op, "cpu", "triton")
 
 
 # ---- public
@@ -213,7 +251,7 @@ def layer_norm(
         rng: int64 (2,), (seed, step), on x's device; None draws from torch's generator. See fastlm.ops._random.
         stream: number of this call site, so that two dropouts of one step differ.
         return_residual: return (y, h); gradients through h are added.
-        backend: "auto", "reference", "cpu".
+        backend: "auto", "reference", "cpu", "triton".
 
     Returns y, like x (float32 under CUDA autocast, as F.layer_norm); with `return_residual`, (y, h).
     Raises ValueError for a wrong shape, dtype or device, and for a named backend that cannot run.

@@ -83,7 +83,8 @@ def empty_is_unwritten():
     def marked(function):
         def call(*args, **kwargs):
             out = function(*args, **kwargs)
-            return uninitialised(out) if out.device.type == "cpu" and out.numel() else out
+            # Not what a tracer makes: a FakeTensor has no memory.
+            return uninitialised(out) if type(out) is torch.Tensor and out.device.type == "cpu" and out.numel() else out
 
         return call
 

@@ -97,6 +97,15 @@ class OpCase:
         grads = torch.autograd.grad(outputs, list(wanted.values()), cotangents, allow_unused=True)
         return {name: grad for name, grad in zip(wanted, grads) if grad is not None}
 
+    def everything(
+        self, function: Callable, variant: Variant, inputs: Inputs, seed: int, **extra
+    ) -> dict[str, torch.Tensor]:
+        """Outputs, "output 0" and on, and gradients, "d x" for input x, of `run` and `run_backward`."""
+        outputs = self.run(function, variant, inputs, **extra)
+        grads = self.run_backward(inputs, outputs, seed)
+        named = {f"output {i}": out for i, out in enumerate(outputs) if isinstance(out, torch.Tensor)}
+        return {**named, **{f"d {name}": grad for name, grad in grads.items()}}
+
 
 def draw_rng(generator: torch.Generator) -> torch.Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (2,), generator=generator)
