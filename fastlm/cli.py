@@ -81,7 +81,10 @@ def pretrain(
     settings: SetOption = None,
     resume: Annotated[
         str,
-        typer.Option(help="auto: go on with a run in OUT; never; or a checkpoint's directory."),
+        typer.Option(
+            help="auto: go on with the run in OUT, if there is one. never: OUT must hold none. Another run's directory "
+            "or checkpoint: start a run in OUT from there; the same command again goes on with that one."
+        ),
     ] = "auto",
 ) -> None:
     """Pretrain a model; the finished one lies in OUT/hf, for `AutoModel.from_pretrained`."""

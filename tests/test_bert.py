@@ -1,6 +1,9 @@
 """fastlm.models.Bert against transformers.BertForMaskedLM: results, gradients, training, checkpoints; its inputs."""
 
 import json
+import signal
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -453,6 +456,24 @@ def test_save_is_atomic(tmp_path, monkeypatch):
         make_bert(2).save_pretrained(tmp_path, Broken())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
     assert torch.equal(Bert.from_pretrained(tmp_path).embeddings.word, first.embeddings.word)
+
+
+def test_a_save_sweeps_what_a_killed_one_left(tmp_path):
+    code = """
+import os, signal, sys
+from fastlm.models import Bert, BertConfig
+class Killed:
+    def save(self, directory):
+        os.kill(os.getpid(), signal.SIGKILL)
+sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+Bert(BertConfig(vocab_size=10, **sizes)).save_pretrained(sys.argv[1], Killed())
+"""
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=60)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    (left,) = tmp_path.iterdir()
+    assert (left / "model.safetensors").exists()
+    make_bert().save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
 
 def edit_config(directory, **changes):

@@ -1,6 +1,9 @@
 """Checkpoints: whole or absent, checked, resumed from only where they belong."""
 
+import fcntl
 import json
+import os
+import shutil
 import warnings
 
 import pytest
@@ -8,7 +11,7 @@ import torch
 from training import corpus, small
 
 from fastlm.data import prepare
-from fastlm.train import pretrain
+from fastlm.train import loop, pretrain
 from fastlm.train.checkpoint import load_newest, read_checkpoint, restore, save_checkpoint
 from fastlm.train.metrics import read_metrics
 
@@ -95,6 +98,22 @@ def test_what_a_killed_writer_left_is_not_a_checkpoint(tmp_path):
     assert load_newest(tmp_path)[0].step == 4
 
 
+def test_what_killed_writers_left_of_any_step_is_swept(tmp_path):
+    for step in (5, 100000000):
+        left = tmp_path / f".step-{step:08d}.partial-abc"
+        left.mkdir()
+        (left / "model.safetensors").write_bytes(b"half")
+    alive = tmp_path / ".step-00000006.partial-def"
+    alive.mkdir()
+    lock = os.open(alive, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        save(tmp_path, 2)
+    finally:
+        os.close(lock)
+    assert names(tmp_path) == [alive.name, "step-00000002"]
+
+
 def test_nothing_is_half_written_after_an_error(tmp_path):
     save(tmp_path, 1)
     with pytest.raises(TypeError):
@@ -175,7 +194,7 @@ def test_never_refuses_a_directory_with_a_run(run, text, tmp_path):
 def test_resume_from_a_named_checkpoint_starts_another_run(run, text, tmp_path):
     pretrain(small(), text, tmp_path / "branch", resume=str(run / "checkpoints" / "step-00000008"))
     assert losses(tmp_path / "branch") == losses(run)
-    with pytest.raises(ValueError, match="holds a run that is not at"):
+    with pytest.raises(ValueError, match=r"holds a run that is not at .*; go on with it by --resume auto"):
         pretrain(small(), text, run, resume=str(run / "checkpoints" / "step-00000008"))
     with pytest.raises(ValueError, match="expected auto, never, or a checkpoint's or a run's directory"):
         pretrain(small(), text, tmp_path / "nowhere", resume=str(tmp_path / "missing"))
@@ -183,9 +202,6 @@ def test_resume_from_a_named_checkpoint_starts_another_run(run, text, tmp_path):
 
 
 def test_two_processes_cannot_train_in_one_directory(tmp_path, text):
-    import fcntl
-    import os
-
     (tmp_path / "run").mkdir()
     held = os.open(tmp_path / "run", os.O_RDONLY)
     fcntl.flock(held, fcntl.LOCK_EX)
@@ -209,3 +225,98 @@ def test_a_run_without_a_checkpoint_starts_again(tmp_path, text):
         warnings.simplefilter("error")
         pretrain(small(), text, run)
     assert losses(run) == losses(tmp_path / "whole")
+
+
+def stop_after(monkeypatch, step):
+    """From here on a run is as if killed in the step after `step`."""
+    original = loop.train_step
+
+    def step_or_die(model, optimizer, micros, **arguments):
+        if int(micros[0].inputs["rng"][1]) >= step:
+            raise KeyboardInterrupt
+        return original(model, optimizer, micros, **arguments)
+
+    monkeypatch.setattr(loop, "train_step", step_or_die)
+
+
+@pytest.mark.parametrize("by", ["checkpoint", "run"])
+@pytest.mark.parametrize("killed", [6, 10], ids=["before its own checkpoint", "after it"])
+def test_the_same_command_goes_on_with_a_run_from_another(by, killed, text, tmp_path, monkeypatch):
+    """Also where the other run has gone on and dropped the checkpoint meanwhile, and with --resume auto."""
+    recipe = small(train__max_steps=12, train__checkpoint_every=4, train__keep_checkpoints=9)
+    pretrain(recipe, text, tmp_path / "whole")
+    source = tmp_path / "source"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(recipe, text, source)
+    origin = source / "checkpoints" / "step-00000004"
+    resume, branch = str(origin if by == "checkpoint" else source), tmp_path / "branch"
+    with monkeypatch.context() as patch:
+        stop_after(patch, killed)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(recipe, text, branch, resume=resume)
+    assert json.loads((branch / "recipe.json").read_text())["origin"] == str(origin)
+    assert len(losses(branch)) == killed
+    pretrain(recipe, text, source)  # on to other checkpoints
+    if killed == 10:
+        shutil.rmtree(origin)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 11)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(recipe, text, branch, resume="auto")
+    with pytest.raises(ValueError, match=r"and was started from .*step-00000004; go on with it by --resume auto"):
+        pretrain(recipe, text, branch, resume=str(source / "checkpoints" / "step-00000012"))
+    result = pretrain(recipe, text, branch, resume=resume)
+    assert result.step == 12
+    assert losses(branch) == losses(tmp_path / "whole")
+
+
+def test_a_run_from_another_that_is_gone(run, text, tmp_path, monkeypatch):
+    origin = run / "checkpoints" / "step-00000008"
+    stop_after(monkeypatch, 9)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(small(), text, tmp_path / "branch", resume=str(origin))
+    shutil.rmtree(origin)
+    with pytest.raises(ValueError, match=r"no checkpoint of its own yet, .*step-00000008: manifest.json is missing"):
+        pretrain(small(), text, tmp_path / "branch")
+
+
+@pytest.mark.parametrize("left", [("hf", "summary.json"), ("hf",), ("summary.json",)])
+def test_a_new_run_is_refused_where_a_finished_one_lies(left, run, text):
+    """Without a checkpoint there is no saying whose model that is."""
+    for name in {"checkpoints", "hf"} - set(left):
+        shutil.rmtree(run / name)
+    for name in {"metrics.jsonl", "recipe.json", "summary.json", "loss.png"} - set(left):
+        (run / name).unlink()
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=rf"out: expected no finished run in .*; found {' and '.join(left)}\. Delete"):
+        pretrain(small(), text, run)
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+def test_what_is_trained_again_replaces_the_model_and_the_summary(run, text, monkeypatch):
+    weights = (run / "hf" / "model.safetensors").read_bytes()
+    (run / "hf" / "model.safetensors").write_bytes(b"of another day")
+    pretrain(small(), text, run)
+    assert (run / "hf" / "model.safetensors").read_bytes() == b"of another day", "a finished run is left as it is"
+    shutil.rmtree(run / "checkpoints" / "step-00000012")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 10)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(small(), text, run)
+    assert not (run / "summary.json").exists()
+    pretrain(small(), text, run)
+    assert (run / "summary.json").exists()
+    assert (run / "hf" / "model.safetensors").read_bytes() == weights
+
+
+@pytest.mark.parametrize("content", ["", '{"name": "small", "mod', "[]", '{"train": 3}', "\0\0"])
+def test_a_damaged_recipe_is_said_with_its_remedy(content, run, text):
+    (run / "recipe.json").write_text(content)
+    before = names(run)
+    with pytest.raises(ValueError, match=r"out: .*recipe\.json is damaged \(.*\); delete it: a run with checkpoints"):
+        pretrain(small(), text, run)
+    assert names(run) == before
+    (run / "recipe.json").unlink()
+    assert pretrain(small(), text, run).step == 12

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from fastlm.data import Batches, Tokenizer, is_prepared, open_dataset, prepare, python_documentation
-from fastlm.data.storage import atomic_directory, file_checksum, json_checksum
+from fastlm.storage import atomic_directory, file_checksum, json_checksum
 
 TEXT = "\n".join(f"Line {i} of the text says that {i} times {i} is {i * i}, and nothing else." for i in range(60))
 OPTIONS = {"row_tokens": 32, "documents": "line", "shard_rows": 10}

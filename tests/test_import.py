@@ -13,17 +13,18 @@ FILES = sorted(path for path in (ROOT / "fastlm").rglob("*.py"))  # follows no l
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 
 # Part of the package -> the other parts that it may import. DESIGN: nothing imports upwards.
-LOW = {"philox", "_native", "_malloc"}
+LOW = {"philox", "storage", "_native", "_malloc"}
 MODELS = LOW | {"ops", "nn", "models", "data"}
 FLOORS = {
     "philox": set(),
+    "storage": set(),
     "_malloc": set(),
     "_native": {"_cpu", "_cuda"},
     "kernels": set(),
     "ops": {"philox", "_native", "kernels"},
-    "data": {"philox", "ops"},
+    "data": {"philox", "storage", "ops"},
     "nn": {"ops"},
-    "models": {"ops", "nn"},
+    "models": {"storage", "ops", "nn"},
     "hf": {"ops", "nn"},
     "testing": MODELS | {"train"},
     "info": LOW | {"ops"},

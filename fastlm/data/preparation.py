@@ -23,8 +23,8 @@ from fastlm.data.sources import (
     is_prepared,
     read_documents,
 )
-from fastlm.data.storage import atomic_directory, file_checksum, json_checksum, write_json
 from fastlm.data.tokenizer import Tokenizer, parse
+from fastlm.storage import atomic_directory, file_checksum, json_checksum, write_json
 
 _SHARD_TOKENS = 1 << 24  # 32 MiB of two-byte tokens in a shard: one is held in memory while preparing
 

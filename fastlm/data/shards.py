@@ -20,8 +20,8 @@ import numpy as np
 
 from fastlm.data.packing import Shard, max_pieces
 from fastlm.data.sources import MANIFEST, TOKENIZER
-from fastlm.data.storage import file_checksum, json_checksum
 from fastlm.data.tokenizer import Tokenizer
+from fastlm.storage import file_checksum, json_checksum
 
 FORMAT = "fastlm rows"
 VERSION = 1

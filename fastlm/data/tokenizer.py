@@ -15,7 +15,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from fastlm.data._checks import integer
-from fastlm.data.storage import json_checksum, write_json
+from fastlm.storage import json_checksum, write_json
 
 _BERT = {
     "pad_token": "[PAD]",

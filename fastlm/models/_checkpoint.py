@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
-import shutil
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from fastlm.storage import fsync, partial_of
 
 Names = dict[str, tuple[str, ...]]
 Tensors = dict[str, torch.Tensor]
@@ -76,33 +76,23 @@ def read_tensors(directory: str | Path) -> Tensors:
 def write(directory: str | Path, config: dict, tensors: Tensors, tokenizer=None) -> None:
     """Writes a checkpoint: everything under a hidden name, synced, then renamed file by file, config.json last.
 
+    What killed writers left under that name is swept first.
+
     tokenizer: anything with `save(directory)`, or None.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    partial = directory / f".partial-{secrets.token_hex(4)}"
-    partial.mkdir()
-    try:
+    with partial_of(directory / "checkpoint", directory=True) as partial:
         save_file(tensors, partial / _WEIGHTS, metadata={"format": "pt"})
         if tokenizer is not None:
             tokenizer.save(partial)
         (partial / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         paths = sorted(partial.iterdir(), key=lambda path: path.name == _CONFIG)
         for path in paths:
-            _sync(path)
+            fsync(path)
         for path in paths:
             os.replace(path, directory / path.name)
-        _sync(directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        fsync(directory)
 
 
 def export_tensors(state: Tensors, names: Names) -> Tensors:

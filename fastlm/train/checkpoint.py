@@ -6,7 +6,7 @@
         state.json               step, recipe, data, counters
         manifest.json            SHA-256 of each of these, and of itself
 
-A checkpoint is written under a hidden name, synced and renamed (`fastlm.data.storage`), so a process killed at any
+A checkpoint is written under a hidden name, synced and renamed (`fastlm.storage`), so a process killed at any
 instant leaves the ones before it as they were. All randomness is a function of (seed, step): there is no generator
 to store.
 """
@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fastlm.data.storage import atomic_directory, file_checksum, json_checksum, write_json
+from fastlm.storage import atomic_directory, file_checksum, json_checksum, sweep, write_json
 
 FORMAT = "fastlm checkpoint"
 VERSION = 1
@@ -43,7 +43,11 @@ class Checkpoint:
 def save_checkpoint(
     directory: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict, *, keep: int
 ) -> Path:
-    """Write directory/step-N, then delete all but the newest `keep`. `state` is what JSON can hold."""
+    """Write directory/step-N, then delete all but the newest `keep`. `state` is what JSON can hold.
+
+    What killed writers left of any step goes first: their runs may never come by the same step again.
+    """
+    sweep(directory, "step-*")
     target = directory / f"step-{step:08d}"
     names = {parameter: name for name, parameter in model.named_parameters()}
     moments = {

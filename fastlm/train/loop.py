@@ -13,6 +13,7 @@ run that was killed goes on from its newest checkpoint to bit-identical losses, 
 from __future__ import annotations
 
 import platform
+import shutil
 import signal
 import threading
 import time
@@ -27,10 +28,10 @@ import torch
 
 import fastlm
 from fastlm.data import Dataset
-from fastlm.data.storage import atomic_directory, json_checksum
 from fastlm.models import Bert, BertConfig
+from fastlm.storage import atomic_directory, json_checksum, replace_json
 from fastlm.train import run as runs
-from fastlm.train.checkpoint import Checkpoint, load_newest, restore, save_checkpoint
+from fastlm.train.checkpoint import load_newest, restore, save_checkpoint
 from fastlm.train.flops import chip, peak_flops, recipe_flops
 from fastlm.train.metrics import MetricsFile, first_and_final_loss, plot_loss, read_metrics
 from fastlm.train.objective import OBJECTIVES, MaskedLM, Micro, log_frequencies
@@ -73,7 +74,7 @@ def pretrain(recipe: Recipe, data, out, *, device: str = "cpu", resume: str = "a
              is prepared into OUT/data first
     device   "cpu", "cuda", "cuda:1"
     resume   "auto": go on from the newest checkpoint in `out`, if there is one; "never": `out` must hold no run;
-             a checkpoint's or a run's directory: start a new run in `out` from there
+             a checkpoint's or a run's directory: start a new run in `out` from there; given again, go on with that one
 
     SIGTERM and SIGINT finish the step, write a checkpoint and return; a second one ends the process.
     ValueError where data, checkpoints or `out` do not fit the recipe. `Diverged` after ten steps in a row without
@@ -82,7 +83,7 @@ def pretrain(recipe: Recipe, data, out, *, device: str = "cpu", resume: str = "a
     out, device = Path(out), parse_device(device)
     with runs.alone_in(out):
         start = runs.find_start(recipe, out, resume)
-        dataset = runs.open_data(recipe, data, out, start)
+        dataset = runs.open_data(recipe, data, out, start.checkpoint)
         return _Run(recipe, dataset, out, device, start).train()
 
 
@@ -131,9 +132,9 @@ class _Launched:
 
 
 class _Run:
-    """One run, from `start` (a checkpoint, or None) to its last step or a signal."""
+    """One run, from `start` to its last step or a signal."""
 
-    def __init__(self, recipe: Recipe, dataset: Dataset, out: Path, device: torch.device, start: Checkpoint | None):
+    def __init__(self, recipe: Recipe, dataset: Dataset, out: Path, device: torch.device, start: runs.Start):
         self.recipe, self.dataset, self.out, self.device = recipe, dataset, out, device
         self.dtype = getattr(torch, recipe.train.dtype)
         model = make_model(recipe, dataset.tokenizer.vocab_size, dataset.tokenizer.pad_id)
@@ -143,16 +144,22 @@ class _Run:
         self.model = model.to(device).train()
         self.optimizer = make_optimizer(self.model, recipe.train)
         self.counters = Counters()
-        if start is not None:
-            restore(start, self.model, self.optimizer)
-            self.counters = Counters(**start.state["counters"])
-            runs.adopt_metrics(start, out)
+        if start.checkpoint is not None:
+            restore(start.checkpoint, self.model, self.optimizer)
+            self.counters = Counters(**start.checkpoint.state["counters"])
+        self.start, self.saved = start, self.counters.step
         self.peak = peak_flops(device, self.dtype)
         self.pace = deque(maxlen=20)  # seconds of the latest steps
 
     def train(self) -> Result:
         table, first = self.recipe.train, self.counters.step
-        runs.replace_json(self.out / runs.RECIPE, {"name": self.recipe.name, **self.recipe.tables()})
+        if first == table.max_steps and (summary := runs.finished_summary(self.out)):
+            return Result(self.out, first, summary)
+        (self.out / runs.SUMMARY).unlink(
+            missing_ok=True
+        )  # of a later checkpoint, if there is one: it was damaged since
+        runs.write_recipe(self.out, self.recipe, self.start.origin)
+        runs.adopt_metrics(self.start, self.out)
         self.metrics = MetricsFile(self.out / runs.METRICS, first)
         objective = OBJECTIVES[self.recipe.model.architecture](self.recipe, self.dataset, self.device)
         launched: deque[_Launched] = deque()
@@ -179,7 +186,9 @@ class _Run:
             finally:
                 self.metrics.close()
             if self.counters.step < table.max_steps:
-                self.line.note(f"stopped at step {self.counters.step}; the same command goes on from there")
+                self.line.note(
+                    f"stopped at step {self.counters.step}; the same command goes on after step {self.saved}"
+                )
                 return Result(self.out, self.counters.step, None)
         return Result(self.out, self.counters.step, self._finish())
 
@@ -252,6 +261,7 @@ class _Run:
             state,
             keep=self.recipe.train.keep_checkpoints,
         )
+        self.saved = self.counters.step
         self.clock = time.perf_counter()  # a checkpoint's time is not a step's
 
     def _headline(self) -> None:
@@ -291,10 +301,12 @@ class _Run:
             )
         title, entropy = f"fastlm {self.recipe.name}", self.dataset.unigram_entropy
         plot_loss(rows, self.out / runs.PLOT, unigram_entropy=entropy, title=title)
-        if not (self.out / runs.MODEL).exists():
-            with atomic_directory(self.out / runs.MODEL) as partial:
-                self.model.eval().save_pretrained(partial, self.dataset.tokenizer)
-        runs.replace_json(self.out / runs.SUMMARY, summary)
+        model = self.out / runs.MODEL
+        with atomic_directory(model) as partial:
+            self.model.eval().save_pretrained(partial, self.dataset.tokenizer)
+            if model.exists():  # this run's too: from a later checkpoint, or it was killed before the summary
+                shutil.rmtree(model)
+        replace_json(self.out / runs.SUMMARY, summary)
         return summary
 
 

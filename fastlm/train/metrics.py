@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fastlm.storage import atomic_file
+
 _MEAN_OF = 10  # steps that the first and the final loss are means of
 
 
@@ -22,7 +24,7 @@ class MetricsFile:
 
     def __init__(self, path: Path, step: int):
         """Open `path` for appending after `step`: lines of later steps, and a torn last one, are cut off."""
-        self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
+        self._file = open(path, "ab+")  # noqa: SIM115
         self._file.seek(0)
         end = 0
         for row, length in _rows(self._file):
@@ -33,7 +35,7 @@ class MetricsFile:
 
     def add(self, row: dict) -> None:
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self._file.write(json.dumps(row) + "\n")
+        self._file.write(json.dumps(row).encode() + b"\n")
         self._file.flush()
 
     def sync(self) -> None:
@@ -46,7 +48,7 @@ class MetricsFile:
 
 def read_metrics(path: Path) -> list[dict]:
     """The lines of a metrics.jsonl up to the first that is torn."""
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         return [row for row, _ in _rows(file)]
 
 
@@ -57,9 +59,9 @@ def _rows(file) -> Iterator[tuple[dict, int]]:
             row = json.loads(line)
         except ValueError:
             return
-        if not line.endswith("\n") or not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        if not line.endswith(b"\n") or not isinstance(row, dict) or not isinstance(row.get("step"), int):
             return
-        yield row, len(line.encode())
+        yield row, len(line)
 
 
 def first_and_final_loss(rows: list[dict]) -> tuple[float | None, float | None]:
@@ -101,9 +103,8 @@ def plot_loss(rows: list[dict], path: Path, *, unigram_entropy: float, title: st
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png")
-    os.replace(partial, path)
+    with atomic_file(path) as partial:
+        figure.savefig(partial, format="png")
 
 
 def _running_mean(values: np.ndarray) -> np.ndarray:

@@ -9,13 +9,14 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from fastlm.data import Dataset, is_prepared, open_dataset
-from fastlm.data.storage import json_checksum, write_json
+from fastlm.storage import atomic_file, json_checksum, replace_json
 from fastlm.train.checkpoint import Checkpoint, load_newest, read_checkpoint
 from fastlm.train.progress import prepare_with_progress
-from fastlm.train.recipe import Recipe
+from fastlm.train.recipe import TABLES, Recipe
 
 DATA = "data"
 WRITTEN = "checkpoints", "metrics.jsonl", "recipe.json", "summary.json", "loss.png", "hf"  # by a run, beside DATA
@@ -52,15 +53,29 @@ def alone_in(out: Path) -> Iterator[None]:
         os.close(lock)
 
 
-def find_start(recipe: Recipe, out: Path, resume: str) -> Checkpoint | None:
-    """The checkpoint that a run in `out` goes on from, None for a new run. `resume` as of `pretrain`."""
-    holds_run = any((out / name).exists() for name in WRITTEN)
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts.
+
+    checkpoint   what it goes on from, None for new weights
+    origin       the checkpoint of another run that this one was started from, as recipe.json stores it, or None
+    """
+
+    checkpoint: Checkpoint | None = None
+    origin: str | None = None
+
+
+def find_start(recipe: Recipe, out: Path, resume: str) -> Start:
+    """Where a run in `out` starts; `resume` as of `pretrain`. ValueError where it would overwrite another."""
     if resume == "never":
-        if holds_run:
+        if _holds_run(out):
             raise ValueError(f"resume: {out} holds a run, which `never` would overwrite; name another directory")
-        return None
+        return Start()
     newest, skipped = load_newest(out / CHECKPOINTS)
-    if resume == "auto":
+    stored = read_recipe(out)
+    origin = None if stored is None else stored.get("origin")
+    named = os.path.realpath(resume)
+    if resume == "auto" or (origin is not None and named in (origin, os.path.dirname(os.path.dirname(origin)))):
         for reason in skipped:
             warnings.warn(f"skipped {reason}", stacklevel=2)
         if newest is None and skipped:
@@ -68,18 +83,74 @@ def find_start(recipe: Recipe, out: Path, resume: str) -> Checkpoint | None:
                 f"resume: no checkpoint in {out} can be used ({'; '.join(skipped)}); restore one, or name another "
                 "directory"
             )
-        if newest is not None:
-            _same_recipe(recipe, newest.state["recipe"], newest.path)
-        elif (out / RECIPE).exists():
-            _same_recipe(recipe, json.loads((out / RECIPE).read_text(encoding="utf-8")), out)
-        return newest
-    start = _named(Path(resume))
-    _same_recipe(recipe, start.state["recipe"], start.path)
-    if holds_run and (newest is None or newest.path.resolve() != start.path.resolve()):
+        start = newest
+        if newest is None and origin is not None:  # killed before its own first checkpoint
+            start = _origin(Path(origin), out)
+    else:
+        start = _named(Path(resume))
+        if _holds_run(out) and (newest is None or not newest.path.samefile(start.path)):
+            from_where = f", and was started from {origin}" if origin is not None else ""
+            raise ValueError(
+                f"resume: {out} holds a run that is not at {start.path}{from_where}; go on with it by --resume auto, "
+                "or name a new directory to start another from there"
+            )
+        if newest is None:
+            origin = os.path.realpath(start.path)
+    if start is not None:
+        _same_recipe(recipe, start.state["recipe"], start.path)
+    elif stored is not None:
+        _same_recipe(recipe, stored, out)
+    finished = [name for name in (MODEL, SUMMARY) if (out / name).exists()]
+    if newest is None and finished:
         raise ValueError(
-            f"resume: {out} holds a run that is not at {start.path}; to start another from there, name a new directory"
+            f"out: expected no finished run in {out}, where there is no checkpoint of it to go on from; found "
+            f"{' and '.join(finished)}. Delete what is there to train anew, or name another directory"
         )
-    return start
+    return Start(start, origin)
+
+
+def _holds_run(out: Path) -> bool:
+    return any((out / name).exists() for name in WRITTEN)
+
+
+def read_recipe(out: Path) -> dict | None:
+    """What recipe.json in `out` holds: the recipe's name, its tables, and the origin; None where there is none."""
+    path = out / RECIPE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or not all(isinstance(content.get(name, {}), dict) for name in TABLES):
+            raise ValueError("it is no recipe")
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(
+            f"out: {path} is damaged ({error}); delete it: a run with checkpoints goes on from the newest, one without "
+            "starts again"
+        ) from error
+    return content
+
+
+def finished_summary(out: Path) -> dict | None:
+    """summary.json of the run in `out`, where its model lies beside it: all that a run writes is written."""
+    if (out / SUMMARY).is_file() and (out / MODEL).is_dir():
+        return json.loads((out / SUMMARY).read_text(encoding="utf-8"))
+    return None
+
+
+def write_recipe(out: Path, recipe: Recipe, origin: str | None) -> None:
+    replace_json(
+        out / RECIPE, {"name": recipe.name, **({} if origin is None else {"origin": origin}), **recipe.tables()}
+    )
+
+
+def _origin(path: Path, out: Path) -> Checkpoint:
+    try:
+        return read_checkpoint(path)
+    except ValueError as error:
+        raise ValueError(
+            f"resume: the run in {out} has no checkpoint of its own yet, and the one that it was started from cannot "
+            f"be used ({error}); restore that, or name another directory"
+        ) from error
 
 
 def _named(path: Path) -> Checkpoint:
@@ -101,11 +172,14 @@ def _same_recipe(recipe: Recipe, tables: dict, where: Path) -> None:
         )
 
 
-def adopt_metrics(start: Checkpoint, out: Path) -> None:
+def adopt_metrics(start: Start, out: Path) -> None:
     """Bring the metrics of the run that `start` is from, where `out` has none."""
-    source = start.path.parent.parent / METRICS
+    if start.checkpoint is None:
+        return
+    source = start.checkpoint.path.parent.parent / METRICS
     if source.is_file() and not (out / METRICS).exists():
-        shutil.copyfile(source, out / METRICS)
+        with atomic_file(out / METRICS) as partial:
+            shutil.copyfile(source, partial)
 
 
 def open_data(recipe: Recipe, data, out: Path, start: Checkpoint | None) -> Dataset:
@@ -134,10 +208,3 @@ def open_data(recipe: Recipe, data, out: Path, start: Checkpoint | None) -> Data
             f"{table.row_tokens}; set data.row_tokens={dataset.row_tokens}, or prepare the data again"
         )
     return dataset
-
-
-def replace_json(path: Path, value) -> None:
-    """Write a JSON file that is never seen half-written."""
-    partial = path.with_name(f".{path.name}.partial")
-    write_json(partial, value)
-    os.replace(partial, path)

@@ -1,7 +1,7 @@
-"""Files that are either whole or absent: atomic directories, checksums, JSON.
+"""Files that are either whole or absent: atomic directories and files, checksums, JSON.
 
-A directory is written under a hidden name beside its target, synced, and renamed: a process killed at any instant
-leaves the target as it was. What it leaves under the hidden name is swept by the next writer of the same target.
+Both are written under a hidden name beside their target, synced, and renamed: a process killed at any instant leaves
+the target as it was. What it leaves under the hidden name is swept by the next writer of the same target.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def write_json(path: Path, value) -> None:
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -48,9 +48,12 @@ def _fsync(path: Path) -> None:
         os.close(fd)
 
 
-def _sweep(target: Path) -> None:
-    """Remove what killed writers of `target` left. A living one holds a lock on its directory, a dead one none."""
-    for stale in target.parent.glob(glob.escape(f".{target.name}.partial-") + "*"):
+def sweep(directory: Path, pattern: str) -> None:
+    """Remove what killed writers left in `directory` of targets that the glob `pattern` matches.
+
+    A living writer holds a lock on what it writes, a dead one none.
+    """
+    for stale in directory.glob(f".{pattern}.partial-*"):
         try:
             fd = os.open(stale, os.O_RDONLY)
         except FileNotFoundError:
@@ -60,24 +63,60 @@ def _sweep(target: Path) -> None:
         except OSError:
             continue
         else:
-            shutil.rmtree(stale, ignore_errors=True)
+            _remove(stale)
         finally:
             os.close(fd)
 
 
-def _locked_directory(target: Path) -> tuple[Path, int]:
-    """A new hidden directory beside `target`, and the descriptor whose lock says that its writer lives."""
+def _remove(partial: Path) -> None:
+    if partial.is_dir():
+        shutil.rmtree(partial, ignore_errors=True)
+    else:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def partial_of(target: Path, *, directory: bool) -> Iterator[Path]:
+    """A new hidden file or directory beside `target`, locked while it is written; what is left of it goes at the end.
+
+    What killed writers of `target` left is swept first.
+    """
+    sweep(target.parent, glob.escape(target.name))
     while True:
         partial = target.parent / f".{target.name}.partial-{secrets.token_hex(4)}"
-        partial.mkdir()
+        partial.mkdir() if directory else partial.touch(exist_ok=False)
         try:
             lock = os.open(partial, os.O_RDONLY)
         except FileNotFoundError:
             continue
         fcntl.flock(lock, fcntl.LOCK_EX)
         if partial.exists():
-            return partial, lock
-        os.close(lock)  # another writer took it for a dead one's, between mkdir and the lock
+            break
+        os.close(lock)  # another writer took it for a dead one's, between its making and the lock
+    try:
+        yield partial
+    finally:
+        os.close(lock)
+        _remove(partial)
+
+
+@contextmanager
+def atomic_file(target: Path) -> Iterator[Path]:
+    """A temporary file, to be opened by its path, that becomes `target`, whole and synced, when the block ends.
+
+    It replaces what `target` was; after an error that stays, and nothing else is left.
+    """
+    with partial_of(target, directory=False) as partial:
+        yield partial
+        fsync(partial)
+        os.replace(partial, target)
+        fsync(target.parent)
+
+
+def replace_json(path: Path, value) -> None:
+    """Write a JSON file that is never seen half-written."""
+    with atomic_file(path) as partial:
+        write_json(partial, value)
 
 
 @contextmanager
@@ -94,20 +133,15 @@ def atomic_directory(target: Path) -> Iterator[Path]:
             errno.EBUSY, "is a mount point, which cannot be replaced whole; name a directory in it", str(target)
         )
     target.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(target)
-    partial, lock = _locked_directory(target)
-    try:
+    with partial_of(target, directory=True) as partial:
         yield partial
         for path in sorted(partial.rglob("*")):
-            _fsync(path)
-        _fsync(partial)
+            fsync(path)
+        fsync(partial)
         try:
             os.rename(partial, target)
         except OSError as error:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
                 raise
             raise FileExistsError(f"{target} exists already and is not empty; it was left as it is") from error
-        _fsync(target.parent)
-    finally:
-        os.close(lock)
-        shutil.rmtree(partial, ignore_errors=True)
+        fsync(target.parent)
