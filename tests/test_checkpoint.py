@@ -10,7 +10,7 @@ import pytest
 import torch
 from training import corpus, small
 
-from fastlm.data import prepare
+from fastlm.data import open_dataset, prepare
 from fastlm.train import loop, pretrain
 from fastlm.train.checkpoint import load_newest, read_checkpoint, restore, save_checkpoint
 from fastlm.train.metrics import read_metrics
@@ -320,3 +320,29 @@ def test_a_damaged_recipe_is_said_with_its_remedy(content, run, text):
     assert names(run) == before
     (run / "recipe.json").unlink()
     assert pretrain(small(), text, run).step == 12
+
+
+@pytest.mark.parametrize("killed_in", ["MetricsFile", "train_step", "plot_loss"])
+def test_a_run_inside_its_own_corpus_goes_on(killed_in, text, tmp_path, monkeypatch):
+    """What a run writes is no text of it, at whatever point it was stopped."""
+    data, run = tmp_path / "data", tmp_path / "data" / "runs" / "one"
+    data.mkdir()
+    shutil.copy(text, data)
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, killed_in, killed)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(small(), data, run)
+    assert (run / "recipe.json").exists()
+    before = open_dataset(run / "data").manifest
+    assert pretrain(small(), data, run).step == 12
+    assert open_dataset(run / "data").manifest == before
+    pretrain(small(), data, tmp_path / "data" / "two")
+    set_aside = open_dataset(tmp_path / "data" / "two" / "data").manifest["report"]["set_aside"]
+    assert set_aside["directory of a run"] == {"count": 1, "first": ["data/runs/one"]}
+    assert losses(tmp_path / "data" / "two") == losses(run)
+    with pytest.raises(ValueError, match=r"data: expected text, got .*two, which is a run's directory"):
+        pretrain(small(), data / "two", data / "two")

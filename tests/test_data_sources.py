@@ -117,6 +117,28 @@ def test_the_current_directory_has_its_name(tmp_path, monkeypatch):
     assert read(["."])[0] == read([tmp_path])[0]
 
 
+def test_runs_and_outputs_are_skipped_and_counted(tmp_path):
+    for name in ("recipe.json", "metrics.jsonl", "checkpoints/step-00000001/state.json"):
+        path = tmp_path / "runs" / "first" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text('{"text": "of a run"}')
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "half.json").write_text('{"text": "of a run that begins"}')
+    (tmp_path / "recipe.json").write_text('{"text": "a dish"}')
+    report = Report()
+    files = find_files([tmp_path], report, outputs=[tmp_path / "runs" / ".." / "out", tmp_path / "not made yet"])
+    assert [file.path.name for file in files] == ["recipe.json"]
+    assert report.set_aside == {
+        "directory that is written to": {"count": 1, "first": [f"{tmp_path.name}/out"]},
+        "directory of a run": {"count": 1, "first": [f"{tmp_path.name}/runs/first"]},
+    }
+    for named in (tmp_path / "runs" / "first", tmp_path / "out"):
+        with pytest.raises(
+            ValueError, match=r"data: expected text, got .*, which is a run's directory or to be written"
+        ):
+            find_files([named], report, outputs=[tmp_path / "out"])
+
+
 def test_a_manifest_of_another_kind_is_text(tmp_path):
     (tmp_path / "manifest.json").write_text('{"text": "a manifest"}')
     assert [text for _, text in read([tmp_path])[0]] == ["a manifest"]

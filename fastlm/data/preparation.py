@@ -40,6 +40,7 @@ def prepare(
     documents: str = "file",
     min_chars: int = 8,
     shard_rows: int | None = None,
+    outputs: Iterable = (),
     progress: Progress | None = None,
 ) -> Dataset:
     """Prepare the text in `paths` for training, into the directory `out`, and open it.
@@ -50,6 +51,7 @@ def prepare(
     documents   what of a plain-text file is a document: "file", "line", or "blank" (between blank lines)
     min_chars   a document of fewer characters is dropped
     shard_rows  rows in a shard file; the default makes 32 MiB
+    outputs     directories that the caller writes: not read where they lie inside one of `paths`
     progress    called as progress(stage, bytes done, bytes in all) now and then; the stages are "checksums",
                 "tokenizer" (two passes over the text, only where one is trained) and "rows"
 
@@ -69,7 +71,7 @@ def prepare(
     progress = progress or (lambda stage, done, total: None)
 
     report = Report()
-    files = find_files(paths, report)
+    files = find_files(paths, report, outputs=outputs)
     settings = {
         "row_tokens": row_tokens,
         "documents": documents,

@@ -7,10 +7,10 @@
 | a directory                            | every such file in it, recursively, in the order of their paths      |
 | a file of another name, named by itself | as plain text                                                       |
 
-Inside a directory, what is hidden is skipped in silence; links to directories and what `prepare` wrote are skipped with
-an entry in the `Report`. The order is a function of the arguments and the file names alone. A record that cannot be
-used (malformed JSON, bytes that are not UTF-8, a binary file) is entered in the `Report` with its reason and place, and
-reading goes on.
+Inside a directory, what is hidden is skipped in silence; links to directories, what `prepare` wrote and the directories
+of runs are skipped with an entry in the `Report`. The order is a function of the arguments and the file names alone. A
+record that cannot be used (malformed JSON, bytes that are not UTF-8, a binary file) is entered in the `Report` with its
+reason and place, and reading goes on.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ JSON_SUFFIXES = {".jsonl", ".ndjson", ".json"}
 TEXT_SUFFIXES = {".txt", ".md", ".rst", ".text"}
 DOCUMENTS = ("file", "line", "blank")
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer"  # the two make a directory the output of `fastlm prepare`
+RUN_FILES = "recipe.json", "metrics.jsonl"  # the two make a directory that of a training run
 
 _PLACES = 5  # how many examples the report keeps of a reason
 
@@ -67,12 +68,19 @@ def is_prepared(path) -> bool:
     return os.path.isfile(os.path.join(path, MANIFEST)) and os.path.isdir(os.path.join(path, TOKENIZER))
 
 
-def find_files(paths: Iterable, report: Report) -> list[SourceFile]:
+def _is_run(path) -> bool:
+    return all(os.path.isfile(os.path.join(path, name)) for name in RUN_FILES)
+
+
+def find_files(paths: Iterable, report: Report, *, outputs: Iterable = ()) -> list[SourceFile]:
     """The files that `paths` (files and directories) name, in the order given; a directory's in the order of its paths.
 
+    outputs   directories that the caller writes: skipped inside a directory, whatever they hold by now
+
     What is skipped inside a directory has an entry in the report, unless it is hidden. ValueError for a missing path,
-    an empty list, or a directory that `prepare` wrote.
+    an empty list, or a directory that `prepare`, a run or the caller writes.
     """
+    outputs = {os.path.realpath(output) for output in outputs}
     paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     files = []
     for given in paths:
@@ -81,8 +89,13 @@ def find_files(paths: Iterable, report: Report) -> list[SourceFile]:
         given = Path(given)
         if is_prepared(given):
             raise ValueError(f"data: {given} is prepared already; train on it as it is, or name the text it came from")
+        if os.path.realpath(given) in outputs or _is_run(given):
+            raise ValueError(
+                f"data: expected text, got {given}, which is a run's directory or to be written; name the text files "
+                "in it, or a directory of text alone"
+            )
         if os.path.isdir(given):
-            files += _walk(given, report)
+            files += _walk(given, report, outputs)
         elif os.path.isfile(given):
             files.append(SourceFile(_label(given.name), given, given.stat().st_size))
         else:
@@ -100,7 +113,7 @@ def _label(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "replace")
 
 
-def _walk(root: Path, report: Report) -> Iterator[SourceFile]:
+def _walk(root: Path, report: Report, outputs: set[str]) -> Iterator[SourceFile]:
     parent = os.path.dirname(os.path.abspath(root))
 
     def place(path) -> str:
@@ -118,6 +131,10 @@ def _walk(root: Path, report: Report) -> Iterator[SourceFile]:
                 report.reject("link to a directory", place(path))
             elif is_prepared(path):
                 report.reject("prepared directory", place(path))
+            elif _is_run(path):
+                report.reject("directory of a run", place(path))
+            elif os.path.realpath(path) in outputs:
+                report.reject("directory that is written to", place(path))
             else:
                 entered.append(name)
         folders[:] = entered

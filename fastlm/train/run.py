@@ -13,14 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastlm.data import Dataset, is_prepared, open_dataset
+from fastlm.data.sources import RUN_FILES
 from fastlm.storage import atomic_file, json_checksum, replace_json
 from fastlm.train.checkpoint import Checkpoint, load_newest, read_checkpoint
 from fastlm.train.progress import prepare_with_progress
 from fastlm.train.recipe import TABLES, Recipe
 
 DATA = "data"
-WRITTEN = "checkpoints", "metrics.jsonl", "recipe.json", "summary.json", "loss.png", "hf"  # by a run, beside DATA
-CHECKPOINTS, METRICS, RECIPE, SUMMARY, PLOT, MODEL = WRITTEN
+WRITTEN = *RUN_FILES, "checkpoints", "summary.json", "loss.png", "hf"  # by a run, beside DATA
+RECIPE, METRICS, CHECKPOINTS, SUMMARY, PLOT, MODEL = WRITTEN
 
 
 @contextmanager
@@ -197,7 +198,7 @@ def open_data(recipe: Recipe, data, out: Path, start: Checkpoint | None) -> Data
         directory = out / DATA
         prepare_with_progress(
             paths, table.tokenizer, directory,
-            row_tokens=table.row_tokens, documents=table.documents, min_chars=table.min_chars,
+            row_tokens=table.row_tokens, documents=table.documents, min_chars=table.min_chars, outputs=[out],
         )  # fmt: skip
     dataset = open_dataset(directory, None if start is None else start.state["data"]["accepted"])
     if start is not None and json_checksum(dataset.manifest) != start.state["data"]["manifest"]:
