@@ -8,7 +8,6 @@ starts anew.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 import time
@@ -21,6 +20,7 @@ from fastlm import _malloc
 
 CORPUS_BYTES = 5_000_000  # more than is read in three minutes on two cores
 LEAST_STEPS = 300  # fewer do not get far below the unigram entropy, however slow the machine
+MARGIN = 0.25  # nats below the unigram entropy: a model that has learned no more than frequencies ends above
 SENTENCE = "If the file does not exist, an exception is [MASK]."
 _CALIBRATION = 6  # steps
 
@@ -36,7 +36,7 @@ def demo(
 ) -> dict | None:
     """Run it all with `recipe`, its max_steps and warmup_steps set so that training takes `seconds`.
 
-    The summary of the run, None where it was stopped by a signal.
+    The summary of the run, None where it was stopped by a signal; see `judge` for what it must have reached.
     """
     from fastlm.data import open_dataset, python_documentation
     from fastlm.fill_mask import fill_mask
@@ -78,24 +78,42 @@ def demo(
     for missing in (t for t in times if t.missing):
         say(f"No comparison with {missing.contender}: {missing.missing}. `pip install fastlm\\[hf]` brings it.")
     say(f"\n{out}/: metrics.jsonl, summary.json, loss.png, hf/ (load it with transformers.AutoModelForMaskedLM)")
+    _, verdict = judge(summary)
+    say(verdict)
     return summary
+
+
+def judge(summary: dict) -> tuple[bool, str]:
+    """(whether the demo did what it is for, the sentence that says so).
+
+    Of at least LEAST_STEPS steps, the final loss must be at least MARGIN below the unigram entropy of the corpus; fewer
+    are not judged.
+    """
+    final, entropy = summary["final_loss"], summary["unigram_entropy"]
+    found = f"the final loss, {final:.3f}, is {entropy - final:.3f} nats below the unigram entropy, {entropy:.3f}"
+    if summary["steps"] < LEAST_STEPS:
+        return True, f"Not judged, since {summary['steps']} steps are fewer than {LEAST_STEPS}: {found}"
+    if not entropy - final >= MARGIN:  # a NaN is no success
+        return False, f"The demo failed: {found}, and at least {MARGIN} was expected"
+    return True, f"The demo learned: {found}; at least {MARGIN} was expected"
 
 
 def _stopped_demo(out: Path, say):
     """The recipe of a demo in `out` that was stopped; None where a new one starts, what a finished one left removed."""
     from fastlm.train import Recipe
-    from fastlm.train.run import RECIPE, SUMMARY, WRITTEN
+    from fastlm.train.run import RECIPE, SUMMARY, WRITTEN, read_recipe
 
-    if not (out / RECIPE).is_file():
+    content = read_recipe(out)
+    if content is None:
         return None
-    content = json.loads((out / RECIPE).read_text(encoding="utf-8"))
-    if content.pop("name") != "demo":
+    if content.get("name") != "demo":
         raise ValueError(f"--out: {out} holds a run that is no demo; name another directory")
     if not (out / SUMMARY).exists():
         say(f"Going on with the demo that was stopped in {out}")
         return Recipe.of(content, name="demo")
     say(f"Starting anew: the finished demo in {out} is replaced, its corpus and tokenizer are used again")
-    for name in WRITTEN:
+    # The summary says that it is finished, the recipe that it is a demo: killed in between, the next starts anew too.
+    for name in (*sorted({*WRITTEN} - {SUMMARY, RECIPE}), SUMMARY, RECIPE):
         path = out / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     return None
@@ -129,9 +147,13 @@ def main() -> None:
     from fastlm.train import load_recipe
 
     try:
-        demo(arguments.out, seconds=arguments.seconds, recipe=replace(load_recipe("bert-mini"), name="demo"))
-    except (ValueError, OSError) as error:
+        summary = demo(arguments.out, seconds=arguments.seconds, recipe=replace(load_recipe("bert-mini"), name="demo"))
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
+    if summary is not None:
+        good, verdict = judge(summary)
+        if not good:
+            sys.exit(f"error: {verdict}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +36,7 @@ def test_demo(run_demo, tmp_path, capsys, monkeypatch):
     assert printed.count("%") >= 5
     assert all(contender in printed for contender in train_step.CONTENDERS)
     assert "not run" not in printed
+    assert printed.splitlines()[-1].startswith(f"Not judged, since {summary['steps']} steps are fewer than 300: ")
 
     monkeypatch.setattr(train_step, "compare_steps", lambda *_, **__: [])
     steps = len(read_metrics(tmp_path / "metrics.jsonl"))
@@ -46,6 +48,55 @@ def test_demo(run_demo, tmp_path, capsys, monkeypatch):
     assert "Going on with the demo that was stopped" in capsys.readouterr().out
     assert [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl")] == losses
     assert steps >= 6
+
+
+@pytest.mark.parametrize(
+    ("final", "steps", "good", "words"),
+    [
+        (6.25, 300, True, "The demo learned: the final loss, 6.250, is 0.250 nats below the unigram entropy, 6.500"),
+        (6.2501, 300, False, "The demo failed: "),
+        (6.6, 1276, False, "is -0.100 nats below the unigram entropy, 6.500, and at least 0.25 was expected"),
+        (float("nan"), 300, False, "The demo failed: "),
+        (6.6, 299, True, "Not judged, since 299 steps are fewer than 300"),
+    ],
+)
+def test_what_the_demo_must_reach(final, steps, good, words, tmp_path, monkeypatch):
+    summary = {"final_loss": final, "unigram_entropy": 6.5, "steps": steps}
+    verdict = demo.judge(summary)
+    assert verdict[0] is good
+    assert words in verdict[1]
+    monkeypatch.setattr(demo, "demo", lambda out, **_: summary)
+    monkeypatch.setattr(demo._malloc, "tune", lambda: "left alone in tests")
+    monkeypatch.setattr("sys.argv", ["demo", "--out", str(tmp_path)])
+    if good:
+        demo.main()
+    else:
+        with pytest.raises(SystemExit, match="error: The demo failed: "):
+            demo.main()
+
+
+def test_a_finished_demo_is_known_until_nothing_of_it_is_left(tmp_path, monkeypatch):
+    """Killed at any point of its removal, the next call starts anew as well."""
+    (tmp_path / "recipe.json").write_text(json.dumps({"name": "demo", **small().tables()}))
+    for name in ("metrics.jsonl", "summary.json", "loss.png", "corpus.jsonl"):
+        (tmp_path / name).write_text("{}")
+    for name in ("checkpoints", "hf", "data"):
+        (tmp_path / name).mkdir()
+    unlink, said = Path.unlink, []
+
+    def unlink_and_die(path, missing_ok=False):
+        unlink(path, missing_ok=missing_ok)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", unlink_and_die)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                demo._stopped_demo(tmp_path, said.append)
+    assert (tmp_path / "summary.json").exists()
+    assert demo._stopped_demo(tmp_path, said.append) is None
+    assert [line.split(":")[0] for line in said] == ["Starting anew"] * 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl", "data"]
 
 
 def test_demo_replaces_no_other_run(run_demo, tmp_path):
