@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from .device import multiprocessors
+from .partials import sum_partials
 from .philox import dropout_key, keep_rows
 
 
@@ -139,25 +140,6 @@ def _bwd(
         tl.store(partial_ptr + program * cols + col, tl.sum(dw, axis=0), mask=in_col)
     if HAS_B:
         tl.store(partial_ptr + (count + program) * cols + col, tl.sum(db, axis=0), mask=in_col)
-
-
-@triton.jit
-def _sum_partials(
-    partial_ptr, dw_ptr, db_ptr, count, cols, HAS_B: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """dw (cols,), db (cols,) = the sums over partial (2, count, cols), in order."""
-    col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    dw = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
-    db = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
-    for start in range(0, count, BLOCK_P):
-        part = start + tl.arange(0, BLOCK_P)
-        mask = (part < count)[:, None] & (col < cols)[None, :]
-        dw += tl.load(partial_ptr + part[:, None] * cols + col[None, :], mask=mask, other=0.0)
-        if HAS_B:
-            db += tl.load(partial_ptr + (count + part)[:, None] * cols + col[None, :], mask=mask, other=0.0)
-    tl.store(dw_ptr + col, tl.sum(dw, axis=0).to(dw_ptr.dtype.element_ty), mask=col < cols)
-    if HAS_B:
-        tl.store(db_ptr + col, tl.sum(db, axis=0).to(db_ptr.dtype.element_ty), mask=col < cols)
 
 
 # ---- rows in blocks
@@ -334,7 +316,6 @@ def layer_norm_bwd(
             HAS_DH=dh is not None, DROPOUT=threshold > 0, BLOCK_N=c.block_n, num_warps=c.num_warps, **common,
         )  # fmt: skip
         if partial is not None:
-            count = partial.shape[1]
             _weights_long[(triton.cdiv(cols, 256), count)](
                 dy, h, mean, rstd, partial, rows, cols, dy.stride(0), h.stride(0),
                 HAS_B=has_dbias, BLOCK_M=8, BLOCK_N=256, num_warps=4, **common,
@@ -347,7 +328,4 @@ def layer_norm_bwd(
             BLOCK_M=c.block_m, BLOCK_N=c.block_n, num_warps=c.num_warps, **common,
         )  # fmt: skip
     if partial is not None:
-        # Few columns a program: a sum over the partials is a chain of loads, and wants many programs at it.
-        _sum_partials[(triton.cdiv(cols, 32),)](
-            partial, dweight, dbias, count, cols, HAS_B=has_dbias, BLOCK_P=64, BLOCK_N=32, num_warps=4
-        )
+        sum_partials(partial, dweight, dbias)

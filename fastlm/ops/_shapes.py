@@ -14,3 +14,7 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
 def unit_stride(x: torch.Tensor) -> torch.Tensor:
     """x with a unit last stride: itself where it has one, else a copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
+    return None if x is None else x.contiguous()

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from fastlm import _native
 from fastlm.ops import _checks, _registry
-from fastlm.ops._shapes import as_rows
+from fastlm.ops._shapes import as_rows, contiguous
 
 
 def gelu_reference(x, bias=None, *, gate=None, approximate="none"):
@@ -100,7 +100,33 @@ def _bwd_cpu(dy, x, bias, gate, tanh, has_dbias):
     return dx, dbias, dgate
 
 
-_registry.offer("gelu", "cpu")
+# ---- Triton: kernels/gelu.py
+
+
+@_registry.implement("gelu_fwd", "triton")
+def _fwd_triton(x, bias, gate, tanh):
+    from fastlm.kernels import gelu as kernels
+
+    y = _fake_fwd(x, bias, gate, tanh, "triton")
+    x2 = as_rows(x)
+    kernels.gelu_fwd(x2, contiguous(bias), None if gate is None else as_rows(gate), y.view(x2.shape), tanh=tanh)
+    return y
+
+
+@_registry.implement("gelu_bwd", "triton")
+def _bwd_triton(dy, x, bias, gate, tanh, has_dbias):
+    from fastlm.kernels import gelu as kernels
+
+    dx, dbias, dgate = out = _fake_bwd(dy, x, bias, gate, tanh, has_dbias, "triton")
+    x2, gate2 = as_rows(x), None if gate is None else as_rows(gate)
+    kernels.gelu_bwd(
+        as_rows(dy), x2, contiguous(bias), gate2, dx.view(x2.shape), dbias if has_dbias else None,
+        None if gate is None else dgate.view(x2.shape), tanh=tanh,
+    )  # fmt: skip
+    return out
+
+
+_registry.offer("gelu", "cpu", "triton")
 
 
 # ---- public
@@ -121,7 +147,7 @@ def gelu(
         bias: (cols,), or None; added to x, not to the gate. Any floating-point dtype: it does not promote x.
         gate: like x, or None: the linear half of a gated MLP. Where its dtype differs from x's, both are promoted.
         approximate: "none" (erf) or "tanh", as in F.gelu.
-        backend: "auto", "reference", "cpu".
+        backend: "auto", "reference", "cpu", "triton".
 
     Returns y, like x. Raises ValueError for a wrong shape, dtype or device, and for a named backend that cannot run.
     """

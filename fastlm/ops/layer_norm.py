@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from fastlm import _native, philox
 from fastlm.ops import _checks, _random, _registry
 from fastlm.ops._autocast import autocast
-from fastlm.ops._shapes import as_rows
+from fastlm.ops._shapes import as_rows, contiguous
 
 
 def layer_norm_reference(x, weight=None, bias=None, *, eps=1e-5, residual=None, dropout_p=0.0, rng=None, stream=0):
@@ -154,7 +154,7 @@ def _fwd_triton(x, residual, weight, bias, eps, dropout_p, rng, stream, rms):
     y, h, mean, rstd = _fake_fwd(x, residual, weight, bias, eps, dropout_p, rng, stream, rms, "triton")
     rows = rstd.numel(), x.shape[-1]
     kernels.layer_norm_fwd(
-        as_rows(x), None if residual is None else as_rows(residual), _contiguous(weight), _contiguous(bias),
+        as_rows(x), None if residual is None else as_rows(residual), contiguous(weight), contiguous(bias),
         h.view(rows) if h.numel() else None, y.view(rows), None if rms else mean, rstd,
         eps=eps, threshold=philox.threshold(dropout_p), scale=_random.row_scale(dropout_p), rng=rng, stream=stream,
         rms=rms,
@@ -170,16 +170,12 @@ def _bwd_triton(dy, dh, h, weight, mean, rstd, dropout_p, rng, stream, rms, has_
     dresidual, dx, dweight, dbias = out
     rows = rstd.numel(), h.shape[-1]
     kernels.layer_norm_bwd(
-        as_rows(dy), None if dh is None else as_rows(dh), as_rows(h), _contiguous(weight), None if rms else mean, rstd,
+        as_rows(dy), None if dh is None else as_rows(dh), as_rows(h), contiguous(weight), None if rms else mean, rstd,
         dresidual.view(rows), dx.view(rows) if dropout_p > 0.0 else None, None if weight is None else dweight,
         dbias if has_bias else None,
         threshold=philox.threshold(dropout_p), scale=_random.row_scale(dropout_p), rng=rng, stream=stream, rms=rms,
     )  # fmt: skip
     return out
-
-
-def _contiguous(weight):
-    return None if weight is None else weight.contiguous()
 
 
 for _op in ("layer_norm", "rms_norm"):

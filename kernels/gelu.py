@@ -1,0 +1,132 @@
+"""gelu in Triton, with a bias before it and a gate after it. The maths, with its source: fastlm/ops/gelu.py.
+
+A program takes a tile of elements; where backward sums the bias's gradient it walks down its columns, and leaves one
+partial sum.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from .device import multiprocessors
+from .partials import sum_partials
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile and warps: 16 elements a thread, two 16-byte loads of bfloat16 in flight for each tensor."""
+
+    block_m: int
+    block_n: int
+    num_warps: int = 4
+
+
+def config(cols: int) -> Config:
+    """2048 elements; 256 columns of a row, one warp's 16-byte loads, where there are as many."""
+    block_n = min(256, max(16, triton.next_power_of_2(cols)))
+    return Config(2048 // block_n, block_n)
+
+
+@triton.jit
+def _normal(h, TANH: tl.constexpr):
+    """(Φ(h), d(h Φ(h))/dh) for the exact Φ, or for the one that tanh approximates."""
+    if TANH:
+        # Φ ≈ (1 + tanh(u))/2 = 1/(1 + exp(-2u)): no cancellation where it is small.
+        phi = tl.sigmoid(1.5957691216057308 * (h + 0.044715 * h * h * h))
+        slope = phi + h * (2.0 * phi * (1.0 - phi)) * (0.7978845608028654 * (1.0 + 0.134145 * h * h))
+    else:
+        phi = 0.5 + 0.5 * tl.erf(h * 0.7071067811865476)
+        slope = phi + h * (0.3989422804014327 * tl.exp(-0.5 * h * h))
+    return phi, slope
+
+
+@triton.jit
+def _fwd(
+    x_ptr, bias_ptr, gate_ptr, y_ptr, rows, cols, stride_xm, stride_gm,
+    TANH: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (row < rows)[:, None] & (col < cols)[None, :]
+    h = tl.load(x_ptr + row[:, None] * stride_xm + col[None, :], mask=mask, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        h += tl.load(bias_ptr + col, mask=col < cols, other=0.0).to(tl.float32)[None, :]
+    phi, _ = _normal(h, TANH)
+    y = h * phi
+    if HAS_GATE:
+        y *= tl.load(gate_ptr + row[:, None] * stride_gm + col[None, :], mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + row[:, None] * cols + col[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _bwd(
+    dy_ptr, x_ptr, bias_ptr, gate_ptr, dx_ptr, dgate_ptr, partial_ptr, rows, cols, stride_dym, stride_xm, stride_gm,
+    TANH: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GATE: tl.constexpr, HAS_DBIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    program, count = tl.program_id(0), tl.num_programs(0)
+    col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_col = col < cols
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + col, mask=in_col, other=0.0).to(tl.float32)[None, :]
+    if HAS_DBIAS:
+        dbias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for tile in range(program, tl.cdiv(rows, BLOCK_M), count):
+        row = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        mask = (row < rows)[:, None] & in_col[None, :]
+        dy = tl.load(dy_ptr + row[:, None] * stride_dym + col[None, :], mask=mask, other=0.0).to(tl.float32)
+        h = tl.load(x_ptr + row[:, None] * stride_xm + col[None, :], mask=mask, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            h += bias
+        phi, slope = _normal(h, TANH)
+        out = row[:, None] * cols + col[None, :]
+        if HAS_GATE:
+            gate = tl.load(gate_ptr + row[:, None] * stride_gm + col[None, :], mask=mask, other=0.0).to(tl.float32)
+            tl.store(dgate_ptr + out, (dy * (h * phi)).to(dgate_ptr.dtype.element_ty), mask=mask)
+            dy *= gate
+        dx = dy * slope
+        tl.store(dx_ptr + out, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        if HAS_DBIAS:
+            dbias += dx
+    if HAS_DBIAS:
+        tl.store(partial_ptr + program * cols + col, tl.sum(dbias, axis=0), mask=in_col)
+
+
+# ---- launchers: x, gate, dy (rows, cols) with a unit last stride; bias (cols,) contiguous
+
+
+def gelu_fwd(x, bias, gate, y, *, tanh):
+    """Fills y (rows, cols)."""
+    rows, cols = x.shape
+    if x.numel() == 0:
+        return
+    c = config(cols)
+    _fwd[(triton.cdiv(rows, c.block_m), triton.cdiv(cols, c.block_n))](
+        x, bias, gate, y, rows, cols, x.stride(0), 0 if gate is None else gate.stride(0),
+        TANH=tanh, HAS_BIAS=bias is not None, HAS_GATE=gate is not None,
+        BLOCK_M=c.block_m, BLOCK_N=c.block_n, num_warps=c.num_warps,
+    )  # fmt: skip
+
+
+def gelu_bwd(dy, x, bias, gate, dx, dbias, dgate, *, tanh):
+    """Fills dx, dgate where there is a gate, and dbias (cols,) float32 unless it is None."""
+    rows, cols = x.shape
+    if x.numel() == 0:
+        if dbias is not None:
+            dbias.zero_()
+        return
+    c = config(cols)
+    tiles, blocks = triton.cdiv(rows, c.block_m), triton.cdiv(cols, c.block_n)
+    # With a sum over the rows, eight programs a multiprocessor in all, each with its part of the rows.
+    count = tiles if dbias is None else min(tiles, triton.cdiv(8 * multiprocessors(x.device), blocks))
+    partial = None if dbias is None else x.new_empty(1, count, cols, dtype=torch.float32)
+    _bwd[(count, blocks)](
+        dy, x, bias, gate, dx, dgate, partial,
+        rows, cols, dy.stride(0), x.stride(0), 0 if gate is None else gate.stride(0),
+        TANH=tanh, HAS_BIAS=bias is not None, HAS_GATE=gate is not None, HAS_DBIAS=dbias is not None,
+        BLOCK_M=c.block_m, BLOCK_N=c.block_n, num_warps=c.num_warps,
+    )  # fmt: skip
+    if dbias is not None:
+        sum_partials(partial, dbias)
