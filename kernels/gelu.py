@@ -33,9 +33,12 @@ def config(cols: int) -> Config:
 def _normal(h, TANH: tl.constexpr):
     """(Φ(h), d(h Φ(h))/dh) for the exact Φ, or for the one that tanh approximates."""
     if TANH:
-        # Φ ≈ (1 + tanh(u))/2 = 1/(1 + exp(-2u)): no cancellation where it is small.
-        phi = tl.sigmoid(1.5957691216057308 * (h + 0.044715 * h * h * h))
-        slope = phi + h * (2.0 * phi * (1.0 - phi)) * (0.7978845608028654 * (1.0 + 0.134145 * h * h))
+        # Φ ≈ (1 + tanh(u))/2 = 1/(1 + exp(-2u)), and Φ (1 - Φ), without cancellation for either sign of u.
+        z = 1.5957691216057308 * (h + 0.044715 * h * h * h)
+        e = tl.exp(-tl.abs(z))
+        r = 1.0 / (1.0 + e)
+        phi = tl.where(z >= 0.0, r, e * r)
+        slope = phi + h * (e * r * r) * (1.5957691216057308 * (1.0 + 0.134145 * h * h))
     else:
         phi = 0.5 + 0.5 * tl.erf(h * 0.7071067811865476)
         slope = phi + h * (0.3989422804014327 * tl.exp(-0.5 * h * h))

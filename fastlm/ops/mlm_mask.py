@@ -186,6 +186,41 @@ def _cpu(
 _registry.offer("mlm_mask", "cpu")
 
 
+# ---- Triton: kernels/mlm_mask.py
+
+
+@_registry.limit("mlm_mask", "triton")
+def _triton_limit(input_ids):
+    return None if input_ids.numel() < 2**31 else f"it numbers tokens in 32 bits, and there are {input_ids.numel()}"
+
+
+@_registry.implement("mlm_mask", "triton")
+def _triton(
+    input_ids, sample_ids, positions, epochs, epoch, special_tokens_mask, word_starts, special_ids, left_out,
+    mask_token_id, vocab_size, seed, select_below, mask_below, replace_below, capacity,
+):  # fmt: skip
+    from fastlm.kernels import mlm_mask as kernels
+
+    outputs = _fake(
+        input_ids, sample_ids, positions, epochs, epoch, special_tokens_mask, word_starts, special_ids, left_out,
+        mask_token_id, vocab_size, seed, select_below, mask_below, replace_below, capacity, "triton",
+    )  # fmt: skip
+    shape = input_ids.shape if input_ids.dim() == 2 else (1, input_ids.numel())
+    ids, special_tokens_mask, word_starts = (
+        None if value is None else value.contiguous().view(shape)
+        for value in (input_ids, special_tokens_mask, word_starts)
+    )
+    sample_ids, positions, epochs = (
+        None if value is None else value.expand(shape) for value in (sample_ids, positions, epochs)
+    )
+    kernels.mlm_mask(
+        ids, sample_ids, positions, epochs, epoch, special_tokens_mask, word_starts, *outputs, special_ids=special_ids,
+        left_out=left_out, mask_token_id=mask_token_id, vocab_size=vocab_size, seed=seed, select_below=select_below,
+        mask_below=mask_below, replace_below=replace_below,
+    )  # fmt: skip
+    return outputs
+
+
 # ---- public
 
 
@@ -243,7 +278,7 @@ def mlm_mask(
         word_starts: bool like input_ids, True where a word starts: whole words are selected.
         capacity: length of `index` and `targets`. Default: mean + 6σ of the count for these probabilities, rounded up
             to 128, at most all tokens; all tokens for whole words.
-        backend: "auto", "reference", "cpu".
+        backend: "auto", "reference", "cpu", "triton".
 
     Returns MaskedTokens(input_ids, labels, index, targets, count), see there. `capacity` changes neither input_ids,
     labels nor count: a count above it says how many are missing from index.

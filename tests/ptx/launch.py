@@ -143,6 +143,8 @@ class _Memory:
             end = address + sum((n - 1) * stride for n, stride in zip(shape, strides)) + item
             writable = array.flags.writeable if isinstance(array, np.ndarray) else True
             self.regions[id(owner)].append((address, end, item, shape, strides, writable, name))
+        else:
+            address = host  # torch says 0 for an empty tensor, whatever its storage
         return self.owners[id(owner)][2] + address - host
 
     @staticmethod
