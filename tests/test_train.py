@@ -243,6 +243,60 @@ def test_mfu_formula():
     assert peak_flops(CPU, torch.float32) is None
 
 
+@pytest.mark.parametrize(
+    ("name", "bfloat16", "float32"),
+    [
+        ("NVIDIA B200", 2250, 75),
+        ("NVIDIA H200", 989, 67),
+        ("NVIDIA H200 NVL", 835, 60),
+        ("NVIDIA H100 80GB HBM3", 989, 67),
+        ("NVIDIA H100 PCIe", 756, 51),
+        ("NVIDIA H100 NVL", 835, 60),
+        ("NVIDIA A100-SXM4-40GB", 312, 19.5),
+        ("NVIDIA A100-SXM4-80GB", 312, 19.5),
+        ("NVIDIA A100-PCIE-40GB", 312, 19.5),
+        ("NVIDIA A100 80GB PCIe", 312, 19.5),
+        ("NVIDIA A10G", 70, 35),
+        ("NVIDIA L4", 121, 30.3),
+        ("NVIDIA L40", 181, 90.5),
+        ("NVIDIA L40S", 362, 91.6),
+        ("NVIDIA RTX 6000 Ada Generation", 364, 91.1),
+        ("NVIDIA GeForce RTX 4090", 165.2, 82.6),
+        ("NVIDIA GeForce RTX 3090", 71, 35.6),
+        ("Tesla V100-SXM2-16GB", None, 15.7),
+        ("Tesla V100-PCIE-32GB", None, 14),
+        ("Tesla T4", None, 8.1),
+        # Names that hold another's: what is not in the table has no peak.
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None, None),
+        ("NVIDIA GeForce RTX 4090 D", None, None),
+        ("NVIDIA GeForce RTX 3090 Ti", None, None),
+        ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None, None),
+        ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None, None),
+        ("NVIDIA A10", None, None),
+        ("NVIDIA GB200", None, None),
+        ("Quadro RTX 6000", None, None),
+    ],
+)
+def test_peaks_are_of_exact_products(name, bfloat16, float32, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    found = [peak_flops(torch.device("cuda"), dtype) for dtype in (torch.bfloat16, torch.float32)]
+    assert found == [peak and pytest.approx(peak * 1e12) for peak in (bfloat16, float32)]
+
+
+def test_no_float32_peak_with_tf32(monkeypatch):
+    """Whichever of torch's switches set it; the older one cannot be read after the newer."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L4")
+    matmul, device = torch.backends.cuda.matmul, torch.device("cuda")
+    before = matmul.fp32_precision
+    try:
+        for precision, peak in (("tf32", None), ("ieee", 30.3e12)):
+            matmul.fp32_precision = precision
+            assert peak_flops(device, torch.float32) == peak
+            assert peak_flops(device, torch.bfloat16) == 121e12
+    finally:
+        matmul.fp32_precision = before
+
+
 # ---- runs
 
 
