@@ -145,7 +145,7 @@ def test_a_batch_is_well_formed_and_splits(dataset, batch_rows, step, seed):
         tensor = getattr(batch, name)
         assert (tensor.shape, tensor.dtype) == ((total,), torch.int64)
     cu = batch.cu_seqlens
-    assert (cu.shape, cu.dtype) == ((batch_rows * (dataset.max_pieces + 1) + 1,), torch.int32)
+    assert (cu.shape, cu.dtype) == ((batch_rows * dataset.max_pieces + 1,), torch.int32)
     assert cu[0] == 0
     pieces = int((cu < total).sum())
     assert cu[pieces:].eq(total).all()
@@ -168,6 +168,14 @@ def test_a_batch_is_well_formed_and_splits(dataset, batch_rows, step, seed):
         assert sum(part.tokens for part in parts) == batch.tokens
         joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in PER_TOKEN}
         assert same(batch, SimpleNamespace(**joined))
+
+
+def test_cu_seqlens_has_no_more_places_than_the_fullest_row_needs(dataset):
+    batches = Batches(dataset, batch_rows=1, seed=0)
+    counts = [int((batches.at(step).cu_seqlens < 16).sum()) for step in range(dataset.rows)]
+    assert max(counts) == dataset.max_pieces > min(counts)
+    fullest = batches.at(counts.index(max(counts))).cu_seqlens
+    assert fullest[-1] == 16 > fullest[-2]
 
 
 def test_batches_hold_no_state(dataset):

@@ -28,8 +28,8 @@ class Batch:
     """T = rows · row_tokens tokens of packed pieces. Every shape is the same for every batch of that many rows.
 
     input_ids    (T,) int64
-    cu_seqlens   (rows · (max_pieces + 1) + 1,) int32: where the pieces start, then T, repeated to the end. The padding
-                 at the end of a row is a piece of its own
+    cu_seqlens   (rows · Dataset.max_pieces + 1,) int32: where the pieces start, then T, repeated to the end. The
+                 padding at the end of a row is a piece of its own
     positions    (T,) int64, from 0 in every piece
     sample_ids   (T,) int64, `fastlm.data.packing.PADDING_SAMPLE` on padding
     epochs       (T,) int64
@@ -109,7 +109,7 @@ class Batches:
         samples = pieces[:, 0]
         starts = pieces[:, 1] + np.repeat(np.arange(0, total, data.row_tokens), counts)
         lengths = np.diff(starts, append=total)
-        cu_seqlens = np.full(len(row) * (data.max_pieces + 1) + 1, total, dtype=np.int32)
+        cu_seqlens = np.full(len(row) * data.max_pieces + 1, total, dtype=np.int32)
         cu_seqlens[: len(starts)] = starts
         return Batch(
             input_ids=torch.from_numpy(cells.reshape(-1).astype(np.int64)),

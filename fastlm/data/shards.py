@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastlm.data.packing import Shard, max_pieces
+from fastlm.data.packing import Shard
 from fastlm.data.sources import MANIFEST, TOKENIZER
 from fastlm.data.tokenizer import Tokenizer
 from fastlm.storage import file_checksum, json_checksum
@@ -72,7 +72,7 @@ class Dataset:
 
     rows             how many, over the accepted shards
     row_tokens       the length of each
-    max_pieces       the most pieces in one, padding aside
+    max_pieces       the most pieces that one holds, the padding at its end counted as one
     accepted         {shard name: checksum}, in order: a checkpoint stores it, a resume passes it to open_dataset
     set_aside        {shard name: reason}
     unigram_entropy  in nats, of the corpus's tokens, special ones aside: the loss of a model that knows frequencies
@@ -84,7 +84,6 @@ class Dataset:
         self.directory, self.manifest = directory, manifest
         self.accepted, self.set_aside = accepted, set_aside
         self.row_tokens: int = manifest["row_tokens"]
-        self.max_pieces: int = max_pieces(self.row_tokens)
         self.unigram_entropy: float = manifest["unigram_entropy"]
         self.tokenizer = Tokenizer.load(directory / TOKENIZER)
         self._shards = [
@@ -94,6 +93,7 @@ class Dataset:
         # (shards + 1,) the number of each shard's first row, and after the last the number of rows
         self._first = np.cumsum([0] + [len(shard.tokens) for shard in self._shards])
         self.rows = int(self._first[-1])
+        self.max_pieces = max(int(np.diff(shard.offsets).max()) for shard in self._shards)
 
     def gather(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of the rows numbered `rows` (k,): tokens (k, row_tokens), how many pieces in each (k,), the pieces (p, 2)."""
