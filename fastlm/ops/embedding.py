@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from fastlm import _native, philox
 from fastlm.ops import _checks, _random, _registry
-from fastlm.ops._shapes import as_rows
+from fastlm.ops._shapes import as_rows, contiguous
 
 
 def embedding_reference(
@@ -192,6 +192,60 @@ def _bwd_cpu(
 _registry.offer("embedding", "cpu")
 
 
+# ---- Triton: kernels/embedding.py
+
+
+@_registry.limit("embedding", "triton")
+def _triton_limit(word):
+    return None if word.shape[1] <= 8192 else f"its rows have at most 8192 columns, word has {word.shape[1]}"
+
+
+@_registry.implement("embedding_fwd", "triton")
+def _fwd_triton(
+    input_ids, word, position, token_type, positions, token_type_ids, weight, bias, eps, dropout_p, rng, stream,
+    padding_idx,
+):  # fmt: skip
+    from fastlm.kernels import embedding as kernels
+
+    y, mean, rstd = _fake_fwd(
+        input_ids, word, position, token_type, positions, token_type_ids, weight, bias, eps, dropout_p, rng, stream,
+        padding_idx, "triton",
+    )  # fmt: skip
+    kernels.embedding_fwd(
+        *_triton_lookups(input_ids, word, position, token_type, positions, token_type_ids),
+        contiguous(weight), contiguous(bias), y.view(-1, word.shape[1]), mean, rstd, eps=eps,
+        threshold=philox.threshold(dropout_p), scale=_random.row_scale(dropout_p), rng=rng, stream=stream,
+    )  # fmt: skip
+    return y, mean, rstd
+
+
+@_registry.implement("embedding_bwd", "triton")
+def _bwd_triton(
+    dy, input_ids, word, position, token_type, positions, token_type_ids, weight, mean, rstd, dropout_p, rng, stream,
+    padding_idx, has_bias, wanted,
+):  # fmt: skip
+    from fastlm.kernels import embedding as kernels
+
+    *gradients, dweight, dbias = out = _fake_bwd(
+        dy, input_ids, word, position, token_type, positions, token_type_ids, weight, mean, rstd, dropout_p, rng,
+        stream, padding_idx, has_bias, wanted, "triton",
+    )  # fmt: skip
+    kernels.embedding_bwd(
+        as_rows(dy), *_triton_lookups(input_ids, word, position, token_type, positions, token_type_ids),
+        contiguous(weight), mean, rstd, [d if want else None for d, want in zip(gradients, wanted)],
+        None if weight is None else dweight, dbias if has_bias else None, threshold=philox.threshold(dropout_p),
+        scale=_random.row_scale(dropout_p), rng=rng, stream=stream, padding_idx=padding_idx,
+    )  # fmt: skip
+    return out
+
+
+def _triton_lookups(input_ids, word, position, token_type, positions, token_type_ids):
+    """(tables, ids, period) as kernels/embedding.py takes them."""
+    tables = [None if table is None else as_rows(table) for table in (word, position, token_type)]
+    ids = [None if i is None else i.reshape(-1).contiguous() for i in (input_ids, positions, token_type_ids)]
+    return tables, ids, max(1, input_ids.shape[-1])
+
+
 # ---- public
 
 
@@ -227,7 +281,7 @@ def embedding(
         rng: int64 (2,), (seed, step), on the device; None draws from torch's generator. See fastlm.ops._random.
         stream: number of this call site, so that two dropouts of one step differ.
         padding_idx: the id whose row of `word` gets no gradient, as in F.embedding; negative counts from the end.
-        backend: "auto", "reference", "cpu".
+        backend: "auto", "reference", "cpu", "triton".
 
     Returns y, input_ids.shape + (cols,), in the tables' dtype (the promoted one where they differ).
     The gradients of the tables are dense, and the same bits from run to run and for any number of threads.
