@@ -36,7 +36,7 @@ def test_demo(run_demo, tmp_path, capsys, monkeypatch):
     assert printed.count("%") >= 5
     assert all(contender in printed for contender in train_step.CONTENDERS)
     assert "not run" not in printed
-    assert printed.splitlines()[-1].startswith(f"Not judged, since {summary['steps']} steps are fewer than 300: ")
+    assert printed.splitlines()[-1].startswith(f"Not judged, since {summary['steps']} steps are fewer than 600: ")
 
     monkeypatch.setattr(train_step, "compare_steps", lambda *_, **__: [])
     steps = len(read_metrics(tmp_path / "metrics.jsonl"))
@@ -53,11 +53,11 @@ def test_demo(run_demo, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("final", "steps", "good", "words"),
     [
-        (6.25, 300, True, "The demo learned: the final loss, 6.250, is 0.250 nats below the unigram entropy, 6.500"),
-        (6.2501, 300, False, "The demo failed: "),
+        (6.25, 600, True, "The demo learned: the final loss, 6.250, is 0.250 nats below the unigram entropy, 6.500"),
+        (6.2501, 600, False, "The demo failed: "),
         (6.6, 1276, False, "is -0.100 nats below the unigram entropy, 6.500, and at least 0.25 was expected"),
-        (float("nan"), 300, False, "The demo failed: "),
-        (6.6, 299, True, "Not judged, since 299 steps are fewer than 300"),
+        (float("nan"), 600, False, "The demo failed: "),
+        (6.6, 599, True, "Not judged, since 599 steps are fewer than 600"),
     ],
 )
 def test_what_the_demo_must_reach(final, steps, good, words, tmp_path, monkeypatch):
