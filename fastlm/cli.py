@@ -104,10 +104,9 @@ def pretrain(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     result = train.pretrain(chosen, data, out, device=device, resume=resume)
     if result.summary is not None:
-        typer.echo(
-            f"loss {result.summary['first_loss']:.3f} -> {result.summary['final_loss']:.3f} "
-            f"(unigram entropy {result.summary['unigram_entropy']:.3f}); the model is in {out / 'hf'}"
-        )
+        first, final, entropy = (result.summary[key] for key in ("first_loss", "final_loss", "unigram_entropy"))
+        losses = "no loss" if first is None else f"loss {first:.3f} -> {final:.3f}"  # none: no step predicted a token
+        typer.echo(f"{losses} (unigram entropy {entropy:.3f}); the model is in {out / 'hf'}")
 
 
 @app.command()

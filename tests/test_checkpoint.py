@@ -240,7 +240,7 @@ def stop_after(monkeypatch, step):
 
 
 @pytest.mark.parametrize("by", ["checkpoint", "run"])
-@pytest.mark.parametrize("killed", [6, 10], ids=["before its own checkpoint", "after it"])
+@pytest.mark.parametrize("killed", [4, 6, 10])
 def test_the_same_command_goes_on_with_a_run_from_another(by, killed, text, tmp_path, monkeypatch):
     """Also where the other run has gone on and dropped the checkpoint meanwhile, and with --resume auto."""
     recipe = small(train__max_steps=12, train__checkpoint_every=4, train__keep_checkpoints=9)
@@ -254,12 +254,15 @@ def test_the_same_command_goes_on_with_a_run_from_another(by, killed, text, tmp_
     resume, branch = str(origin if by == "checkpoint" else source), tmp_path / "branch"
     with monkeypatch.context() as patch:
         stop_after(patch, killed)
+        if killed == 4:  # before it has a checkpoint of its own
+            patch.setattr(loop, "save_checkpoint", dying)
         with pytest.raises(KeyboardInterrupt):
             pretrain(recipe, text, branch, resume=resume)
     assert json.loads((branch / "recipe.json").read_text())["origin"] == str(origin)
     assert len(losses(branch)) == killed
+    assert (branch / "checkpoints").exists() is (killed > 4)
     pretrain(recipe, text, source)  # on to other checkpoints
-    if killed == 10:
+    if killed > 4:
         shutil.rmtree(origin)
     with monkeypatch.context() as patch:
         stop_after(patch, 11)
@@ -272,14 +275,36 @@ def test_the_same_command_goes_on_with_a_run_from_another(by, killed, text, tmp_
     assert losses(branch) == losses(tmp_path / "whole")
 
 
+def dying(*_, **__):
+    raise KeyboardInterrupt
+
+
 def test_a_run_from_another_that_is_gone(run, text, tmp_path, monkeypatch):
     origin = run / "checkpoints" / "step-00000008"
-    stop_after(monkeypatch, 9)
-    with pytest.raises(KeyboardInterrupt):
-        pretrain(small(), text, tmp_path / "branch", resume=str(origin))
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save_checkpoint", dying)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(small(), text, tmp_path / "branch", resume=str(origin))
     shutil.rmtree(origin)
     with pytest.raises(ValueError, match=r"no checkpoint of its own yet, .*step-00000008: manifest.json is missing"):
         pretrain(small(), text, tmp_path / "branch")
+
+
+def test_a_run_from_the_last_checkpoint_of_another(run, text, tmp_path):
+    """Nothing is left to train, and the same command finds it finished."""
+    for _ in range(2):
+        result = pretrain(small(), text, tmp_path / "branch", resume=str(run))
+        assert result.step == 12
+        assert names(tmp_path / "branch" / "checkpoints") == ["step-00000012"]
+    assert losses(tmp_path / "branch") == losses(run)
+
+
+def test_lost_metrics_are_said(run, text, capsys):
+    shutil.rmtree(run / "checkpoints" / "step-00000012")
+    (run / "metrics.jsonl").unlink()
+    pretrain(small(), text, run)
+    assert "metrics.jsonl lacks 8 of the 8 steps before" in capsys.readouterr().err
+    assert len(losses(run)) == 4
 
 
 @pytest.mark.parametrize("left", [("hf", "summary.json"), ("hf",), ("summary.json",)])
@@ -329,11 +354,8 @@ def test_a_run_inside_its_own_corpus_goes_on(killed_in, text, tmp_path, monkeypa
     data.mkdir()
     shutil.copy(text, data)
 
-    def killed(*_, **__):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(loop, killed_in, killed)
+        patch.setattr(loop, killed_in, dying)
         with pytest.raises(KeyboardInterrupt):
             pretrain(small(), data, run)
     assert (run / "recipe.json").exists()

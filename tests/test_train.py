@@ -84,6 +84,7 @@ def test_set_reaches_every_key_with_its_type():
         ("train.max_steps=true", "train.max_steps: expected an integer, got True"),
         ("train.max_steps=0", "train.max_steps: expected at least 1, got 0"),
         ("train.lr=nan", "train.lr: expected more than 0"),
+        ("train.lr=inf", "train.lr: expected a finite number, got inf"),
         ("train.beta2=1.0", "train.beta2: expected at least 0.0 and less than 1.0, got 1.0"),
         ("train.dtype=float16", "train.dtype: expected 'float32' or 'bfloat16', got 'float16'"),
         ("train.batch_tokens=100", "train.batch_tokens: expected a multiple of data.row_tokens=32, got 100"),
@@ -360,6 +361,32 @@ def test_divergence_stops_the_run_and_leaves_the_checkpoint(data, tmp_path, monk
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows if row["grad_norm"] is None] == [2, 7, *range(11, 21)]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000004", "step-00000008"]
+
+
+def test_a_run_shorter_than_the_patience_diverges_too(data, tmp_path, monkeypatch):
+    original = optimizers.train_step
+
+    def poisoned(model, *rest, **arguments):
+        with torch.no_grad():
+            model.head.bias.fill_(torch.nan)
+        return original(model, *rest, **arguments)
+
+    monkeypatch.setattr("fastlm.train.loop.train_step", poisoned)
+    with pytest.raises(Diverged, match=r"of 3 steps in a row, up to step 3, .*; there is no checkpoint yet"):
+        pretrain(small(train__max_steps=3), data, tmp_path)
+    assert not (tmp_path / "hf").exists()
+
+
+def test_the_loss_of_a_step_without_predictions_is_null(data, tmp_path):
+    recipe = small(data__mlm_probability=0.01, train__batch_tokens=32)
+    summary = pretrain(recipe, data, tmp_path).summary
+    found = losses(tmp_path)
+    predicted = [MaskedLM(recipe, open_dataset(data), CPU).micro(step, 0).predicted for step in range(12)]
+    assert [loss is None for loss in found] == [count == 0 for count in predicted]
+    assert 0 < predicted.count(0) < 12
+    assert summary["final_loss"] == pytest.approx(
+        sum(loss for loss in found if loss is not None) / (12 - found.count(None))
+    )
 
 
 def command(*arguments):

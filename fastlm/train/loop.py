@@ -39,7 +39,7 @@ from fastlm.train.optimizer import lr_at, make_optimizer, train_step
 from fastlm.train.progress import ProgressLine, duration
 from fastlm.train.recipe import Recipe
 
-PATIENCE = 10  # steps without finite gradients, one after another, that end a run
+PATIENCE = 10  # steps without finite gradients, one after another, that end a run; all of a shorter one
 
 
 class Diverged(FloatingPointError):
@@ -161,10 +161,17 @@ class _Run:
         runs.write_recipe(self.out, self.recipe, self.start.origin)
         runs.adopt_metrics(self.start, self.out)
         self.metrics = MetricsFile(self.out / runs.METRICS, first)
+        if self.start.branches:
+            self._save()  # the other run may drop the checkpoint that this one starts from
         objective = OBJECTIVES[self.recipe.model.architecture](self.recipe, self.dataset, self.device)
         launched: deque[_Launched] = deque()
         with ProgressLine(self.recipe.name, table.max_steps) as self.line, _stop_signal() as stop:
             self._headline()
+            if self.metrics.rows < first:
+                self.line.note(
+                    f"{runs.METRICS} lacks {first - self.metrics.rows} of the {first} steps before: first_loss and "
+                    f"{runs.PLOT} will be of what it has"
+                )
             self.clock = time.perf_counter()
             try:
                 for step, micros in _ahead(objective, self.recipe.micro_count, first, table.max_steps):
@@ -209,7 +216,7 @@ class _Run:
         self.metrics.add(
             {
                 "step": step.number,
-                "loss": loss,
+                "loss": loss if step.count("predicted") else None,
                 "tokens": counters.tokens,
                 "tokens_per_s": round(tokens / seconds, 1),
                 "lr": step.lr,
@@ -230,12 +237,12 @@ class _Run:
         if counters.skipped:
             text.append(f"{counters.skipped} skipped")
         self.line.update(step.number, "  ".join(text))
-        if counters.streak == PATIENCE:
+        if counters.streak == min(PATIENCE, steps):
             newest, _ = load_newest(self.out / runs.CHECKPOINTS)
             kept = "there is no checkpoint yet" if newest is None else f"the newest checkpoint is {newest.path}"
             raise Diverged(
-                f"the gradients of {PATIENCE} steps in a row, up to step {step.number}, were not finite, and none was "
-                f"applied; {kept}. "
+                f"the gradients of {counters.streak} steps in a row, up to step {step.number}, were not finite, and "
+                f"none was applied; {kept}. "
                 f"Try a lower train.lr than {self.recipe.train.lr:g}, or more than "
                 f"{self.recipe.train.warmup_steps} train.warmup_steps"
             )

@@ -19,18 +19,21 @@ class MetricsFile:
     """metrics.jsonl, one JSON object a line: step, loss, tokens, tokens_per_s, lr, grad_norm, mfu.
 
     `tokens` are the real ones from the start of the run, `grad_norm` is before clipping. A loss or norm that is not
-    finite (its step was skipped), and an unknown MFU, are null.
+    finite (its step was skipped), the loss of a step that predicted nothing, and an unknown MFU are null.
+
+    `rows` is how many lines there were before.
     """
 
     def __init__(self, path: Path, step: int):
         """Open `path` for appending after `step`: lines of later steps, and a torn last one, are cut off."""
         self._file = open(path, "ab+")  # noqa: SIM115
         self._file.seek(0)
-        end = 0
+        end = self.rows = 0
         for row, length in _rows(self._file):
             if row["step"] > step:
                 break
             end += length
+            self.rows += 1
         self._file.truncate(end)
 
     def add(self, row: dict) -> None:

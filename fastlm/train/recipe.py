@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import operator
 import sys
 from collections.abc import Iterable
@@ -262,6 +263,8 @@ _HOLDS = {"at least": operator.ge, "more than": operator.gt, "at most": operator
 
 
 def _check_range(name: str, value, meta) -> None:
+    if value in (math.inf, -math.inf):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
     if meta["of"] and value not in meta["of"]:
         raise ValueError(f"{name}: expected {' or '.join(map(repr, meta['of']))}, got {value!r}")
     bounds = {words: bound for words, bound in meta["bounds"].items() if bound is not None}

@@ -60,10 +60,12 @@ class Start:
 
     checkpoint   what it goes on from, None for new weights
     origin       the checkpoint of another run that this one was started from, as recipe.json stores it, or None
+    branches     whether `checkpoint` is that one
     """
 
     checkpoint: Checkpoint | None = None
     origin: str | None = None
+    branches: bool = False
 
 
 def find_start(recipe: Recipe, out: Path, resume: str) -> Start:
@@ -107,7 +109,7 @@ def find_start(recipe: Recipe, out: Path, resume: str) -> Start:
             f"out: expected no finished run in {out}, where there is no checkpoint of it to go on from; found "
             f"{' and '.join(finished)}. Delete what is there to train anew, or name another directory"
         )
-    return Start(start, origin)
+    return Start(start, origin, branches=start is not None and newest is None)
 
 
 def _holds_run(out: Path) -> bool:
