@@ -1,0 +1,159 @@
+"""Compiles the Triton kernels that a call launches, for any architecture, on a machine without a GPU.
+
+    with compile_for(90) as kernels:
+        ops.layer_norm(x, backend="triton")       # CPU tensors; every launch compiles, none runs
+    kernels[0].resources().registers
+
+The launchers themselves decide what is compiled, so these are the configurations that a device would be given. Outputs
+are left as they were allocated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+# Shared memory that one block may have, bytes: CUDA C++ Programming Guide, "Technical Specifications per Compute
+# Capability"; and warps and registers of a multiprocessor.
+SHARED_OF_BLOCK = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+SHARED_OF_SM = {80: 164 << 10, 86: 100 << 10, 89: 100 << 10, 90: 228 << 10, 100: 228 << 10, 120: 100 << 10}
+WARPS_OF_SM = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
+BLOCKS_OF_SM = {80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}
+REGISTERS_OF_SM = 65536
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What ptxas gave a kernel: registers a thread, bytes of spills a thread, bytes of shared memory a block."""
+
+    registers: int
+    spills: int
+    shared: int
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel compiled for sm_`arch`."""
+
+    name: str
+    arch: int
+    num_warps: int
+    shared: int
+    ptx: str
+    cubin: bytes
+
+    def resources(self) -> Resources:
+        from triton import knobs
+
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(self.cubin)
+            file.flush()
+            command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+            text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        used = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text.split(f"Function {self.name}:")[1]))
+        return Resources(int(used["REG"]), int(used["STACK"]) + int(used["LOCAL"]), self.shared)
+
+    def occupancy(self, resources: Resources) -> float:
+        """Share of a multiprocessor's warps that can be resident."""
+        registers = -(-resources.registers // 8) * 8 * 32 * self.num_warps  # handed out to warps in units of 256
+        blocks = min(
+            BLOCKS_OF_SM[self.arch],
+            WARPS_OF_SM[self.arch] // self.num_warps,
+            REGISTERS_OF_SM // registers,
+            SHARED_OF_SM[self.arch] // (self.shared + 1024),  # 1 kB of a block's is the system's
+        )
+        return blocks * self.num_warps / WARPS_OF_SM[self.arch]
+
+    def matrix_instruction(self) -> str:
+        """"tcgen05", "wgmma", "mma" or "": what multiplies matrices."""
+        for word in ("tcgen05.mma", "wgmma.mma_async", "mma.sync"):
+            if word in self.ptx:
+                return word.split(".")[0]
+        return ""
+
+    def load_bytes(self) -> dict[int, int]:
+        """How many instructions load 1, 2, 4, 8 or 16 bytes from global memory."""
+        counts: dict[int, int] = {}
+        for vector, bits in re.findall(r"\bld\.global(?:\.[\w:]+)*?(?:\.v([248]))?\.[bfsu](\d+)\b", self.ptx):
+            size = int(vector or 1) * int(bits) // 8
+            counts[size] = counts.get(size, 0) + 1
+        for size in re.findall(r"cp\.async\.c[ag]\.shared\.global\s+\[[^\]]*\],\s*\[[^\]]*\],\s*(0x\w+|\d+)", self.ptx):
+            counts[int(size, 0)] = counts.get(int(size, 0), 0) + 1
+        return dict(sorted(counts.items()))
+
+
+class _Driver:
+    """What Triton's runtime asks of a device, answered for one that is not there."""
+
+    def __init__(self, arch: int, compiled: list[Compiled]):
+        self.arch, self.compiled, self.metadata = arch, compiled, None
+        self.utils = self  # load_binary, get_device_properties
+        self.launcher_cls = self.launcher
+
+    # Triton keeps loaded kernels per device; each of these drivers is a device of its own.
+    def get_current_device(self):
+        return id(self)
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+    def get_device_properties(self, device):
+        return {
+            "max_shared_mem": SHARED_OF_BLOCK[self.arch], "multiprocessor_count": 132, "warpSize": 32,
+            "max_num_regs": REGISTERS_OF_SM,
+        }  # fmt: skip
+
+    def get_benchmarker(self):
+        raise ValueError("autotuning needs a device: give the kernel one configuration")
+
+    def load_binary(self, name, binary, shared, device):
+        """module, function, registers, spills, threads of a block"""
+        return self, None, 0, 0, 1024
+
+    def launcher(self, source, metadata):
+        self.metadata = metadata  # of the kernel whose loading `collect` hears of next
+        return lambda *args: None
+
+    def collect(self, module, function, name, metadata_group, hash):
+        files = {Path(name).suffix: Path(path) for name, path in metadata_group.items()}
+        m = self.metadata
+        self.compiled.append(
+            Compiled(name, self.arch, m.num_warps, m.shared, files[".ptx"].read_text(), files[".cubin"].read_bytes())
+        )
+
+
+@contextlib.contextmanager
+def compile_for(arch: int):
+    """Every Triton launch inside is compiled for sm_`arch`, and nothing is run. Yields the list of Compiled, growing.
+
+    Raises triton's OutOfResources where a kernel asks for more shared memory than a block of that architecture has, and
+    ValueError for an architecture that SHARED_OF_BLOCK lacks.
+    """
+    from triton import knobs
+    from triton.runtime.driver import driver
+
+    if arch not in SHARED_OF_BLOCK:
+        raise ValueError(f"arch: expected one of {sorted(SHARED_OF_BLOCK)}, got {arch}")
+    compiled: list[Compiled] = []
+    before, stand_in = driver._active, _Driver(arch, compiled)
+    driver.set_active(stand_in)
+    knobs.runtime.kernel_load_end_hook.add(stand_in.collect)
+    try:
+        yield compiled
+    finally:
+        knobs.runtime.kernel_load_end_hook.remove(stand_in.collect)
+        driver._active = before
