@@ -71,7 +71,7 @@ class Compiled:
         return blocks * self.num_warps / WARPS_OF_SM[self.arch]
 
     def matrix_instruction(self) -> str:
-        """"tcgen05", "wgmma", "mma" or "": what multiplies matrices."""
+        """ "tcgen05", "wgmma", "mma" or "": what multiplies matrices."""
         for word in ("tcgen05.mma", "wgmma.mma_async", "mma.sync"):
             if word in self.ptx:
                 return word.split(".")[0]

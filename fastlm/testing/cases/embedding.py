@@ -64,6 +64,11 @@ EMBEDDING = OpCase(
         Variant({"rows": 8, "seq": 512, **_BERT, "packed": 1}, {"dropout_p": 0.1}),
         Variant({"rows": 4, "seq": 256, "cols": 512, "vocab": 50257, "places": 1024, "norm": 0}, {"dropout_p": 0.1}),
     ),
+    production=(
+        Variant({"rows": 2, "seq": 512, **_BERT, "packed": 1}, {"dropout_p": 0.1}, ("weight", "bias")),
+        Variant({"rows": 2, "seq": 512, "cols": 768, "vocab": 50257, "places": 1024, "norm": 0}, {"dropout_p": 0.1}),
+        Variant({"rows": 2, "seq": 512, "cols": 512, "vocab": 32128, "norm": 0}),  # T5
+    ),
     bytes=_embedding_bytes,
     gradcheck=(Variant({"rows": 2, "seq": 3, "cols": 4, "vocab": 5, "places": 4, "types": 2}, {"dropout_p": 0.3}),),
 )

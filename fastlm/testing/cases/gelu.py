@@ -46,6 +46,11 @@ GELU = OpCase(
         for gate in ({}, {"bias": 0, "gate": 1})
         for options in ({}, _TANH)
     ),
+    production=(
+        Variant({"rows": 16, "cols": 3072}, float32=("bias",)),  # BERT
+        Variant({"rows": 16, "cols": 3072}, _TANH, ("bias",)),  # GPT-2
+        Variant({"rows": 16, "cols": 2048, "bias": 0, "gate": 1}, _TANH),  # T5 v1.1
+    ),
     bytes=_gelu_bytes,
     gradcheck=(Variant({"rows": 3, "cols": 5, "gate": 1}), Variant({"rows": 3, "cols": 5}, _TANH)),
 )

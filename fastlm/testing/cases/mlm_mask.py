@@ -54,6 +54,11 @@ MLM_MASK = OpCase(
         Variant({"rows": 256, "cols": 512, "vocab": 30522, "packed": 1, "epochs": 2}, _BERT),
         Variant({"rows": 256, "cols": 512, "vocab": 30522, "words": 1}, _BERT),
     ),
+    production=(
+        Variant({"rows": 16, "cols": 512, "vocab": 30522}, _BERT),
+        Variant({"rows": 16, "cols": 512, "vocab": 30522, "packed": 1, "epochs": 2}, _BERT),
+        Variant({"rows": 16, "cols": 512, "vocab": 30522, "packed": 1, "epochs": 2, "words": 1}, _BERT),
+    ),
     # input_ids, labels and what is given per token; index and targets are 15% of a token each
     bytes=lambda shape, options, itemsize, backward: (
         0

@@ -1,0 +1,59 @@
+"""What the compilers make of the kernels, held to the committed report and to what each kind of kernel must be."""
+
+import csv
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastlm.info import version
+from fastlm.testing.ahead_of_time import Compiled, Resources, compile_for
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+static_report = pytest.importorskip("static_report")
+
+COMMITTED = static_report.FILE.read_text()
+ROWS = list(csv.DictReader(COMMITTED.splitlines()[1:]))
+MEMORY_BOUND = ("layer_norm", "rms_norm", "gelu", "embedding", "mlm_mask")
+
+
+def test_every_production_configuration_compiles_to_what_is_committed():
+    """For sm_80, sm_90, sm_100 and sm_120, in the shared memory of each."""
+    pinned = COMMITTED.splitlines()[0].removeprefix("# triton ")
+    if version("triton") != pinned:
+        pytest.skip(f"the report is of triton {pinned}, here is {version('triton')}")
+    changed = static_report.differences(COMMITTED, static_report.as_text(static_report.report()))
+    assert not changed, "python benchmarks/static_report.py, and commit it, if this is on purpose:\n" + "\n".join(
+        changed
+    )
+
+
+def test_memory_bound_kernels_do_not_spill():
+    rows = [row for row in ROWS if row["op"] in MEMORY_BOUND and row["arch"] in ("sm_80", "sm_90")]
+    assert {row["op"] for row in rows} == set(MEMORY_BOUND)
+    assert not [row for row in rows if row["spill_bytes"] != "0"]
+
+
+def test_report_reads_ptx():
+    ptx = """ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [%rd1]; @%p1 ld.global.L1::evict_last.b16 %rs1, [%rd2];
+    cp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10, %r2; wgmma.mma_async.sync.aligned.m64n64k16 x;"""
+    kernel = Compiled("k", 90, 8, 65536, ptx, b"")
+    assert kernel.load_bytes() == {2: 1, 16: 2}
+    assert kernel.matrix_instruction() == "wgmma"
+    assert kernel.occupancy(Resources(128, 0, 65536)) == 16 / 64  # two blocks by registers, three by shared memory
+
+
+def test_more_shared_memory_than_the_architecture_has_is_an_error():
+    from ptx.sources.triton_kernels import matmul
+    from triton.runtime.errors import OutOfResources
+
+    a = torch.zeros(128, 128, dtype=torch.bfloat16)
+    arguments = (a, a, a, 128, 128, 128, 128, 128, 128, 128, 128, 128, "ieee")
+    with compile_for(90):
+        matmul[(1,)](*arguments, num_stages=3)
+    with compile_for(120), pytest.raises(OutOfResources, match="shared memory"):
+        matmul[(1,)](*arguments, num_stages=3)
+    with pytest.raises(ValueError, match="arch: expected one of"), compile_for(70):
+        pass
