@@ -136,6 +136,34 @@ def fill_mask(
             typer.echo(f"{candidate.probability:7.1%}  {candidate.token:<16}  {candidate.text}")
 
 
+@app.command()
+def tune(
+    op: Annotated[
+        list[str] | None, typer.Option(help="An op; again for more. Default: all with Triton kernels.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    out: Annotated[Path | None, typer.Option(help="Table to write or add to; else the user's for this GPU.")] = None,
+) -> None:
+    """Measure the Triton kernels' configurations on this GPU, and keep those that beat the shipped ones."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError("tune: expected a CUDA device, found none; the shipped configurations need no tuning to work")
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"--dtype: expected float32, bfloat16 or float16, got {dtype!r}")
+
+    from fastlm import tune as tuner
+    from fastlm.kernels import tuning
+    from fastlm.ops import _registry
+
+    gpu = torch.cuda.get_device_name()
+    out = out or tuning.user_directory() / tuning.file_name(gpu)
+    ops = op or [name for name in _registry.AUTO if "triton" in _registry.backends(name)]
+    found = tuner.tune(ops, getattr(torch, dtype), say=typer.echo)
+    tuner.write_table(out, gpu, found)
+    typer.echo(f"{sum(map(len, found.values()))} configurations: {out}")
+
+
 def _repeat_options(arguments: list[str]) -> list[str]:
     """`--data a b` as `--data a --data b`, which is what click knows."""
     out, several = [], None

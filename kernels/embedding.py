@@ -15,6 +15,7 @@ import triton.language as tl
 from .device import multiprocessors
 from .partials import sum_partials
 from .philox import dropout_key, keep_rows
+from .tuning import choose
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,16 @@ JOIN = 32  # chunks that _join takes at once
 FEW = 4  # rows of a table up to which every program keeps a sum for each: BERT's token types are 2
 
 
-def config(cols: int) -> Config:
+def config(cols: int, kernel: str) -> Config:
     block_n = max(16, triton.next_power_of_2(cols))
+    rows, warps = (1, 2, 4, 8, 16), (1, 2, 4, 8, 16)
+    return choose(
+        kernel, (block_n,), lambda: _rule(block_n),
+        lambda: [Config(m, block_n, w) for m in rows for w in warps if 4 <= m * block_n // (32 * w) <= 64],
+    )  # fmt: skip
+
+
+def _rule(block_n: int) -> Config:
     return Config(max(1, min(16, TILE // block_n)), block_n, min(16, max(4, 4 * block_n // TILE)))
 
 
@@ -263,7 +272,7 @@ def embedding_fwd(tables, ids, period, weight, bias, y, mean, rstd, *, eps, thre
     tokens, cols = y.shape
     if tokens == 0:
         return
-    c = config(cols)
+    c = config(cols, "embedding_fwd")
     pointers, sizes, strides, has = _lookups(tables, ids, period)
     _fwd[(triton.cdiv(tokens, c.block_m),)](
         *pointers, weight, bias, y, mean, rstd, rng, tokens, cols, *sizes, *strides, eps, stream, threshold, scale,
@@ -285,7 +294,7 @@ def embedding_bwd(
         return
     dh = dy
     if weight is not None or threshold > 0:
-        c = config(cols)
+        c = config(cols, "embedding_bwd")
         count = min(triton.cdiv(tokens, c.block_m), 2 * multiprocessors(dy.device))
         dh = dy.new_empty(tokens, cols, dtype=torch.float32)
         partial = dy.new_empty(2 if dbias is not None else 1, count, cols, dtype=torch.float32)

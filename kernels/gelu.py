@@ -12,6 +12,7 @@ import triton.language as tl
 
 from .device import multiprocessors
 from .partials import sum_partials
+from .tuning import choose
 
 
 @dataclass(frozen=True)
@@ -23,10 +24,13 @@ class Config:
     num_warps: int = 4
 
 
-def config(cols: int) -> Config:
+def config(cols: int, kernel: str) -> Config:
     """2048 elements; 256 columns of a row, one warp's 16-byte loads, where there are as many."""
     block_n = min(256, max(16, triton.next_power_of_2(cols)))
-    return Config(2048 // block_n, block_n)
+    return choose(
+        kernel, (block_n,), lambda: Config(2048 // block_n, block_n),
+        lambda: [Config(tile // block_n, block_n, warps) for tile in (1024, 2048, 4096) for warps in (2, 4, 8)],
+    )  # fmt: skip
 
 
 @triton.jit
@@ -105,7 +109,7 @@ def gelu_fwd(x, bias, gate, y, *, tanh):
     rows, cols = x.shape
     if x.numel() == 0:
         return
-    c = config(cols)
+    c = config(cols, "gelu_fwd")
     _fwd[(triton.cdiv(rows, c.block_m), triton.cdiv(cols, c.block_n))](
         x, bias, gate, y, rows, cols, x.stride(0), 0 if gate is None else gate.stride(0),
         TANH=tanh, HAS_BIAS=bias is not None, HAS_GATE=gate is not None,
@@ -120,7 +124,7 @@ def gelu_bwd(dy, x, bias, gate, dx, dbias, dgate, *, tanh):
         if dbias is not None:
             dbias.zero_()
         return
-    c = config(cols)
+    c = config(cols, "gelu_bwd")
     tiles, blocks = triton.cdiv(rows, c.block_m), triton.cdiv(cols, c.block_n)
     # With a sum over the rows, eight programs a multiprocessor in all, each with its part of the rows.
     count = tiles if dbias is None else min(tiles, triton.cdiv(8 * multiprocessors(x.device), blocks))

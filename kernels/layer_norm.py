@@ -15,6 +15,7 @@ import triton.language as tl
 from .device import multiprocessors
 from .partials import sum_partials
 from .philox import dropout_key, keep_rows
+from .tuning import choose
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,20 @@ LONG_BLOCK = 4096
 
 
 def config(cols: int, backward: bool) -> Config:
+    name = "layer_norm_bwd" if backward else "layer_norm_fwd"
+    return choose(name, (triton.next_power_of_2(cols),), lambda: _rule(cols, backward), lambda: _others(cols, backward))
+
+
+def _others(cols: int, backward: bool) -> list[Config]:
+    rule = _rule(cols, backward)
+    if rule.long:
+        return [Config(1, block, warps, long=True) for block in (2048, 4096, 8192) for warps in (4, 8, 16)]
+    rows, warps = (1, 2, 4, 8, 16), (1, 2, 4, 8, 16)
+    # 4 to 64 elements a thread: fewer leave loads too short, more spill.
+    return [Config(m, rule.block_n, w) for m in rows for w in warps if 4 <= m * rule.block_n // (32 * w) <= 64]
+
+
+def _rule(cols: int, backward: bool) -> Config:
     """Rows that share a program while they are short; more warps, no more rows, as they grow."""
     tile, longest = (BWD_TILE, BWD_LONGEST) if backward else (FWD_TILE, FWD_LONGEST)
     if cols > longest:

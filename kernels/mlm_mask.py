@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from .philox import MASK_DOMAIN, make_key, philox4x32
+from .tuning import choose
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,10 @@ class Config:
     num_warps: int = 4
 
 
-CONFIG = Config()
+def config() -> Config:
+    return choose("mlm_mask", (), Config, lambda: [Config(b, w) for b in (512, 1024, 2048) for w in (2, 4, 8)])
+
+
 IGNORE = tl.constexpr(-100)
 
 
@@ -206,7 +210,7 @@ def mlm_mask(
     strides, or None; special_ids, left_out sorted and unique.
     """
     rows, cols = input_ids.shape
-    tokens, capacity, c = rows * cols, index.numel(), CONFIG
+    tokens, capacity, c = rows * cols, index.numel(), config()
     blocks = triton.cdiv(tokens, c.block)
     flags = input_ids.new_empty(tokens, dtype=torch.int8)
     counts = input_ids.new_empty(blocks, dtype=torch.int32)

@@ -1,0 +1,140 @@
+"""`fastlm tune`: measures the configurations of the Triton kernels on this GPU and writes a table that launchers read.
+
+What is tuned comes from the ops themselves: a call is observed, and every kernel that asked for a configuration
+(fastlm.kernels.tuning.choose) has its candidates timed in place, one kernel at a time, in the calls of the OpCases'
+benchmark shapes. A candidate replaces the rule's configuration where it is faster by more than MARGIN.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+from fastlm.ops import _registry
+from fastlm.testing.cases import CASES, OpCase, Variant
+
+MARGIN = 0.02  # of the time of a call; what is nearer is noise
+CALLS = 10  # in a CUDA graph, so that the host's time does not count
+REPLAYS = 20
+
+Measure = Callable[[Callable[[], object]], float]
+
+
+def device_ms(function: Callable[[], object]) -> float:
+    """Milliseconds of device time a call of `function`, by CUDA graph: the median of REPLAYS replays of CALLS calls."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compiles, and warms up
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(CALLS):
+            function()
+    times = []
+    for _ in range(REPLAYS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / CALLS)
+    return sorted(times)[REPLAYS // 2]
+
+
+def tune(
+    ops: Iterable[str], dtype: torch.dtype, device: str = "cuda", measure: Measure = device_ms,
+    variants: Callable[[OpCase], Iterable[Variant]] = lambda case: case.benchmarks,
+    say: Callable[[str], None] = print,
+) -> dict[str, dict[str, dict]]:  # fmt: skip
+    """The `configurations` of a table: {kernel: {shape: fields}}, of those that beat the rule's or the present table's.
+
+    measure: milliseconds of a call. ValueError for an op without Triton kernels.
+    """
+    from fastlm.kernels import tuning
+
+    found: dict[str, dict[str, dict]] = {}
+    seen: set = set()
+    for op in ops:
+        if op not in CASES or "triton" not in _registry.backends(op):
+            having = [case.op for case in CASES.values() if "triton" in _registry.backends(case.op)]
+            raise ValueError(f"op: expected one with Triton kernels ({', '.join(having)}), got {op!r}")
+        case = CASES[op]
+        for variant in variants(case):
+            forward, both = _calls(case, variant, dtype, device)
+            for function in (forward, both):
+                with tuning.observe() as asked:
+                    function()
+                for key, (now, candidates) in asked.items():
+                    if key in seen:  # the forward's kernels are measured in the forward
+                        continue
+                    seen.add(key)
+                    best = _fastest(key, now, candidates(), function, measure, say)
+                    if best != now:
+                        found.setdefault(key[0], {})[tuning.shape_name(key[1])] = dataclasses.asdict(best)
+    return found
+
+
+def _calls(case: OpCase, variant: Variant, dtype: torch.dtype, device: str):
+    """(forward, forward and backward) of a case, which take turns among inputs larger than the second-level cache."""
+    sets = [case.inputs(variant, seed, dtype, device) for seed in range(4)]
+    outputs = case.run(case.function, variant, sets[0], backend="triton")
+    cotangents = [torch.randn_like(out) for out in outputs if out.requires_grad]
+    following = itertools.cycle(sets).__next__
+
+    def forward():
+        with torch.no_grad():
+            return case.run(case.function, variant, following(), backend="triton")
+
+    def both():
+        inputs = following()
+        outputs = [o for o in case.run(case.function, variant, inputs, backend="triton") if o.requires_grad]
+        leaves = [x for x in inputs.values() if isinstance(x, torch.Tensor) and x.requires_grad]
+        return torch.autograd.grad(outputs, leaves, cotangents, allow_unused=True) if outputs else None
+
+    return forward, both
+
+
+def _fastest(key, now, candidates, function, measure: Measure, say):
+    """`now`, or the candidate that is faster by more than MARGIN."""
+    from triton.errors import TritonError
+
+    from fastlm.kernels import tuning
+
+    kernel, shape = key
+    times = {}
+    for candidate in [now, *(c for c in dict.fromkeys(candidates) if c != now)]:
+        try:
+            with tuning.override(key, candidate) if candidate != now else nullcontext():
+                times[candidate] = measure(function)
+        except (TritonError, RuntimeError) as error:  # more shared memory or registers than there are
+            say(f"  {kernel} {tuning.shape_name(shape)}: {candidate} does not run: {type(error).__name__}")
+            if candidate == now:
+                raise
+    best = min(times, key=times.__getitem__)
+    if times[best] >= times[now] * (1 - MARGIN):
+        best = now
+    gain = f", {times[now] / times[best]:.2f}× with {best}" if best != now else ""
+    say(f"{kernel} {tuning.shape_name(shape)}: {times[now]:.4f} ms, {len(times)} tried{gain}")
+    return best
+
+
+def write_table(path: Path, gpu: str, configurations: dict[str, dict[str, dict]]) -> None:
+    """Adds configurations to a table, or makes it."""
+    import triton
+
+    from fastlm.kernels import tuning
+    from fastlm.storage import replace_json
+
+    merged = tuning.read_table(path) if path.is_file() else {}
+    for kernel, shapes in configurations.items():
+        merged.setdefault(kernel, {}).update(shapes)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_json(path, {"gpu": gpu, "triton": triton.__version__, "configurations": merged})
+    tuning.forget()

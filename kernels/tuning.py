@@ -1,0 +1,124 @@
+"""Configurations measured on a GPU, ahead of the rules that each kernel's file has for all of them.
+
+    choose(kernel, shape, rule, candidates)     what a launcher asks
+
+A table is a JSON file for one GPU and one version of triton:
+    {"gpu": "NVIDIA H200", "triton": "3.7.1", "configurations": {"layer_norm_fwd": {"1024": {"block_m": 4, ...}}}}
+Tables lie in `tables/` beside this file, committed with the measurement in LOG.md, and in the user's cache directory,
+where `fastlm tune` writes; the user's wins. Nothing is ever measured during a run. Where neither has a kernel, or an
+interpreter takes CPU tensors, the rule decides.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import triton
+
+C = TypeVar("C")  # a frozen dataclass of one kernel's block shape, warps and stages
+Key = tuple[str, tuple[int, ...]]  # kernel and shape class
+
+SHIPPED = Path(__file__).parent / "tables"
+
+_chosen: dict[Key, object] = {}
+_tables: dict[str, dict[str, dict]] = {}  # GPU name -> kernel -> shape -> fields
+_observed: dict[Key, tuple[object, Callable[[], Iterable]]] | None = None
+
+
+def user_directory() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastlm" / "tables"
+
+
+def file_name(gpu: str) -> str:
+    """ "NVIDIA H200", triton 3.7.1 -> nvidia-h200-triton-3.7.1.json"""
+    return f"{re.sub('[^a-z0-9]+', '-', gpu.lower()).strip('-')}-triton-{triton.__version__}.json"
+
+
+def read_table(path: Path) -> dict[str, dict]:
+    """The configurations of a table. ValueError where it is not one."""
+    try:
+        table = json.loads(path.read_text())
+        configurations = table["configurations"]
+        if not all(isinstance(fields, dict) for shapes in configurations.values() for fields in shapes.values()):
+            raise TypeError("a configuration is not an object")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is not a table of kernel configurations ({error}); delete it, or tune again"
+        ) from error
+    return configurations
+
+
+def _table(gpu: str) -> dict[str, dict]:
+    if gpu not in _tables:
+        merged: dict[str, dict] = {}
+        for directory in (SHIPPED, user_directory()):
+            path = directory / file_name(gpu)
+            for kernel, shapes in read_table(path).items() if path.is_file() else ():
+                merged.setdefault(kernel, {}).update(shapes)
+        _tables[gpu] = merged
+    return _tables[gpu]
+
+
+def shape_name(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def choose(kernel: str, shape: tuple[int, ...], rule: Callable[[], C], candidates: Callable[[], Iterable[C]]) -> C:
+    """The configuration of a kernel for a shape class: a table's, else the rule's.
+
+    shape: what the rule looks at, the architecture too if it does. candidates: others for `fastlm tune` to measure.
+    """
+    key = kernel, shape
+    found = _chosen.get(key)
+    if found is None:
+        found = rule()
+        if torch.cuda.is_available():
+            fields = _table(torch.cuda.get_device_name()).get(kernel, {}).get(shape_name(shape))
+            if fields is not None:
+                try:
+                    found = dataclasses.replace(found, **fields)
+                except TypeError as error:
+                    raise ValueError(
+                        f"the table of {torch.cuda.get_device_name()} has a configuration of {kernel} that this "
+                        f"version does not know ({error}); delete {user_directory()}, or tune again"
+                    ) from error
+        _chosen[key] = found
+    if _observed is not None:
+        _observed[key] = found, candidates
+    return found
+
+
+@contextlib.contextmanager
+def observe():
+    """Collects what is asked of `choose` inside: {(kernel, shape): (configuration, candidates)}."""
+    global _observed
+    before, _observed = _observed, {}
+    try:
+        yield _observed
+    finally:
+        _observed = before
+
+
+@contextlib.contextmanager
+def override(key: Key, configuration):
+    """`choose` gives `configuration` for one kernel and shape inside."""
+    before = _chosen.get(key)
+    _chosen[key] = configuration
+    try:
+        yield
+    finally:
+        _chosen.pop(key) if before is None else _chosen.update({key: before})
+
+
+def forget() -> None:
+    """Tables are read again."""
+    _chosen.clear()
+    _tables.clear()
