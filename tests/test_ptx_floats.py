@@ -41,6 +41,30 @@ def test_half_arithmetic_is_rounded_once_alone_and_in_pairs(kind, op):
     assert_bits(pairs.view(np.uint16), expected, kind, *inputs)
 
 
+@pytest.mark.parametrize("op", ["add", "sub", "mul", "fma"])
+def test_half_arithmetic_saturates(op):
+    """To [0, 1], NaN to 0, -0 to 0; .relu of an fma only from below, NaN kept; alone and in pairs."""
+    count = 3 if op == "fma" else 2
+    inputs = [patterns("f16", 200, seed) for seed in range(count)]
+    sources = ", ".join(f"x{k}" for k in range(count))
+    exact_bits = [exact(op, [decode(x, "f16") for x in row], "f16", "rn") for row in zip(*inputs)]
+
+    def saturated(bits):
+        value = decode(bits, "f16")
+        return 0 if math.isnan(value) or value <= 0 else min(bits, 0x3C00)
+
+    pairs = [x.view(np.uint32) for x in inputs]
+    expected = [saturated(bits) for bits in exact_bits]
+    assert_bits(evaluate(f"{op}.rn.sat.f16 y, {sources};", "b16", *inputs), expected, "f16", *inputs)
+    got = evaluate(f"{op}.rn.sat.f16x2 y, {sources};", "b32", *pairs).view(np.uint16)
+    assert_bits(got, expected, "f16", *inputs)
+    if op == "fma":
+        expected = [0 if bits >> 15 else bits for bits in exact_bits]
+        assert_bits(evaluate(f"fma.rn.relu.f16 y, {sources};", "b16", *inputs), expected, "f16", *inputs)
+        got = evaluate(f"fma.rn.relu.f16x2 y, {sources};", "b32", *pairs).view(np.uint16)
+        assert_bits(got, expected, "f16", *inputs)
+
+
 @pytest.mark.parametrize("mode", ["rn", "rz", "rm", "rp"])
 def test_sqrt_is_rounded_once(mode):
     x = patterns("f32", 150, 0)

@@ -161,7 +161,23 @@ def test_votes_matches_and_reductions():
     assert (warp("match.all.sync.b32 y|%p1, x0, -1; @%p1 mov.b32 y, 5;", few) == 0).all()
     assert (warp("redux.sync.add.s32 y, x0, -1;", VALUES) == VALUES.sum(dtype=np.uint32)).all()
     assert (warp("redux.sync.min.s32 y, x0, -1;", VALUES) == VALUES.view(np.int32).min().view(np.uint32)).all()
+    assert (warp("redux.sync.max.u32 y, x0, -1;", VALUES) == VALUES.max()).all()
+    assert (warp("redux.sync.and.b32 y, x0, -1;", VALUES) == np.bitwise_and.reduce(VALUES)).all()
     assert (warp("redux.sync.xor.b32 y, x0, -1;", VALUES) == np.bitwise_xor.reduce(VALUES)).all()
+    halves = "mov.u32 %r1, %laneid; shr.u32 %r1, %r1, 4; neg.s32 %r1, %r1; xor.b32 %r1, %r1, 0xFFFF;"
+    half = warp(halves + "redux.sync.add.u32 y, x0, %r1;", VALUES)  # 0xFFFF, and its complement
+    np.testing.assert_array_equal(half, np.repeat(VALUES.reshape(2, 16).sum(1, dtype=np.uint32), 16))
+
+
+def test_activemask():
+    """The lanes of the branch, and all of them where they have met again."""
+    code = """and.b32 %r1, x0, 1; setp.ne.u32 %p1, %r1, 0; mov.b32 y, 0; @%p1 bra A; bra B;
+    A: activemask.b32 y;
+    B: bar.warp.sync -1; activemask.b32 %r2; not.b32 %r2, %r2; add.u32 y, y, %r2;"""
+    odd = VALUES & 1
+    np.testing.assert_array_equal(
+        warp(code, VALUES), odd * int((odd.astype(np.uint64) << LANES.astype(np.uint64)).sum())
+    )
 
 
 def test_lanes_that_part_meet_again():

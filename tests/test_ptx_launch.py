@@ -15,6 +15,7 @@ from ptx.snippets import assemble, warp
 SOURCES = Path(__file__).parent / "ptx" / "sources"
 
 VALUES = np.arange(1, 33, dtype=np.uint32)
+ALL = 0xFFFFFFFF
 
 HARMLESS = [
     "mov.b32 %r2, {%h1, %h2}; mov.b32 {%h3, %h4}, %r2; mov.b32 y, {%h4, %h4};",  # %h1 is unset, %h4 is not
@@ -55,6 +56,8 @@ def test_unknown_instruction_is_an_error_that_names_it():
         ptx.load(assemble("wgmma.fence.sync.aligned;"), "k")
     with pytest.raises(ptx.UnknownInstruction, match=r"add.rn.satfinite.f32.*satfinite"):
         ptx.load(assemble("add.rn.satfinite.f32 %r1, %r2, %r3;"), "k")
+    with pytest.raises(ptx.UnknownInstruction, match=r"fence.proxy.async"):
+        ptx.load(assemble("fence.proxy.async;"), "k")
     with pytest.raises(ptx.PtxError, match="no kernel 'other'"):
         ptx.load(assemble(""), "other")
 
@@ -66,9 +69,24 @@ def test_wrong_arguments_are_errors():
     with pytest.raises(ValueError, match=r"argument 1: .u32 n has 4 bytes"):
         ptx.run(text, "k", 1, 32, [None, np.float64(1)])
     with pytest.raises(ValueError, match="at most 1024 threads"):
-        ptx.run(text, "k", 1, 2048, [None, 1])
+        ptx.run(text, "k", 1, (1024, 2), [None, 1])
+    with pytest.raises(ValueError, match="grid: expected"):
+        ptx.run(text, "k", (1, 65536), 32, [None, 1])
+    with pytest.raises(ValueError, match=r"argument 1: .u32 n is no floating-point type"):
+        ptx.run(text, "k", 1, 32, [None, 1.0])
     with pytest.raises(ValueError, match="shared_bytes"):
         ptx.run(text, "k", 1, 32, [None, 1], shared_bytes=200 * 1024)
+
+
+def test_numbers_take_the_type_of_the_parameter():
+    body = """ld.param.u64 %d0, [p0]; mov.u32 %r0, %tid.x; setp.ne.u32 %p1, %r0, 0; @%p1 ret;
+    ld.param.f32 %r1, [a]; ld.param.f32 %r2, [b]; ld.param.s16 %r3, [c]; st.global.v2.b32 [%d0], {%r1, %r2};
+    st.global.b32 [%d0+8], %r3;"""
+    out = np.zeros(3, np.float32)
+    text = assemble(body, ".param .u64 p0, .param .f32 a, .param .f32 b, .param .s16 c")
+    ptx.run(text, "k", 1, 32, [out, 3, 1e40, -2])
+    assert out[:2].tolist() == [3, np.inf]
+    assert out.view(np.int32)[2] == -2
 
 
 COPY = """mov.u32 %r0, %tid.x; ld.param.u64 %d0, [p0]; ld.param.u64 %d1, [p1]; ld.param.u32 %r1, [n];
@@ -113,6 +131,45 @@ def test_bank_conflicts_are_counted():
     for stride, extra in ((1, 0), (2, 1), (32, 31), (31, 0)):
         report = ptx.run(text, "k", 1, 32, [stride], bank_conflicts=True)
         assert sum(report.bank_conflicts.values()) == extra
+
+
+# ---- blocks side by side -------------------------------------------------------------------------------------------
+
+# Every block stores its number in out[block >> n], and counts itself in.
+MEET = """mov.u32 %r0, %tid.x; mov.u32 %r1, %ctaid.x; ld.param.u64 %d0, [p0]; ld.param.u32 %r2, [n];
+shr.u32 %r3, %r1, %r2; mad.wide.u32 %d1, %r3, 4, %d0; ld.param.u32 %r4, [same]; and.b32 %r5, %r1, %r4;
+setp.eq.u32 %p1, %r0, 0; @%p1 st.global.b32 [%d1], %r5;"""
+
+
+def meet(shift, mask, workers, **options):
+    out = ptx.uninitialised(np.empty(64 >> shift, np.uint32))
+    text = assemble(MEET, ".param .u64 p0, .param .u32 n, .param .u32 same")
+    return out, ptx.run(text, "k", 64, 32, [out, shift, mask], workers=workers, check=False, **options)
+
+
+@pytest.mark.parametrize("workers", [2, 3, 8])
+def test_nothing_depends_on_the_workers(workers):
+    """Neither results nor counts nor findings, of blocks that keep apart, store one value, or race."""
+    for shift, mask, found in ((0, ALL, 0), (3, 0, 0), (3, 0x38, 0), (3, ALL, 1)):
+        for most in (1, 5):
+            expected, report = meet(shift, mask, 1, max_findings=most)
+            assert len(report.findings) == found
+            for _ in range(10):
+                out, other = meet(shift, mask, workers, max_findings=most)
+                np.testing.assert_array_equal(out, expected)
+                assert other == report
+
+
+def test_what_was_there_comes_back_before_a_launch_is_done_over():
+    """Every block adds 1, without an atomic: in order, that is still 64 in all."""
+    body = """ld.param.u64 %d0, [p0]; mov.u32 %r0, %tid.x; setp.ne.u32 %p1, %r0, 0; @%p1 ret;
+    ld.global.u32 %r1, [%d0]; add.u32 %r1, %r1, 1; st.global.u32 [%d0], %r1;"""
+    for workers in (1, 2, 5):
+        x = np.full(1, 100, np.uint32)
+        report = ptx.run(
+            assemble(body, ".param .u64 p0"), "k", 64, 32, [x], workers=workers, check=False, max_findings=9
+        )
+        assert (x[0], [f.kind for f in report.findings]) == (164, ["race", "race"])
 
 
 # ---- host code in C++ ----------------------------------------------------------------------------------------------

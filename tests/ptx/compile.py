@@ -31,7 +31,6 @@ def _nvcc_version() -> str:
     return subprocess.run([nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
 
 
-@functools.lru_cache(maxsize=256)
 def compile_cuda(
     source: str | Path, defines: tuple[str, ...] = (), includes: tuple[str, ...] = (), arch: int = ARCH
 ) -> str:

@@ -59,10 +59,15 @@ class _Driver:
         return None, load(binary.decode(), name), 0, 0, 1024
 
     def launcher(self, source, metadata):
+        from triton.runtime.jit import TensorWrapper
+
         types = list(source.signature.values())
 
         def launch(x, y, z, stream, function, packed, launch_metadata, enter, exit_, *args):
+            if x * y * z == 0:  # as Triton's own launcher
+                return
             arguments = [value for value, type_ in zip(args, types) if type_ != "constexpr"]
+            arguments = [value.base if isinstance(value, TensorWrapper) else value for value in arguments]
             # After the kernel's own parameters come pointers to scratch memory, for every block its share.
             hidden = len(function.parameters) - len(arguments)
             size = getattr(metadata, "global_scratch_size", 0) * x * y * z
@@ -90,7 +95,7 @@ def empty_is_unwritten():
 
     with contextlib.ExitStack() as stack:
         for owner, names in (
-            (torch, ("empty", "empty_like", "empty_strided")),
+            (torch, ("empty", "empty_like", "empty_strided", "empty_permuted")),
             (torch.Tensor, ("new_empty", "new_empty_strided")),
         ):
             for name in names:

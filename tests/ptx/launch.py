@@ -6,7 +6,6 @@ import ctypes
 import functools
 import os
 import re
-import struct
 import weakref
 from collections import Counter
 from dataclasses import dataclass, field
@@ -24,6 +23,8 @@ FILLING = np.array([0xC5, 0xFF], np.uint8)  # NaN in every floating-point type; 
 TENSORS = 0x5000_0000_0000  # device address of the first tensor
 ALIGNMENT = 512  # of an allocation, as torch's allocator gives it on a device
 SHARED_LIMIT = 163 * 1024  # of a block on sm_80
+GRID_LIMIT, BLOCK_LIMIT = (2**31 - 1, 65535, 65535), (1024, 1024, 64)
+FLOATS = {"f16": np.float16, "f32": np.float32, "f64": np.float64}  # parameters that take any Python number
 
 FINDINGS = (
     "bounds", "alignment", "uninitialised", "race", "async", "divergence", "unset register", "assert", "trap",
@@ -152,6 +153,11 @@ class _Memory:
         """Elements that no longer hold the filling have been written."""
         begin, end = group[0][0] - host, max(region[1] for region in group) - host
         held = _bytes_at(host + begin, end - begin) == np.resize(np.roll(FILLING, -begin), end - begin)
+        if any(size == 1 for _, _, size, *_ in group):
+            # One byte may hold the filling by chance: the host wrote it if it wrote another of the eight around it.
+            written = np.zeros(end // 8 + 1, bool)
+            written[(begin + np.flatnonzero(~held & (tracked[begin:end] == UNWRITTEN))) // 8] = True
+            held &= ~written[np.arange(begin, end) // 8]
         for address, _, size, shape, strides, _, _ in group:
             at = address - host
             elements = np.lib.stride_tricks.as_strided(tracked[at:], (*shape, size), (*strides, 1))
@@ -233,8 +239,11 @@ def _pack(program: Program, args, memory: _Memory) -> bytes:
             data = value.tobytes()
         elif isinstance(value, (bytes, bytearray)):
             data = bytes(value)
+        elif variable.type in FLOATS:
+            with np.errstate(over="ignore"):  # to infinity, as the host's cast does
+                data = FLOATS[variable.type](value).tobytes()
         elif isinstance(value, float):
-            data = struct.pack({2: "<e", 4: "<f", 8: "<d"}[size], value)
+            raise ValueError(f"argument {k}: .{variable.type} {variable.name} is no floating-point type, got {value!r}")
         else:
             data = (int(value) & ((1 << 8 * size) - 1)).to_bytes(size, "little")
         if len(data) != size:
@@ -260,10 +269,10 @@ def load(ptx: str, entry: str | None = None) -> Program:
     return decode(module, entry)
 
 
-def _triple(value, what: str) -> tuple[int, int, int]:
+def _triple(value, what: str, limits: tuple[int, int, int]) -> tuple[int, int, int]:
     value = (value,) if isinstance(value, int) else tuple(value)
-    if not 1 <= len(value) <= 3 or any(int(n) < 1 for n in value):
-        raise ValueError(f"{what}: expected one to three positive integers, got {value}")
+    if not 1 <= len(value) <= 3 or any(not 1 <= int(n) <= limit for n, limit in zip(value, limits)):
+        raise ValueError(f"{what}: expected one to three positive integers, at most {limits}, got {value}")
     return (*(int(n) for n in value), 1, 1)[:3]
 
 
@@ -307,15 +316,16 @@ def run(
     """Launches a kernel and waits for it. Tensors among `args` are read and written in place.
 
     ptx: text, or what `load` made of it. grid, block: one to three integers.
-    args: one value per parameter. NumPy arrays and CPU tensors are pointers, None is the null pointer; Python ints and
-    floats take the parameter's size; NumPy scalars and bytes (a struct) must have it.
+    args: one value per parameter. NumPy arrays and CPU tensors are pointers, None is the null pointer; Python numbers
+    take the parameter's type; NumPy scalars and bytes (a struct) must have its size.
     shared_bytes: dynamic shared memory. max_instructions: of one block, in warp instructions, before it counts as hung.
-    Blocks run on `workers` threads (all processors); in order on one where they meet through global atomics.
+    Blocks run on `workers` threads (all processors); in order on one where they meet through global atomics, and once
+    more so if anything is found: neither results nor findings depend on it.
     memory: tensors at their own addresses, for `args` that are the parameters' bytes with these addresses in them.
     check: raise KernelFault at the first finding. check=False with max_findings > 1 collects them in the report.
     """
     program = ptx if isinstance(ptx, Program) else load(ptx, entry)
-    grid, block = _triple(grid, "grid"), _triple(block, "block")
+    grid, block = _triple(grid, "grid", GRID_LIMIT), _triple(block, "block", BLOCK_LIMIT)
     threads = prod(block)
     if threads > 1024:
         raise ValueError(f"block: at most 1024 threads, got {block}")

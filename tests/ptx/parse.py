@@ -21,7 +21,7 @@ class PtxError(Exception):
 
 @dataclass(frozen=True)
 class Location:
-    """A source line, and the line that it was inlined into."""
+    """A source line, and the line that it was inlined into in the end."""
 
     file: str
     line: int
@@ -104,7 +104,7 @@ _COMMENT = re.compile(r'\.loc[^\n]*|"[^"\n]*"|//[^\n]*|/\*.*?\*/', re.S)
 _STATEMENT = re.compile(r"(?:@(!?[%$\w]+)\s+)?([a-z_][\w.:]*)\s*([^;]*);")
 _LABEL = re.compile(r"([$%A-Za-z_][\w$]*)\s*:(?!:)")
 _LOC = re.compile(r"\.loc\s+(\d+)\s+(\d+)\s+(\d+)([^\n]*)")
-_INLINED = re.compile(r"inlined_at\s+(\d+)\s+(\d+)")
+_INLINED = re.compile(r"inlined_at\s+(\d+)\s+(\d+)\s+(\d+)")
 _COMMENT_PLACE = re.compile(r"([^\s\[\]@:]+):(\d+)(?::\d+)?")
 _OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|\([^)]*\)|[^,\s](?:[^,\[{(]*[^,\s\[{(])?")
 _FUNCTION = re.compile(r"((?:\.(?:visible|extern|weak|common)\s+)*)\.(entry|func)\b")
@@ -163,7 +163,7 @@ class _Parser:
         self.text = _without_comments(text)
         self.position = 0
         self.module = Module()
-        self.locations: dict[str, Location] = {}
+        self.callers: dict[tuple[str, ...], tuple[str, int]] = {}  # of (file, line, column), as last said
 
     def line(self, position: int | None = None) -> int:
         return self.text.count("\n", 0, self.position if position is None else position) + 1
@@ -258,17 +258,15 @@ class _Parser:
         self.module.functions[name] = function
 
     def location(self, found) -> Location:
-        key = found.group()
-        if key not in self.locations:
-            file, line, rest = self.module.files.get(int(found[1]), "?"), int(found[2]), found[4]
-            inlined = ("", 0)
-            if at := _INLINED.search(rest):
-                inlined = (self.module.files.get(int(at[1]), "?"), int(at[2]))
-            elif "@[" in rest:
-                places = _COMMENT_PLACE.findall(rest)
-                inlined = (places[-1][0], int(places[-1][1]))
-            self.locations[key] = Location(file, line, *inlined)
-        return self.locations[key]
+        file, line, rest = self.module.files.get(int(found[1]), "?"), int(found[2]), found[4]
+        inlined = ("", 0)
+        if at := _INLINED.search(rest):  # nvcc says every call of a chain in a .loc of its own, the outermost first
+            inlined = self.callers.get(at.groups()) or (self.module.files.get(int(at[1]), "?"), int(at[2]))
+        elif "@[" in rest:
+            places = _COMMENT_PLACE.findall(rest)
+            inlined = (places[-1][0], int(places[-1][1]))
+        self.callers[found.groups()[:3]] = inlined if inlined[0] else (file, line)
+        return Location(file, line, *inlined)
 
     def body(self, function: Function) -> None:
         scope, depth, location, table = function.scope, 1, None, None

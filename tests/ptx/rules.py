@@ -28,7 +28,7 @@ from ptx.parse import SIZES, Function, Instruction, Module, PtxError
 INTEGERS = {"u8", "s8", "u16", "s16", "u32", "s32", "u64", "s64"}
 HALVES = {"f16", "bf16", "f16x2", "bf16x2"}
 INTEGRAL = {"rni": 0, "rzi": 1, "rmi": 2, "rpi": 3}
-SIGNED, VOLATILE, NONCOHERENT, ACQUIRE, RELEASE = 1, 2, 4, 8, 16
+SIGNED, VOLATILE, NONCOHERENT, ACQUIRE, RELEASE, IN_BLOCK = 1, 2, 4, 8, 16, 64
 SPACES = {
     "global": GLOBAL, "const": GLOBAL, "shared": SHARED, "shared::cta": SHARED, "local": LOCAL, "param": PARAM,
     "param::entry": PARAM, "param::func": PARAM,
@@ -360,6 +360,8 @@ def memory_words(d: Decoder, m: Modifiers) -> tuple[int, int]:
         flags |= VOLATILE | ACQUIRE | RELEASE
     if m.take("nc"):
         flags |= NONCOHERENT
+    if m.take("cta"):
+        flags |= IN_BLOCK
     m.take("weak", "ca", "cg", "cs", "cv", "lu", "wb", "wt", "unified", *SCOPES)
     word = m.choose(SPACES)
     space = GENERIC if word is None else SPACES[word]
@@ -480,8 +482,12 @@ def decode_isspacep(d, ins, m):
 
 @rule("membar", "fence")
 def decode_fence(d, ins, m):
-    m.words.clear()
-    d.emit("fence")
+    if m.words and m.words[0] not in ("acq_rel", "sc", "acquire", "release", "cta", "gl", "gpu", "sys"):
+        raise d.unknown()
+    # Within a block barriers order, see docs/ptx.md: a fence of its scope publishes nothing to the others.
+    in_block = m.take("cta")
+    m.take("acq_rel", "sc", "acquire", "release", *SCOPES)
+    d.emit("nop" if in_block else "fence")
 
 
 @rule("prefetch", "prefetchu", "discard", "applypriority", "nanosleep", "griddepcontrol", "pmevent")

@@ -43,13 +43,17 @@ struct Result {
   std::string findings, printed;
 };
 
-void run_blocks(Launch& launch, u32 workers) {
-  const u32 blocks = launch.grid[0] * launch.grid[1] * launch.grid[2];
-  launch.printed.resize(blocks);
+void run_blocks(Launch& launch, u32 blocks, u32 workers) {
+  const size_t n = launch.program->code.size();
+  launch.counts.assign(n, 0);
+  if (!launch.conflicts.empty()) launch.conflicts.assign(n, 0);
+  launch.printed.assign(blocks, "");
+  launch.findings.clear(), launch.released.clear();
+  launch.first_bad = ALL, launch.contended = false;
   std::atomic<u32> next{0};
   auto work = [&] {
     Block state(launch);
-    for (u32 k; (k = next++) < blocks;) {
+    for (u32 k; !launch.contended && (k = next++) < blocks;) {
       // With one finding wanted it is that of the first block in order, whatever the number of workers.
       if (launch.max_findings == 1 && k > launch.first_bad) break;
       state.run(k);
@@ -71,9 +75,34 @@ void run_blocks(Launch& launch, u32 workers) {
     for (size_t k = 0; k < state.conflicts.size(); ++k) launch.conflicts[k] += state.conflicts[k];
   };
   std::vector<std::thread> threads;
-  for (u32 k = 1; k < std::min(workers, blocks); ++k) threads.emplace_back(work);
+  for (u32 k = 1; k < workers; ++k) threads.emplace_back(work);
   work();
   for (auto& t : threads) t.join();
+}
+
+// Blocks on `workers` threads. If there is anything to report then, it is done over, in order, from the memory that was
+// there before: what is found must not depend on the workers.
+void run(Launch& launch, u32 workers, const std::vector<u32>& granules) {
+  const u32 blocks = launch.grid[0] * launch.grid[1] * launch.grid[2];
+  workers = std::min(workers, blocks);
+  auto allocate = [&](bool side_by_side) {
+    for (size_t k = 0; launch.races && k < granules.size(); ++k) {
+      Buffer& b = launch.buffers[k];
+      b.shadow.allocate(b.end - b.begin, granules[k], side_by_side);
+    }
+  };
+  std::vector<std::pair<u8*, std::vector<u8>>> before;
+  for (const Buffer& b : launch.buffers) {
+    if (workers < 2 || !b.writable) continue;
+    before.emplace_back(b.host, std::vector<u8>(b.host, b.host + (b.end - b.begin)));
+    if (b.state) before.emplace_back(b.state, std::vector<u8>(b.state, b.state + (b.end - b.begin)));
+  }
+  allocate(workers > 1);
+  run_blocks(launch, blocks, workers);
+  if (workers < 2 || (!launch.contended && launch.findings.empty())) return;
+  for (auto& [to, bytes] : before) std::copy(bytes.begin(), bytes.end(), to);
+  allocate(false);
+  run_blocks(launch, blocks, 1);
 }
 
 }  // namespace
@@ -145,19 +174,19 @@ API void* ptx_launch(const void* program, const i64* config, const u8* params, u
   launch.max_instructions = u64(config[8]), launch.max_findings = u32(config[9]);
   launch.races = config[10] != 0;
   launch.params.assign(params, params + param_bytes);
+  std::vector<u32> granules;
   for (auto& name : split(buffer_names)) {
     Buffer b;
     b.begin = u64(buffers[0]), b.end = b.begin + u64(buffers[1]);
     b.host = reinterpret_cast<u8*>(buffers[2]), b.state = reinterpret_cast<u8*>(buffers[3]);
     b.writable = buffers[4] != 0, b.name = name;
-    if (launch.races) b.shadow.allocate(size_t(buffers[1]), u32(buffers[5]));
+    granules.push_back(u32(buffers[5]));
     launch.buffers.push_back(std::move(b));
     buffers += 6;
   }
   const size_t n = launch.program->code.size();
-  launch.counts.resize(n);
   if (config[11]) launch.conflicts.resize(n);
-  run_blocks(launch, u32(config[7]));
+  run(launch, u32(config[7]), granules);
   std::copy(launch.counts.begin(), launch.counts.end(), counts);
   std::copy(launch.conflicts.begin(), launch.conflicts.end(), conflicts);
   auto* result = new Result;

@@ -108,7 +108,7 @@ Block::Block(Launch& l) : launch(l), program(*l.program) {
     w.local.resize(size_t(program.local_bytes) * LANES);
   }
   shared.resize(program.shared_bytes + l.dynamic_shared);
-  if (l.races && !shared.empty()) shared_shadow.allocate(shared.size(), 0);
+  if (l.races && !shared.empty()) shared_shadow.allocate(shared.size(), 0, false);
   hints.resize(program.code.size());
   counts.resize(program.code.size());
   if (!l.conflicts.empty()) conflicts.resize(program.code.size());

@@ -121,31 +121,43 @@ struct Stop {};  // thrown when enough has been found
 // Per byte: was it written, and is what was written defined? PENDING: a cp.async has not been waited for.
 enum State : u8 { UNWRITTEN = 0, WRITTEN = 1, UNDEFINED = 2, HOLE = 4, PENDING = 0x80 };
 
-// An access in a shadow: time (32 bits) | block (20) | thread (10) | strong | read-only, or written by a
-// compare-and-swap. 0 is none.
+// An access in a shadow: time (31 bits) | block (20) | thread (10) | strong in its block only | strong | read-only, or
+// written by a compare-and-swap. 0 is none.
 using Entry = u64;
-constexpr Entry READ_ONLY = 1, SWAPPED = 1, STRONG = 2;
-inline Entry make_entry(u32 time, u32 block, u32 thread, u32 flags) {
-  return u64(time) << 32 | u64(block) << 12 | u64(thread) << 2 | flags;
+constexpr Entry READ_ONLY = 1, SWAPPED = 1, STRONG = 2, IN_BLOCK = 4;
+inline Entry make_entry(u32 time, u32 block, u32 thread, Entry flags) {
+  return u64(time) << 33 | u64(block & 0xfffff) << 13 | u64(thread) << 3 | flags;
 }
-inline u32 time_of(Entry e) { return u32(e >> 32); }
-inline u32 block_of(Entry e) { return u32(e >> 12) & 0xfffff; }
-inline u32 thread_of(Entry e) { return u32(e >> 2) & 0x3ff; }
+inline u32 time_of(Entry e) { return u32(e >> 33); }
+inline u32 block_of(Entry e) { return u32(e >> 13) & 0xfffff; }
+inline u32 thread_of(Entry e) { return u32(e >> 3) & 0x3ff; }
 
-// The last writer and two readers since of every granule of a region.
+// A word that threads of this process share; a plain load and store on any machine.
+template <class T>
+struct Slot {
+  T value;
+  operator T() const { return __atomic_load_n(&value, __ATOMIC_RELAXED); }
+  void operator=(T v) { __atomic_store_n(&value, v, __ATOMIC_RELAXED); }
+};
+
+// The last writer and two readers since of every granule of a region, and, where blocks run side by side, the blocks
+// that touched it.
 struct Shadow {
-  std::unique_ptr<Entry[], decltype(&free)> writer{nullptr, free}, reader{nullptr, free}, reader2{nullptr, free};
-  std::unique_ptr<u32[], decltype(&free)> writer_pc{nullptr, free}, reader_pc{nullptr, free};
+  template <class T>
+  using Array = std::unique_ptr<Slot<T>[], decltype(&free)>;
+  Array<Entry> writer{nullptr, free}, reader{nullptr, free}, reader2{nullptr, free}, claim{nullptr, free};
+  Array<u32> writer_pc{nullptr, free}, reader_pc{nullptr, free};
   u32 shift = 0;  // log2 of the granule's bytes
-  void allocate(size_t bytes, u32 granule_shift) {
+  void allocate(size_t bytes, u32 granule_shift, bool side_by_side) {
     shift = granule_shift;
     size_t n = (bytes >> shift) + 2;  // calloc: pages nobody touches cost nothing
-    for (auto* p : {&writer, &reader, &reader2}) p->reset(static_cast<Entry*>(calloc(n, sizeof(Entry))));
-    for (auto* p : {&writer_pc, &reader_pc}) p->reset(static_cast<u32*>(calloc(n, sizeof(u32))));
+    for (auto* p : {&writer, &reader, &reader2}) p->reset(static_cast<Slot<Entry>*>(calloc(n, sizeof(Entry))));
+    for (auto* p : {&writer_pc, &reader_pc}) p->reset(static_cast<Slot<u32>*>(calloc(n, sizeof(u32))));
+    claim.reset(side_by_side ? static_cast<Slot<Entry>*>(calloc(n, sizeof(Entry))) : nullptr);
   }
   void clear(size_t bytes) {
     size_t n = (bytes >> shift) + 2;
-    for (auto* p : {&writer, &reader, &reader2}) memset(p->get(), 0, n * sizeof(Entry));
+    for (auto* p : {&writer, &reader, &reader2}) memset(static_cast<void*>(p->get()), 0, n * sizeof(Entry));
   }
 };
 
@@ -248,6 +260,7 @@ struct Launch {
   std::mutex mutex;
   std::map<std::pair<u32, std::string>, Finding> findings;  // of the first block in order that has any
   std::atomic<u32> first_bad{ALL};
+  std::atomic<bool> contended{false};  // blocks that ran side by side touched the same memory, and one wrote it
   // Releases at an address: what each block had done by then.
   std::unordered_map<u64, std::unordered_map<u32, u32>> released;
 };

@@ -117,7 +117,7 @@ bool Access::locate(Range& range, bool write, u32 alignment) const {
   if (range.state) {
     u8 any = 0;
     for (u32 k = 0; k < bytes; ++k) any |= range.state[k];
-    if (any & HOLE) return fail("bounds", at == SHARED ? ": outside every variable" : ": not part of the tensor");
+    if (any & HOLE) return fail("bounds", at == GLOBAL ? ": not part of the tensor" : ": outside every variable");
     if (any & PENDING) {
       block.find(
           "async", warp, lane,
@@ -128,77 +128,124 @@ bool Access::locate(Range& range, bool write, u32 alignment) const {
   return true;
 }
 
+Entry Access::entry(Entry more) const {
+  Entry strong = flags & VOLATILE ? flags & CTA ? STRONG | IN_BLOCK : STRONG : 0;
+  return make_entry(block.time, block.id, warp.id * LANES + u32(lane), strong | more);
+}
+
+namespace {
+
+bool same_thread(Entry a, Entry b) { return block_of(a) == block_of(b) && thread_of(a) == thread_of(b); }
+
+// Both are atomic to each other.
+bool both_strong(Entry a, Entry b) { return a & b & STRONG && (block_of(a) == block_of(b) || !((a | b) & IN_BLOCK)); }
+
+// How far apart two threads are: what orders close ones need not order distant ones.
+int distance(Entry a, Entry b) {
+  if (block_of(a) != block_of(b)) return 3;
+  u32 x = thread_of(a), y = thread_of(b);
+  return x / LANES != y / LANES ? 2 : x != y;
+}
+
+template <class T>
+bool uniform(const Slot<T>* a, u64 n) {
+  T differ = 0;
+  for (u64 k = 1; k < n; ++k) differ |= a[k] ^ a[0];
+  return !differ;
+}
+
+}  // namespace
+
+// Blocks side by side: of two that touch a granule, the later one sees it here, whatever the timing. Then all of the
+// launch is done over, in order. A claim: the writing block + 1 (21 bits) | the reading block + 1 (21) | several read.
+void Access::claim(const Range& range, bool write) const {
+  Shadow& s = *range.shadow;
+  constexpr u64 ONE = (1u << 21) - 1;
+  constexpr int WRITER = 1, READER = 22;
+  u64 me = (block.id & 0xfffff) + 1;
+  for (u64 k = range.offset >> s.shift; k <= (range.offset + bytes - 1) >> s.shift; ++k) {
+    u64 old = s.claim[k];
+    for (;;) {
+      u64 writer = old >> WRITER & ONE, reader = old >> READER & ONE;
+      if ((writer && writer != me) || (write && ((reader && reader != me) || old & 1))) {
+        block.launch.contended = true;
+        throw Stop{};
+      }
+      u64 next = write ? old | me << WRITER : reader && reader != me ? old | 1 : old | me << READER;
+      if (next == old ||
+          __atomic_compare_exchange_n(&s.claim[k].value, &old, next, true, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) {
+        break;
+      }
+    }
+  }
+}
+
 void Access::check_read(const Range& range) const {
   Shadow& s = *range.shadow;
+  if (s.claim) claim(range, false);
   block.touched = true;
-  u32 thread = warp.id * LANES + lane;
-  u32 strong = flags & VOLATILE ? u32(STRONG) : 0, once = flags & NONCOHERENT ? u32(READ_ONLY) : 0;
-  Entry mine = make_entry(block.time, block.id & 0xfffff, thread, strong | once);
+  bool once = flags & NONCOHERENT;
+  Entry mine = entry(once ? READ_ONLY : 0);
   u64 first = range.offset >> s.shift, n = ((range.offset + bytes - 1) >> s.shift) - first + 1;
-  Entry *writer = &s.writer[first], *reader = &s.reader[first], *reader2 = &s.reader2[first];
+  Slot<Entry>*writer = &s.writer[first], *reader = &s.reader[first], *reader2 = &s.reader2[first];
 
   auto visit = [&](u64 k, Entry& new_reader, Entry& new_reader2) {
     Entry w = writer[k];
-    if (w && !(w & STRONG && (strong || w & SWAPPED))) {
-      bool ok = !once && ordered(block, warp, lane, w);
-      if (!ok) {
-        bool same = block_of(w) == block_of(mine) && thread_of(w) == thread;
+    if (w && !both_strong(w, mine) && !(w & STRONG && w & SWAPPED)) {
+      if (once || !ordered(block, warp, lane, w)) {
         block.find("race", warp, lane,
                    "reads " + where() + (once ? " with ld.global.nc, but the kernel writes it: " : ": ") +
-                       (same ? "the same thread" : thread_name(block, w)) + " wrote it" +
+                       (same_thread(w, mine) ? "the same thread" : thread_name(block, w)) + " wrote it" +
                        (once ? "" : ", and nothing orders the two"),
                    -1, s.writer_pc[first + k]);
       }
     }
-    auto stale = [&](Entry e) {
-      return !e || (block_of(e) == block_of(mine) && thread_of(e) == thread) || ordered(block, warp, lane, e);
-    };
+    auto stale = [&](Entry e) { return !e || same_thread(e, mine) || ordered(block, warp, lane, e); };
     new_reader = reader[k], new_reader2 = reader2[k];
     Entry keep = (new_reader | new_reader2) & READ_ONLY;
     if (stale(new_reader))
       new_reader = mine | keep;
-    else
+    else if (stale(new_reader2) || distance(new_reader, mine) >= distance(new_reader, new_reader2))
       new_reader2 = mine | keep;
   };
-  Entry differ = 0;
-  for (u64 k = 1; k < n; ++k) {
-    differ |= (writer[k] ^ writer[0]) | (reader[k] ^ reader[0]) | (reader2[k] ^ reader2[0]);
-  }
-  u32* pcs = &s.reader_pc[first];
-  if (!differ) {
+  Slot<u32>* pcs = &s.reader_pc[first];
+  if (uniform(writer, n) && uniform(reader, n) && uniform(reader2, n)) {
     Entry a, b;
     visit(0, a, b);
     if (a == reader[0] && b == reader2[0]) return;
     for (u64 k = 0; k < n; ++k) reader[k] = a, reader2[k] = b, pcs[k] = block.pc;
   } else {
-    for (u64 k = 0; k < n; ++k) visit(k, reader[k], reader2[k]), pcs[k] = block.pc;
+    for (u64 k = 0; k < n; ++k) {
+      Entry a, b;
+      visit(k, a, b);
+      reader[k] = a, reader2[k] = b, pcs[k] = block.pc;
+    }
   }
 }
 
 void Access::check_write(const Range& range, const u8* in, u32 undefined) const {
   Shadow& s = *range.shadow;
-  block.touched = true;
-  u32 thread = warp.id * LANES + lane;
-  u32 strong = flags & VOLATILE ? u32(STRONG) : 0;
-  bool swap = flags & SWAP;
-  Entry mine = make_entry(block.time, block.id & 0xfffff, thread, strong | u32(swap ? SWAPPED : 0));
-  u64 first = range.offset >> s.shift, n = ((range.offset + bytes - 1) >> s.shift) - first + 1;
-  Entry *writer = &s.writer[first], *reader = &s.reader[first], *reader2 = &s.reader2[first];
-
-  // Writing what is there already harms nobody: both compilers let several lanes store one value.
-  auto silent = [&] {
+  if (s.claim) claim(range, true);
+  // Both compilers let several lanes store one value.
+  auto same_value = [&] {
     if (!in || undefined || memcmp(in, range.data, bytes)) return false;
     for (u32 k = 0; range.state && k < bytes; ++k) {
       if (range.state[k] != WRITTEN) return false;
     }
     return true;
   };
+  block.touched = true;
+  bool swap = flags & SWAP;
+  Entry mine = entry(swap ? SWAPPED : 0);
+  u64 first = range.offset >> s.shift, n = ((range.offset + bytes - 1) >> s.shift) - first + 1;
+  Slot<Entry>*writer = &s.writer[first], *reader = &s.reader[first], *reader2 = &s.reader2[first];
+
   auto visit = [&](u64 k) {
-    for (Entry e : {writer[k], reader[k], reader2[k]}) {
+    for (auto [e, write] : {std::pair<Entry, bool>{writer[k], true}, {reader[k], false}, {reader2[k], false}}) {
       if (!e) continue;
-      bool write = e == writer[k], once = !write && e & READ_ONLY;
-      if (!once && ((e & STRONG && strong) || (swap && !write) || ordered(block, warp, lane, e))) continue;
-      if (!once && silent()) continue;
+      bool once = !write && e & READ_ONLY;
+      if (!once && (both_strong(e, mine) || (swap && !write) || ordered(block, warp, lane, e))) continue;
+      if (write && same_value()) continue;
       block.find("race", warp, lane,
                  "writes " + where() + ": " + thread_name(block, e) + (write ? " wrote it" : " read it") +
                      (once ? " with ld.global.nc, which needs memory that the kernel does not write"
@@ -206,12 +253,9 @@ void Access::check_write(const Range& range, const u8* in, u32 undefined) const 
                  -1, write ? s.writer_pc[first + k] : s.reader_pc[first + k]);
     }
   };
-  Entry differ = 0;
-  for (u64 k = 1; k < n; ++k) {
-    differ |= (writer[k] ^ writer[0]) | (reader[k] ^ reader[0]) | (reader2[k] ^ reader2[0]);
-  }
-  for (u64 k = 0; k < (differ ? n : 1); ++k) visit(k);
-  u32* pcs = &s.writer_pc[first];
+  bool same = uniform(writer, n) && uniform(reader, n) && uniform(reader2, n);
+  for (u64 k = 0; k < (same ? 1 : n); ++k) visit(k);
+  Slot<u32>* pcs = &s.writer_pc[first];
   for (u64 k = 0; k < n; ++k) writer[k] = mine, reader[k] = 0, reader2[k] = 0, pcs[k] = block.pc;
 }
 
@@ -252,6 +296,7 @@ bool Access::store(const u8* in, u32 undefined, u32 alignment) const {
 // Blocks order each other through memory: a release (or a fence, then a strong write) publishes what the block did, an
 // acquire (or a strong read, then a fence) takes it over. Per block, not per thread.
 void Access::acquire_release(u64 key) const {
+  if (flags & CTA) return;
   Launch& launch = block.launch;
   std::lock_guard lock(launch.mutex);
   auto& published = launch.released[key];

@@ -12,6 +12,7 @@ enum AccessFlags : u32 {
   ACQUIRE = 8,
   RELEASE = 16,
   SWAP = 32,  // a compare-and-swap: plain reads of the same address, which seed its loop, do not race with it
+  CTA = 64,   // VOLATILE, ACQUIRE and RELEASE hold among the threads of the block alone
 };
 
 // Bytes of memory that a lane may touch.
@@ -39,6 +40,8 @@ struct Access {
   // `undefined`: a bit for every byte that was written with an undefined value.
   bool load(u8* out, u32& undefined, u32 alignment) const;
   bool store(const u8* in, u32 undefined, u32 alignment) const;
+  Entry entry(Entry more) const;
+  void claim(const Range& range, bool write) const;
   void check_read(const Range& range) const;
   void check_write(const Range& range, const u8* in, u32 undefined) const;
   void acquire_release(u64 key) const;
