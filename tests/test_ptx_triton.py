@@ -165,6 +165,30 @@ def test_casts():
         assert torch.equal(got, want), want.dtype
 
 
+@pytest.mark.parametrize(
+    ("dtype", "precision", "out"),
+    [
+        (torch.bfloat16, "tf32", torch.float32), (torch.float16, "tf32", torch.float16),
+        (torch.float32, "tf32x3", torch.float32), (torch.float32, "ieee", torch.float32),
+        (torch.float32, "bf16x3", torch.float32), (torch.float64, "ieee", torch.float64),
+    ],
+)  # fmt: skip
+def test_batched_dot_is_exact_on_integers(dtype, precision, out):
+    a, b = (x.to(dtype) for x in ints(2, 2, 16, 16, low=-8, high=9))
+    c = torch.empty(2, 16, 16, dtype=out)
+    tf.batched_dot[(1,)](a, b, c, PRECISION=precision, OUT=getattr(tf.tl, str(out)[6:]))
+    assert torch.equal(c.double(), a.double() @ b.double())
+
+
+def test_selection():
+    x = torch.from_numpy(rng(3).standard_normal(50).astype(np.float32)) / 8
+    top, place, y = torch.empty(4), torch.empty(1, dtype=torch.int32), torch.empty(50)
+    tf.selection[(1,)](x, top, place, y, 50, BLOCK=64, debug=True)
+    assert torch.equal(top, x.topk(4).values)
+    assert place == x.argmax()
+    assert torch.equal(y, x.clamp(-1, 1))
+
+
 def test_int8_dot_is_exact():
     a, b = ints(32, 64, low=-128, high=128, dtype=np.int8), ints(64, 16, low=-128, high=128, dtype=np.int8)
     c = torch.empty(32, 16, dtype=torch.int32)
@@ -195,6 +219,13 @@ def test_block_pointers_in_a_pipelined_matmul(launches, stages, num_warps):
     )
     assert torch.equal(c, a.float() @ b.float())
     assert (launches.reports[0][1].count("cp.async") > 0) == (stages > 1)
+
+
+def test_tensor_descriptors():
+    x, y = torch.randn(40, 32), torch.empty(40, 32)
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8))
+    tf.descriptors[(3,)](x, y, 40, 32, BLOCK_M=16, BLOCK_N=32)
+    assert torch.equal(y, 2 * x)
 
 
 @pytest.mark.parametrize("grid", [(3,), (3, 2), (3, 2, 4), (1, 1, 2)])

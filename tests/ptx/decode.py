@@ -426,6 +426,8 @@ class Decoder:
         if bits is not None:
             return bits
         found = re.fullmatch(r"(?:generic\()?\s*([$%\w]+)\s*\)?\s*(?:\+\s*(\d+))?", token)
+        if found and found[1] in self.module.functions:
+            return 0  # nobody can use it: a call through a pointer is an UnknownInstruction
         other = self.module.scope.variables.get(found[1]) if found else None
         if other is None or id(other) not in self.symbols:
             raise PtxError(f"cannot read the initial value {token} of {variable.name}")

@@ -62,6 +62,7 @@ class _Driver:
         from triton.runtime.jit import TensorWrapper
 
         types = list(source.signature.values())
+        names = [name for name, type_ in source.signature.items() if type_ != "constexpr"]
 
         def launch(x, y, z, stream, function, packed, launch_metadata, enter, exit_, *args):
             if x * y * z == 0:  # as Triton's own launcher
@@ -74,7 +75,7 @@ class _Driver:
             scratch = [uninitialised(np.empty(size, np.uint8)) if size else None, None][:hidden]
             report = run(
                 function, None, (x, y, z), 32 * metadata.num_warps, [*arguments, *scratch],
-                shared_bytes=metadata.shared, **self.options,
+                shared_bytes=metadata.shared, names=names, **self.options,
             )  # fmt: skip
             self.launches.reports.append((metadata.name, report))
 

@@ -140,7 +140,7 @@ class _Memory:
             self.next += -(-(size + 2 * ALIGNMENT) // ALIGNMENT) * ALIGNMENT
         if prod(shape):
             if any(stride < 0 for stride in strides):
-                raise ValueError(f"argument {name}: negative strides do not exist on a device; make it contiguous")
+                raise ValueError(f"{name}: negative strides do not exist on a device; make it contiguous")
             end = address + sum((n - 1) * stride for n, stride in zip(shape, strides)) + item
             writable = array.flags.writeable if isinstance(array, np.ndarray) else True
             self.regions[id(owner)].append((address, end, item, shape, strides, writable, name))
@@ -219,7 +219,7 @@ def _overlapping(regions: list) -> list[list]:
 # ---- arguments -----------------------------------------------------------------------------------------------------
 
 
-def _pack(program: Program, args, memory: _Memory) -> bytes:
+def _pack(program: Program, args, names: list[str], memory: _Memory) -> bytes:
     """The bytes of the kernel's parameters."""
     if len(args) != len(program.parameters):
         raise ValueError(
@@ -228,11 +228,11 @@ def _pack(program: Program, args, memory: _Memory) -> bytes:
         )
     out = bytearray(program.parameter_bytes)
     for k, ((variable, offset), value) in enumerate(zip(program.parameters, args)):
-        size = variable.bytes
+        name, size = names[k] if k < len(names) else f"argument {k}", variable.bytes
         if isinstance(value, torch.Tensor) and value.device.type != "cpu":
-            raise ValueError(f"argument {k}: expected a CPU tensor, got one on {value.device}")
+            raise ValueError(f"{name}: expected a CPU tensor, got one on {value.device}")
         if isinstance(value, (torch.Tensor, np.ndarray)):
-            data = memory.place(value, f"argument {k}").to_bytes(8, "little")
+            data = memory.place(value, name).to_bytes(8, "little")
         elif value is None:
             data = bytes(8)
         elif isinstance(value, np.generic):
@@ -243,13 +243,11 @@ def _pack(program: Program, args, memory: _Memory) -> bytes:
             with np.errstate(over="ignore"):  # to infinity, as the host's cast does
                 data = FLOATS[variable.type](value).tobytes()
         elif isinstance(value, float):
-            raise ValueError(f"argument {k}: .{variable.type} {variable.name} is no floating-point type, got {value!r}")
+            raise ValueError(f"{name}: .{variable.type} {variable.name} is no floating-point type, got {value!r}")
         else:
             data = (int(value) & ((1 << 8 * size) - 1)).to_bytes(size, "little")
         if len(data) != size:
-            raise ValueError(
-                f"argument {k}: .{variable.type} {variable.name} has {size} bytes, got {value!r} of {len(data)}"
-            )
+            raise ValueError(f"{name}: .{variable.type} {variable.name} has {size} bytes, got {value!r} of {len(data)}")
         out[offset : offset + size] = data
     return bytes(out)
 
@@ -312,6 +310,7 @@ def run(
     races: bool = True,
     bank_conflicts: bool = False,
     memory=None,
+    names=(),
 ) -> Report:
     """Launches a kernel and waits for it. Tensors among `args` are read and written in place.
 
@@ -322,6 +321,7 @@ def run(
     Blocks run on `workers` threads (all processors); in order on one where they meet through global atomics, and once
     more so if anything is found: neither results nor findings depend on it.
     memory: tensors at their own addresses, for `args` that are the parameters' bytes with these addresses in them.
+    names: of the arguments, for messages.
     check: raise KernelFault at the first finding. check=False with max_findings > 1 collects them in the report.
     """
     program = ptx if isinstance(ptx, Program) else load(ptx, entry)
@@ -337,7 +337,7 @@ def run(
         )
     place = _Memory(identity=memory is not None)
     if memory is None:
-        params = _pack(program, args, place)
+        params = _pack(program, args, list(names), place)
     else:
         params = bytes(args)
         if len(params) != program.parameter_bytes:

@@ -301,7 +301,7 @@ class _Parser:
                     scope.variables[variable.name] = variable
                 elif found := self.match(re.compile(r"\.branchtargets\s+([^;]*);")):
                     scope.tables[table] = [name.strip() for name in found[1].split(",")]
-                elif not self.match(re.compile(r"\.pragma[^;]*;")):
+                elif not self.match(re.compile(r"\.(?:pragma|callprototype|calltargets)\b[^;]*;")):
                     raise PtxError(f"line {line}: cannot read {text[self.position : self.position + 60]!r}")
             elif found := self.match(_LABEL):
                 table = found[1]

@@ -233,3 +233,36 @@ def copy(x_ptr, y_ptr, n, stride, BLOCK: tl.constexpr):
 @triton.jit
 def prints(x_ptr, BLOCK: tl.constexpr):
     tl.device_print("x is", tl.load(x_ptr + tl.arange(0, BLOCK)))
+
+
+@triton.jit
+def batched_dot(a_ptr, b_ptr, c_ptr, PRECISION: tl.constexpr, OUT: tl.constexpr):
+    """Two products of 16x16 matrices."""
+    rows, cols = tl.arange(0, 16)[None, :, None], tl.arange(0, 16)[None, None, :]
+    i = tl.arange(0, 2)[:, None, None] * 256 + rows * 16 + cols
+    a, b = tl.load(a_ptr + i), tl.load(b_ptr + i)
+    tl.store(c_ptr + i, tl.dot(a, b, input_precision=PRECISION, out_dtype=OUT))
+
+
+@triton.jit
+def descriptors(x_ptr, y_ptr, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """y = 2 x through tensor descriptors, which are plain addresses before sm_90."""
+    x = tl.make_tensor_descriptor(x_ptr, [M, N], [N, 1], [BLOCK_M, BLOCK_N])
+    y = tl.make_tensor_descriptor(y_ptr, [M, N], [N, 1], [BLOCK_M, BLOCK_N])
+    at = [tl.program_id(0) * BLOCK_M, 0]
+    y.store(at, x.load(at) * 2)
+
+
+@triton.jit
+def selection(x_ptr, top_ptr, place_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    """The four largest, the place of the largest; y doubles until it reaches 1, in a while loop."""
+    i = tl.arange(0, BLOCK)
+    mask = i < n
+    x = tl.load(x_ptr + i, mask=mask, other=float("-inf"), cache_modifier=".cg", eviction_policy="evict_first")
+    tl.store(top_ptr + tl.arange(0, 4), tl.topk(x, 4))
+    largest, place = tl.max(x, axis=0, return_indices=True)
+    tl.store(place_ptr, place)
+    while largest < 1.0:
+        largest *= 2
+    tl.device_assert(largest >= 1.0, "too small")
+    tl.store(y_ptr + i, tl.clamp(x, -largest, largest), mask=mask, cache_modifier=".wt")
