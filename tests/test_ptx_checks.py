@@ -75,6 +75,7 @@ CUDA = {
     "unset_register": ("unset register", 1, 32, lambda ok: [ints(32)]),
     "unset_register_of_a_shuffle": ("unset register", 1, 32, lambda ok: [ints(32)]),
     "assertion": ("assert", 1, 32, lambda ok: [ints(32), 32 if ok else 31]),
+    "trapped": ("trap", 1, 32, lambda ok: [ints(32), 32 if ok else 31]),
     "endless": ("timeout", 1, 32, lambda ok: [ints(1, 0)]),
 }  # fmt: skip
 

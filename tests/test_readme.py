@@ -1,12 +1,18 @@
-"""README.md's Python runs as printed, and the files that it names exist."""
+"""README.md's Python and the programs in docs/ run as printed, and the files that they name exist."""
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = ["README.md", "CONTRIBUTING.md", *(str(path.relative_to(ROOT)) for path in DOCS)]
 
 
 def test_python_blocks_run(tmp_path, monkeypatch, capsys):
@@ -18,7 +24,36 @@ def test_python_blocks_run(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "tiny-bert" / "config.json").exists()
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def programs(page: Path):
+    """A page's programs: (path, Python that starts with a comment of that path, command, its output)."""
+    blocks = re.findall(r"```(\w+)\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
+    assert [kind for kind, _ in blocks] == ["python", "bash", "text"] * (len(blocks) // 3)
+    for (_, code), (_, command), (_, output) in zip(blocks[::3], blocks[1::3], blocks[2::3]):
+        yield pytest.param(code, command, output, id=code.split()[1])
+
+
+@pytest.mark.parametrize(("code", "command", "output"), [program for page in DOCS for program in programs(page)])
+def test_program_prints_what_the_page_says(code, command, output, tmp_path):
+    """Run in the repository, with a directory of its own for /tmp; register numbers are the compiler's to choose."""
+    if "compile_cuda" in code and shutil.which("nvcc") is None and "CUDA_HOME" not in os.environ:
+        pytest.skip("nvcc is not installed")
+    if "triton" in code:
+        pytest.importorskip("triton")
+    (tmp_path / Path(code.split()[1]).name).write_text(code)
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", command.replace("/tmp/", f"{tmp_path}/")],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+    def comparable(text):
+        return re.sub(r"%([a-z]+)\d+", r"%\1", text.replace(f"{tmp_path}/", "/tmp/"))
+
+    assert comparable(done.stdout) == comparable(output)
+
+
+@pytest.mark.parametrize("name", PAGES)
 def test_named_files_exist(name):
     text = (ROOT / name).read_text(encoding="utf-8")
     named = re.findall(r"\b(?:fastlm|tests|benchmarks|csrc|kernels)/[\w./]+\.\w+", text) + re.findall(

@@ -273,6 +273,10 @@ __global__ void assertion(const int* x, int n) {
   assert(x[threadIdx.x] < n);  // fault, if it is not
 }
 
+__global__ void trapped(const int* x, int n) {
+  if (x[threadIdx.x] >= n) __trap();  // fault, if it is
+}
+
 __global__ void endless(volatile int* flag) {
   while (!CORRECT && *flag == 0) {  // fault
   }
