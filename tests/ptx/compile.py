@@ -11,6 +11,7 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 from ptx.native import cache_directory, once
 
@@ -122,15 +123,18 @@ class _Stages:
 def ptx_pipeline():
     """Triton compiles to PTX alone, into a cache of its own.
 
-    Its key leaves out where a kernel's source lies, and PTX names that in `.loc`: a cache for each checkout.
+    Triton's key leaves out where a kernel's source lies; `.loc` names that in PTX, so here the key has it.
     """
     from triton import knobs
+    from triton.compiler import ASTSource
 
-    checkout = hashlib.sha256(str(Path(__file__).resolve()).encode()).hexdigest()[:8]
+    def hash_with_path(source, of_source=ASTSource.hash):
+        path = os.path.abspath(source.fn.fn.__code__.co_filename)
+        return hashlib.sha256(f"{of_source(source)} {path}".encode()).hexdigest()
 
     before = knobs.runtime.add_stages_inspection_hook
-    with knobs.cache.scope():
-        knobs.cache.dir = str(cache_directory() / f"triton-{checkout}")
+    with knobs.cache.scope(), mock.patch.object(ASTSource, "hash", hash_with_path):
+        knobs.cache.dir = str(cache_directory() / "triton")
         knobs.runtime.add_stages_inspection_hook = _Stages()
         try:
             yield
