@@ -517,10 +517,11 @@ LAST = "bert.encoder.layer.1.output.dense.weight"
             lambda d: edit_tensors(d, lambda t: t.update({"cls.predictions.decoder.weight": torch.zeros(83, 32)})),
             "expected cls.predictions.decoder.weight equal to",
         ),
+        (lambda d: edit_config(d, hidden_size=64), r"; and \d+ more$"),
         (lambda d: replace_weights(d), "expected model.safetensors or model.safetensors.index.json"),
         (
             lambda d: replace_weights(d, "pytorch_model.bin"),
-            "pytorch_model.bin, which is pickled.*safe_serialization=True",
+            "pytorch_model.bin, which is pickled.*load it with Transformers' AutoModel and save_pretrained it",
         ),
         (lambda d: (d / "model.safetensors").write_bytes(b"broken"), "model.safetensors cannot be read"),
     ],
@@ -538,6 +539,8 @@ def test_missing_shard_and_directory(tmp_path):
     next(tmp_path.glob("model-*.safetensors")).unlink()
     with pytest.raises(ValueError, match=r"model-.*safetensors cannot be read"):
         Bert.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"dtype: expected a floating-point one, got torch.int8"):
+        Bert.from_pretrained(tmp_path, dtype=torch.int8)
     with pytest.raises(ValueError, match=r"expected a directory with config.json.*google-bert/bert-base-uncased"):
         Bert.from_pretrained("google-bert/bert-base-uncased")
 
@@ -552,7 +555,11 @@ def test_missing_shard_and_directory(tmp_path):
         ({"num_hidden_layers": 1.5}, "num_hidden_layers: expected a positive integer, got 1.5"),
         ({"num_attention_heads": 5}, "num_attention_heads: expected a divisor of hidden_size=32, got 5"),
         ({"hidden_dropout_prob": 1.5}, r"hidden_dropout_prob: expected a probability in \[0, 1\], got 1.5"),
+        ({"hidden_dropout_prob": None}, "hidden_dropout_prob: expected a number that is not negative, got None"),
+        ({"layer_norm_eps": "1e-12"}, "layer_norm_eps: expected a number that is not negative, got '1e-12'"),
+        ({"initializer_range": -0.02}, "initializer_range: expected a number that is not negative, got -0.02"),
         ({"pad_token_id": 83}, "pad_token_id: expected None or an id below vocab_size=83, got 83"),
+        ({"pad_token_id": "0"}, "pad_token_id: expected None or an id below vocab_size=83, got '0'"),
     ],
 )
 def test_config_errors(changes, message):
@@ -569,9 +576,11 @@ INDEX = torch.tensor([1, 4])
     [
         ({"input_ids": IDS}, r"input_ids: expected \(T,\) with cu_seqlens.*got \(6,\)"),
         ({"input_ids": IDS.float(), "cu_seqlens": CU}, "input_ids: expected torch.int64 or torch.int32"),
-        ({"input_ids": IDS[None], "cu_seqlens": CU}, r"input_ids: expected shape \(\*\), got \(1, 6\)"),
+        ({"input_ids": IDS[None], "cu_seqlens": CU}, r"input_ids: expected shape \(\*,\), got \(1, 6\)"),
         ({"input_ids": IDS.repeat(5)[None]}, "max_position_embeddings=24"),
         ({"input_ids": IDS, "cu_seqlens": CU.long()}, "cu_seqlens: expected torch.int32"),
+        ({"input_ids": IDS, "cu_seqlens": CU[:0]}, "cu_seqlens: expected one more entry than there are sequences"),
+        ({"input_ids": IDS, "cu_seqlens": CU[1:]}, "cu_seqlens_q: expected to start at 0"),
         ({"input_ids": IDS, "cu_seqlens": CU, "max_seqlen": 25}, "max_seqlen: expected at most"),
         ({"input_ids": IDS, "cu_seqlens": CU, "attention_mask": IDS}, "attention_mask: expected None"),
         ({"input_ids": IDS[None], "attention_mask": IDS}, r"attention_mask: expected shape \(1, 6\)"),
@@ -582,8 +591,9 @@ INDEX = torch.tensor([1, 4])
             {"input_ids": IDS, "cu_seqlens": CU, "index": INDEX + 2},
             r"index: expected .* the number of tokens = 6\), got 6",
         ),
-        ({"input_ids": IDS, "cu_seqlens": CU, "index": INDEX, "targets": IDS}, r"targets: expected shape \(2\)"),
-        ({"input_ids": IDS, "cu_seqlens": CU, "targets": INDEX}, r"target: expected shape \(6\)"),
+        ({"input_ids": IDS, "cu_seqlens": CU, "index": INDEX, "targets": IDS}, r"targets: expected shape \(2,\)"),
+        ({"input_ids": IDS, "cu_seqlens": CU, "targets": INDEX}, r"target: expected shape \(6,\)"),
+        ({"input_ids": IDS, "cu_seqlens": CU, "targets": IDS, "count": 3}, "count: expected None without index"),
         ({"input_ids": IDS, "cu_seqlens": CU, "targets": IDS * 83}, "target: expected class indices"),
     ],
 )

@@ -279,10 +279,10 @@ LOGITS, TARGET = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)
 BAD = {
     "logits: expected a floating": lambda: ops.cross_entropy(LOGITS.int(), TARGET),
     "logits: expected .*V ≥ 1": lambda: ops.cross_entropy(LOGITS[:, :0], TARGET),
-    r"target: expected shape \(3\)": lambda: ops.cross_entropy(LOGITS, TARGET[:2]),
+    r"target: expected shape \(3,\)": lambda: ops.cross_entropy(LOGITS, TARGET[:2]),
     "target: expected torch.int64, got torch.int32": lambda: ops.cross_entropy(LOGITS, TARGET.int()),
     "target: .*class probabilities": lambda: ops.cross_entropy(LOGITS, LOGITS),
-    r"weight: expected shape \(4\), got \(3,\)": lambda: ops.cross_entropy(LOGITS, TARGET, weight=torch.ones(3)),
+    r"weight: expected shape \(4,\), got \(3,\)": lambda: ops.cross_entropy(LOGITS, TARGET, weight=torch.ones(3)),
     "weight: expected constants": lambda: ops.cross_entropy(LOGITS, TARGET, weight=torch.ones(4, requires_grad=True)),
     "target: expected on meta": lambda: ops.cross_entropy(LOGITS.to("meta"), TARGET),
     "label_smoothing: expected a probability": lambda: ops.cross_entropy(LOGITS, TARGET, label_smoothing=1.1),
@@ -292,9 +292,9 @@ BAD = {
     "hidden: expected .*D ≥ 1": lambda: ops.linear_cross_entropy(LOGITS[:, :0], LOGITS[:, :0], TARGET),
     r"weight: expected shape \(\*, 4\)": lambda: ops.linear_cross_entropy(LOGITS, LOGITS.t(), TARGET),
     "weight: expected .*V ≥ 1": lambda: ops.linear_cross_entropy(LOGITS, LOGITS[:0], TARGET),
-    r"bias: expected shape \(3\)": lambda: ops.linear_cross_entropy(LOGITS, LOGITS, TARGET, torch.ones(4)),
+    r"bias: expected shape \(3,\)": lambda: ops.linear_cross_entropy(LOGITS, LOGITS, TARGET, torch.ones(4)),
     "weight: expected torch.float32, hidden's": lambda: ops.linear_cross_entropy(LOGITS, LOGITS.bfloat16(), TARGET),
-    r"class_weight: expected shape \(3\)": lambda: ops.linear_cross_entropy(
+    r"class_weight: expected shape \(3,\)": lambda: ops.linear_cross_entropy(
         LOGITS, LOGITS, TARGET, class_weight=torch.ones(4)
     ),
 }

@@ -91,7 +91,7 @@ def test_streams_steps_and_seeds_are_independent():
     [
         ({"dropout_p": 1.1}, "dropout_p: expected a probability"),
         ({"stream": -1}, "stream: expected an integer"),
-        ({"rng": torch.zeros(3, dtype=torch.int64)}, r"rng: expected shape \(2\), got \(3,\)"),
+        ({"rng": torch.zeros(3, dtype=torch.int64)}, r"rng: expected shape \(2,\), got \(3,\)"),
         ({"rng": torch.zeros(2)}, "rng: expected torch.int64"),
     ],
 )

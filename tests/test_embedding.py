@@ -87,7 +87,7 @@ BAD = [
     ({"token_type": torch.zeros(0, 6)}, "token_type: expected at least one row"),
     ({"token_type": None, "token_type_ids": IDS}, "token_type_ids: given without its table"),
     ({"token_type_ids": IDS}, r"token_type_ids: expected ids in \[0, rows of token_type = 2\), got 4"),
-    ({"weight": torch.ones(5)}, r"weight: expected shape \(6\), got \(5,\)"),
+    ({"weight": torch.ones(5)}, r"weight: expected shape \(6,\), got \(5,\)"),
     ({"bias": torch.ones(6)}, "bias: given without a weight"),
     ({"padding_idx": 5}, "padding_idx: expected an id of the 5 rows of word, got 5"),
     ({"backend": "cuda"}, 'backend="cuda" cannot run embedding'),

@@ -48,7 +48,7 @@ def test_halves_of_one_matrix():
     [
         ({"x": torch.ones(2, 3).long()}, "x: expected a floating-point tensor, got torch.int64"),
         ({"x": torch.tensor(1.0)}, "x: expected at least one dimension"),
-        ({"bias": torch.ones(2)}, r"bias: expected shape \(3\), got \(2,\)"),
+        ({"bias": torch.ones(2)}, r"bias: expected shape \(3,\), got \(2,\)"),
         ({"bias": torch.ones(3, device="meta")}, "bias: expected on cpu.*got meta"),
         ({"bias": torch.ones(3, dtype=torch.bool)}, "bias: expected a floating-point tensor"),
         ({"gate": torch.ones(3)}, r"gate: expected shape \(2, 3\), got \(3,\)"),

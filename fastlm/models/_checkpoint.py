@@ -19,6 +19,7 @@ from fastlm.storage import fsync, partial_of
 Names = dict[str, tuple[str, ...]]
 Tensors = dict[str, torch.Tensor]
 
+_NAMED = 3  # wrong tensors that an error names
 _WEIGHTS, _INDEX, _CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 
 
@@ -60,7 +61,7 @@ def read_tensors(directory: str | Path) -> Tensors:
     elif pickled := sorted(path.name for path in directory.glob("*.bin")):
         raise ValueError(
             f"directory: expected {_WEIGHTS} in {directory}, found only {', '.join(pickled)}, which is pickled and may "
-            "run any code; convert it with transformers' model.save_pretrained(directory, safe_serialization=True)"
+            "run any code; load it with Transformers' AutoModel and save_pretrained it there, which writes safetensors"
         )
     else:
         raise ValueError(f"directory: expected {_WEIGHTS} or {_INDEX} in {directory}, found neither")
@@ -122,5 +123,6 @@ def import_tensors(tensors: Tensors, names: Names, shapes: dict[str, torch.Size]
         if not mismatched:
             state[ours] = torch.cat([tensors[name] for name in theirs])
     if wrong:
-        raise ValueError(f"directory: tensors of other shapes than {_CONFIG} says: " + "; ".join(wrong))
+        more = f"; and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
+        raise ValueError(f"directory: tensors of other shapes than {_CONFIG} says: {'; '.join(wrong[:_NAMED])}{more}")
     return state, missing

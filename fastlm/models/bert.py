@@ -11,6 +11,7 @@ model's dtype, or autocast over float32 parameters) the residual stream x is bfl
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -54,6 +55,8 @@ class BertConfig:
             value = getattr(self, field.name)
             if field.type == "int" and not (isinstance(value, int) and value > 0):
                 raise ValueError(f"{field.name}: expected a positive integer, got {value!r}")
+            if field.type == "float" and not (isinstance(value, (int, float)) and 0 <= value < math.inf):
+                raise ValueError(f"{field.name}: expected a number that is not negative, got {value!r}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"num_attention_heads: expected a divisor of hidden_size={self.hidden_size}, "
@@ -62,10 +65,9 @@ class BertConfig:
         _checks.one_of("hidden_act", self.hidden_act, _GELUS)
         _checks.probability("hidden_dropout_prob", self.hidden_dropout_prob)
         _checks.probability("attention_probs_dropout_prob", self.attention_probs_dropout_prob)
-        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
-            raise ValueError(
-                f"pad_token_id: expected None or an id below vocab_size={self.vocab_size}, got {self.pad_token_id}"
-            )
+        pad = self.pad_token_id
+        if pad is not None and not (isinstance(pad, int) and 0 <= pad < self.vocab_size):
+            raise ValueError(f"pad_token_id: expected None or an id below vocab_size={self.vocab_size}, got {pad!r}")
 
     @classmethod
     def from_dict(cls, config: dict) -> BertConfig:
@@ -201,6 +203,8 @@ class Bert(torch.nn.Module):
         if cu_seqlens is not None:
             _checks.is_tensor("input_ids", input_ids, shape=(None,))
             _checks.is_tensor("cu_seqlens", cu_seqlens, device=input_ids.device, dtypes=(torch.int32,), shape=(None,))
+            if cu_seqlens.shape[0] == 0:
+                raise ValueError("cu_seqlens: expected one more entry than there are sequences, got none")
             if attention_mask is not None:
                 raise ValueError(
                     "attention_mask: expected None with cu_seqlens, which leave no padding; pass one of them"
@@ -212,7 +216,8 @@ class Bert(torch.nn.Module):
             sequences = {"cu_seqlens_q": cu_seqlens, "max_seqlen_q": max_seqlen}
             if positions is None:
                 token = torch.arange(input_ids.shape[0], dtype=torch.int32, device=input_ids.device)
-                positions = token - cu_seqlens[torch.searchsorted(cu_seqlens, token, right=True) - 1]
+                start = cu_seqlens[torch.searchsorted(cu_seqlens, token, right=True) - 1]
+                positions = (token - start).clamp(min=0)  # of a wrong cu_seqlens, attention says what is wrong
         else:
             if input_ids.dim() != 2 or input_ids.shape[1] > longest:
                 raise ValueError(
@@ -274,6 +279,8 @@ class Bert(torch.nn.Module):
             if count is not None and index.device.type == "cpu":
                 index, targets = index[: int(count)], None if targets is None else targets[: int(count)]
             _checks.ids_inside("index", index, "the number of tokens", input_ids.numel())
+        elif count is not None:
+            raise ValueError(f"count: expected None without index, whose entries it counts, got {count}")
         x = self.encode(
             input_ids, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, positions=positions,
             attention_mask=attention_mask, token_type_ids=token_type_ids, rng=rng, index=index,
@@ -301,6 +308,8 @@ class Bert(torch.nn.Module):
         the tensors. ValueError for a missing or unreadable file, another model_type, pickled weights, missing tensors
         of the encoder, and tensors of another shape than config.json says.
         """
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype: expected a floating-point one, got {dtype}")
         config = BertConfig.from_dict(_checkpoint.read_config(directory, "bert"))
         tensors = {_current_name(name): tensor for name, tensor in _checkpoint.read_tensors(directory).items()}
         others = _other_tensors(tensors, config)

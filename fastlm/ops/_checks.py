@@ -13,15 +13,15 @@ def is_tensor(name: str, value, *, device=None, dtypes=None, shape=None) -> None
         raise ValueError(f"{name}: expected on {device}, where the other inputs are, got {value.device}")
     if dtypes is not None and value.dtype not in dtypes:
         raise ValueError(f"{name}: expected {' or '.join(str(d) for d in dtypes)}, got {value.dtype}")
-    if shape is not None and (
-        value.dim() != len(shape) or any(want is not None and want != got for want, got in zip(shape, value.shape))
-    ):
-        wanted = ", ".join("*" if want is None else str(want) for want in shape)
+    if shape is None or value.shape == shape:
+        return
+    if value.dim() != len(shape) or any(want is not None and want != got for want, got in zip(shape, value.shape)):
+        wanted = ", ".join("*" if want is None else str(want) for want in shape) + "," * (len(shape) == 1)
         raise ValueError(f"{name}: expected shape ({wanted}), got {tuple(value.shape)}")
 
 
-def is_float(name: str, value) -> None:
-    is_tensor(name, value)
+def is_float(name: str, value, *, device=None, shape=None) -> None:
+    is_tensor(name, value, device=device, shape=shape)
     if not value.dtype.is_floating_point:
         raise ValueError(f"{name}: expected a floating-point tensor, got {value.dtype}")
 
