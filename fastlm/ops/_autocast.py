@@ -28,6 +28,9 @@ def autocast_dtype(op: str, tensor: torch.Tensor) -> torch.dtype:
     return torch.float32 if policy == "float32" else torch.get_autocast_dtype(device)
 
 
-def autocast(op: str, *tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """The tensors, floating-point ones cast as autocast would for `op`; unchanged outside of autocast."""
+def autocast(op: str, x: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """The tensors, on one device, floating-point ones cast as autocast would for `op`; unchanged outside of it."""
+    tensors = x, *others
+    if not torch.is_autocast_enabled(x.device.type):
+        return tensors
     return tuple(None if t is None else t.to(autocast_dtype(op, t)) for t in tensors)

@@ -11,6 +11,7 @@ An op `fastlm::name` takes its backend as its last argument, a resolved name ("c
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import sys
@@ -68,11 +69,16 @@ def _missing(backend: str, device: str) -> str | None:
     if backend == "cuda":
         return _native.missing_cuda() or (None if device == "cuda" else f"it runs on cuda, the input is on {device}")
     if backend == "triton":
-        if importlib.util.find_spec("triton") is None:
+        if not _triton_installed():
             return "triton is not installed"
         if device != "cuda" and not _triton_takes_cpu():
             return f"it runs on cuda, the input is on {device}; on the cpu only under TRITON_INTERPRET=1"
     return None
+
+
+@functools.cache  # a search of sys.path takes 30 µs, and `auto` asks at every call
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _triton_takes_cpu() -> bool:
@@ -180,8 +186,10 @@ def differentiable(name: str, setup_context, backward) -> None:
     Function.__name__ = Function.__qualname__ = name  # the name that a profile and a graph show
 
     def run(keyset, *args):
-        if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
-            return Function.apply(keyset, *args)
+        if torch.is_grad_enabled():
+            for a in args:  # a generator for any() takes as long as a small kernel
+                if isinstance(a, torch.Tensor) and a.requires_grad:
+                    return Function.apply(keyset, *args)
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & below, *args)
 

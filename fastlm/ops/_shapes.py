@@ -7,8 +7,10 @@ import torch
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
     """x (..., cols) as (rows, cols) with a unit last stride: a view where the strides allow, else a copy."""
+    if x.dim() == 2:
+        return unit_stride(x)
     x = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(x.shape[:-1].numel(), x.shape[-1])
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+    return unit_stride(x)
 
 
 def unit_stride(x: torch.Tensor) -> torch.Tensor:

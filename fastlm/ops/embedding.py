@@ -291,8 +291,7 @@ def embedding(
     _checks.is_tensor("input_ids", input_ids, dtypes=(torch.int64, torch.int32))
     if input_ids.dim() not in (1, 2):
         raise ValueError(f"input_ids: expected (B, S) rows or (T,) packed tokens, got shape {tuple(input_ids.shape)}")
-    _checks.is_float("word", word)
-    _checks.is_tensor("word", word, device=input_ids.device, shape=(None, None))
+    _checks.is_float("word", word, device=input_ids.device, shape=(None, None))
     cols = word.shape[1]
     if cols == 0:
         raise ValueError(f"word: expected (vocabulary, cols) with cols > 0, got shape {tuple(word.shape)}")
@@ -302,8 +301,7 @@ def embedding(
     )
     for name, table, ids, ids_name in tables:
         if table is not None:
-            _checks.is_float(name, table)
-            _checks.is_tensor(name, table, device=word.device, shape=(None, cols))
+            _checks.is_float(name, table, device=word.device, shape=(None, cols))
         if ids is not None:
             if table is None:
                 raise ValueError(f"{ids_name}: given without its table; give `{name}` too, or leave both out")
@@ -322,8 +320,7 @@ def embedding(
         raise ValueError("token_type: expected at least one row, got none")
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None:
-            _checks.is_float(name, parameter)
-            _checks.is_tensor(name, parameter, device=word.device, shape=(cols,))
+            _checks.is_float(name, parameter, device=word.device, shape=(cols,))
     if bias is not None and weight is None:
         raise ValueError("bias: given without a weight, and without a weight there is no norm; give both or neither")
     _checks.probability("dropout_p", dropout_p)

@@ -155,11 +155,9 @@ def gelu(
     if x.dim() == 0:
         raise ValueError("x: expected at least one dimension, got a scalar")
     if bias is not None:
-        _checks.is_float("bias", bias)
-        _checks.is_tensor("bias", bias, device=x.device, shape=x.shape[-1:])
+        _checks.is_float("bias", bias, device=x.device, shape=x.shape[-1:])
     if gate is not None:
-        _checks.is_float("gate", gate)
-        _checks.is_tensor("gate", gate, device=x.device, shape=x.shape)
+        _checks.is_float("gate", gate, device=x.device, shape=x.shape)
     _checks.one_of("approximate", approximate, ("none", "tanh"))
     if gate is not None and gate.dtype != x.dtype:
         dtype = torch.promote_types(x.dtype, gate.dtype)

@@ -191,11 +191,9 @@ def _norm(op, x, weight, bias, eps, residual, dropout_p, rng, stream, return_res
         raise ValueError(f"x: expected at least one dimension, the last not empty, got shape {tuple(x.shape)}")
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None:
-            _checks.is_float(name, parameter)
-            _checks.is_tensor(name, parameter, device=x.device, shape=x.shape[-1:])
+            _checks.is_float(name, parameter, device=x.device, shape=x.shape[-1:])
     if residual is not None:
-        _checks.is_float("residual", residual)
-        _checks.is_tensor("residual", residual, device=x.device, shape=x.shape)
+        _checks.is_float("residual", residual, device=x.device, shape=x.shape)
     _checks.probability("dropout_p", dropout_p)
     _checks.is_rng(rng, stream, x.device)
 
