@@ -153,11 +153,10 @@ def tune(
         raise ValueError(f"--dtype: expected float32, bfloat16 or float16, got {dtype!r}")
 
     from fastlm import tune as tuner
-    from fastlm.kernels import tuning
     from fastlm.ops import _registry
 
     gpu = torch.cuda.get_device_name()
-    out = out or tuning.user_directory() / tuning.file_name(gpu)
+    out = out or tuner.user_table(gpu)
     ops = op or [name for name in _registry.AUTO if "triton" in _registry.backends(name)]
     found = tuner.tune(ops, getattr(torch, dtype), say=typer.echo)
     tuner.write_table(out, gpu, found)

@@ -125,6 +125,13 @@ def _fastest(key, now, candidates, function, measure: Measure, say):
     return best
 
 
+def user_table(gpu: str) -> Path:
+    """Where a user's table for a GPU lies, and later runs look for it."""
+    from fastlm.kernels import tuning
+
+    return tuning.user_directory() / tuning.file_name(gpu)
+
+
 def write_table(path: Path, gpu: str, configurations: dict[str, dict[str, dict]]) -> None:
     """Adds configurations to a table, or makes it."""
     import triton
