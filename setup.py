@@ -9,6 +9,7 @@ fastlm._cuda is built when nvcc is found (CUDA_HOME, else PATH). Settings, for t
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -43,7 +44,14 @@ def nvcc_flags():
     archs = os.environ.get("FASTLM_CUDA_ARCHS", "80,90,100").split(",")
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     ptx = f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"
-    return ["-O3", "-std=c++17", "-lineinfo", "--threads=0", "-Xcompiler=-fPIC", *targets, ptx]
+    # Kernels' host symbols stay visible, as they were before CUDA 13: csrc/cuda/launch.h finds their names by them.
+    visible = ["-static-global-template-stub=false", "-device-entity-has-hidden-visibility=false"]
+    version = subprocess.run([NVCC, "--version"], capture_output=True, text=True, check=True).stdout
+    release = int(re.search(r"release (\d+)", version).group(1))
+    return [
+        "-O3", "-std=c++17", "-lineinfo", "--threads=0", "-Xcompiler=-fPIC", *targets, ptx,
+        *(visible if release >= 13 else []),
+    ]  # fmt: skip
 
 
 def cpu_extension():

@@ -80,7 +80,27 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
+cuda_recorder = None
+
+
+def record_cuda(recorder) -> None:
+    """For tests: f(entry, grid, block, shared_bytes, params) gets what the CUDA kernels would launch; None ends it.
+
+    Meanwhile backend="cuda" takes CPU tensors.
+    """
+    global cuda_recorder
+    _cuda()[0].record(recorder)
+    cuda_recorder = recorder
+
+
+def cuda_place(tensor: torch.Tensor) -> tuple[int, int]:
+    """(device, stream), the last arguments of every CUDA kernel: where `tensor` lies, on torch's current stream."""
+    if tensor.device.type != "cuda":
+        return 0, 0
+    return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream
+
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def address(tensor: torch.Tensor | None) -> int:

@@ -4,15 +4,12 @@
 #include <stdexcept>
 
 #include "device.h"
+#include "launch.h"
 
 #define FASTLM_STRING_(...) #__VA_ARGS__
 #define FASTLM_STRING(...) FASTLM_STRING_(__VA_ARGS__)
 
 namespace fastlm::cuda {
-
-static void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
-}
 
 std::vector<Device> devices() {
   int count = 0;

@@ -67,6 +67,8 @@ def _missing(backend: str, device: str) -> str | None:
     if backend == "cpu":
         return _native.missing_cpu() or (None if device == "cpu" else f"it runs on the cpu, the input is on {device}")
     if backend == "cuda":
+        if device == "cpu" and _native.cuda_recorder is not None:
+            return None
         return _native.missing_cuda() or (None if device == "cuda" else f"it runs on cuda, the input is on {device}")
     if backend == "triton":
         if not _triton_installed():

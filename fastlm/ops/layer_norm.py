@@ -178,8 +178,63 @@ def _bwd_triton(dy, dh, h, weight, mean, rstd, dropout_p, rng, stream, rms, has_
     return out
 
 
+# ---- CUDA C++: csrc/cuda/layer_norm.cu
+
+
+def _parameter(weight, x):
+    """A weight as the kernel reads it, float32 or of x's dtype; and whether it is float32."""
+    if weight is None:
+        return None, False
+    if weight.dtype not in (x.dtype, torch.float32):
+        weight = weight.float()
+    return weight.contiguous(), weight.dtype == torch.float32
+
+
+@_registry.implement("layer_norm_fwd", "cuda")
+def _fwd_cuda(x, residual, weight, bias, eps, dropout_p, rng, stream, rms):
+    y, h, mean, rstd = _fake_fwd(x, residual, weight, bias, eps, dropout_p, rng, stream, rms, "cuda")
+    x2, residual2 = as_rows(x), None if residual is None else as_rows(residual)
+    (weight, weight_is_float), (bias, bias_is_float) = _parameter(weight, x), _parameter(bias, x)
+    at = _native.address
+    _native.cuda().layer_norm_fwd(
+        at(x2), at(residual2), at(weight), at(bias), at(h) if h.numel() else 0, at(y), 0 if rms else at(mean), at(rstd),
+        *x2.shape, x2.stride(0), 0 if residual2 is None else residual2.stride(0), eps, weight_is_float, bias_is_float,
+        philox.threshold(dropout_p), _random.row_scale(dropout_p), at(rng), stream,
+        _native.DTYPE_CODES[x.dtype], *_native.cuda_place(x),
+    )  # fmt: skip
+    return y, h, mean, rstd
+
+
+@_registry.implement("layer_norm_bwd", "cuda")
+def _bwd_cuda(dy, dh, h, weight, mean, rstd, dropout_p, rng, stream, rms, has_bias):
+    dresidual, dx, dweight, dbias = out = _fake_bwd(
+        dy, dh, h, weight, mean, rstd, dropout_p, rng, stream, rms, has_bias, "cuda"
+    )
+    rows, cols = rstd.numel(), h.shape[-1]
+    if rows == 0:
+        return dresidual, dx, dweight.zero_(), dbias.zero_()
+    dy2, h2, dh2 = as_rows(dy), as_rows(h), None if dh is None else as_rows(dh)
+    weight2, weight_is_float = _parameter(weight, h)
+    dweight2 = None if weight is None else dweight if dweight.dtype == weight2.dtype else torch.empty_like(weight2)
+    device, queue = _native.cuda_place(h)
+    partial = None
+    if weight is not None or has_bias:
+        partial = h.new_empty(2 * _native.cuda().partial_rows(device) * cols, dtype=torch.float32)
+    at = _native.address
+    _native.cuda().layer_norm_bwd(
+        at(dy2), at(dh2), at(h2), at(weight2), 0 if rms else at(mean), at(rstd), at(dresidual),
+        at(dx) if dropout_p > 0.0 else 0, at(dweight2), at(dbias) if has_bias else 0, at(partial),
+        rows, cols, dy2.stride(0), 0 if dh2 is None else dh2.stride(0), h2.stride(0), weight_is_float,
+        philox.threshold(dropout_p), _random.row_scale(dropout_p), at(rng), stream,
+        _native.DTYPE_CODES[h.dtype], device, queue,
+    )  # fmt: skip
+    if dweight2 is not None and dweight2 is not dweight:
+        dweight.copy_(dweight2)
+    return out
+
+
 for _op in ("layer_norm", "rms_norm"):
-    _registry.offer(_op, "cpu", "triton")
+    _registry.offer(_op, "cpu", "triton", "cuda")
 
 
 # ---- public
@@ -245,7 +300,7 @@ def layer_norm(
         rng: int64 (2,), (seed, step), on x's device; None draws from torch's generator. See fastlm.ops._random.
         stream: number of this call site, so that two dropouts of one step differ.
         return_residual: return (y, h); gradients through h are added.
-        backend: "auto", "reference", "cpu", "triton".
+        backend: "auto", "reference", "cpu", "triton", "cuda".
 
     Returns y, like x (float32 under CUDA autocast, as F.layer_norm); with `return_residual`, (y, h).
     Raises ValueError for a wrong shape, dtype or device, and for a named backend that cannot run.

@@ -124,19 +124,21 @@ def triton_on_ptx(**options):
 
 
 @contextlib.contextmanager
-def cuda_on_ptx(record: Callable, ptx: str, **options):
+def cuda_on_ptx(record: Callable, ptx: str, tensors: Callable[[], list] | None = None, **options):
     """Launches of CUDA host code inside run on the interpreter, over CPU tensors, one after the other.
 
     record: called with a function f(entry, grid, block, shared_bytes, params), which the host code is to call in place
     of every launch, and with None at the end. `params` are the bytes of the kernel's parameters, with the tensors' own
     addresses in them. ptx: the module that holds the kernels. options: those of `run`. Yields the Launches.
-    A kernel may touch the elements of every live tensor that a word of its parameters points into.
+    A kernel may touch the elements of every tensor of `tensors()`, or of every live one, that a word of its parameters
+    points into.
     """
     launches = Launches()
 
     def execute(entry: str, grid, block, shared_bytes: int, params: bytes) -> None:
         words = np.frombuffer(params[: len(params) // 8 * 8], np.uint64).tolist()
-        memory = [tensor for tensor in _live_tensors() if any(_contains(tensor, word) for word in words)]
+        known = _live_tensors() if tensors is None else tensors()
+        memory = [tensor for tensor in known if any(_contains(tensor, word) for word in words)]
         report = run(ptx, entry, grid, block, params, shared_bytes=shared_bytes, memory=memory, **options)
         launches.reports.append((entry, report))
 

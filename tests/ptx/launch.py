@@ -85,6 +85,11 @@ class Report:
 _unwritten: dict[int, np.ndarray] = {}  # id of an allocation's owner -> a state per byte
 
 
+def _filling(begin: int, end: int) -> np.ndarray:
+    """FILLING over and over, bytes [begin, end) of it."""
+    return np.full(end // 2 + 1, FILLING.view(np.uint16)[0]).view(np.uint8)[begin:end]
+
+
 def _owner(array) -> tuple[object, int, int]:
     """The object that owns an array's memory, its address and its bytes."""
     if isinstance(array, torch.Tensor):
@@ -102,7 +107,7 @@ def uninitialised(array):
     when a kernel starts, was written by the host. The mark lives as long as the memory does.
     """
     owner, address, size = _owner(array)
-    _bytes_at(address, size)[:] = np.resize(FILLING, size)
+    _bytes_at(address, size)[:] = _filling(0, size)
     _unwritten[id(owner)] = np.zeros(size, np.uint8)
     weakref.finalize(owner, _unwritten.pop, id(owner), None)
     return array
@@ -152,7 +157,7 @@ class _Memory:
     def find_host_writes(tracked: np.ndarray, host: int, group: list) -> None:
         """Elements that no longer hold the filling have been written."""
         begin, end = group[0][0] - host, max(region[1] for region in group) - host
-        held = _bytes_at(host + begin, end - begin) == np.resize(np.roll(FILLING, -begin), end - begin)
+        held = _bytes_at(host + begin, end - begin) == _filling(begin, end)
         if any(size == 1 for _, _, size, *_ in group):
             # One byte may hold the filling by chance: the host wrote it if it wrote another of the eight around it.
             written = np.zeros(end // 8 + 1, bool)
@@ -252,13 +257,23 @@ def _pack(program: Program, args, names: list[str], memory: _Memory) -> bytes:
     return bytes(out)
 
 
+_ENTRY = re.compile(r"^(?:\.(?:visible|weak)\s+)?\.entry\s+([\w$]+).*?^\}$", re.MULTILINE | re.DOTALL)
+
+
+def _without_others(ptx: str, entry: str) -> str:
+    """A module less its other kernels: those of a file with a hundred instantiations take seconds to parse."""
+    if not any(match[1] == entry for match in _ENTRY.finditer(ptx)):
+        return ptx
+    return _ENTRY.sub(lambda match: match[0] if match[1] == entry else "", ptx)
+
+
 @functools.lru_cache(maxsize=256)
 def load(ptx: str, entry: str | None = None) -> Program:
     """Parses and decodes a kernel, once. `entry` may be left out if the module has one kernel.
 
     Raises UnknownInstruction for what the interpreter does not know, PtxError for what it cannot read.
     """
-    module = parse(ptx)
+    module = parse(ptx if entry is None else _without_others(ptx, entry))
     if entry is None:
         kernels = [name for name, function in module.functions.items() if function.is_entry and function.defined]
         if len(kernels) != 1:

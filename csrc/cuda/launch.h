@@ -1,0 +1,68 @@
+// The one place that launches a kernel. A recorder, set by a test, is handed what would be launched instead: grids,
+// template choices and parameters are then computed as for a device, and tests/ptx executes the kernel.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <dlfcn.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "recorder.h"
+
+namespace fastlm::cuda {
+
+inline void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+// Makes a device the current one, and puts back what was. The launch that follows uses `stream` of that device.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) {
+    if (recorder()) return;
+    check(cudaGetDevice(&before_), "cudaGetDevice");
+    changed_ = before_ != device;
+    if (changed_) check(cudaSetDevice(device), "cudaSetDevice");
+  }
+  ~OnDevice() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
+// Multiprocessors of a device; 2 under a recorder, so that kernels which share out rows among blocks loop there too.
+int multiprocessors(int device);
+
+// Appends a parameter where C puts it in a struct.
+template <class T>
+void append_parameter(std::string& params, const T& value) {
+  params.resize((params.size() + alignof(T) - 1) / alignof(T) * alignof(T));
+  params.append(reinterpret_cast<const char*>(&value), sizeof(T));
+}
+
+template <class... P, class... A>
+void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream, A... args) {
+  if (!recorder()) {
+    void* pointers[] = {const_cast<void*>(static_cast<const void*>(&args))...};
+    check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, pointers, shared, stream),
+          "cudaLaunchKernel");
+    return;
+  }
+  // The host's symbol of a kernel has the name of the device's. It is visible where the kernel is in no anonymous
+  // namespace: setup.py has nvcc leave it so.
+  Dl_info info;
+  if (!dladdr(reinterpret_cast<void*>(kernel), &info) || !info.dli_sname)
+    throw std::runtime_error("a kernel without a visible symbol");
+  std::string params;
+  (append_parameter<P>(params, static_cast<P>(args)), ...);
+  const unsigned shape[] = {grid.x, grid.y, grid.z, block.x, block.y, block.z};
+  recorder()(info.dli_sname, shape, shared, params.data(), params.size());
+}
+
+}  // namespace fastlm::cuda

@@ -1,0 +1,405 @@
+// layer_norm and rms_norm: h = residual + dropout(x); y = norm(h) * weight + bias. The maths: fastlm/ops/layer_norm.py.
+//
+// Forward: THREADS threads hold a row in registers, N packs of VEC columns each, so that every tensor is read and
+// written once, 16 bytes at a time. Backward: blocks walk over the rows and keep the weights' gradients of their
+// columns in registers, each leaves one partial sum, and a second kernel adds those in order. Rows that are too long
+// for registers are read again from the second-level cache; VEC is 1 where rows do not start on 16 bytes.
+#include <algorithm>
+
+#include "launch.h"
+#include "layer_norm.h"
+#include "partials.cuh"
+#include "rows.cuh"
+
+namespace fastlm::cuda {
+
+constexpr int kLong = 512;  // threads of a block whose row is read again
+
+__host__ __device__ constexpr int block_size(int threads) { return threads < 128 ? 128 : threads; }
+
+// ---- rows in registers
+
+template <class T, int VEC, int N, int THREADS>
+__global__ void __launch_bounds__(block_size(THREADS)) layer_norm_fwd_kernel(const LayerNormForward a) {
+  constexpr int kRows = block_size(THREADS) / THREADS;
+  __shared__ float buffer[2][32];
+  const int64_t row = int64_t(blockIdx.x) * kRows + threadIdx.x / THREADS;
+  if (row >= a.rows) return;  // a whole warp: with more threads to a row, every block has one
+  const int lane = threadIdx.x % THREADS;
+  const Key key = a.dropout.threshold ? dropout_key(a.dropout.rng, a.dropout.stream) : Key{0, 0};
+  const T* x = static_cast<const T*>(a.x) + row * a.stride_x;
+  const T* residual = static_cast<const T*>(a.residual) + (a.residual ? row * a.stride_residual : 0);
+
+  float h[N][VEC];
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const int64_t col = int64_t(i * THREADS + lane) * VEC;
+    if (col >= a.cols) continue;
+    load(x + col, h[i], a.wide);
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const int64_t col = int64_t(i * THREADS + lane) * VEC;
+    if (col >= a.cols) continue;
+    if (a.dropout.threshold) drop(h[i], row, col, a.dropout, key);
+    if (a.residual) {
+      float r[VEC];
+      load(residual + col, r, a.wide);
+#pragma unroll
+      for (int j = 0; j < VEC; ++j) h[i][j] += r[j];
+    }
+    if (a.h) {  // statistics of h as it is stored, since backward normalises that
+      store(static_cast<T*>(a.h) + row * a.cols + col, h[i]);
+#pragma unroll
+      for (int j = 0; j < VEC; ++j) h[i][j] = to_float(from_float<T>(h[i][j]));
+    }
+#pragma unroll
+    for (int j = 0; j < VEC; ++j) sum += h[i][j];
+  }
+  const float mean = a.mean ? row_sum<THREADS>(sum, buffer[0]) / float(a.cols) : 0.0f;
+  float square = 0.0f;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    if (int64_t(i * THREADS + lane) * VEC >= a.cols) continue;
+#pragma unroll
+    for (int j = 0; j < VEC; ++j) square += (h[i][j] - mean) * (h[i][j] - mean);
+  }
+  const float rstd = 1.0f / sqrtf(row_sum<THREADS>(square, buffer[1]) / float(a.cols) + a.eps);
+  if (lane == 0) {
+    if (a.mean) a.mean[row] = mean;
+    a.rstd[row] = rstd;
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const int64_t col = int64_t(i * THREADS + lane) * VEC;
+    if (col >= a.cols) continue;
+#pragma unroll
+    for (int j = 0; j < VEC; ++j) h[i][j] = (h[i][j] - mean) * rstd;
+    if (a.weight) {
+      float w[VEC];
+      load_parameter<VEC, T>(a.weight, a.weight_is_float, col, w, a.wide);
+#pragma unroll
+      for (int j = 0; j < VEC; ++j) h[i][j] *= w[j];
+    }
+    if (a.bias) {
+      float b[VEC];
+      load_parameter<VEC, T>(a.bias, a.bias_is_float, col, b, a.wide);
+#pragma unroll
+      for (int j = 0; j < VEC; ++j) h[i][j] += b[j];
+    }
+    store(static_cast<T*>(a.y) + row * a.cols + col, h[i]);
+  }
+}
+
+template <class T, int VEC, int N, int THREADS>
+__global__ void __launch_bounds__(block_size(THREADS)) layer_norm_bwd_kernel(const LayerNormBackward a) {
+  constexpr int kRows = block_size(THREADS) / THREADS;
+  __shared__ float buffer[2][2][32];  // of rows in turn: a row's sums are read while the next one's are written
+  __shared__ float sums[2][THREADS * N * VEC];  // of weights' gradients, over the rows of a block
+  const int lane = threadIdx.x % THREADS, group = threadIdx.x / THREADS;
+  const Key key = a.dropout.threshold ? dropout_key(a.dropout.rng, a.dropout.stream) : Key{0, 0};
+  const float inverse = 1.0f / float(a.cols);
+
+  float w[N][VEC], dw[N][VEC] = {}, db[N][VEC] = {};
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const int64_t col = int64_t(i * THREADS + lane) * VEC;
+#pragma unroll
+    for (int j = 0; j < VEC; ++j) w[i][j] = 1.0f;
+    if (a.weight && col < a.cols) load_parameter<VEC, T>(a.weight, a.weight_is_float, col, w[i], a.wide);
+  }
+  int turn = 0;
+  for (int64_t row = int64_t(blockIdx.x) * kRows + group; row < a.rows; row += int64_t(gridDim.x) * kRows, turn ^= 1) {
+    const T* dy = static_cast<const T*>(a.dy) + row * a.stride_dy;
+    const T* h = static_cast<const T*>(a.h) + row * a.stride_h;
+    const float mean = a.mean ? a.mean[row] : 0.0f, rstd = a.rstd[row];
+    float g[N][VEC], xhat[N][VEC];
+    float sum_g = 0.0f, sum_gx = 0.0f;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const int64_t col = int64_t(i * THREADS + lane) * VEC;
+      if (col >= a.cols) continue;
+      load(dy + col, g[i], a.wide);
+      load(h + col, xhat[i], a.wide);
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if (int64_t(i * THREADS + lane) * VEC >= a.cols) continue;
+#pragma unroll
+      for (int j = 0; j < VEC; ++j) {
+        xhat[i][j] = (xhat[i][j] - mean) * rstd;
+        dw[i][j] += g[i][j] * xhat[i][j];
+        db[i][j] += g[i][j];
+        g[i][j] *= w[i][j];
+        sum_g += g[i][j];
+        sum_gx += g[i][j] * xhat[i][j];
+      }
+    }
+    // With x̂ = (h - mean) rstd and g = dy weight:  dh = rstd (g - mean(g) - x̂ mean(g x̂)); rms has no mean(g).
+    const float mean_g = a.mean ? row_sum<THREADS>(sum_g, buffer[turn][0]) * inverse : 0.0f;
+    const float mean_gx = row_sum<THREADS>(sum_gx, buffer[turn][1]) * inverse;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const int64_t col = int64_t(i * THREADS + lane) * VEC;
+      if (col >= a.cols) continue;
+#pragma unroll
+      for (int j = 0; j < VEC; ++j) g[i][j] = rstd * (g[i][j] - mean_g - xhat[i][j] * mean_gx);
+      if (a.dh) {
+        float dh[VEC];
+        load(static_cast<const T*>(a.dh) + row * a.stride_dh + col, dh, a.wide);
+#pragma unroll
+        for (int j = 0; j < VEC; ++j) g[i][j] += dh[j];
+      }
+      store(static_cast<T*>(a.dresidual) + row * a.cols + col, g[i]);
+      if (a.dropout.threshold) {
+        drop(g[i], row, col, a.dropout, key);
+        store(static_cast<T*>(a.dx) + row * a.cols + col, g[i]);
+      }
+    }
+  }
+  if (!a.dweight && !a.dbias) return;
+
+  // The rows that share a block add up their columns one after the other; the last one writes.
+  for (int k = 0; k < kRows; ++k) {
+    if (group == k) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+#pragma unroll
+        for (int j = 0; j < VEC; ++j) {
+          const int at = (i * THREADS + lane) * VEC + j;
+          if (k > 0) {
+            dw[i][j] += sums[0][at];
+            db[i][j] += sums[1][at];
+          }
+          if (k < kRows - 1) {
+            sums[0][at] = dw[i][j];
+            sums[1][at] = db[i][j];
+          }
+        }
+      }
+    }
+    if (k < kRows - 1) __syncthreads();
+  }
+  if (group != kRows - 1) return;
+  float* partial = a.partial + int64_t(blockIdx.x) * a.cols;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const int64_t col = int64_t(i * THREADS + lane) * VEC;
+    if (col >= a.cols) continue;
+    if (a.dweight) store(partial + col, dw[i]);
+    if (a.dbias) store(partial + int64_t(gridDim.x) * a.cols + col, db[i]);
+  }
+}
+
+// ---- rows that are read again
+
+template <class T, int VEC>
+__global__ void __launch_bounds__(kLong) layer_norm_fwd_long_kernel(const LayerNormForward a) {
+  __shared__ float buffer[2][32];
+  const int64_t row = blockIdx.x;
+  const Key key = a.dropout.threshold ? dropout_key(a.dropout.rng, a.dropout.stream) : Key{0, 0};
+  const T* x = static_cast<const T*>(a.x) + row * a.stride_x;
+  const T* residual = static_cast<const T*>(a.residual) + (a.residual ? row * a.stride_residual : 0);
+  T* stored = static_cast<T*>(a.h) + (a.h ? row * a.cols : 0);
+  const T* source = a.h ? stored : x;  // what a thread wrote it reads back itself
+  float v[VEC];
+  float sum = 0.0f;
+  for (int64_t col = int64_t(threadIdx.x) * VEC; col < a.cols; col += kLong * VEC) {
+    load(x + col, v, a.wide);
+    if (a.dropout.threshold) drop(v, row, col, a.dropout, key);
+    if (a.residual) {
+      float r[VEC];
+      load(residual + col, r, a.wide);
+      for (int j = 0; j < VEC; ++j) v[j] += r[j];
+    }
+    if (a.h) store(stored + col, v);
+    for (int j = 0; j < VEC; ++j) sum += to_float(from_float<T>(v[j]));
+  }
+  const float mean = a.mean ? row_sum<kLong>(sum, buffer[0]) / float(a.cols) : 0.0f;
+  float square = 0.0f;
+  for (int64_t col = int64_t(threadIdx.x) * VEC; col < a.cols; col += kLong * VEC) {
+    load(source + col, v, a.wide);
+    for (int j = 0; j < VEC; ++j) square += (v[j] - mean) * (v[j] - mean);
+  }
+  const float rstd = 1.0f / sqrtf(row_sum<kLong>(square, buffer[1]) / float(a.cols) + a.eps);
+  if (threadIdx.x == 0) {
+    if (a.mean) a.mean[row] = mean;
+    a.rstd[row] = rstd;
+  }
+  for (int64_t col = int64_t(threadIdx.x) * VEC; col < a.cols; col += kLong * VEC) {
+    load(source + col, v, a.wide);
+    float w[VEC], b[VEC];
+    if (a.weight) load_parameter<VEC, T>(a.weight, a.weight_is_float, col, w, a.wide);
+    if (a.bias) load_parameter<VEC, T>(a.bias, a.bias_is_float, col, b, a.wide);
+    for (int j = 0; j < VEC; ++j) {
+      v[j] = (v[j] - mean) * rstd;
+      if (a.weight) v[j] *= w[j];
+      if (a.bias) v[j] += b[j];
+    }
+    store(static_cast<T*>(a.y) + row * a.cols + col, v);
+  }
+}
+
+template <class T, int VEC>
+__global__ void __launch_bounds__(kLong) layer_norm_bwd_long_kernel(const LayerNormBackward a) {
+  __shared__ float buffer[2][32];
+  const int64_t row = blockIdx.x;
+  const Key key = a.dropout.threshold ? dropout_key(a.dropout.rng, a.dropout.stream) : Key{0, 0};
+  const T* dy = static_cast<const T*>(a.dy) + row * a.stride_dy;
+  const T* h = static_cast<const T*>(a.h) + row * a.stride_h;
+  const float mean = a.mean ? a.mean[row] : 0.0f, rstd = a.rstd[row];
+  float g[VEC], xhat[VEC], w[VEC];
+  auto read = [&](int64_t col) {
+    load(dy + col, g, a.wide);
+    load(h + col, xhat, a.wide);
+    if (a.weight) load_parameter<VEC, T>(a.weight, a.weight_is_float, col, w, a.wide);
+    for (int j = 0; j < VEC; ++j) {
+      xhat[j] = (xhat[j] - mean) * rstd;
+      if (a.weight) g[j] *= w[j];
+    }
+  };
+  float sum_g = 0.0f, sum_gx = 0.0f;
+  for (int64_t col = int64_t(threadIdx.x) * VEC; col < a.cols; col += kLong * VEC) {
+    read(col);
+    for (int j = 0; j < VEC; ++j) {
+      sum_g += g[j];
+      sum_gx += g[j] * xhat[j];
+    }
+  }
+  const float mean_g = a.mean ? row_sum<kLong>(sum_g, buffer[0]) / float(a.cols) : 0.0f;
+  const float mean_gx = row_sum<kLong>(sum_gx, buffer[1]) / float(a.cols);
+  for (int64_t col = int64_t(threadIdx.x) * VEC; col < a.cols; col += kLong * VEC) {
+    read(col);
+    for (int j = 0; j < VEC; ++j) g[j] = rstd * (g[j] - mean_g - xhat[j] * mean_gx);
+    if (a.dh) {
+      float dh[VEC];
+      load(static_cast<const T*>(a.dh) + row * a.stride_dh + col, dh, a.wide);
+      for (int j = 0; j < VEC; ++j) g[j] += dh[j];
+    }
+    store(static_cast<T*>(a.dresidual) + row * a.cols + col, g);
+    if (a.dropout.threshold) {
+      drop(g, row, col, a.dropout, key);
+      store(static_cast<T*>(a.dx) + row * a.cols + col, g);
+    }
+  }
+}
+
+constexpr int kLongCols = 128;  // columns of a block of the kernel below, one a thread
+
+// Partial sums of long rows' weight gradients: block (x, y) takes kLongCols columns, and every gridDim.y-th row.
+template <class T>
+__global__ void __launch_bounds__(kLongCols) layer_norm_weights_long_kernel(const LayerNormBackward a) {
+  const int64_t col = int64_t(blockIdx.x) * kLongCols + threadIdx.x;
+  if (col >= a.cols) return;
+  float dw = 0.0f, db = 0.0f;
+  for (int64_t row = blockIdx.y; row < a.rows; row += gridDim.y) {
+    const float dy = to_float(static_cast<const T*>(a.dy)[row * a.stride_dy + col]);
+    const float h = to_float(static_cast<const T*>(a.h)[row * a.stride_h + col]);
+    dw += dy * ((h - (a.mean ? a.mean[row] : 0.0f)) * a.rstd[row]);
+    db += dy;
+  }
+  if (a.dweight) a.partial[blockIdx.y * a.cols + col] = dw;
+  if (a.dbias) a.partial[(int64_t(gridDim.y) + blockIdx.y) * a.cols + col] = db;
+}
+
+// ---- what is launched
+
+namespace {
+
+template <class T, int VEC, int N, int THREADS>
+void run_fwd(const LayerNormForward& a, Place place) {
+  constexpr int kRows = block_size(THREADS) / THREADS;
+  launch(layer_norm_fwd_kernel<T, VEC, N, THREADS>, unsigned((a.rows + kRows - 1) / kRows), block_size(THREADS), 0,
+         place.stream, a);
+}
+
+// Up to four packs a thread, 32 values of bfloat16, and a warp to a row while that is enough: no barrier.
+template <class T>
+void forward(LayerNormForward a, Place place) {
+  constexpr int V = kVector<T>;
+  a.wide = is_wide(a.x, a.stride_x, sizeof(T)) && is_wide(a.residual, a.stride_residual, sizeof(T)) &&
+           is_wide(a.weight, 0, 1) && is_wide(a.bias, 0, 1);
+  if (a.cols % V != 0) {
+    if (a.cols <= 128 * 4) return run_fwd<T, 1, 4, 128>(a, place);
+    if (a.cols <= 512 * 4) return run_fwd<T, 1, 4, 512>(a, place);
+    return launch(layer_norm_fwd_long_kernel<T, 1>, unsigned(a.rows), kLong, 0, place.stream, a);
+  }
+  const int64_t packs = a.cols / V;
+  if (packs <= 32) return run_fwd<T, V, 1, 32>(a, place);
+  if (packs <= 64) return run_fwd<T, V, 2, 32>(a, place);
+  if (packs <= 96) return run_fwd<T, V, 3, 32>(a, place);
+  if (packs <= 128) return run_fwd<T, V, 4, 32>(a, place);
+  if (packs <= 256) return run_fwd<T, V, 2, 128>(a, place);
+  if (packs <= 512) return run_fwd<T, V, 4, 128>(a, place);
+  if (packs <= 1024) return run_fwd<T, V, 2, 512>(a, place);
+  if (packs <= 2048) return run_fwd<T, V, 4, 512>(a, place);
+  launch(layer_norm_fwd_long_kernel<T, V>, unsigned(a.rows), kLong, 0, place.stream, a);
+}
+
+template <class T>
+void finish(const LayerNormBackward& a, int64_t count, Place place) {
+  if (a.dweight) sum_partials<T>(a.partial, count, a.cols, a.dweight, a.weight_is_float, place);
+  if (a.dbias) sum_partials<T>(a.partial + count * a.cols, count, a.cols, a.dbias, true, place);
+}
+
+template <class T, int VEC, int N, int THREADS>
+void run_bwd(const LayerNormBackward& a, Place place) {
+  constexpr int kRows = block_size(THREADS) / THREADS;
+  // As many blocks as are resident at once, so that each walks over its rows once and leaves one partial sum.
+  const int64_t resident =
+      std::min<int64_t>(partial_rows(place.device), multiprocessors(place.device) * (1024 / block_size(THREADS)));
+  const int64_t blocks = std::min<int64_t>((a.rows + kRows - 1) / kRows, resident);
+  launch(layer_norm_bwd_kernel<T, VEC, N, THREADS>, unsigned(blocks), block_size(THREADS), 0, place.stream, a);
+  finish<T>(a, blocks, place);
+}
+
+template <class T, int VEC>
+void run_bwd_long(const LayerNormBackward& a, Place place) {
+  launch(layer_norm_bwd_long_kernel<T, VEC>, unsigned(a.rows), kLong, 0, place.stream, a);
+  if (!a.dweight && !a.dbias) return;
+  const int64_t count = std::min<int64_t>(a.rows, std::min<int64_t>(64, partial_rows(place.device)));
+  launch(layer_norm_weights_long_kernel<T>, dim3(unsigned((a.cols + kLongCols - 1) / kLongCols), unsigned(count)),
+         kLongCols, 0, place.stream, a);
+  finish<T>(a, count, place);
+}
+
+// At most two packs a thread: beside dy and x̂ it holds the weight and the sums of two gradients.
+template <class T>
+void backward(LayerNormBackward a, Place place) {
+  constexpr int V = kVector<T>;
+  a.wide = is_wide(a.dy, a.stride_dy, sizeof(T)) && is_wide(a.dh, a.stride_dh, sizeof(T)) &&
+           is_wide(a.h, a.stride_h, sizeof(T)) && is_wide(a.weight, 0, 1);
+  if (a.cols % V != 0) {
+    if (a.cols <= 128 * 4) return run_bwd<T, 1, 4, 128>(a, place);
+    if (a.cols <= 512 * 4) return run_bwd<T, 1, 4, 512>(a, place);
+    return run_bwd_long<T, 1>(a, place);
+  }
+  const int64_t packs = a.cols / V;
+  if (packs <= 32) return run_bwd<T, V, 1, 32>(a, place);
+  if (packs <= 64) return run_bwd<T, V, 2, 32>(a, place);
+  if (packs <= 128) return run_bwd<T, V, 1, 128>(a, place);
+  if (packs <= 256) return run_bwd<T, V, 2, 128>(a, place);
+  if (packs <= 512) return run_bwd<T, V, 1, 512>(a, place);
+  if (packs <= 1024) return run_bwd<T, V, 2, 512>(a, place);
+  run_bwd_long<T, V>(a, place);
+}
+
+}  // namespace
+
+int64_t partial_rows(int device) { return 8 * multiprocessors(device); }
+
+void layer_norm_fwd(const LayerNormForward& args, DType dtype, Place place) {
+  if (args.rows == 0) return;
+  const OnDevice here(place.device);
+  if (dtype == DType::f32) return forward<float>(args, place);
+  dtype == DType::bf16 ? forward<__nv_bfloat16>(args, place) : forward<__half>(args, place);
+}
+
+void layer_norm_bwd(const LayerNormBackward& args, DType dtype, Place place) {
+  const OnDevice here(place.device);
+  if (dtype == DType::f32) return backward<float>(args, place);
+  dtype == DType::bf16 ? backward<__nv_bfloat16>(args, place) : backward<__half>(args, place);
+}
+
+}  // namespace fastlm::cuda

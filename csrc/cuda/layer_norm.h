@@ -1,0 +1,37 @@
+#pragma once
+
+#include "ops.h"
+
+namespace fastlm::cuda {
+
+// Shapes: x, residual, h, y (rows, cols); weight, bias (cols,), float32 or of x's dtype; mean, rstd (rows,) float32.
+// A null pointer stands for what is absent: residual, weight, bias, h (then h = x is not written), mean (rms).
+struct LayerNormForward {
+  const void *x, *residual, *weight, *bias;
+  void *h, *y;
+  float *mean, *rstd;
+  int64_t rows, cols, stride_x, stride_residual;
+  float eps;
+  bool weight_is_float, bias_is_float;
+  Dropout dropout;
+  bool wide;  // set by layer_norm_fwd: everything lies on 16 bytes
+};
+
+// dy, dh (the gradient that reaches the residual stream beside y; may be null), h (rows, cols) in;
+// dresidual (rows, cols) and, under dropout, dx (rows, cols) out; dweight (cols,) in weight's dtype, dbias (cols,)
+// float32, or null. partial: (2, partial_rows(device), cols) float32 scratch.
+struct LayerNormBackward {
+  const void *dy, *dh, *h, *weight;
+  const float *mean, *rstd;
+  void *dresidual, *dx, *dweight;
+  float *dbias, *partial;
+  int64_t rows, cols, stride_dy, stride_dh, stride_h;
+  bool weight_is_float;
+  Dropout dropout;
+  bool wide;  // set by layer_norm_bwd
+};
+
+void layer_norm_fwd(const LayerNormForward& args, DType dtype, Place place);
+void layer_norm_bwd(const LayerNormBackward& args, DType dtype, Place place);
+
+}  // namespace fastlm::cuda

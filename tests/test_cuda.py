@@ -1,0 +1,77 @@
+"""Every OpCase on backend="cuda" without a GPU: the host's code runs as it is, and what it would launch is executed.
+
+fastlm._cuda hands every launch to a recorder (csrc/cuda/launch.h); tests/ptx compiles the same sources for sm_80 and
+executes them, and checks memory, races and barriers on the way.
+"""
+
+import functools
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import ptx
+import pytest
+import torch
+
+from fastlm import _native
+from fastlm.ops import _registry
+from fastlm.testing import checks
+from fastlm.testing.cases import CASES
+
+CSRC = Path(__file__).parent.parent / "csrc"
+INCLUDES = (str(CSRC), str(CSRC / "common"))
+# Seeds of each dtype. Five for bfloat16, what one trains in; the others differ in few instructions.
+SEEDS = {torch.float32: 2, torch.bfloat16: 5, torch.float16: 2}
+HAVE = [case for case in CASES.values() if "cuda" in _registry.backends(case.op)]
+EVERY = [pytest.param(case, variant, id=f"{case.op}-{variant}") for case in HAVE for variant in case.tests]
+
+pytestmark = pytest.mark.skipif(
+    _native.cuda() is None or ptx.nvcc() is None, reason="fastlm._cuda is not built, or there is no nvcc"
+)
+
+
+@functools.cache
+def kernels() -> str:
+    """The PTX of all kernels."""
+    return "\n".join(ptx.compile_cuda(file, includes=INCLUDES) for file in sorted(CSRC.glob("cuda/*.cu")))
+
+
+@contextmanager
+def device():
+    """CPU tensors are taken by the cuda backend, and its kernels are executed.
+
+    A kernel may touch what the op asked for the address of in the same call.
+    """
+    address, tensors = _native.address, []
+
+    def remember(tensor):
+        if tensor is not None:
+            tensors.append(tensor)
+        return address(tensor)
+
+    with (
+        mock.patch.object(_native, "address", remember),
+        ptx.cuda_on_ptx(_native.record_cuda, kernels(), lambda: tensors),
+    ):
+        yield
+
+
+@pytest.mark.parametrize("dtype", SEEDS, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize(("case", "variant"), EVERY)
+def test_error_bound(case, variant, dtype):
+    if dtype not in case.dtypes and dtype != torch.float16:
+        pytest.skip(f"{case.op} is tested in {case.dtypes}")
+    checks.error_bound(case, variant, dtype, "cpu", ["cuda"], range(SEEDS[dtype]), device)
+
+
+@pytest.mark.parametrize(
+    "check", [checks.non_contiguous, checks.deterministic, checks.opcheck], ids=lambda f: f.__name__
+)
+@pytest.mark.parametrize(("case", "variant"), EVERY)
+def test_check(check, case, variant):
+    check(case, variant, torch.bfloat16, "cpu", "cuda", around=device)
+
+
+@pytest.mark.parametrize("case", HAVE, ids=lambda case: case.op)
+def test_compile(case):
+    checks.compiles(case, case.tests[0], torch.bfloat16, "cpu", "cuda", around=device)
