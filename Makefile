@@ -19,6 +19,9 @@ PIP := $(PY) -m pip install --disable-pip-version-check --quiet -c constraints.t
 OUT := benchmarks/results/cpu
 SOURCES := setup.py fastlm kernels tests benchmarks
 
+# An environment that could not be made (Debian without python3-venv leaves one without pip) is made again.
+.DELETE_ON_ERROR:
+
 .PHONY: setup demo test lint test-gpu bench
 
 setup: $(VENV)/.installed

@@ -164,13 +164,15 @@ def tune(
 
 
 def _repeat_options(arguments: list[str]) -> list[str]:
-    """`--data a b` as `--data a --data b`, which is what click knows."""
+    """`--data a b` as `--data a --data b`, which is what click knows. ValueError where no value follows."""
     out, several = [], None
-    for argument in arguments:
+    for argument, after in zip(arguments, [*arguments[1:], "-"]):
         if argument.startswith("-"):
             several = argument if argument in _SEVERAL else None
             if several is None:
                 out.append(argument)
+            elif after.startswith("-"):
+                raise ValueError(f"{argument}: expected one value or more, got none")
         elif several is not None:
             out += [several, argument]
         else:
@@ -180,11 +182,11 @@ def _repeat_options(arguments: list[str]) -> list[str]:
 
 def main() -> None:
     """Run the command line. What a user can mend is one line, `error: ...`, and exit status 2."""
-    arguments = _repeat_options(sys.argv[1:])
+    arguments = sys.argv[1:]
     _malloc.tune()
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
-        app(arguments)
+        app(_repeat_options(arguments))
     except (ValueError, OSError, FloatingPointError) as error:
         if "--traceback" in arguments:
             raise

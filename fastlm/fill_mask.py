@@ -33,6 +33,12 @@ def fill_mask(directory, text: str, *, top: int = 5) -> list[list[Candidate]]:
         raise ValueError(f"model: expected a directory, as OUT/hf after `fastlm pretrain`, got {str(directory)!r}")
     model = Bert.from_pretrained(directory).eval()
     tokenizer = Tokenizer.load(directory)
+    vocab_size = model.config.vocab_size  # may be rounded up beyond the tokenizer's, not the other way round
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"model: expected a tokenizer of at most the model's {vocab_size} tokens in {directory}, got one of "
+            f"{tokenizer.vocab_size}; put the model's own there"
+        )
     ids = tokenizer.encode(text)
     places = [place for place, id in enumerate(ids) if id == tokenizer.mask_id]
     mask = tokenizer.decode([tokenizer.mask_id], skip_special_tokens=False)
@@ -44,7 +50,7 @@ def fill_mask(directory, text: str, *, top: int = 5) -> list[list[Candidate]]:
     logits = model(
         torch.tensor(ids), cu_seqlens=torch.tensor([0, len(ids)], dtype=torch.int32), max_seqlen=len(ids),
         index=torch.tensor(places),
-    )  # fmt: skip
+    )[:, : tokenizer.vocab_size]  # fmt: skip
     best = logits.float().softmax(-1).topk(min(top, logits.shape[-1]))
     filled = []
     for place, probabilities, tokens in zip(places, best.values.tolist(), best.indices.tolist()):

@@ -1,13 +1,20 @@
 """The command line, as a user meets it: what it prints, its errors, its exit status."""
 
+import io
 import json
 import subprocess
 import sys
 
 import pytest
+import torch
+from rich.console import Console
 from training import corpus, set_options
 
 from fastlm import _malloc, cli
+from fastlm.data import Tokenizer
+from fastlm.fill_mask import fill_mask
+from fastlm.models import Bert, BertConfig
+from fastlm.train.progress import ProgressLine
 
 
 def run(*arguments):
@@ -89,6 +96,9 @@ def pretrain_arguments(text, out, *more):
         (lambda a: [*a, "--tokenizer", "train:many"], "tokenizer: expected train:N"),
         (lambda a: [*a, "--device", "tpu"], "device: expected cpu or cuda, got 'tpu'"),
         (lambda a: [*a, "--dtype", "float16"], "train.dtype: expected 'float32' or 'bfloat16'"),
+        (lambda a: [*a, "--seed", "1", "--set"], "--set: expected one value or more, got none"),
+        (lambda a: [*a[:3], *a[4:]], "--data: expected one value or more, got none"),
+        (lambda a: [*a, "--device", "cuda:99"], "device: expected cpu, or one of the"),
         (lambda a: [*a, "--resume", "/no/such/run"], "resume: expected auto, never"),
         (lambda a: [*a[:3], "/no/such/text", *a[4:]], "/no/such/text"),
     ],
@@ -145,6 +155,34 @@ def test_fill_mask_errors(tmp_path, fastlm):
     status, _, err = fastlm("fill-mask", "--model", tmp_path / "none", "a [MASK]")
     assert status == 2
     assert err.startswith("error: model: expected a directory")
+    config = BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    Bert(config).save_pretrained(tmp_path / "hf", Tokenizer.train(lambda: ["the cat sat on the mat"] * 9, 30))
+    status, _, err = fastlm("fill-mask", "--model", tmp_path / "hf", "a [MASK]")
+    assert status == 2
+    assert err.startswith("error: model: expected a tokenizer of at most the model's 20 tokens")
+
+
+def test_a_vocabulary_rounded_up_fills_no_mask_with_what_is_no_token(tmp_path):
+    tokenizer = Tokenizer.train(lambda: ["the cat sat on the mat"] * 9, 30)
+    config = BertConfig(
+        vocab_size=tokenizer.vocab_size + 7, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
+        intermediate_size=8,
+    )  # fmt: skip
+    model = Bert(config)
+    with torch.no_grad():
+        model.head.bias[-7:] = 100.0
+    model.save_pretrained(tmp_path, tokenizer)
+    (candidates,) = fill_mask(tmp_path, "the [MASK]", top=1000)
+    assert len(candidates) == tokenizer.vocab_size
+    assert all(candidate.token for candidate in candidates)
+
+
+def test_plain_progress_says_a_thing_once():
+    console = Console(file=io.StringIO(), force_terminal=False)
+    with ProgressLine("rows", 2, console) as line:
+        for done in (1, 2, 2):
+            line.update(done, f"{done} of 2")
+    assert console.file.getvalue() == "rows 2 of 2\n"
 
 
 def test_a_traceback_where_asked_for(tmp_path):

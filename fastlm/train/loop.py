@@ -12,6 +12,7 @@ run that was killed goes on from its newest checkpoint to bit-identical losses, 
 
 from __future__ import annotations
 
+import math
 import platform
 import shutil
 import signal
@@ -96,7 +97,10 @@ def parse_device(name: str) -> torch.device:
     if device is None or device.type not in ("cpu", "cuda"):
         raise ValueError(f"device: expected cpu or cuda, got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device: {name} was asked for, torch {torch.__version__} sees {torch.cuda.device_count()}")
+        raise ValueError(
+            f"device: expected cpu, or one of the {torch.cuda.device_count()} CUDA devices that torch "
+            f"{torch.__version__} sees, got {name}"
+        )
     return device
 
 
@@ -155,9 +159,8 @@ class _Run:
         table, first = self.recipe.train, self.counters.step
         if first == table.max_steps and (summary := runs.finished_summary(self.out)):
             return Result(self.out, first, summary)
-        (self.out / runs.SUMMARY).unlink(
-            missing_ok=True
-        )  # of a later checkpoint, if there is one: it was damaged since
+        # A summary, if there is one, is of a later checkpoint, which was damaged since.
+        (self.out / runs.SUMMARY).unlink(missing_ok=True)
         runs.write_recipe(self.out, self.recipe, self.start.origin)
         runs.adopt_metrics(self.start, self.out)
         self.metrics = MetricsFile(self.out / runs.METRICS, first)
@@ -204,7 +207,7 @@ class _Run:
         loss, norm = step.wait()
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
-        finite = torch.isfinite(torch.tensor([loss, norm])).all().item()
+        finite = math.isfinite(loss) and math.isfinite(norm)
         counters, tokens = self.counters, step.count("tokens")
         counters.step = step.number
         counters.tokens += tokens
@@ -275,7 +278,7 @@ class _Run:
         recipe, dataset, parameters = self.recipe, self.dataset, sum(p.numel() for p in self.model.parameters())
         peak = "n/a, no peak is known" if self.peak is None else f"against {self.peak / 1e12:g} TFLOP/s"
         self.line.note(
-            f"{recipe.name}: {parameters / 1e6:.1f} M parameters on {chip(self.device)} in {recipe.train.dtype}; "
+            f"{recipe.name}: {parameters / 1e6:.3g} M parameters on {chip(self.device)} in {recipe.train.dtype}; "
             f"{dataset.rows:,} rows of {dataset.row_tokens} tokens, vocabulary {dataset.tokenizer.vocab_size:,}\n"
             f"MFU = 3 · forward FLOPs of matrix products on real tokens / (seconds · peak): {peak}"
         )

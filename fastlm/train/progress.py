@@ -22,7 +22,7 @@ class ProgressLine:
         self.label, self.total = label, total
         self.console = console or Console(stderr=True, highlight=False)
         self.live = self.console.is_terminal
-        self._last = time.monotonic()
+        self._last, self._plain = time.monotonic(), ""  # when the last plain line was printed, and what it said
         self._bar = Progress(
             SpinnerColumn(),
             TextColumn("[bold]{task.description}"),
@@ -45,8 +45,8 @@ class ProgressLine:
     def update(self, done: int, text: str) -> None:
         if self.live:
             self._bar.update(self._task, completed=done, text=text)
-        elif time.monotonic() - self._last >= _PLAIN_EVERY or done == self.total:
-            self._last = time.monotonic()
+        elif text != self._plain and (time.monotonic() - self._last >= _PLAIN_EVERY or done == self.total):
+            self._last, self._plain = time.monotonic(), text
             self.console.print(f"{self.label} {text}", markup=False, soft_wrap=True)
 
     def note(self, text: str) -> None:
