@@ -5,14 +5,22 @@ import math
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 
+import ptx
 import pytest
 import torch
 import torch.nn.functional as F
 
 from fastlm import ops
+from fastlm.ops.linear_cross_entropy import chunk_rows
 
 ROWS, VOCABULARY, FEATURES = 6, 37, 5
+
+
+def running(backend):
+    """Where the backend runs on this machine."""
+    return ptx.triton_on_ptx() if backend == "triton" else nullcontext()
 
 
 @pytest.fixture
@@ -34,7 +42,7 @@ def eager_gradient(hidden, weight, target, **options):
     return torch.autograd.grad(F.cross_entropy(hidden @ weight.t(), target, **options), weight)[0]
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "triton", "reference"])
 def test_torch_semantics(head, generator, backend):
     """Loss and gradient of every combination of options, against torch in float64 and the z term written out."""
     hidden, matrix, target = head
@@ -58,10 +66,11 @@ def test_torch_semantics(head, generator, backend):
             kept = t[t != ignore_index]
             want = want + z.sum() / (len(kept) if w is None else w[kept].sum())
         x = logits + 0.0 if inplace else logits
-        got = ops.cross_entropy(x, t, weight=weight, z_loss=z_loss, inplace=inplace, backend=backend, **options)
         cotangent = torch.rand(want.shape, generator=generator)
+        with running(backend):
+            got = ops.cross_entropy(x, t, weight=weight, z_loss=z_loss, inplace=inplace, backend=backend, **options)
+            (got_dx,) = torch.autograd.grad(got, logits, cotangent)
         (want_dx,) = torch.autograd.grad(want, exact, cotangent.double())
-        (got_dx,) = torch.autograd.grad(got, logits, cotangent)
         # Sums of at most six rows: a few roundings of the largest value.
         torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=2e-6)
         torch.testing.assert_close(got_dx.double(), want_dx, rtol=2e-6, atol=2e-6)
@@ -90,31 +99,97 @@ def test_nothing_to_predict(smoothing, generator):
     assert ops.cross_entropy(logits[:0], target[:0]).isnan()
 
 
-def test_infinities_and_nan(generator):
+@pytest.mark.parametrize(("backend", "vocabulary"), [("cpu", VOCABULARY), ("triton", VOCABULARY), ("triton", 16501)])
+def test_infinities_and_nan(backend, vocabulary, generator):
     """Rows with NaN, +inf, only -inf, or -inf at the target fare as in torch."""
-    logits = torch.randn(6, VOCABULARY, generator=generator)
+    logits = torch.randn(6, vocabulary, generator=generator)
     logits[0, 3], logits[1, 3], logits[2], logits[3, 0], logits[4, 1] = math.nan, math.inf, -math.inf, -math.inf, -1e30
     logits.requires_grad_()
     target = torch.zeros(6, dtype=torch.int64)
     for smoothing in (0.0, 0.1):
         want = F.cross_entropy(logits, target, reduction="none", label_smoothing=smoothing)
-        got = ops.cross_entropy(logits, target, reduction="none", label_smoothing=smoothing, backend="cpu")
+        with running(backend):
+            got = ops.cross_entropy(logits, target, reduction="none", label_smoothing=smoothing, backend=backend)
+            (got_dx,) = torch.autograd.grad(got.sum(), logits)
         torch.testing.assert_close(got, want, equal_nan=True)
         assert got[3] == math.inf
         finite = [3, 4, 5]
-        got_dx = torch.autograd.grad(got.sum(), logits)[0][finite]
+        got_dx = got_dx[finite]
         torch.testing.assert_close(got_dx, torch.autograd.grad(want.sum(), logits)[0][finite])
 
 
-def test_label_outside_reference(generator):
-    """What a device gives, where nothing can be raised: NaN in the loss and in the gradient of the row."""
+@pytest.mark.parametrize("value", [VOCABULARY, -1, 2**40])
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_label_outside_on_a_device(backend, value, generator):
+    """Where nothing can be raised: NaN in the loss and in the gradient of the row."""
     logits = torch.randn(3, VOCABULARY, generator=generator).requires_grad_()
-    bad, good = torch.tensor([1, VOCABULARY, -100]), torch.tensor([1, 2, -100])
+    weight = torch.rand(VOCABULARY, generator=generator)
+    bad, good = torch.tensor([1, value, -100]), torch.tensor([1, 2, -100])
     for reduction in ("none", "mean", "sum"):
-        loss = ops.cross_entropy_reference(logits, bad, reduction=reduction)
+        options = {"reduction": reduction, "weight": weight, "label_smoothing": 0.1, "z_loss": 0.1}
+        if backend == "reference":
+            loss, other = (ops.cross_entropy_reference(logits, t, **options) for t in (bad, good))
+            (gradient,) = torch.autograd.grad(loss.sum(), logits)
+        else:
+            with running(backend):
+                loss, other = (ops.cross_entropy(logits, t, backend=backend, **options) for t in (bad, good))
+                (gradient,) = torch.autograd.grad(loss.sum(), logits)
+            assert gradient[[0, 2]].isfinite().all()  # a NaN loss, and the reference, spread it to every row
         assert torch.equal(loss.isnan(), torch.tensor([False, True, False] if reduction == "none" else True))
-        assert torch.autograd.grad(loss.sum(), logits)[0][1].isnan().all()
-        assert ops.cross_entropy_reference(logits, good, reduction=reduction).isfinite().all()
+        assert gradient[1].isnan().all()
+        assert other.isfinite().all()
+
+
+def test_linear_label_outside_on_a_device(head):
+    hidden, weight, _ = head
+    target = torch.tensor([1, 2, VOCABULARY, 3, 4, -100])
+    with running("triton"):
+        loss = ops.linear_cross_entropy(hidden.requires_grad_(), weight, target, backend="triton")
+        dhidden, dweight = torch.autograd.grad(loss, (hidden, weight))
+    assert loss.isnan()
+    assert dhidden[2].isnan().all()
+    assert dweight.isnan().all()
+
+
+def test_logits_aligned_in_any_way_give_the_same_bits(generator):
+    """Rows of the Triton kernel begin anywhere between 16-byte boundaries, in a slice elsewhere than in its copy."""
+    for dtype, vocabulary in ((torch.bfloat16, 16501), (torch.float32, 16502), (torch.float16, 77)):
+        logits = torch.randn(4, vocabulary + 3, generator=generator).to(dtype)
+        target = torch.randint(0, vocabulary, (3,), generator=generator)
+        for view in (logits[1:, :vocabulary], logits.view(-1)[1 : 1 + 3 * vocabulary].view(3, vocabulary)):
+            results = []
+            for x in (view.clone().requires_grad_(), view.requires_grad_()):
+                with running("triton"):
+                    loss = ops.cross_entropy(x, target, backend="triton")
+                    results += [(loss, *torch.autograd.grad(loss, x))]
+            assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 4097, 300_001])
+def test_sums_over_many_rows(rows, generator):
+    """The denominator and the loss of the Triton kernels, in one program and in several."""
+    from fastlm.kernels import cross_entropy as kernels
+
+    target = torch.randint(-2, 9, (rows,), generator=generator)
+    weight, loss = torch.rand(7, generator=generator) + 0.1, torch.rand(rows, generator=generator)
+    counts = (target >= 0) & (target < 7) & (target != 3)
+    with running("triton"):
+        number = kernels.count_targets(target, None, 7, 3)
+        parts = kernels.count_targets(target, weight, 7, 3)
+        total, mean = kernels.sum_losses(loss, None), kernels.sum_losses(loss, parts)
+    denominator = weight.double()[target[counts]].sum()
+    assert number.sum() == counts.sum()
+    torch.testing.assert_close(parts.double().sum(), denominator, rtol=2e-7, atol=0)
+    torch.testing.assert_close(total.double(), loss.double().sum(), rtol=2e-7, atol=0)
+    torch.testing.assert_close(mean.double(), loss.double().sum() / denominator, rtol=4e-7, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("rows", "chunk"), [(0, 0), (7, 7), (1024, 1024), (2047, 2047), (2048, 1024), (5000, 1280), (65536, 4096)]
+)
+def test_chunk_rows_on_a_gpu(rows, chunk):
+    """A quarter of the rows between 1024 and 4096, in multiples of 128."""
+    assert chunk_rows(rows, torch.bfloat16, "cuda") == chunk
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)

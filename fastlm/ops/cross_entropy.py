@@ -18,13 +18,15 @@ Milakov, Gimelshein 2018 (arXiv:1805.02867) for the running maximum.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
 from fastlm import _native
 from fastlm.ops import _checks, _registry
 from fastlm.ops._autocast import autocast_dtype
-from fastlm.ops._shapes import as_rows
+from fastlm.ops._shapes import as_rows, contiguous
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -104,9 +106,12 @@ def _fake_loss(target, reduction):
     return target.new_empty(target.shape if reduction == "none" else (), dtype=torch.float32)
 
 
+def _fake_dlogits(logits, needs_dlogits):
+    return torch.empty_like(logits, memory_format=torch.contiguous_format) if needs_dlogits else logits.new_empty(0)
+
+
 def _fake_fwd(logits, target, weight, ignore_index, label_smoothing, z_loss, reduction, needs_dlogits, backend):
-    dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format) if needs_dlogits else logits.new_empty(0)
-    return _fake_loss(target, reduction), dlogits
+    return _fake_loss(target, reduction), _fake_dlogits(logits, needs_dlogits)
 
 
 def _fake_fwd_(logits, target, weight, ignore_index, label_smoothing, z_loss, reduction, backend):
@@ -181,81 +186,157 @@ class _Overwritten(torch.autograd.Function):
         )
 
 
+def _implement(backend, losses, scaled, rows=as_rows):
+    """The raw ops of a backend, of what it has for rows (rows, V), as `rows` gives them, with a unit last stride:
+
+    losses(target, weight, vocabulary, options, reduction), a class of Losses, below.
+    scaled(x, dloss, out) writes x * dloss into out, which may be x. dloss: float32, contiguous, a scalar or (rows,).
+    """
+
+    def forward(x, dx, target, weight, *options, reduction):
+        all_losses = losses(target, weight, x.shape[-1], options, reduction)
+        all_losses.add(x, dx)
+        return all_losses.loss()
+
+    @_registry.implement("cross_entropy_fwd", backend)
+    def fwd(logits, target, weight, ignore_index, label_smoothing, z_loss, reduction, needs_dlogits):
+        dlogits = _fake_dlogits(logits, needs_dlogits)
+        dx = as_rows(dlogits) if needs_dlogits else None
+        options = ignore_index, label_smoothing, z_loss
+        return forward(rows(logits), dx, target, weight, *options, reduction=reduction), dlogits
+
+    @_registry.implement("cross_entropy_fwd_", backend)
+    def fwd_(logits, target, weight, ignore_index, label_smoothing, z_loss, reduction):
+        x = rows(logits)
+        loss = forward(x, x, target, weight, ignore_index, label_smoothing, z_loss, reduction=reduction)
+        if x.data_ptr() != logits.data_ptr():  # a copy, where the strides are not such rows
+            logits.copy_(x.view(logits.shape))
+        return loss
+
+    def scale_into(dlogits, dloss, out):
+        y = as_rows(out)
+        scaled(as_rows(dlogits), dloss.float().reshape(-1 if dloss.dim() else ()).contiguous(), y)
+        if y.data_ptr() != out.data_ptr():
+            out.copy_(y.view(out.shape))
+
+    @_registry.implement("cross_entropy_bwd", backend)
+    def bwd(dlogits, dloss):
+        out = _fake_bwd(dlogits, dloss, backend)
+        scale_into(dlogits, dloss, out)
+        return out
+
+    @_registry.implement("cross_entropy_bwd_", backend)
+    def bwd_(dlogits, dloss):
+        scale_into(dlogits, dloss, dlogits)
+
+
+class Losses:
+    """The losses of rows of logits that are added in order, all at once or in chunks.
+
+    add(x, dx, dloss=None) takes the next rows x (n, V) and writes their gradient into dx, which may be x, or None.
+        dloss: float32 (n,), a factor of each row's gradient, or None.
+    loss() is what the raw op returns, once every row is there.
+    """
+
+    def __init__(self, target, reduction):
+        self.target, self.reduction = target.reshape(-1).contiguous(), reduction
+        self.each = target.new_empty(target.shape, dtype=torch.float32)
+        self.added = 0
+
+    def next(self, rows):
+        """Target and loss, (rows,), of the rows to be added."""
+        chunk = slice(self.added, self.added + rows)
+        self.added += rows
+        return self.target[chunk], self.each.view(-1)[chunk]
+
+
 # ---- CPU C++: csrc/cpu/cross_entropy.cpp
 
 
-def count_cpu(target, weight, vocabulary, ignore_index, reduction) -> float:
-    """What the sum of the rows is divided by; ValueError for a label outside. target and weight are contiguous."""
-    at = _native.address
-    row, count = _native.cpu().cross_entropy_count(at(target), at(weight), target.numel(), vocabulary, ignore_index)
-    if row >= 0:
-        raise_outside(row, int(target.view(-1)[row]), vocabulary, ignore_index)
-    return count if reduction == "mean" else 1.0
+class LossesCPU(Losses):
+    """Raises ValueError at once for a label outside the vocabulary."""
+
+    def __init__(self, target, weight, vocabulary, options, reduction):
+        super().__init__(target, reduction)
+        self.weight = None if weight is None else weight.float().contiguous()
+        self.options, at = options, _native.address
+        row, count = _native.cpu().cross_entropy_count(
+            at(self.target), at(self.weight), self.target.numel(), vocabulary, options[0]
+        )
+        if row >= 0:
+            raise_outside(row, int(self.target[row]), vocabulary, options[0])
+        self.denominator, self.sum = count if reduction == "mean" else 1.0, 0.0
+
+    def add(self, x, dx, dloss=None):
+        target, loss = self.next(x.shape[0])
+        at = _native.address
+        self.sum += _native.cpu().cross_entropy_fwd(
+            at(x), at(target), at(self.weight), at(dloss), at(loss), at(dx), *x.shape, x.stride(0),
+            0 if dx is None else dx.stride(0), *self.options, self.denominator,
+            _native.DTYPE_CODES[x.dtype], _native.threads(),
+        )  # fmt: skip
+
+    def loss(self):
+        if self.reduction == "none":
+            return self.each
+        return self.each.new_full((), self.sum if self.denominator else math.nan)
 
 
-def rows_cpu(x, target, weight, dloss, dx, options, denominator):
-    """Each row's loss (rows,), and Σ loss / denominator; writes the gradient into dx, which may be x, or None."""
-    ignore_index, label_smoothing, z_loss = options
-    rows, vocabulary = x.shape
-    loss = x.new_empty(rows, dtype=torch.float32)
-    at = _native.address
-    total = _native.cpu().cross_entropy_fwd(
-        at(x), at(target), at(weight), at(dloss), at(loss), at(dx), rows, vocabulary, x.stride(0),
-        0 if dx is None else dx.stride(0), ignore_index, label_smoothing, z_loss, denominator,
-        _native.DTYPE_CODES[x.dtype], _native.threads(),
-    )  # fmt: skip
-    return loss, total
-
-
-def _forward_cpu(x, target, weight, dx, options, reduction):
-    target, weight = target.contiguous(), None if weight is None else weight.float().contiguous()
-    denominator = count_cpu(target, weight, x.shape[-1], options[0], reduction)
-    loss, total = rows_cpu(x, target, weight, None, dx, options, denominator)
-    return loss.view(target.shape) if reduction == "none" else loss.new_full((), total)
-
-
-@_registry.implement("cross_entropy_fwd", "cpu")
-def _fwd_cpu(logits, target, weight, ignore_index, label_smoothing, z_loss, reduction, needs_dlogits):
-    dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format) if needs_dlogits else logits.new_empty(0)
-    dx = as_rows(dlogits) if needs_dlogits else None
-    options = ignore_index, label_smoothing, z_loss
-    return _forward_cpu(as_rows(logits), target, weight, dx, options, reduction), dlogits
-
-
-@_registry.implement("cross_entropy_fwd_", "cpu")
-def _fwd_cpu_(logits, target, weight, ignore_index, label_smoothing, z_loss, reduction):
-    x = as_rows(logits)
-    loss = _forward_cpu(x, target, weight, x, (ignore_index, label_smoothing, z_loss), reduction)
-    if x.data_ptr() != logits.data_ptr():  # strides that are no rows
-        logits.copy_(x.view(logits.shape))
-    return loss
-
-
-def _scale_cpu(dlogits, dloss, out):
-    x, y = as_rows(dlogits), as_rows(out)
-    dloss = dloss.float().contiguous()
+def _scaled_cpu(x, dloss, y):
     at = _native.address
     _native.cpu().cross_entropy_bwd(
         at(x), at(dloss), at(y), *x.shape, x.stride(0), y.stride(0), dloss.dim() > 0,
         _native.DTYPE_CODES[x.dtype], _native.threads(),
     )  # fmt: skip
-    if y.data_ptr() != out.data_ptr():
-        out.copy_(y.view(out.shape))
 
 
-@_registry.implement("cross_entropy_bwd", "cpu")
-def _bwd_cpu(dlogits, dloss):
-    out = _fake_bwd(dlogits, dloss, "cpu")
-    _scale_cpu(dlogits, dloss, out)
-    return out
+_implement("cpu", LossesCPU, _scaled_cpu)
 
 
-@_registry.implement("cross_entropy_bwd_", "cpu")
-def _bwd_cpu_(dlogits, dloss):
-    _scale_cpu(dlogits, dloss, dlogits)
+# ---- Triton: kernels/cross_entropy.py
 
 
-_registry.offer("cross_entropy", "cpu")
+class LossesTriton(Losses):
+    """A label outside the vocabulary makes its row's loss and gradient NaN."""
+
+    def __init__(self, target, weight, vocabulary, options, reduction):
+        from fastlm.kernels import cross_entropy as kernels
+
+        super().__init__(target, reduction)
+        self.kernels, self.options, self.weight = kernels, options, contiguous(weight)
+        self.weight_sum = None if weight is None else weight.sum(dtype=torch.float32)
+        mean = reduction == "mean"
+        self.parts = kernels.count_targets(self.target, self.weight, vocabulary, options[0]) if mean else None
+
+    def add(self, x, dx, dloss=None):
+        target, loss = self.next(x.shape[0])
+        ignore_index, label_smoothing, z_loss = self.options
+        self.kernels.cross_entropy_fwd(
+            x, target, self.weight, self.weight_sum, self.parts, dloss, loss, dx,
+            ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss,
+        )  # fmt: skip
+
+    def loss(self):
+        return self.each if self.reduction == "none" else self.kernels.sum_losses(self.each.view(-1), self.parts)
+
+
+def _scaled_triton(x, dloss, y):
+    from fastlm.kernels import cross_entropy as kernels
+
+    kernels.cross_entropy_bwd(x, dloss, y)
+
+
+def _rows_triton(x):
+    """A copy unless rows are aligned as in a contiguous tensor: which of them a thread adds up depends on it, and the
+    same logits give the same bits whatever their strides."""
+    from fastlm.kernels import cross_entropy as kernels
+
+    x = as_rows(x)
+    return x if kernels.aligned_alike(x, None) else x.clone(memory_format=torch.contiguous_format)
+
+
+_implement("triton", LossesTriton, _scaled_triton, _rows_triton)
+_registry.offer("cross_entropy", "cpu", "triton")
 
 
 # ---- public
@@ -287,7 +368,7 @@ def cross_entropy(
         inplace: where a gradient is needed, overwrite the logits with it, and let backward only scale it in place:
             no memory of the logits' size is allocated. The logits must not be used again, before or after: an op that
             saved them raises in its backward, and so does one that uses them later. The reference leaves them alone.
-        backend: "auto", "reference", "cpu".
+        backend: "auto", "reference", "cpu", "triton".
 
     Returns the loss, of target's shape for "none", else a scalar; in the dtype of the logits, float32 for bfloat16 and
     float16 under autocast, as F.cross_entropy. Computed in float32, the gradient is in the dtype of the logits.

@@ -13,18 +13,19 @@ row to row: the forward keeps nothing but its inputs, and backward computes the 
 Chunks are of equal size: a fifth of the rows, which bounds the memory, but at most 512, and at least 64. Fewer rows a
 chunk cost time, since each chunk reads and writes the whole weight gradient (at 256 rows about a twentieth of the
 time of the products, on two cores with 150 GFLOP/s and 15 GB/s), and more than 512 gain nothing.
-The weight gradient is summed over the chunks in float32. With bfloat16 on the CPU, where torch has no product of
-bfloat16 matrices with a float32 result, G and the chunk's hidden are widened for that product, a few classes at a
-time; the other products stay bfloat16, as F.linear's. oneDNN computes those in a float32 copy of the chunk, so that
-the chunks there are a sixteenth of the rows.
+On a GPU they are a quarter of the rows, at most 4096 and at least 1024, in multiples of 128: at 600 TFLOP/s and 3 TB/s
+reading and writing the weight gradient in float32 takes the time of the products of 267 rows, a quarter of a chunk of
+1024 and 7% of one of 4096.
+The weight gradient is summed over the chunks in float32: on a GPU the product adds to it. With bfloat16 on the CPU,
+where torch has no product of bfloat16 matrices with a float32 result, G and the chunk's hidden are widened for that
+product, a few classes at a time; the other products stay bfloat16, as F.linear's. oneDNN computes those in a float32
+copy of the chunk, so that the chunks there are a sixteenth of the rows.
 
 Sources: Hsu et al. 2024 (arXiv:2410.10989, Liger Kernel) for gradients in the forward, chunk by chunk;
 Wijmans et al. 2024 (arXiv:2411.09009) for the memory that logits take.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 import torch.nn.functional as F
@@ -33,12 +34,12 @@ from fastlm.ops import _checks, _registry
 from fastlm.ops._autocast import autocast, autocast_dtype
 from fastlm.ops._shapes import as_rows
 from fastlm.ops.cross_entropy import (
+    LossesCPU,
+    LossesTriton,
     check_labels,
     check_options,
     check_target,
-    count_cpu,
     cross_entropy_reference,
-    rows_cpu,
     scale,
 )
 
@@ -72,10 +73,17 @@ def linear_cross_entropy_reference(
 # ---- the raw ops. The loss is float32; an output that is not needed is empty.
 
 
-def chunk_rows(rows: int, dtype: torch.dtype) -> int:
+def chunk_rows(rows: int, dtype: torch.dtype, device: str) -> int:
     """Rows of a chunk; the rule stands above."""
+    if device == "cuda":
+        parts = max(1, min(max(4, -(-rows // 4096)), rows // 1024))
+        return min(rows, round_up(-(-rows // parts), 128))
     parts = max(5 if dtype == torch.float32 else 16, -(-rows // 512))
     return -(-rows // max(1, min(parts, rows // 64)))
+
+
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
 
 
 def _fake_bwd(dloss, hidden, weight, target, bias, class_weight, ignore_index, label_smoothing, z_loss, needs, backend):
@@ -137,86 +145,85 @@ def _backward(ctx, dloss, *_):
 _registry.differentiable("linear_cross_entropy_fwd", _setup_context, _backward)
 
 
-# ---- CPU: torch's BLAS, and the kernel of csrc/cpu/cross_entropy.cpp
+# ---- every backend: torch's BLAS, and the backend's cross_entropy in place
 
 WIDENED = 2048  # classes whose bfloat16 dlogits are widened at a time
 
 
+def _add_weight_gradient(dweight, dbias, g, x, needs, first):
+    """dweight (V, D) += gᵀ x and dbias (V,) += Σ g, both float32, of dlogits g (n, V) and hidden x (n, D)."""
+    beta = 0.0 if first else 1.0
+    if g.is_cuda and g.dtype != torch.float32:
+        if needs[1]:
+            torch.addmm(dweight, g.t(), x, beta=beta, out_dtype=torch.float32, out=dweight)
+        if needs[2]:
+            dbias += g.sum(0, dtype=torch.float32)
+        return
+    x, width = x.float(), g.shape[1] if g.dtype == torch.float32 else WIDENED
+    for column in range(0, g.shape[1], width):
+        columns = slice(column, column + width)
+        wide = g[:, columns].float()
+        if needs[1]:
+            dw = dweight[columns]
+            torch.addmm(dw, wide.t(), x, beta=beta, out=dw)
+        if needs[2]:
+            dbias[columns] += wide.sum(0)
+
+
 @torch.no_grad()  # products with out=
-@torch.autocast("cpu", enabled=False)  # which would make the float32 ones bfloat16
-def _chunks_cpu(hidden, weight, target, bias, class_weight, options, denominator, dloss, needs):
-    """Each row's loss, Σ loss / denominator, and the gradients: as _fake_bwd's, the weight's and bias's in float32."""
-    dhidden, dweight, dbias = _fake_bwd(None, hidden, weight, None, None, None, 0, 0.0, 0.0, needs, "cpu")
-    dweight, dbias = dweight.float(), dbias.float().zero_()
+def _chunks(hidden, weight, bias, losses, dloss, needs, row_bytes):
+    """Adds all rows to `losses`; returns the gradients, as _fake_bwd's.
+
+    dloss: (rows,) float32 or None. row_bytes: the rows of a chunk of logits start at multiples of it.
+    """
     # Contiguous: for another leading dimension the BLAS may sum in another order, and give other bits.
-    h, weight = as_rows(hidden).contiguous(), weight.contiguous()
-    dh = as_rows(dhidden) if needs[0] else None
-    rows, vocabulary = h.shape[0], weight.shape[0]
-    losses, total = h.new_empty(rows, dtype=torch.float32), 0.0 if rows or denominator else math.nan
-    step = chunk_rows(rows, h.dtype)
-    buffer = h.new_empty(step, vocabulary)
+    h, w = as_rows(hidden).contiguous(), weight.contiguous()
+    rows, vocabulary = h.shape[0], w.shape[0]
+    step, cols = chunk_rows(rows, h.dtype, h.device.type), round_up(vocabulary, max(1, row_bytes // h.element_size()))
+    buffer = h.new_empty(step, cols)[:, :vocabulary]
+    dhidden = h.new_empty(h.shape if needs[0] else 0)
+    dweight = w.new_empty(w.shape if needs[1] else 0, dtype=torch.float32)
+    dbias = w.new_zeros(vocabulary if needs[2] else 0, dtype=torch.float32)
     if rows == 0:
         dweight.zero_()
-    for begin in range(0, rows, max(1, step)):
-        chunk = slice(begin, begin + step)
-        x = h[chunk]
-        g = buffer[: x.shape[0]]
-        if bias is None:
-            torch.mm(x, weight.t(), out=g)
-        else:
-            torch.addmm(bias, x, weight.t(), out=g)
-        losses[chunk], part = rows_cpu(
-            g,
-            target[chunk],
-            class_weight,
-            None if dloss is None else dloss[chunk],
-            g if any(needs) else None,
-            options,
-            denominator,
-        )
-        total += part
-        if needs[0]:
-            torch.mm(g, weight, out=dh[chunk])
-        if needs[1] or needs[2]:
-            x, width = x.float(), vocabulary if g.dtype == torch.float32 else WIDENED
-            for column in range(0, vocabulary, width):
-                columns = slice(column, column + width)
-                wide = g[:, columns].float()
-                if needs[1]:
-                    dw = dweight[columns]
-                    torch.addmm(dw, wide.t(), x, beta=1.0 if begin else 0.0, out=dw)
-                if needs[2]:
-                    dbias[columns] += wide.sum(0)
-    return losses, total, dhidden, dweight, dbias
+    with torch.autocast(h.device.type, enabled=False):  # which would make the float32 products bfloat16
+        for begin in range(0, rows, max(1, step)):
+            chunk = slice(begin, begin + step)
+            x = h[chunk]
+            g = buffer[: x.shape[0]]
+            if bias is None:
+                torch.mm(x, w.t(), out=g)
+            else:
+                torch.addmm(bias, x, w.t(), out=g)
+            losses.add(g, g if any(needs) else None, None if dloss is None else dloss[chunk])
+            if needs[0]:
+                torch.mm(g, w, out=dhidden[chunk])
+            if needs[1] or needs[2]:
+                _add_weight_gradient(dweight, dbias, g, x, needs, first=begin == 0)
+    return dhidden.view(hidden.shape if needs[0] else 0), dweight.to(weight.dtype), dbias.to(weight.dtype)
 
 
-def _float(weight):
-    return None if weight is None else weight.float().contiguous()
+def _implement(backend, losses, row_bytes=0):
+    """The raw ops of a backend, of its class of cross_entropy.Losses."""
+
+    @_registry.implement("linear_cross_entropy_fwd", backend)
+    def fwd(hidden, weight, target, bias, class_weight, ignore_index, label_smoothing, z_loss, reduction, needs):
+        options = ignore_index, label_smoothing, z_loss
+        chunks = losses(target, class_weight, weight.shape[0], options, reduction)
+        gradients = _chunks(hidden, weight, bias, chunks, None, needs, row_bytes)
+        return chunks.loss(), *gradients
+
+    @_registry.implement("linear_cross_entropy_bwd", backend)
+    def bwd(dloss, hidden, weight, target, bias, class_weight, ignore_index, label_smoothing, z_loss, needs):
+        options = ignore_index, label_smoothing, z_loss
+        chunks = losses(target, class_weight, weight.shape[0], options, "none")
+        return _chunks(hidden, weight, bias, chunks, dloss.reshape(-1).float().contiguous(), needs, row_bytes)
 
 
-@_registry.implement("linear_cross_entropy_fwd", "cpu")
-def _fwd_cpu(hidden, weight, target, bias, class_weight, ignore_index, label_smoothing, z_loss, reduction, needs):
-    t, class_weight = target.reshape(-1).contiguous(), _float(class_weight)
-    denominator = count_cpu(t, class_weight, weight.shape[0], ignore_index, reduction)
-    options = ignore_index, label_smoothing, z_loss
-    losses, total, dhidden, dweight, dbias = _chunks_cpu(
-        hidden, weight, t, bias, class_weight, options, denominator, None, needs
-    )
-    loss = losses.view(target.shape) if reduction == "none" else losses.new_full((), total)
-    return loss, dhidden, dweight.to(weight.dtype), dbias.to(hidden.dtype)
-
-
-@_registry.implement("linear_cross_entropy_bwd", "cpu")
-def _bwd_cpu(dloss, hidden, weight, target, bias, class_weight, ignore_index, label_smoothing, z_loss, needs):
-    t, dloss = target.reshape(-1).contiguous(), dloss.reshape(-1).float().contiguous()
-    options = ignore_index, label_smoothing, z_loss
-    _, _, dhidden, dweight, dbias = _chunks_cpu(
-        hidden, weight, t, bias, _float(class_weight), options, 1.0, dloss, needs
-    )
-    return dhidden, dweight.to(weight.dtype), dbias.to(hidden.dtype)
-
-
-_registry.offer("linear_cross_entropy", "cpu")
+_implement("cpu", LossesCPU)
+# Rows on whole cache lines: cuBLAS wants leading dimensions on 16 bytes for its fast kernels, whatever the vocabulary.
+_implement("triton", LossesTriton, row_bytes=128)
+_registry.offer("linear_cross_entropy", "cpu", "triton")
 
 
 # ---- public
@@ -244,11 +251,11 @@ def linear_cross_entropy(
         bias: (V,) in hidden's dtype, or None.
         class_weight: (V,) floating point or None; cross_entropy's `weight`.
         ignore_index, label_smoothing, z_loss, reduction: as of cross_entropy.
-        backend: "auto", "reference" (the logits exist), "cpu".
+        backend: "auto", "reference" (the logits exist), "cpu", "triton".
 
     Gradients are computed in the forward, chunk by chunk, and scaled in backward ("none": computed in backward).
-    Beyond them, at most a quarter of the logits' memory is taken (but that of 64 rows for N < 320), and for bfloat16 a
-    float32 copy of the weight gradient.
+    Beyond them, at most a quarter of the logits' memory is taken (but that of 64 rows for N < 320, on a GPU that of
+    1024 for N < 4096), and for bfloat16 a float32 copy of the weight gradient.
 
     Returns the loss, of target's shape for "none", else a scalar; in hidden's dtype, float32 for bfloat16 and float16
     under autocast, which casts hidden, weight and bias as it would for F.linear.

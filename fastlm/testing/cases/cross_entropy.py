@@ -63,6 +63,10 @@ CROSS_ENTROPY = OpCase(
         Variant({"rows": 6, "vocabulary": 65, "weight": 1}, {"label_smoothing": 1.0, "z_loss": 1e-4, "inplace": True}),
         Variant({"rows": 6, "vocabulary": 65, "scale": 10000}),
         Variant({"rows": 7, "vocabulary": 130, "masked": 1}, {"reduction": "none", "inplace": True}),
+        # Past what a Triton program keeps in registers; past where two rows fit an L1, in bfloat16 too.
+        Variant({"rows": 3, "vocabulary": 33003, "ignored": 1}, {"inplace": True}),
+        Variant({"rows": 3, "vocabulary": 16389, "weight": 1}, {"label_smoothing": 0.1, "z_loss": 1e-4}),
+        Variant({"rows": 5, "vocabulary": 54001}),
     ),
     benchmarks=tuple(
         Variant({"rows": rows, "vocabulary": vocabulary}, {"inplace": True} if inplace else {})

@@ -1,0 +1,399 @@
+"""cross_entropy in Triton: a row's loss and its gradient in one kernel. The maths: fastlm/ops/cross_entropy.py.
+
+A program takes one row. Up to WHOLE classes lie in its registers: one read, one exp an element. A longer row is swept
+twice in blocks, for Σ exp under a running maximum, then for the gradient; the second sweep goes backward, so that it
+begins with what the first has just brought into the cache of its multiprocessor. Memory is read once and written once.
+
+Rows of an odd vocabulary start anywhere. So a row is taken as a head of less than 16 bytes, a body that starts on 16
+bytes and is a multiple of them, and a tail of less than 16: the body moves in 16-byte accesses under masks that hold
+for a whole access, head and tail together in one scalar access of 2·VEC lanes. Nothing outside of the row is touched.
+
+The mean's denominator is summed before, by at most PARTS programs, each of which leaves its part, and every row adds
+the parts; the losses are summed after. All in a fixed order: the same bits in every run, without atomics.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from .device import multiprocessors
+
+
+@dataclass(frozen=True)
+class Config:
+    """Elements of a block and the warps that take it. per_sm: programs a multiprocessor that loop over the rows, which
+    are swept twice; 0: a program a row, which lies in its registers."""
+
+    block_n: int
+    num_warps: int
+    per_sm: int
+
+
+# Longest row in registers: 512 threads hold 32 elements each, and two programs fit a multiprocessor, so that one loads
+# while the other computes. At twice the length there would be one.
+WHOLE = 16384
+# A longer row must be cached from one sweep to the next. Two programs of 512 threads a multiprocessor, while two rows
+# fit its L1 (256 KB on sm_90, less shared memory), else one of 1024. More at once would be read from memory twice: two
+# rows of 128256 in bfloat16 on each of 132 multiprocessors are 68 MB, and L2 has 50.
+L1 = 208 * 1024
+# Bytes that a thread loads at once in a sweep, four accesses: 64 KB of a multiprocessor in flight, twice what latency
+# times bandwidth asks for. Class weights are aligned otherwise than the row: 4-byte loads, each with its address.
+SWEEP, SWEEP_WEIGHTED = 64, 16
+PARTS = 64  # partial sums at most of what `_sum` adds up
+SUM_BLOCK = 4096
+SCALE_BLOCK = 4096  # 128 threads, 32 elements each
+
+
+def config(cols: int, itemsize: int, weighted: bool) -> Config:
+    """The numbers above; half of SWEEP where a last, part-filled block would cost more than a tenth."""
+    if cols <= WHOLE:
+        block_n = max(256, triton.next_power_of_2(cols))
+        return Config(block_n, max(1, block_n // 1024), per_sm=0)
+    per_sm = 2 if 2 * cols * itemsize <= L1 else 1
+    large = 1024 // per_sm * (SWEEP_WEIGHTED if weighted else SWEEP) // itemsize
+    padded = [triton.cdiv(cols, block_n) * block_n for block_n in (large, large // 2)]
+    return Config(large // 2 if padded[0] > 1.1 * padded[1] else large, 32 // per_sm, per_sm)
+
+
+def vec(x: torch.Tensor) -> int:
+    """Elements of a 16-byte access."""
+    return 16 // x.element_size()
+
+
+@triton.jit
+def _split(ptr, cols, VEC: tl.constexpr):
+    """(head, body): of `cols` elements from ptr on, those before the first 16-byte boundary, and the multiple of VEC
+    after it."""
+    past = ptr.to(tl.int64) // (16 // VEC) % VEC
+    head = tl.minimum(((VEC - past) % VEC).to(tl.int32), cols)
+    return head, (cols - head) // VEC * VEC
+
+
+@triton.jit
+def _edge(head, body, VEC: tl.constexpr):
+    """The columns of head and tail, (2·VEC,); those from cols - body on are none."""
+    lane = tl.arange(0, 2 * VEC)
+    return lane, tl.where(lane < head, lane, lane + body)
+
+
+@triton.jit
+def _tile(BLOCK_N: tl.constexpr, VEC: tl.constexpr):
+    """The columns of a block, (BLOCK_N/VEC, VEC): a thread's 16-byte accesses are rows of it."""
+    group = tl.arange(0, BLOCK_N // VEC) * VEC
+    return group, group[:, None] + tl.arange(0, VEC)[None, :]
+
+
+# ---- rows
+
+
+@triton.jit
+def _weighted(x, w_ptr, col, mask, reference, HAS_W: tl.constexpr):
+    """w (reference - x), where the mask is set, else 0."""
+    distance = tl.where(mask, reference - x, 0.0)
+    if HAS_W:
+        distance *= tl.load(w_ptr + col, mask=mask, other=0.0).to(tl.float32)
+    return distance
+
+
+@triton.jit
+def _gradient(e, factor, uniform, w_ptr, col, mask, SMOOTHS: tl.constexpr, HAS_W: tl.constexpr):
+    """exp(x - maximum) factor - ε/V w; the target's part is missing."""
+    dx = e * factor
+    if SMOOTHS:
+        if HAS_W:
+            dx -= uniform * tl.load(w_ptr + col, mask=mask, other=0.0).to(tl.float32)
+        else:
+            dx -= uniform
+    return dx
+
+
+@triton.jit
+def _fwd(
+    x_ptr, target_ptr, w_ptr, w_sum_ptr, part_ptr, dloss_ptr, loss_ptr, dx_ptr,
+    rows, cols, stride_xm, stride_dm, parts, ignore_index: tl.int64, smoothing, z_loss,
+    HAS_W: tl.constexpr, SMOOTHS: tl.constexpr, HAS_Z: tl.constexpr, MEAN: tl.constexpr, HAS_DLOSS: tl.constexpr,
+    HAS_DX: tl.constexpr, WHOLE: tl.constexpr, PARTS: tl.constexpr, VEC: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    program, count = tl.program_id(0), tl.num_programs(0)
+    group, tile = _tile(BLOCK_N, VEC)
+    denominator = 1.0
+    if MEAN:
+        part = tl.arange(0, PARTS)
+        denominator = tl.sum(tl.load(part_ptr + part, mask=part < parts, other=0.0))
+    t_next = tl.load(target_ptr + program)
+    end, step = rows, count
+    if WHOLE:  # a loop that the compiler sees to be none, and spends no registers on
+        end, step = program + 1, 1
+    for index in range(program, end, step):
+        t = t_next
+        t_next = tl.load(
+            target_ptr + tl.minimum(index + count, rows - 1)
+        )  # else every row would begin with its latency
+        row = tl.cast(index, tl.int64)
+        row_ptr = x_ptr + row * stride_xm
+        head, body = _split(row_ptr, cols, VEC)
+        lane, edge_col = _edge(head, body, VEC)
+        in_edge = lane < cols - body
+        body_ptr = tl.multiple_of(row_ptr + head, 16)
+        if HAS_DX:
+            dx_row_ptr = dx_ptr + row * stride_dm
+            dx_body_ptr = tl.multiple_of(dx_row_ptr + head, 16)
+
+        if t == ignore_index:
+            tl.store(loss_ptr + row, 0.0)
+            if HAS_DX:
+                tl.store(dx_row_ptr + edge_col, tl.zeros((2 * VEC,), dx_ptr.dtype.element_ty), mask=in_edge)
+                zeros = tl.zeros((BLOCK_N // VEC, VEC), dx_ptr.dtype.element_ty)
+                for start in range(0, body, BLOCK_N):
+                    tl.store(dx_body_ptr + start + tile, zeros, mask=(start + group < body)[:, None])
+        else:
+            is_class = (t >= 0) & (t < cols)
+            x_t = tl.load(row_ptr + t, mask=is_class, other=float("nan")).to(tl.float32)
+            w_t = 1.0
+            w_sum = tl.cast(cols, tl.float32)
+            if HAS_W:
+                w_t = tl.load(w_ptr + t, mask=is_class, other=0.0).to(tl.float32)
+                w_sum = tl.load(w_sum_ptr)
+
+            # Σ exp(x - maximum); of smoothing's Σ w (lse - x), the part Σ w (reference - x)
+            reference = tl.where(tl.abs(x_t) < float("inf"), x_t, 0.0)
+            edge = tl.load(row_ptr + edge_col, mask=in_edge, other=-float("inf")).to(tl.float32)
+            distance = 0.0
+            if WHOLE:
+                in_body = (group < body)[:, None]
+                x = tl.load(body_ptr + tile, mask=in_body, other=-float("inf")).to(tl.float32)
+                # Not below the least float: where a row holds -inf alone, its exponentials are 0.
+                maximum = tl.maximum(tl.maximum(tl.max(x), tl.max(edge)), -3.4028234663852886e38)
+                if SMOOTHS:
+                    distance = tl.sum(_weighted(x, w_ptr, head + tile, in_body, reference, HAS_W))
+                e = tl.exp(x - maximum)
+                total = tl.sum(e)
+            else:
+                top = tl.full((BLOCK_N // VEC,), -3.4028234663852886e38, tl.float32)
+                sums = tl.zeros((BLOCK_N // VEC,), tl.float32)
+                distances = tl.zeros((BLOCK_N // VEC,), tl.float32)
+                for start in range(0, body, BLOCK_N):
+                    in_body = (start + group < body)[:, None]
+                    x = tl.load(body_ptr + start + tile, mask=in_body, other=-float("inf")).to(tl.float32)
+                    # A maximum for each access: nothing crosses threads, and an access costs one exp more.
+                    higher = tl.maximum(top, tl.max(x, axis=1))
+                    sums = sums * tl.exp(top - higher) + tl.sum(tl.exp(x - higher[:, None]), axis=1)
+                    top = higher
+                    if SMOOTHS:
+                        distances += tl.sum(_weighted(x, w_ptr, head + start + tile, in_body, reference, HAS_W), axis=1)
+                maximum = tl.maximum(tl.max(top), tl.max(edge))
+                total = tl.sum(sums * tl.exp(top - maximum))
+                if SMOOTHS:
+                    distance = tl.sum(distances)
+            if SMOOTHS:
+                distance += tl.sum(_weighted(edge, w_ptr, edge_col, in_edge, reference, HAS_W))
+            edge = tl.exp(edge - maximum)
+            total += tl.sum(edge)
+
+            log_total = tl.log(total)
+            lse = maximum + log_total
+            each = smoothing / cols
+            one_hot = w_t * (1.0 - smoothing)
+            loss = one_hot * ((maximum - x_t) + log_total)
+            if SMOOTHS:
+                loss += each * (distance + w_sum * ((maximum - reference) + log_total))
+            if HAS_Z:
+                loss += z_loss * lse * lse
+            tl.store(loss_ptr + row, tl.where(is_class, loss, float("nan")))
+
+            if HAS_DX:
+                scale = tl.where(is_class, 1.0, float("nan")) / denominator
+                if HAS_DLOSS:
+                    scale *= tl.load(dloss_ptr + row)
+                one_hot *= scale
+                uniform = each * scale
+                numerator = one_hot + uniform * w_sum
+                if HAS_Z:
+                    numerator += 2.0 * scale * z_loss * lse
+                factor = numerator / total
+                dtype = dx_ptr.dtype.element_ty
+                tl.debug_barrier()  # every thread has read the edge and the target's element, and one overwrites each
+                edge = _gradient(edge, factor, uniform, w_ptr, edge_col, in_edge, SMOOTHS, HAS_W)
+                tl.store(dx_row_ptr + edge_col, edge.to(dtype), mask=in_edge)
+                if WHOLE:
+                    in_body = (group < body)[:, None]
+                    d = _gradient(e, factor, uniform, w_ptr, head + tile, in_body, SMOOTHS, HAS_W)
+                    tl.store(dx_body_ptr + tile, d.to(dtype), mask=in_body)
+                else:
+                    blocks = tl.cdiv(body, BLOCK_N)
+                    for i in range(0, blocks):
+                        start = (blocks - 1 - i) * BLOCK_N
+                        in_body = (start + group < body)[:, None]
+                        x = tl.load(body_ptr + start + tile, mask=in_body, other=-float("inf")).to(tl.float32)
+                        e = tl.exp(x - maximum)
+                        d = _gradient(e, factor, uniform, w_ptr, head + start + tile, in_body, SMOOTHS, HAS_W)
+                        tl.store(dx_body_ptr + start + tile, d.to(dtype), mask=in_body)
+                tl.debug_barrier()  # the target's element is written twice, this time last
+                dx_t = tl.exp(x_t - maximum) * factor - one_hot
+                if SMOOTHS:
+                    dx_t -= uniform * w_t
+                tl.store(dx_row_ptr + t, dx_t.to(dtype), mask=is_class)
+
+
+@triton.jit
+def _scale(
+    x_ptr, dloss_ptr, y_ptr, rows, cols, stride_xm, stride_ym,
+    PER_ROW: tl.constexpr, IN_PLACE: tl.constexpr, ALIGNED: tl.constexpr, VEC: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """y = x dloss. Few programs that loop: where dloss is 1, as it mostly is, they only have to see that."""
+    dloss = tl.load(dloss_ptr)
+    group, tile = _tile(BLOCK_N, VEC)
+    blocks = tl.cdiv(cols, BLOCK_N)
+    tiles = rows * blocks
+    if IN_PLACE and not PER_ROW:
+        tiles = tl.where(dloss == 1.0, 0, tiles)
+    for index in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        row = tl.cast(index, tl.int64) // blocks
+        start = index % blocks * BLOCK_N
+        source_ptr = x_ptr + row * stride_xm
+        out_ptr = y_ptr + row * stride_ym
+        head, body = _split(source_ptr, cols, VEC)
+        if PER_ROW:
+            dloss = tl.load(dloss_ptr + row)
+        body_ptr = tl.multiple_of(source_ptr + head, 16)
+        out_body_ptr = out_ptr + head
+        if ALIGNED:
+            out_body_ptr = tl.multiple_of(out_body_ptr, 16)
+        in_body = (start + group < body)[:, None]
+        x = tl.load(body_ptr + start + tile, mask=in_body).to(tl.float32)
+        tl.store(out_body_ptr + start + tile, (x * dloss).to(y_ptr.dtype.element_ty), mask=in_body)
+        if start == 0:
+            lane, edge_col = _edge(head, body, VEC)
+            edge = tl.load(source_ptr + edge_col, mask=lane < cols - body).to(tl.float32)
+            tl.debug_barrier()  # every thread has read it, few overwrite it
+            tl.store(out_ptr + edge_col, (edge * dloss).to(y_ptr.dtype.element_ty), mask=lane < cols - body)
+
+
+# ---- sums over the rows
+
+
+@triton.jit
+def _sum(
+    x_ptr, part_ptr, out_ptr, n, share, parts,
+    MEAN: tl.constexpr, PARTS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """out[program] = Σ x over the program's share, divided by Σ part for MEAN."""
+    begin = tl.program_id(0) * share
+    sums = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(begin, min(begin + share, n), BLOCK_N):
+        i = start + tl.arange(0, BLOCK_N)
+        sums += tl.load(x_ptr + i, mask=i < n, other=0.0)
+    total = tl.sum(sums)
+    if MEAN:
+        part = tl.arange(0, PARTS)
+        total /= tl.sum(tl.load(part_ptr + part, mask=part < parts, other=0.0))
+    tl.store(out_ptr + tl.program_id(0), total)
+
+
+@triton.jit
+def _count(
+    target_ptr, w_ptr, out_ptr, n, share, cols, ignore_index: tl.int64, HAS_W: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """out[program] = Σ w_t over the program's share of the targets, those that are classes and not ignored."""
+    begin = tl.program_id(0) * share
+    sums = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(begin, min(begin + share, n), BLOCK_N):
+        i = start + tl.arange(0, BLOCK_N)
+        t = tl.load(target_ptr + i, mask=i < n, other=-1)
+        counts = (t >= 0) & (t < cols) & (t != ignore_index)
+        if HAS_W:
+            sums += tl.load(w_ptr + t, mask=counts, other=0.0).to(tl.float32)
+        else:
+            sums += tl.where(counts, 1.0, 0.0)
+    tl.store(out_ptr + tl.program_id(0), tl.sum(sums))
+
+
+# ---- launchers: logits, dlogits (rows, cols) with a unit last stride; target (rows,) int64, weight (cols,) contiguous
+
+
+def _shares(n: int) -> tuple[int, int]:
+    """Programs that sum n elements, and the share of each, a multiple of SUM_BLOCK."""
+    share = triton.cdiv(triton.cdiv(max(n, 1), PARTS), SUM_BLOCK) * SUM_BLOCK
+    return max(1, triton.cdiv(n, share)), share
+
+
+def count_targets(target, weight, cols, ignore_index):
+    """Parts (at most PARTS,) float32 of Σ w_t over the targets that are classes and not ignored."""
+    programs, share = _shares(target.numel())
+    parts = target.new_empty(programs, dtype=torch.float32)
+    _count[(programs,)](
+        target, weight, parts, target.numel(), share, cols, ignore_index,
+        HAS_W=weight is not None, BLOCK_N=SUM_BLOCK, num_warps=8,
+    )  # fmt: skip
+    return parts
+
+
+def sum_losses(loss, parts):
+    """Σ loss (rows,), divided by Σ parts unless that is None; a scalar."""
+
+    def reduce(x, programs, share, mean):
+        out = x.new_empty(programs)
+        _sum[(programs,)](
+            x, parts, out, x.numel(), share, parts.numel() if mean else 0,
+            MEAN=mean, PARTS=PARTS, BLOCK_N=SUM_BLOCK, num_warps=8,
+        )  # fmt: skip
+        return out
+
+    programs, share = _shares(loss.numel())
+    if programs > 1:
+        loss = reduce(loss, programs, share, False)
+    return reduce(loss, 1, SUM_BLOCK, parts is not None).view(())
+
+
+def aligned_alike(x, y) -> bool:
+    """Whether each row of y (rows, cols) starts as far past a 16-byte boundary as that of x; y None: contiguous."""
+    start, stride = (0, x.shape[1]) if y is None else (y.data_ptr(), y.stride(0))
+    return (x.data_ptr() - start) % 16 == 0 and (x.shape[0] <= 1 or (x.stride(0) - stride) % vec(x) == 0)
+
+
+def cross_entropy_fwd(
+    logits, target, weight, weight_sum, parts, dloss, loss, dlogits, *, ignore_index, label_smoothing, z_loss
+):  # fmt: skip
+    """Fills loss (rows,) float32 and, unless it is None, dlogits, which may be logits, and is aligned as they are.
+
+    parts: of the mean's denominator, by count_targets; dloss: (rows,) float32; each may be None, for 1.
+    weight_sum: Σ weight, float32, where there is a weight.
+    """
+    rows, cols = logits.shape
+    if rows == 0:
+        return
+    assert dlogits is None or aligned_alike(logits, dlogits)
+    c = config(cols, logits.element_size(), weight is not None)
+    programs = min(rows, c.per_sm * multiprocessors(logits.device)) if c.per_sm else rows
+    # Registers of a thread where per_sm programs are to be there at once, as the 1024 threads of one must have anyway;
+    # said, ptxas uses them: for float32 with smoothing it otherwise stops at 32 and spills. None of the configurations
+    # spills on sm_80 or sm_90 (V of 30522, 32128, 50257, 128256, 151936; bfloat16 and float32; all options): 48 to 64.
+    limit = {"maxnreg": 64} if c.per_sm else {}
+    _fwd[(programs,)](
+        logits, target, weight, weight_sum, parts, dloss, loss, dlogits,
+        rows, cols, logits.stride(0), 0 if dlogits is None else dlogits.stride(0),
+        0 if parts is None else parts.numel(), ignore_index, label_smoothing, z_loss,
+        HAS_W=weight is not None, SMOOTHS=label_smoothing > 0.0, HAS_Z=z_loss != 0.0, MEAN=parts is not None,
+        HAS_DLOSS=dloss is not None, HAS_DX=dlogits is not None,
+        WHOLE=c.per_sm == 0, PARTS=PARTS, VEC=vec(logits), BLOCK_N=c.block_n, num_warps=c.num_warps, **limit,
+    )  # fmt: skip
+
+
+def cross_entropy_bwd(dlogits, dloss, out):
+    """Fills out, which may be dlogits, with dlogits * dloss, float32, a scalar or (rows,)."""
+    if out.numel() == 0:
+        return
+    per_row = dloss.dim() > 0
+    if not per_row and dlogits.is_contiguous() and out.is_contiguous():
+        dlogits, out = dlogits.view(1, -1), out.view(1, -1)
+    rows, cols = out.shape
+    block_n = min(SCALE_BLOCK, max(256, triton.next_power_of_2(cols)))
+    programs = min(rows * triton.cdiv(cols, block_n), 8 * multiprocessors(out.device))
+    _scale[(programs,)](
+        dlogits, dloss, out, rows, cols, dlogits.stride(0), out.stride(0),
+        PER_ROW=per_row, IN_PLACE=out.data_ptr() == dlogits.data_ptr(), ALIGNED=aligned_alike(dlogits, out),
+        VEC=vec(out), BLOCK_N=block_n, num_warps=max(1, block_n // 1024),
+    )  # fmt: skip
