@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from .device import multiprocessors
+from .tuning import choose
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,15 @@ class Config:
     block_n: int
     num_warps: int
     per_sm: int
+
+    def limit(self) -> dict[str, int]:
+        """Registers of a thread with which per_sm programs are resident at once.
+
+        ptxas also uses them when it is told: for float32 with smoothing it otherwise stops at 32, and spills. As it is
+        nothing spills on sm_80 and sm_90 (V of 30522, 32128, 50257, 128256, 151936; bfloat16 and float32; each option):
+        48 to 64 registers, all loads and stores of logits 16 bytes wide.
+        """
+        return {"maxnreg": min(255, 65536 // (32 * self.num_warps * self.per_sm) // 8 * 8)} if self.per_sm else {}
 
 
 # Longest row in registers: 512 threads hold 32 elements each, and two programs fit a multiprocessor, so that one loads
@@ -47,6 +57,13 @@ SCALE_BLOCK = 4096  # 128 threads, 32 elements each
 
 
 def config(cols: int, itemsize: int, weighted: bool) -> Config:
+    shape = (triton.next_power_of_2(cols) if cols <= WHOLE else cols, itemsize, int(weighted))
+    return choose(
+        "cross_entropy_fwd", shape, lambda: _rule(cols, itemsize, weighted), lambda: _others(cols, itemsize, weighted)
+    )
+
+
+def _rule(cols: int, itemsize: int, weighted: bool) -> Config:
     """The numbers above; half of SWEEP where a last, part-filled block would cost more than a tenth."""
     if cols <= WHOLE:
         block_n = max(256, triton.next_power_of_2(cols))
@@ -55,6 +72,17 @@ def config(cols: int, itemsize: int, weighted: bool) -> Config:
     large = 1024 // per_sm * (SWEEP_WEIGHTED if weighted else SWEEP) // itemsize
     padded = [triton.cdiv(cols, block_n) * block_n for block_n in (large, large // 2)]
     return Config(large // 2 if padded[0] > 1.1 * padded[1] else large, 32 // per_sm, per_sm)
+
+
+def _others(cols: int, itemsize: int, weighted: bool) -> list[Config]:
+    rule = _rule(cols, itemsize, weighted)
+    if not rule.per_sm:
+        return [Config(rule.block_n, w, 0) for w in (1, 2, 4, 8, 16, 32) if 8 <= rule.block_n // (32 * w) <= 64]
+    return [
+        Config(32 * w * loaded // itemsize, w, per_sm)
+        for w in (8, 16, 32) for per_sm in (1, 2, 3, 4, 6) for loaded in (16, 32, 64)
+        if 16 <= w * per_sm <= 64
+    ]  # fmt: skip
 
 
 def vec(x: torch.Tensor) -> int:
@@ -368,17 +396,13 @@ def cross_entropy_fwd(
     assert dlogits is None or aligned_alike(logits, dlogits)
     c = config(cols, logits.element_size(), weight is not None)
     programs = min(rows, c.per_sm * multiprocessors(logits.device)) if c.per_sm else rows
-    # Registers of a thread where per_sm programs are to be there at once, as the 1024 threads of one must have anyway;
-    # said, ptxas uses them: for float32 with smoothing it otherwise stops at 32 and spills. None of the configurations
-    # spills on sm_80 or sm_90 (V of 30522, 32128, 50257, 128256, 151936; bfloat16 and float32; all options): 48 to 64.
-    limit = {"maxnreg": 64} if c.per_sm else {}
     _fwd[(programs,)](
         logits, target, weight, weight_sum, parts, dloss, loss, dlogits,
         rows, cols, logits.stride(0), 0 if dlogits is None else dlogits.stride(0),
         0 if parts is None else parts.numel(), ignore_index, label_smoothing, z_loss,
         HAS_W=weight is not None, SMOOTHS=label_smoothing > 0.0, HAS_Z=z_loss != 0.0, MEAN=parts is not None,
         HAS_DLOSS=dloss is not None, HAS_DX=dlogits is not None,
-        WHOLE=c.per_sm == 0, PARTS=PARTS, VEC=vec(logits), BLOCK_N=c.block_n, num_warps=c.num_warps, **limit,
+        WHOLE=c.per_sm == 0, PARTS=PARTS, VEC=vec(logits), BLOCK_N=c.block_n, num_warps=c.num_warps, **c.limit(),
     )  # fmt: skip
 
 

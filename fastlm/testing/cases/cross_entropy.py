@@ -73,6 +73,12 @@ CROSS_ENTROPY = OpCase(
         for rows, vocabulary in ((1024, 30522), (1024, 50257), (4096, 32128))
         for inplace in (False, True)
     ),
+    production=(
+        Variant({"rows": 16, "vocabulary": 2}),  # a classifier
+        *(Variant({"rows": 16, "vocabulary": n}) for n in (30522, 50257, 32128, 128256)),  # BERT, GPT-2, T5, Llama 3
+        Variant({"rows": 16, "vocabulary": 30522}, {"label_smoothing": 0.1, "z_loss": 1e-4}),
+        Variant({"rows": 16, "vocabulary": 30522, "weight": 1}, {"label_smoothing": 0.1}),
+    ),
     bytes=_bytes,
     gradcheck=(
         Variant({"rows": 5, "vocabulary": 6, "weight": 1, "ignored": 1}, {"label_smoothing": 0.2, "z_loss": 0.1}),

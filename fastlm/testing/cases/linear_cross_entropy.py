@@ -50,6 +50,10 @@ LINEAR_CROSS_ENTROPY = OpCase(
     benchmarks=tuple(
         Variant({"rows": 1024, "features": features, "vocabulary": 30522, "bias": 1}) for features in (256, 512, 768)
     ),
+    production=(
+        Variant({"rows": 16, "features": 16, "vocabulary": 30522, "bias": 1}),
+        Variant({"rows": 16, "features": 16, "vocabulary": 30522, "bias": 1}, {"reduction": "none"}),
+    ),
     bytes=_bytes,
     flops=_flops,
     gradcheck=(
