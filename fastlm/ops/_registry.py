@@ -78,7 +78,7 @@ def _missing(backend: str, device: str) -> str | None:
     return None
 
 
-@functools.cache  # a search of sys.path takes 30 µs, and `auto` asks at every call
+@functools.cache  # a search of sys.path takes 36 µs, and `auto` asks at every call
 def _triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
