@@ -95,7 +95,8 @@ def _split(ptr, cols, VEC: tl.constexpr):
     """(head, body): of `cols` elements from ptr on, those before the first 16-byte boundary, and the multiple of VEC
     after it."""
     past = ptr.to(tl.int64) // (16 // VEC) % VEC
-    head = tl.minimum(((VEC - past) % VEC).to(tl.int32), cols)
+    # int32 for all cols: the pointer to the body then stays one of its own, on which the hint that it is aligned lies.
+    head = tl.minimum((VEC - past) % VEC, cols).to(tl.int32)
     return head, (cols - head) // VEC * VEC
 
 
@@ -280,7 +281,7 @@ def _scale(
         tiles = tl.where(dloss == 1.0, 0, tiles)
     for index in range(tl.program_id(0), tiles, tl.num_programs(0)):
         row = tl.cast(index, tl.int64) // blocks
-        start = index % blocks * BLOCK_N
+        start = tl.cast(index % blocks, tl.int64) * BLOCK_N
         source_ptr = x_ptr + row * stride_xm
         out_ptr = y_ptr + row * stride_ym
         head, body = _split(source_ptr, cols, VEC)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from fastlm import ops
 from fastlm.ops.linear_cross_entropy import chunk_rows
+from fastlm.testing.ahead_of_time import compile_for
 
 ROWS, VOCABULARY, FEATURES = 6, 37, 5
 
@@ -182,6 +183,17 @@ def test_sums_over_many_rows(rows, generator):
     torch.testing.assert_close(parts.double().sum(), denominator, rtol=2e-7, atol=0)
     torch.testing.assert_close(total.double(), loss.double().sum(), rtol=2e-7, atol=0)
     torch.testing.assert_close(mean.double(), loss.double().sum() / denominator, rtol=4e-7, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("elements", [2**20 + 1, 2**31 + 1])
+def test_backward_loads_16_bytes(elements):
+    """Also where the number of elements is no int32. Nothing runs: the memory is never touched."""
+    from fastlm.kernels import cross_entropy as kernels
+
+    dlogits = torch.empty(1, elements, dtype=torch.bfloat16)
+    with compile_for(90) as compiled:
+        kernels.cross_entropy_bwd(dlogits, torch.ones(()), dlogits)
+    assert compiled[0].load_bytes() == {2: 1, 4: 1, 16: 4}
 
 
 @pytest.mark.parametrize(

@@ -366,8 +366,9 @@ def cross_entropy(
         z_loss: factor of lse² per row that is not ignored; "mean" divides it by the same denominator as the loss.
         reduction: "none", "mean" (over Σ w_t of the rows that are not ignored; NaN where there are none), "sum".
         inplace: where a gradient is needed, overwrite the logits with it, and let backward only scale it in place:
-            no memory of the logits' size is allocated. The logits must not be used again, before or after: an op that
-            saved them raises in its backward, and so does one that uses them later. The reference leaves them alone.
+            no memory of the logits' size is allocated if they are contiguous. They must not be used again, before or
+            after: an op that saved them raises in its backward, and so does one that uses them later. The reference
+            leaves them alone.
         backend: "auto", "reference", "cpu", "triton".
 
     Returns the loss, of target's shape for "none", else a scalar; in the dtype of the logits, float32 for bfloat16 and
