@@ -5,6 +5,7 @@
 
 #include "cuda/device.h"
 #include "cuda/layer_norm.h"
+#include "cuda/mlm_mask.h"
 #include "cuda/recorder.h"
 
 namespace py = pybind11;
@@ -83,6 +84,63 @@ void bind_layer_norm(py::module_& m) {
       py::call_guard<py::gil_scoped_release>());
 }
 
+using View = std::tuple<Address, int64_t, int64_t>;
+
+PerToken per_token(const View& view) {
+  return {input<int64_t>(std::get<0>(view)), std::get<1>(view), std::get<2>(view)};
+}
+
+// (first, length, first, length, ...)
+Ranges ranges(const std::vector<int32_t>& flat) {
+  if (flat.size() > 2 * kMaskRanges) throw std::invalid_argument("too many ranges of special ids");
+  Ranges out{int(flat.size() / 2), {}, {}};
+  for (int k = 0; k < out.count; ++k) {
+    out.first[k] = flat[2 * k];
+    out.length[k] = flat[2 * k + 1];
+  }
+  return out;
+}
+
+void bind_mlm_mask(py::module_& m) {
+  m.attr("MASK_BLOCK") = kMaskBlock;
+  m.attr("MASK_RANGES") = kMaskRanges;
+  m.def("mlm_mask", [](Address input_ids, const View& sample, const View& position, const View& epochs, int64_t epoch,
+                       Address special_tokens_mask, Address word_starts, const std::vector<int32_t>& special,
+                       const std::vector<int32_t>& left_out, int64_t mask_token_id, int64_t vocab_size, int64_t seed,
+                       uint64_t select_below, uint64_t mask_below, uint64_t replace_below, Address out, Address labels,
+                       Address index, Address targets, Address count, Address flags, Address counts, Address last,
+                       int64_t rows, int64_t cols, int64_t capacity, int device, Address queue) {
+    const MlmMask args{input<int64_t>(input_ids),
+                       per_token(sample),
+                       per_token(position),
+                       per_token(epochs),
+                       epoch,
+                       input<uint8_t>(special_tokens_mask),
+                       input<uint8_t>(word_starts),
+                       ranges(special),
+                       ranges(left_out),
+                       mask_token_id,
+                       vocab_size,
+                       seed,
+                       select_below,
+                       mask_below,
+                       replace_below,
+                       pointer<int64_t>(out),
+                       pointer<int64_t>(labels),
+                       pointer<int64_t>(index),
+                       pointer<int64_t>(targets),
+                       pointer<int64_t>(count),
+                       pointer<uint8_t>(flags),
+                       pointer<int32_t>(counts),
+                       pointer<int32_t>(last),
+                       rows,
+                       cols,
+                       capacity};
+    const py::gil_scoped_release release;
+    mlm_mask(args, place(device, queue));
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -108,5 +166,6 @@ PYBIND11_MODULE(_cuda, m) {
       },
       "f(entry, grid, block, shared_bytes, params) is called in place of every launch; None ends it.");
   bind_layer_norm(m);
+  bind_mlm_mask(m);
   m.def("architectures", &architectures, "Architectures with machine code in this build, as '80,90,100'.");
 }

@@ -5,6 +5,7 @@ executes them, and checks memory, races and barriers on the way.
 """
 
 import functools
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
@@ -75,3 +76,16 @@ def test_check(check, case, variant):
 @pytest.mark.parametrize("case", HAVE, ids=lambda case: case.op)
 def test_compile(case):
     checks.compiles(case, case.tests[0], torch.bfloat16, "cpu", "cuda", around=device)
+
+
+def test_mlm_mask_says_how_many_ranges_of_special_ids_it_takes():
+    mlm_mask = sys.modules["fastlm.ops.mlm_mask"]  # fastlm.ops.mlm_mask is the op
+    assert mlm_mask.CUDA_RANGES == _native.cuda().MASK_RANGES
+    ids = torch.arange(3000).view(2, 1500)
+    options = {"mask_token_id": 4, "vocab_size": 3000, "seed": 1}
+    with device():
+        most = mlm_mask.mlm_mask(ids, special_ids=range(4, 4 + 2 * 64, 2), backend="cuda", **options)
+        with pytest.raises(ValueError, match="at most 64 ranges of special ids, and there are 65"):
+            mlm_mask.mlm_mask(ids, special_ids=range(4, 4 + 2 * 65, 2), backend="cuda", **options)
+    for got, want in zip(most, mlm_mask.mlm_mask(ids, special_ids=range(4, 4 + 2 * 64, 2), **options)):
+        assert torch.equal(got, want)

@@ -100,6 +100,10 @@ INTEGER = {
     "sub.cc.u32 %r2, x0, x1; subc.u32 y, x2, 0;": lambda a, b, c: c - (a < b),
     "mad.lo.cc.u32 %r2, x0, x1, x2; madc.hi.u32 y, x0, x1, 0;": lambda a, b, c: a * b + c >> 32,
     "mul.wide.u32 %d1, x0, x1; shr.u64 %d1, %d1, 16; cvt.u32.u64 y, %d1;": lambda a, b, c: a * b >> 16,
+    # a source wider than its type: the low half of the register
+    "mul.wide.u32 %d1, x0, x1; cvt.s64.s32 %d2, %d1; shr.u64 %d2, %d2, 20; cvt.u32.u64 y, %d2;": lambda a, b, c: (
+        signed(a * b & 0xFFFFFFFF) >> 20
+    ),
     "mov.b32 {%h1, %h2}, x0; mov.b32 y, {%h2, %h1};": lambda a, b, c: a >> 16 | a << 16,
     "setp.lt.s32 %p1, x0, x1; selp.b32 y, x0, x2, %p1;": lambda a, b, c: a if signed(a) < signed(b) else c,
     "setp.hi.u32 %p1, x0, x1; @!%p1 mov.b32 y, 7; @%p1 mov.b32 y, x2;": lambda a, b, c: c if a > b else 7,

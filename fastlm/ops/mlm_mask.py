@@ -150,7 +150,7 @@ def _view(value, rows, cols):
     if value is None:
         return 0, 0, 0
     value = value.expand(rows, cols)
-    return value.data_ptr(), *value.stride()
+    return _native.address(value), *value.stride()
 
 
 @_registry.implement("mlm_mask", "cpu")
@@ -183,14 +183,11 @@ def _cpu(
     return outputs
 
 
-_registry.offer("mlm_mask", "cpu")
-
-
 # ---- Triton: kernels/mlm_mask.py
 
 
 @_registry.limit("mlm_mask", "triton")
-def _triton_limit(input_ids):
+def _token_limit(input_ids, special=()):
     return None if input_ids.numel() < 2**31 else f"it numbers tokens in 32 bits, and there are {input_ids.numel()}"
 
 
@@ -219,6 +216,61 @@ def _triton(
         mask_below=mask_below, replace_below=replace_below,
     )  # fmt: skip
     return outputs
+
+
+# ---- CUDA C++: csrc/cuda/mlm_mask.cu
+
+
+CUDA_RANGES = 64  # kMaskRanges of csrc/cuda/mlm_mask.h: the kernel's parameters hold them
+
+
+@_registry.limit("mlm_mask", "cuda")
+def _cuda_limit(input_ids, special=()):
+    have = len(_ranges(special)) // 2
+    if have > CUDA_RANGES:
+        return f"it compares ids with at most {CUDA_RANGES} ranges of special ids, and there are {have}"
+    return _token_limit(input_ids)
+
+
+def _ranges(ids) -> list[int]:
+    """Sorted unique ids as [first, length, first, length, ...]."""
+    out = []
+    for i in ids:
+        if out and out[-2] + out[-1] == i:
+            out[-1] += 1
+        else:
+            out += [i, 1]
+    return out
+
+
+@_registry.implement("mlm_mask", "cuda")
+def _cuda(
+    input_ids, sample_ids, positions, epochs, epoch, special_tokens_mask, word_starts, special_ids, left_out,
+    mask_token_id, vocab_size, seed, select_below, mask_below, replace_below, capacity,
+):  # fmt: skip
+    out, labels, index, targets, count = outputs = _fake(
+        input_ids, sample_ids, positions, epochs, epoch, special_tokens_mask, word_starts, special_ids, left_out,
+        mask_token_id, vocab_size, seed, select_below, mask_below, replace_below, capacity, "cuda",
+    )  # fmt: skip
+    cols, tokens = input_ids.shape[-1], input_ids.numel()
+    rows = input_ids.shape[0] if input_ids.dim() == 2 else 1
+    ids, special_tokens_mask, word_starts = (
+        None if value is None else value.contiguous() for value in (input_ids, special_tokens_mask, word_starts)
+    )
+    module, at = _native.cuda(), _native.address
+    blocks = -(-tokens // module.MASK_BLOCK)
+    flags = ids.new_empty(tokens, dtype=torch.uint8)
+    counts, last = ids.new_empty(blocks, dtype=torch.int32), ids.new_empty(blocks, dtype=torch.int32)
+    module.mlm_mask(
+        at(ids), _view(sample_ids, rows, cols), _view(positions, rows, cols), _view(epochs, rows, cols), epoch,
+        at(special_tokens_mask), at(word_starts), _ranges(special_ids), _ranges(left_out), mask_token_id, vocab_size,
+        seed, select_below, mask_below, replace_below, at(out), at(labels), at(index), at(targets), at(count),
+        at(flags), at(counts), at(last), rows, cols, capacity, *_native.cuda_place(ids),
+    )  # fmt: skip
+    return outputs
+
+
+_registry.offer("mlm_mask", "cpu")
 
 
 # ---- public
@@ -278,7 +330,7 @@ def mlm_mask(
         word_starts: bool like input_ids, True where a word starts: whole words are selected.
         capacity: length of `index` and `targets`. Default: mean + 6σ of the count for these probabilities, rounded up
             to 128, at most all tokens; all tokens for whole words.
-        backend: "auto", "reference", "cpu", "triton".
+        backend: "auto", "reference", "cpu", "triton", "cuda".
 
     Returns MaskedTokens(input_ids, labels, index, targets, count), see there. `capacity` changes neither input_ids,
     labels nor count: a count above it says how many are missing from index.
@@ -329,7 +381,7 @@ def mlm_mask(
         capacity = default_capacity(input_ids.numel(), mlm_probability, word_starts is not None)
     _integer("capacity", capacity, 0, 2**63)
 
-    backend = _registry.choose("mlm_mask", backend, input_ids)
+    backend = _registry.choose("mlm_mask", backend, input_ids, special=left_out)
     input_ids = input_ids.to(torch.int64)
     if backend == "reference":
         _checks.ids_inside("input_ids", input_ids, "vocab_size", vocab_size)

@@ -11,9 +11,15 @@ namespace {
 template <class T>
 constexpr bool IS_HALF = std::is_same_v<T, F16> || std::is_same_v<T, BF16>;
 
+// A source, of whose register the low bytes count where it is wider than its type.
+template <class S>
+S narrow(const Operand& o, const u32* p, int l) {
+  return sizeof(S) < 8 && o.width == 8 ? S(get<u64>(p, l)) : get<S>(p, l);
+}
+
 // A source as an exact double (odd where 64-bit integers do not fit).
 template <class S>
-double read(const u32* p, int l, u32 flags) {
+double read(const Operand& o, const u32* p, int l, u32 flags) {
   if constexpr (IS_HALF<S>)
     return to_double(S{}, get<u16>(p, l));
   else if constexpr (std::is_floating_point_v<S>) {
@@ -22,7 +28,7 @@ double read(const u32* p, int l, u32 flags) {
   } else if constexpr (sizeof(S) == 8)
     return from_int_odd(get<S>(p, l));
   else
-    return get<S>(p, l);
+    return narrow<S>(o, p, l);
 }
 
 double integral(double x, u32 mode) {
@@ -52,7 +58,7 @@ void to_real(Block&, Warp& w, const Ins& i, u32 mask) {
   u32* d = w.at(i.ops[0]);
   u32 flags = i.aux[0], mode = flags & ROUNDING;
   for_lanes(mask, [&](int l) {
-    double x = read<S>(s, l, flags);
+    double x = read<S>(i.ops[1], s, l, flags);
     if (i.aux[1]) x = integral(x, i.aux[1] - 1);
     if (flags & SAT) x = saturate(x);
     if (flags & RELU) x = x > 0 || x != x ? x : 0;
@@ -78,7 +84,7 @@ void to_integer(Block&, Warp& w, const Ins& i, u32 mask) {
   u32* d = w.at(i.ops[0]);
   using Limits = std::numeric_limits<D>;
   for_lanes(mask, [&](int l) {
-    double x = integral(read<S>(s, l, i.aux[0]), i.aux[0] & ROUNDING);
+    double x = integral(read<S>(i.ops[1], s, l, i.aux[0]), i.aux[0] & ROUNDING);
     D out;
     if (x != x) {
       bool zero = !std::is_same_v<S, double> && sizeof(D) < 8;
@@ -100,7 +106,7 @@ void resize(Block&, Warp& w, const Ins& i, u32 mask) {
   u32* d = w.at(i.ops[0]);
   const bool sat = i.aux[0] & SAT;
   for_lanes(mask, [&](int l) {
-    S x = get<S>(s, l);
+    S x = narrow<S>(i.ops[1], s, l);
     if (sat) {
       __int128 clamped = std::clamp<__int128>(x, std::numeric_limits<D>::min(), std::numeric_limits<D>::max());
       x = S(clamped);
@@ -146,7 +152,7 @@ void pair(Block&, Warp& w, const Ins& i, u32 mask) {
   u32* d = w.at(i.ops[0]);
   u32 flags = i.aux[0];
   auto convert = [&](const u32* s, int l) {
-    double x = read<float>(s, l, flags);
+    double x = read<float>(i.ops[1], s, l, flags);
     if (flags & RELU) x = x > 0 || x != x ? x : 0;
     if (flags & SAT) x = saturate(x);
     return u32(round_half<H>(x, flags & ROUNDING));
