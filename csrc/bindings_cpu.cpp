@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bindings.h"
 #include "cpu/attention.h"
 #include "cpu/cross_entropy.h"
 #include "cpu/embedding.h"
@@ -19,18 +20,6 @@ using namespace fastlm;
 using namespace fastlm::cpu;
 
 namespace {
-
-using Address = uintptr_t;
-
-template <class T = void>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-template <class T = void>
-const T* input(Address address) {
-  return reinterpret_cast<const T*>(address);
-}
 
 void bind_attention(py::module_& m) {
   using StrideTuple = std::array<int64_t, 3>;  // sequence, row, head

@@ -3,27 +3,17 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bindings.h"
 #include "cuda/device.h"
 #include "cuda/layer_norm.h"
 #include "cuda/mlm_mask.h"
 #include "cuda/recorder.h"
 
 namespace py = pybind11;
+using namespace fastlm;
 using namespace fastlm::cuda;
 
 namespace {
-
-using Address = uintptr_t;
-
-template <class T = void>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-template <class T = void>
-const T* input(Address address) {
-  return reinterpret_cast<const T*>(address);
-}
 
 Place place(int device, Address stream) { return {device, reinterpret_cast<CUstream_st*>(stream)}; }
 

@@ -33,17 +33,6 @@ def config() -> Config:
 IGNORE = tl.constexpr(-100)
 
 
-def ranges(ids) -> tuple[int, ...]:
-    """Sorted unique ids as (first, length, first, length, ...): constants of a kernel, compared and not looked up."""
-    out = []
-    for i in ids:
-        if out and out[-2] + out[-1] == i:
-            out[-1] += 1
-        else:
-            out += [i, 1]
-    return tuple(out)
-
-
 @triton.jit
 def _is_special(token, ids, special_ptr, mask, HAS_SPECIAL: tl.constexpr, SPECIAL: tl.constexpr):
     if HAS_SPECIAL:
@@ -202,12 +191,13 @@ def _compact(
 
 def mlm_mask(
     input_ids, sample_ids, positions, epochs, epoch, special_tokens_mask, word_starts, out, labels, index, targets,
-    count, *, special_ids, left_out, mask_token_id, vocab_size, seed, select_below, mask_below, replace_below,
+    count, *, special, left_out, choices, mask_token_id, seed, select_below, mask_below, replace_below,
 ):  # fmt: skip
     """Fills out, labels (like input_ids), index, targets (capacity,) and count ().
 
     input_ids, special_tokens_mask, word_starts (rows, cols) contiguous; sample_ids, positions, epochs (rows, cols), any
-    strides, or None; special_ids, left_out sorted and unique.
+    strides, or None. special, left_out: ids as ranges (first, length, first, length, ...), ascending, constants of the
+    kernel: compared, not looked up. choices: how many ids of the vocabulary are not left out.
     """
     rows, cols = input_ids.shape
     tokens, capacity, c = rows * cols, index.numel(), config()
@@ -222,7 +212,7 @@ def mlm_mask(
         "HAS_SAMPLE": sample_ids is not None,
         "HAS_EPOCHS": epochs is not None,
         "HAS_SPECIAL": special_tokens_mask is not None,
-        "SPECIAL": ranges(special_ids),
+        "SPECIAL": special,
     }
     shape = {"BLOCK": c.block, "num_warps": c.num_warps}
     if blocks and word_starts is not None:
@@ -233,9 +223,9 @@ def mlm_mask(
     if blocks:
         _select[(blocks,)](
             input_ids, sample_ids, positions, epochs, special_tokens_mask, word_starts, last, out, labels, flags,
-            counts, tokens, cols, *stride_s, *stride_p, *stride_e, epoch, mask_token_id, vocab_size - len(left_out),
+            counts, tokens, cols, *stride_s, *stride_p, *stride_e, epoch, mask_token_id, choices,
             seed, select_below, mask_below, replace_below,
-            HAS_POSITIONS=positions is not None, WORDS=word_starts is not None, LEFT_OUT=ranges(left_out),
+            HAS_POSITIONS=positions is not None, WORDS=word_starts is not None, LEFT_OUT=left_out,
             **has, **shape,
         )  # fmt: skip
     _compact[(max(1, blocks, triton.cdiv(capacity, c.block)),)](

@@ -183,6 +183,20 @@ def _cpu(
     return outputs
 
 
+# ---- GPUs
+
+
+def _ranges(ids) -> tuple[int, ...]:
+    """Sorted unique ids as (first, length, first, length, ...): few of them, which a kernel compares ids with."""
+    out = []
+    for i in ids:
+        if out and out[-2] + out[-1] == i:
+            out[-1] += 1
+        else:
+            out += [i, 1]
+    return tuple(out)
+
+
 # ---- Triton: kernels/mlm_mask.py
 
 
@@ -211,9 +225,10 @@ def _triton(
         None if value is None else value.expand(shape) for value in (sample_ids, positions, epochs)
     )
     kernels.mlm_mask(
-        ids, sample_ids, positions, epochs, epoch, special_tokens_mask, word_starts, *outputs, special_ids=special_ids,
-        left_out=left_out, mask_token_id=mask_token_id, vocab_size=vocab_size, seed=seed, select_below=select_below,
-        mask_below=mask_below, replace_below=replace_below,
+        ids, sample_ids, positions, epochs, epoch, special_tokens_mask, word_starts, *outputs,
+        special=_ranges(special_ids), left_out=_ranges(left_out), choices=vocab_size - len(left_out),
+        mask_token_id=mask_token_id, seed=seed, select_below=select_below, mask_below=mask_below,
+        replace_below=replace_below,
     )  # fmt: skip
     return outputs
 
@@ -230,17 +245,6 @@ def _cuda_limit(input_ids, special=()):
     if have > CUDA_RANGES:
         return f"it compares ids with at most {CUDA_RANGES} ranges of special ids, and there are {have}"
     return _token_limit(input_ids)
-
-
-def _ranges(ids) -> list[int]:
-    """Sorted unique ids as [first, length, first, length, ...]."""
-    out = []
-    for i in ids:
-        if out and out[-2] + out[-1] == i:
-            out[-1] += 1
-        else:
-            out += [i, 1]
-    return out
 
 
 @_registry.implement("mlm_mask", "cuda")
