@@ -1,4 +1,7 @@
-"""`pytest --device cuda` runs the device-independent tests on a GPU; the default is the CPU."""
+"""`pytest --device cuda` runs the device-independent tests on a GPU; the default is the CPU.
+
+`--backend cuda` has the tests of all ops (test_ops.py) take that one backend, and leave out the ops that lack it.
+"""
 
 import pytest
 import torch
@@ -6,6 +9,7 @@ import torch
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="device of the op and model tests")
+    parser.addoption("--backend", default=None, help="the one backend that test_ops.py takes")
 
 
 def pytest_configure(config):

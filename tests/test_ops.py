@@ -13,15 +13,23 @@ GRADCHECK = [
 ]
 
 
-def backends(case, variant, dtype, device):
+@pytest.fixture
+def only(request):
+    """The backend named on the command line, or None."""
+    return request.config.getoption("--backend")
+
+
+def backends(case, variant, dtype, device, only):
     """The backends of the case that can run here; at least one, or there would be nothing to test."""
     inputs = case.inputs(variant, 0, dtype, device)
     x = next(value for value in inputs.values() if isinstance(value, torch.Tensor))
     names = []
-    for backend in case.backends:
+    for backend in case.backends if only is None else (only,):
         try:
             _registry.choose(case.op, backend, x)
-        except ValueError:
+        except ValueError as error:
+            if only is not None:
+                pytest.skip(str(error))
             continue
         names.append(backend)
     assert names, f"no backend of {case.op} runs on {device} in {dtype}"
@@ -30,11 +38,11 @@ def backends(case, variant, dtype, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize(("case", "variant"), EVERY)
-def test_error_bound(case, variant, dtype, device):
+def test_error_bound(case, variant, dtype, device, only):
     """Forward and every gradient within the bound of fastlm/testing/compare.py; integers equal the reference."""
     if dtype not in case.dtypes and not (dtype == torch.float16 and device == "cuda"):
         pytest.skip(f"{case.op} is tested in {case.dtypes} on {device}")
-    checks.error_bound(case, variant, dtype, device, backends(case, variant, dtype, device))
+    checks.error_bound(case, variant, dtype, device, backends(case, variant, dtype, device, only))
 
 
 @pytest.mark.parametrize(("case", "variant"), GRADCHECK)
@@ -50,47 +58,47 @@ def test_reference_gradcheck(case, variant):
     assert torch.autograd.gradcheck(function, tuple(inputs[name] for name in names), atol=1e-5, rtol=1e-4)
 
 
-def kernels(case, variant, dtype, device):
+def kernels(case, variant, dtype, device, only):
     """The backends with kernels of our own: the reference's bits are torch's, which strides and Inductor change."""
-    return [name for name in backends(case, variant, dtype, device) if name != "reference"]
+    return [name for name in backends(case, variant, dtype, device, only) if name != "reference"]
 
 
 @pytest.mark.parametrize(("case", "variant"), EVERY)
-def test_non_contiguous(case, variant, device):
-    for backend in kernels(case, variant, torch.float32, device):
+def test_non_contiguous(case, variant, device, only):
+    for backend in kernels(case, variant, torch.float32, device, only):
         checks.non_contiguous(case, variant, torch.float32, device, backend)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize(("case", "variant"), EVERY)
-def test_deterministic(case, variant, dtype, device):
+def test_deterministic(case, variant, dtype, device, only):
     if dtype not in case.dtypes:
         pytest.skip(f"{case.op} is tested in {case.dtypes}")
-    for backend in backends(case, variant, dtype, device):
+    for backend in backends(case, variant, dtype, device, only):
         checks.deterministic(case, variant, dtype, device, backend)
 
 
 @pytest.mark.parametrize(("case", "variant"), EVERY)
-def test_opcheck(case, variant, device):
-    for backend in backends(case, variant, torch.float32, device):
+def test_opcheck(case, variant, device, only):
+    for backend in backends(case, variant, torch.float32, device, only):
         checks.opcheck(case, variant, torch.float32, device, backend)
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in CASES.items()])
-def test_compile(case, device):
+def test_compile(case, device, only):
     variant = case.gradcheck[0] if case.gradcheck else case.tests[0]
-    for backend in kernels(case, variant, torch.float32, device):
+    for backend in kernels(case, variant, torch.float32, device, only):
         checks.compiles(case, variant, torch.float32, device, backend)
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in CASES.items()])
-def test_cuda_graph(case, device):
+def test_cuda_graph(case, device, only):
     """The op can be captured in a CUDA graph, and replay gives the eager bits."""
     if device != "cuda":
         pytest.skip("needs --device cuda")
     variant = case.tests[0]
     inputs = case.inputs(variant, 0, torch.float32, device)
-    for backend in backends(case, variant, torch.float32, device):
+    for backend in backends(case, variant, torch.float32, device, only):
         want = case.run(case.function, variant, inputs, backend=backend)
         graph = torch.cuda.CUDAGraph()
         with torch.no_grad(), torch.cuda.graph(graph):
