@@ -2,6 +2,7 @@
 
 import ctypes
 import hashlib
+import re
 import subprocess
 from pathlib import Path
 
@@ -25,6 +26,9 @@ HARMLESS = [
     "lop3.b32 y, %r9, x0, x0, 0xC0; lop3.b32 y, %r9, x0, x0, 0xCC;",
     "shl.b32 %r2, %r9, 16; shl.b32 %r2, %r2, 16; or.b32 y, %r2, x0;",
     "cvt.rn.bf16x2.f32 %r2, x0, %r9; shr.u32 y, %r2, 16;",
+    "cvt.u32.u16 %r2, %h1; shr.u32 y, %r2, 16;",
+    "cvt.u32.u8 %r2, %r9; shr.u32 y, %r2, 8;",
+    ".local .b8 here[4]; st.local.b8 [here], %h1; ld.local.u8 %r2, [here]; shr.u32 y, %r2, 8;",
 ]
 HARMFUL = [
     "add.u32 y, %r9, x0;",
@@ -33,6 +37,9 @@ HARMFUL = [
     "setp.lt.u32 %p1, %r9, x0; @%p1 mov.b32 y, 0; mov.b32 y, 1;",
     "cvt.rn.bf16x2.f32 %r2, x0, %r9; shl.b32 y, %r2, 16;",
     "mov.b32 y, 1; ld.global.b32 %r3, [%d9];",
+    "cvt.s32.s16 %r2, %h1; shr.u32 y, %r2, 16;",
+    "mov.b32 %r2, {%h2, %h1}; cvt.sat.u16.u32 %r3, %r2; cvt.u32.u16 y, %r3;",
+    ".local .b8 here[4]; st.local.b8 [here], %h1; ld.local.s8 %r2, [here]; shr.u32 y, %r2, 8;",
 ]
 
 
@@ -60,6 +67,46 @@ def test_unknown_instruction_is_an_error_that_names_it():
         ptx.load(assemble("fence.proxy.async;"), "k")
     with pytest.raises(ptx.PtxError, match="no kernel 'other'"):
         ptx.load(assemble(""), "other")
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ("mov.u32 %r1, %d1;", "%d1 is a register of 64 bits, as an operand of type .u32"),
+        ("add.s64 %d1, %d2, %r1;", "%r1 is a register of 32 bits, as an operand of type .s64"),
+        ("setp.lt.u16 %p1, %r1, 3;", "%r1 is a register of 32 bits, as an operand of type .u16"),
+        ("selp.b64 %d1, %d2, %r1, %p1;", "%r1 is a register of 32 bits"),
+        ("shl.b64 %d1, %d2, %d3;", "%d3 is a register of 64 bits, as an operand of type .u32"),
+        ("and.b32 %r1, %p1, 1;", "%p1 is a predicate, as an operand of type .b32"),
+        ("mul.wide.u32 %r1, %r2, %r3;", "%r1 is a register of 32 bits, as an operand of type .u64"),
+        ("st.global.b64 [%d1], %r1;", "%r1 is a register of 32 bits, as an operand of type .b64"),
+        ("ld.global.b32 %h1, [%d1];", "%h1 is a register of 16 bits, as an operand of type .b32"),
+        ("cvt.u64.u32 %r1, %r2;", "%r1 is a register of 32 bits, as an operand of type .u64"),
+        ("@%r1 bra end; end:", "%r1 is a register of 32 bits, as an operand of type .pred"),
+    ],
+)
+def test_register_of_another_width_is_an_error(code, found):
+    with pytest.raises(ptx.UnknownInstruction, match=re.escape(found)):
+        ptx.load(assemble(code), "k")
+
+
+@pytest.mark.parametrize(
+    ("type_", "register"),
+    [(f"{sign}{bits}", name) for sign in "su" for bits in (8, 16, 32) for name in ("%h", "%r", "%d")
+     if bits < 32 or name != "%h"],
+)  # fmt: skip
+def test_loads_stores_and_conversions_take_wider_registers(type_, register):
+    size = int(type_[1:]) // 8
+    # Through memory into a wider register, back from its low bytes, and a conversion of them.
+    code = (
+        ".local .b32 here; .local .b32 there; st.local.b32 [here], x0; st.local.b32 [there], 0; "
+        f"ld.local.{type_} {register}5, [here]; st.local.{type_} [there], {register}5; ld.local.u32 %r2, [there]; "
+        f"cvt.s32.{type_} %r3, {register}5; xor.b32 y, %r2, %r3;"
+    )
+    x = np.random.default_rng(5).integers(0, 2**32, 32, dtype=np.uint32)
+    low = x.view(f"{'i' if type_[0] == 's' else 'u'}{size}")[:: 4 // size]
+    want = low.view(f"u{size}").astype(np.uint32) ^ low.astype(np.int64).astype(np.uint32)
+    np.testing.assert_array_equal(warp(code, x), want)
 
 
 def test_wrong_arguments_are_errors():

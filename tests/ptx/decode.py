@@ -22,6 +22,7 @@ VARIABLES = 0x6000_0000_0000  # device address of the module's variables
 GUARD = 256  # bytes that belong to no variable, between shared variables and between buffers
 
 REGISTERS, CONSTANTS, PREDICATES = range(3)
+WIDER = {"ld", "st", "cvt"}  # their registers may be wider than the instruction's type
 SPECIAL = re.compile(
     r"%(?:tid|ntid|ctaid|nctaid)\.[xyz]|%(?:laneid|warpid|nwarpid|lanemask_\w\w|smid|nsmid|gridid|dynamic_smem_size|total_smem_size)"
 )
@@ -245,10 +246,10 @@ class Decoder:
             operand = self.source(token[1:].strip(), type_)
             return (*operand[:4], not operand[4])
         operand = self.register(token)
+        if operand is None and token.startswith("%"):
+            operand = self.special_register(token)
         if operand is not None:
-            return operand
-        if token.startswith("%"):
-            return self.special_register(token)
+            return self.fitting(token, operand, type_)
         if type_ == "pred":
             value = parse_integer(token)
             if value is None:
@@ -290,6 +291,15 @@ class Decoder:
         operand = self.register(token)
         if operand is None:
             raise self.unknown(f"operand {token}")
+        return self.fitting(token, operand, type_)
+
+    def fitting(self, token: str, operand: tuple, type_: str) -> tuple:
+        """A register as an operand of `type_`: handlers take its lanes to be as wide as their type."""
+        size = 1 if type_ == "pred" else max(SIZES[type_], 2)
+        wider = operand[0] != PREDICATES and type_ != "pred" and self.ins.opcode.split(".")[0] in WIDER
+        if operand[3] != size and not (wider and operand[3] > size):
+            kind = "a predicate" if operand[0] == PREDICATES else f"a register of {8 * operand[3]} bits"
+            raise self.unknown(f"{token} is {kind}, as an operand of type .{type_}")
         return operand
 
     def pair(self, token: str, first: str, second: str = "pred") -> list[tuple]:

@@ -15,7 +15,6 @@ from ptx.decode import (
     GLOBAL,
     LOCAL,
     PARAM,
-    PREDICATES,
     SHARED,
     Decoder,
     Modifiers,
@@ -319,7 +318,9 @@ def decode_cvt(d, ins, m):
     integral = m.choose(INTEGRAL)
     flags = m.flags()
     if result in INTEGERS and source in INTEGERS:
-        return simple(d, ins, f"cvt.{result}.{source}", [source], result, [flags, 0, min(SIZES[result], SIZES[source])])
+        narrower = min(result, source, key=SIZES.get)
+        aux = [flags, 0, SIZES[narrower], narrower.startswith("s"), SIZES[source]]
+        return simple(d, ins, f"cvt.{result}.{source}", [source], result, aux)
     if result in INTEGERS:
         if integral is None:
             raise d.unknown("no rounding to an integer")
@@ -437,11 +438,9 @@ def decode_cp(d, ins, m):
     source, offset, _ = d.address(ins.operands[1])
     sources = [to, source]
     if len(ins.operands) > 3:
-        size = d.source(ins.operands[3], "u32")
-        if size[0] == PREDICATES:
-            raise d.unknown("ignore-src")
-        if size[3] != 8:  # eight bytes are a cache policy
-            sources.append(size)
+        size = d.register(ins.operands[3])
+        if size is None or size[3] != 8:  # eight bytes are a cache policy
+            sources.append(d.source(ins.operands[3], "u32"))
     d.emit("cp.async", [], sources, imm=offset, aux=[0, parse_integer(ins.operands[2]), 0, 0, to_offset])
 
 

@@ -115,12 +115,14 @@ void resize(Block&, Warp& w, const Ins& i, u32 mask) {
     put_register(i.ops[0], d, l, std::is_signed_v<D> ? u64(i64(out)) : u64(out));
   });
 }
-// The bytes below the sign are copied; those above hang on the source's last.
+// aux[2]: bytes of the narrower type, aux[3]: it is signed, aux[4]: bytes of the source's type. The narrower type's
+// bytes are copied; those above are its sign, or zero. Saturation hangs on all of the source.
 void taint_resize(Block& b, Warp& w, const Ins& i, u32 mask) {
-  u32 size = i.aux[2];  // of the narrower type, in bytes
+  u32 size = i.aux[2];
   for_lanes(mask, [&](int l) {
-    u32 u = w.undefined_bytes(i.ops[1], l) & ((1u << size) - 1);
-    if (u >> (size - 1) & 1) u |= 0xffu << size;
+    u32 source = w.undefined_bytes(i.ops[1], l) & ((1u << i.aux[4]) - 1), u = source & ((1u << size) - 1);
+    if (i.aux[3] && u >> (size - 1) & 1) u |= 0xffu << size;
+    if (i.aux[0] & SAT && source) u = 0xff;
     w.set_undefined(i.ops[0], l, u8(u), w.origin_of(i.ops[1], b.pc));
   });
 }

@@ -56,8 +56,9 @@ void load(Block& b, Warp& w, const Ins& i, u32 mask) {
         put<u64>(w.at(d), lane, v);
       else
         put<u32>(w.at(d), lane, u32(v));
-      u8 unset = u8(undefined >> (k * size) & ((1u << size) - 1));
-      if (unset || w.undef[d.reg] >> lane & 1) w.set_undefined(d, lane, unset, b.pc + 1);
+      u32 unset = undefined >> (k * size) & ((1u << size) - 1);
+      if (i.aux[2] & SIGNED && unset >> (size - 1)) unset |= 0xffu << size;
+      if (unset || w.undef[d.reg] >> lane & 1) w.set_undefined(d, lane, u8(unset), b.pc + 1);
     }
   });
   if (mask && is_shared(i.aux[0], addresses[std::countr_zero(mask)])) count_conflicts(b, addresses, mask, bytes);
