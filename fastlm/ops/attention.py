@@ -309,6 +309,50 @@ def _bwd_cpu(dout, dlse, q, k, v, out, lse, *rest):
     return dq, dk, dv, dtable
 
 
+# ---- Triton: kernels/attention.py, attention_fwd.py, attention_bwd.py. Not offered yet: LOG.md says why.
+
+
+def _arguments_triton(
+    cu_seqlens_q, cu_seqlens_k, key_mask, table, rng, max_seqlen_q, max_seqlen_k, window_left, window_right,
+    softmax_scale, bidirectional, max_distance, dropout_p, stream,
+):  # fmt: skip
+    """The launchers' keyword arguments, but for max_seqlen."""
+    starts = () if table is None else bucket_starts(table.shape[0], bidirectional, max_distance)
+    cu_seqlens_q, cu_seqlens_k, key_mask, table = (
+        None if x is None else x.contiguous() for x in (cu_seqlens_q, cu_seqlens_k, key_mask, table)
+    )
+    return {
+        "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "key_mask": key_mask, "table": table,
+        "starts": starts, "bidirectional": bidirectional, "left": window_left, "right": window_right,
+        "scale": softmax_scale, "threshold": _random.attention_threshold(dropout_p),
+        "dropout_scale": _random.attention_scale(dropout_p), "rng": rng, "stream": stream,
+    }  # fmt: skip
+
+
+@_registry.implement("attention_fwd", "triton")
+def _fwd_triton(q, k, v, *rest):
+    from fastlm.kernels import attention as kernels
+
+    out, lse = _fake_fwd(q, k, v, *rest, "triton")
+    kernels.attention_fwd(*(unit_stride(x) for x in (q, k, v)), out, lse, **_arguments_triton(*rest))
+    return out, lse
+
+
+@_registry.implement("attention_bwd", "triton")
+def _bwd_triton(dout, dlse, q, k, v, out, lse, *rest):
+    from fastlm.kernels import attention as kernels
+
+    dq, dk, dv, dtable = _fake_bwd(dout, dlse, q, k, v, out, lse, *rest, "triton")
+    *rest, table_gradient = rest
+    dout, q, k, v = (unit_stride(x) for x in (dout, q, k, v))
+    dlse = None if dlse is None else dlse.contiguous()
+    kernels.attention_bwd(
+        dout, dlse, q, k, v, out.contiguous(), lse.contiguous(), dq, dk, dv, dtable if table_gradient else None,
+        max_seqlen_q=rest[5], max_seqlen_k=rest[6], **_arguments_triton(*rest),
+    )  # fmt: skip
+    return dq, dk, dv, dtable
+
+
 _registry.offer("attention", "cpu")
 
 

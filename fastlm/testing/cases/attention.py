@@ -111,6 +111,15 @@ _TESTS = (
 # Real lengths of documents cut at 512: many short ones, every fifth or so as long as it may be.
 _LENGTHS = (512, 61, 187, 512, 23, 240, 34, 512, 96, 310, 512, 142, 57, 398, 512, 88)
 
+# What bfloat16 models launch: BERT padded and packed, GPT-2, T5's encoder, and heads of 128 with fewer for keys.
+_PRODUCTION = (
+    Variant({"b": 1, "s": 16, "h": 12, "d": 64, "padding": "right"}, {"dropout_p": 0.1}),
+    Variant({"h": 12, "d": 64, "lengths": (16,)}, {"dropout_p": 0.1}),
+    Variant({"h": 12, "d": 64, "lengths": (16,)}, {"causal": True}),
+    Variant({"h": 8, "d": 64, "lengths": (16,), "buckets": 32}, {"softmax_scale": 1.0, "dropout_p": 0.1}),
+    Variant({"h": 32, "kv": 8, "d": 128, "lengths": (16,)}, {"causal": True}),
+)
+
 _BENCHMARKS = (
     Variant({"b": 8, "s": 512, "h": 12, "d": 64}),
     Variant({"b": 8, "s": 512, "h": 12, "d": 64}, {"dropout_p": 0.1}),
@@ -127,6 +136,7 @@ ATTENTION = OpCase(
     gradients=("q", "k", "v", "table"),
     tests=_TESTS,
     benchmarks=_BENCHMARKS,
+    production=_PRODUCTION,
     bytes=_bytes,
     flops=_flops,
     gradcheck=(
