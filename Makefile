@@ -1,18 +1,20 @@
 # One command each; every one sets its environment up by itself:
 #   make setup      the virtual environment and the compiled kernels
 #   make demo       pretrain a small BERT in about three minutes (runs/demo)
-#   make test       the test suite; TESTS="tests/test_ops.py -k gelu" for a part of it
+#   make test       the test suite, in two processes; TESTS="tests/test_ops.py -k gelu" for a part of it
 #   make lint       ruff and clang-format
 #   make test-gpu   the op and model tests on a CUDA device, with PYTHON's own torch if that sees one
 #   make bench      ops and training steps beside their peers (benchmarks/results/cpu)
 #
 # VENV     where the environment lies (default .venv)
 # PYTHON   the interpreter that it is made with, 3.10 or newer (default python3)
+# JOBS     processes that run the tests (default 2; 0: one, that shows what tests print under -s)
 # Which package index is asked is pip's own configuration; the versions are those of constraints.txt.
 
 VENV ?= .venv
 PYTHON ?= python3
 TESTS ?= tests
+JOBS ?= 2
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check --quiet -c constraints.txt
@@ -30,8 +32,9 @@ setup: $(VENV)/.installed
 demo: setup
 	$(PY) -m fastlm.demo --out runs/demo
 
+# Threads that spin while they wait would take the other process's processor.
 test: setup
-	$(PY) -m pytest $(TESTS)
+	OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(JOBS) --dist worksteal $(TESTS)
 
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check $(SOURCES)

@@ -1,25 +1,29 @@
 """A whole training step beside the same step in Transformers.
 
     python benchmarks/bench_train.py --recipe bert-mini bert-small --device cpu --json train.json --plot train.png
+    python benchmarks/bench_train.py --set model.hidden_dropout_prob=0.1 --curve 30 --curve-plot curve.png
+    python benchmarks/bench_train.py --threads 1 2 --contenders fastlm
 
-What is timed and how: fastlm/testing/train_step.py. The step is one micro-batch of the recipe: forward, backward,
-clipping, AdamW. Ids are drawn with the frequencies of words; no row is padded, so every contender's tokens are real.
+What is timed and how, and who the contenders are: fastlm/testing/train_step.py. The step is one micro-batch of the
+recipe: forward, backward, clipping, AdamW. Ids are drawn with the frequencies of words; no row is padded, so every
+contender's tokens are real.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
 
 import _report
 import torch
 from rich.console import Console
 
-from fastlm.testing.train_step import CONTENDERS, StepTime, compare_steps, drawn, table
+from fastlm.testing.train_step import EVERY, StepTime, compare_steps, drawn, table
 from fastlm.train import Recipe, load_recipe
 
 
-def row(recipe: Recipe, time: StepTime) -> dict:
+def row(recipe: Recipe, time: StepTime, threads: int | None) -> dict:
     return {
         "op": "training step",
         "recipe": recipe.name,
@@ -31,8 +35,33 @@ def row(recipe: Recipe, time: StepTime) -> dict:
         "ms_iqr": time.ms_iqr,
         "tokens_per_s": time.tokens_per_s,
         "mfu": time.mfu,
+        "of_bound": time.of_bound,
         "peak_mb": time.peak_mb,
+        "step_mb": time.step_mb,
+        "threads": threads or torch.get_num_threads(),
+        "losses": time.losses,
     }
+
+
+def plot_curves(path: Path, times: list[StepTime], title: str) -> None:
+    """The losses of the first steps, a line a contender."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
+    for time in times:
+        ours = time.contender == "fastlm"
+        axes.plot(range(1, 1 + len(time.losses)), time.losses, label=time.contender, lw=2.5 if ours else 1)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats a predicted token)")
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
 
 
 def main() -> None:
@@ -41,26 +70,34 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--vocab", type=int, default=30522, help="size of the vocabulary (default BERT's)")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="as of `fastlm pretrain`")
-    parser.add_argument("--contenders", nargs="+", default=CONTENDERS, choices=CONTENDERS)
+    parser.add_argument("--contenders", nargs="+", default=EVERY, choices=EVERY)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=1.0, help="least time of a contender in a round")
+    parser.add_argument("--threads", type=int, nargs="+", default=[None], help="of a CPU; several: one table each")
+    parser.add_argument("--curve", type=int, default=0, metavar="N", help="keep the losses of N steps before the clock")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--curve-plot", type=Path, help="PNG of the losses, of the last recipe")
     args = parser.parse_args()
+    if args.curve_plot and not args.curve:
+        parser.error("--curve-plot: expected with --curve N, the number of steps to plot")
 
-    console, rows, missing = Console(highlight=False), [], {}
-    for name in args.recipe:
+    console, rows, missing, title, times = Console(highlight=False), [], {}, "", []
+    for name, threads in itertools.product(args.recipe, args.threads):
         recipe = load_recipe(name).with_settings(args.set)
         times = compare_steps(
             recipe, drawn(recipe, args.vocab), device=args.device, contenders=args.contenders,
-            rounds=args.rounds, seconds=args.seconds,
+            rounds=args.rounds, seconds=args.seconds, threads=threads, curve=args.curve,
         )  # fmt: skip
         title = f"{recipe.name}, {recipe.micro_batch_tokens} tokens a step, {recipe.train.dtype}, {args.device}"
+        title += f", {threads} thread{'s'[: threads > 1]}" if threads else ""
         console.print(table(times, title=title))
-        rows += [row(recipe, time) for time in times if not time.missing]
+        rows += [row(recipe, time, threads) for time in times if not time.missing]
         missing.update({time.contender: time.missing for time in times if time.missing})
         if args.json:
             _report.write_json(args.json, rows, missing=missing)
+    if args.curve_plot:
+        plot_curves(args.curve_plot, [time for time in times if not time.missing], title)
     if args.plot:
         groups = {}
         for line in rows:

@@ -5,11 +5,16 @@ sequence, about 15% of the tokens predicted. Before the clock starts each says i
 that computes something else is an error. Then every round runs each of them for a few steps, in turn: a slow moment
 of the machine meets them all, and an allocator's settings are one process's.
 
-    fastlm                fastlm's model and step, allocator tuned
-    transformers          BertForMaskedLM, AdamW and clipping as they come, allocator too
-    transformers tuned    the same, as an expert writes it: head on the masked tokens only, fused AdamW, allocator tuned
+    fastlm                         fastlm's model and step, allocator tuned
+    transformers                   BertForMaskedLM, AdamW and clipping as they come, allocator too
+    transformers sdpa              SDPA named, fused AdamW, allocator tuned
+    transformers compiled          the same under torch.compile
+    transformers tuned             as an expert writes it: also the head on the masked tokens only
+    transformers tuned compiled    the expert's under torch.compile
 
-Masks are made beforehand: the others get theirs for nothing.
+Masks are made beforehand: the others get theirs for nothing. Beside the contenders a large matrix product is timed, in
+the same rounds: a step that did nothing but its matrix products (fastlm/train/flops.py, attention's included), at the
+rate of that one, is the bound.
 """
 
 from __future__ import annotations
@@ -27,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich import box
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
@@ -39,7 +45,29 @@ from fastlm.train.flops import peak_flops, recipe_flops
 from fastlm.train.objective import MaskedLM, Micro
 from fastlm.train.optimizer import make_optimizer, train_step
 
+
+@dataclass(frozen=True)
+class _Form:
+    """How Transformers' model is trained. tuned: the allocator; sparse: the head runs on the masked tokens only."""
+
+    attention: str | None = None  # None: what it takes by itself
+    fused: bool = False
+    tuned: bool = False
+    sparse: bool = False
+    compiled: bool = False
+
+
+_FORMS = {
+    "transformers": _Form(),
+    "transformers sdpa": _Form("sdpa", fused=True, tuned=True),
+    "transformers compiled": _Form("sdpa", fused=True, tuned=True, compiled=True),
+    "transformers tuned": _Form("sdpa", fused=True, tuned=True, sparse=True),
+    "transformers tuned compiled": _Form("sdpa", fused=True, tuned=True, sparse=True, compiled=True),
+}
 CONTENDERS = ("fastlm", "transformers", "transformers tuned")
+EVERY = ("fastlm", *_FORMS)
+_MATMUL = "matmul"  # the worker of the bound
+_MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}  # rows and columns
 _BATCHES = 4  # different ones, in turn
 _TENSORS = "input_ids", "labels"
 _WARMUP = 3  # steps before the clock; the heap settles in as many
@@ -55,8 +83,11 @@ class StepTime:
     ms: float = math.nan
     ms_iqr: float = math.nan
     mfu: float | None = None
+    of_bound: float = math.nan  # of what the step's matrix products alone allow, at the rate of a large one
     peak_mb: float = math.nan  # CPU: resident memory of the process; CUDA: allocated by torch
+    step_mb: float = math.nan  # the same less what there was before the first step: gradients and all that a step holds
     missing: str | None = None
+    losses: tuple[float, ...] = ()  # of the first steps, where they were asked for
 
     @property
     def tokens_per_s(self) -> float:
@@ -111,23 +142,28 @@ def compare_steps(
     contenders: Sequence[str] = CONTENDERS,
     rounds: int = 7,
     seconds: float = 1.0,
+    threads: int | None = None,
+    curve: int = 0,
 ) -> list[StepTime]:
     """Times a step of `recipe`, one micro-batch, `rounds` times for each contender, each at least `seconds` long.
 
-    RuntimeError where a contender's loss is not the first one's, or its process fails.
+    threads: of torch and of fastlm's kernels, on a CPU (default torch's). curve: so many steps before the clock, whose
+    losses are kept. RuntimeError where a contender's loss is not the first one's, or its process fails.
     """
     with tempfile.TemporaryDirectory(prefix="fastlm-step-") as name:
         directory = Path(name)
-        _write_inputs(recipe, inputs, directory, device)
+        _write_inputs(recipe, inputs, directory, device, threads)
         workers = {}
         try:
-            for contender in contenders:
+            for contender in (*contenders, _MATMUL):
                 workers[contender] = _Worker(contender, directory)
             answers = {contender: worker.read() for contender, worker in workers.items()}
             missing = {contender: answer["missing"] for contender, answer in answers.items() if "missing" in answer}
             running = [contender for contender in contenders if contender not in missing]
             losses = {contender: answers[contender]["loss"] for contender in running}
             _same_losses(losses, _CHECK[recipe.train.dtype])
+            curves = {contender: workers[contender].run(curve, "losses")["losses"] for contender in running if curve}
+            running.append(_MATMUL)
             steps = {c: max(1, math.ceil(seconds / workers[c].run(_WARMUP)["seconds"])) for c in running}
             times = {contender: [] for contender in running}
             for _ in range(rounds):
@@ -141,45 +177,68 @@ def compare_steps(
     pairs = inputs.tokens * recipe.data.row_tokens
     flops = recipe_flops(recipe, inputs.vocab_size, inputs.tokens, pairs, inputs.predicted)
     peak = peak_flops(torch.device(device), getattr(torch, recipe.train.dtype))
+    bound_ms = flops / (2 * _MATMUL_SIZE[torch.device(device).type] ** 3) * Timing.of(times[_MATMUL]).ms
     out = []
     for contender in contenders:
         if contender in missing:
             out.append(StepTime(contender, missing=missing[contender]))
-        else:
-            timing = Timing.of(times[contender])
-            mfu = None if peak is None else flops / (timing.ms / 1e3 * peak)
-            out.append(StepTime(contender, inputs.tokens, timing.ms, timing.iqr, mfu, answers[contender]["peak_mb"]))
+            continue
+        timing, answer = Timing.of(times[contender]), answers[contender]
+        out.append(
+            StepTime(
+                contender,
+                inputs.tokens,
+                timing.ms,
+                timing.iqr,
+                mfu=None if peak is None else flops / (timing.ms / 1e3 * peak),
+                of_bound=bound_ms / timing.ms,
+                peak_mb=answer["peak_mb"],
+                step_mb=answer["step_mb"],
+                losses=tuple(curves.get(contender, ())),
+            )
+        )
     return out
 
 
 def table(times: Sequence[StepTime], *, title: str):
-    """The result as a rich table: one row a contender, the ratio that of tokens/s to fastlm's."""
-    out = Table(title=title, title_justify="left")
+    """The result as a rich table, at most 80 columns wide: a row a contender. Who did not run is named below.
+
+    fastlm: how many times as many tokens/s as the contender's. MFU only where the chip's peak is known.
+    """
+    notes = [
+        "ms: of a step, median ± interquartile range of the rounds; MB: peak",
+        "bound: what the step's matrix products alone would take (3 x forward, with",
+        "attention's) at the rate of one large product in the same rounds, over ms",
+        *(f"not run: {t.contender}: {t.missing}" for t in times if t.missing),
+    ]
+    out = Table(
+        title=title, title_justify="left", caption="\n".join(notes), caption_justify="left", box=box.SIMPLE_HEAD,
+        pad_edge=False, padding=0,
+    )  # fmt: skip
     out.add_column("contender", no_wrap=True)
-    for column in ("tokens/s", "ms a step", "IQR", "MFU", "peak MB", "fastlm is"):
-        out.add_column(column, justify="right")
+    has_mfu = any(t.mfu is not None for t in times)
+    for column in ("tokens/s", "ms", *(("MFU",) if has_mfu else ()), "bound", "MB", "fastlm"):
+        out.add_column(column, justify="right", no_wrap=True)
     ours = next((t.tokens_per_s for t in times if t.contender == "fastlm"), math.nan)
     for t in times:
-        if t.missing:
-            out.add_row(t.contender, f"[red]not run: {t.missing}")
-            continue
-        ratio = "" if t.contender == "fastlm" else f"{ours / t.tokens_per_s:.2f}x"
-        mfu = "n/a" if t.mfu is None else f"{t.mfu:.1%}"
-        out.add_row(
-            t.contender, f"{t.tokens_per_s:,.0f}", f"{t.ms:.1f}", f"{t.ms_iqr:.1f}", mfu, f"{t.peak_mb:,.0f}", ratio
-        )
+        if not t.missing:
+            mfu = ("n/a" if t.mfu is None else f"{t.mfu:.1%}",) if has_mfu else ()
+            out.add_row(
+                t.contender, f"{t.tokens_per_s:,.0f}", f"{t.ms:.1f} ± {t.ms_iqr:.1f}", *mfu, f"{t.of_bound:.0%}",
+                f"{t.peak_mb:,.0f}", "" if t.contender == "fastlm" else f"{ours / t.tokens_per_s:.2f}x",
+            )  # fmt: skip
     return out
 
 
 # ---- the parent's side
 
 
-def _write_inputs(recipe: Recipe, inputs: StepInputs, directory: Path, device: str) -> None:
+def _write_inputs(recipe: Recipe, inputs: StepInputs, directory: Path, device: str, threads: int | None) -> None:
     """Weights, batches and the recipe, for the workers."""
     make_model(recipe, inputs.vocab_size, inputs.pad_id).save_pretrained(directory / "weights")
     tensors = {f"{name}.{i}": batch[j] for i, batch in enumerate(inputs.batches) for j, name in enumerate(_TENSORS)}
     save_file(tensors, directory / "batches.safetensors")
-    (directory / "spec.json").write_text(json.dumps({"recipe": recipe.tables(), "device": device}))
+    (directory / "spec.json").write_text(json.dumps({"recipe": recipe.tables(), "device": device, "threads": threads}))
 
 
 def _same_losses(losses: dict[str, float], tolerance: float) -> None:
@@ -208,9 +267,9 @@ class _Worker:
             raise RuntimeError(f"{self.contender} failed:\n{self._errors.read()[-2000:]}")
         return json.loads(line)
 
-    def run(self, steps: int) -> dict:
-        """Runs so many steps: {"seconds": a step, "peak_mb"}."""
-        self._process.stdin.write(f"{steps}\n")
+    def run(self, steps: int, what: str = "time") -> dict:
+        """Runs so many steps: {"seconds": a step, "peak_mb", "step_mb"}; what="losses": {"losses": of each}."""
+        self._process.stdin.write(f"{what} {steps}\n")
         self._process.stdin.flush()
         return self.read()
 
@@ -225,35 +284,51 @@ class _Worker:
 
 
 def _work(contender: str, directory: Path) -> None:
-    """Answers {"loss"} or {"missing"} at once, then {"seconds", "peak_mb"} for each number of steps on stdin."""
+    """Answers {"loss"} or {"missing"} at once, then every line of stdin, "time N" or "losses N", after N steps."""
     answers, sys.stdout = sys.stdout, sys.stderr  # libraries may print
 
     def answer(**values) -> None:
         print(json.dumps(values), file=answers, flush=True)
 
-    if contender != "transformers":
+    form = _FORMS.get(contender)
+    if form is None or form.tuned:
         _malloc.tune()
     spec = json.loads((directory / "spec.json").read_text())
+    if spec["threads"]:
+        torch.set_num_threads(spec["threads"])
     table, device = Recipe.of(spec["recipe"]).train, torch.device(spec["device"])
     tensors = {name: value.to(device) for name, value in load_file(directory / "batches.safetensors").items()}
     batches = [tuple(tensors[f"{name}.{i}"] for name in _TENSORS) for i in range(_BATCHES)]
     try:
-        build = _build_fastlm if contender == "fastlm" else _build_transformers
-        first_loss, step = build(table, directory, batches, device, tuned=contender.endswith("tuned"))
+        if contender == _MATMUL:
+            first_loss, step = math.nan, _build_matmul(table, device)
+        elif form is None:
+            first_loss, step = _build_fastlm(table, directory, batches, device)
+        else:
+            first_loss, step = _build_transformers(table, directory, batches, device, form)
     except ImportError as error:
         answer(missing=f"{error.name} is not installed")
         return
+    before = _memory_mb(device)
     answer(loss=first_loss)
     done = 0
     for line in sys.stdin:
-        steps = int(line)
+        what, steps = line.split()
+        losses = []
         _wait(device)
         began = time.perf_counter()
-        for _ in range(steps):
-            step(done % _BATCHES)
+        for _ in range(int(steps)):
+            loss = step(done % _BATCHES)
+            if what == "losses":
+                losses.append(float(loss))
             done += 1
         _wait(device)
-        answer(seconds=(time.perf_counter() - began) / steps, peak_mb=_peak_mb(device))
+        seconds = time.perf_counter() - began
+        if what == "losses":
+            answer(losses=losses)
+        else:
+            peak = _peak_mb(device)
+            answer(seconds=seconds / int(steps), peak_mb=peak, step_mb=peak - before)
 
 
 def _wait(device: torch.device) -> None:
@@ -268,7 +343,23 @@ def _peak_mb(device: torch.device) -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, kilobytes here
 
 
-def _build_fastlm(table, directory, batches, device, tuned):
+def _memory_mb(device: torch.device) -> float:
+    """What is in use now, where _peak_mb says the most so far; elsewhere than on Linux, the most so far."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device) / 2**20
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * resource.getpagesize() / 2**20 if statm.exists() else _peak_mb(device)
+
+
+def _build_matmul(table, device):
+    """A step that is one large matrix product."""
+    size = _MATMUL_SIZE[device.type]
+    a, b = torch.randn(2, size, size, device=device, dtype=getattr(torch, table.dtype))
+    out = torch.empty_like(a)
+    return lambda number: torch.matmul(a, b, out=out)
+
+
+def _build_fastlm(table, directory, batches, device):
     dtype = getattr(torch, table.dtype)
     model = Bert.from_pretrained(directory / "weights").to(device)
     micros = []
@@ -291,27 +382,42 @@ def _build_fastlm(table, directory, batches, device, tuned):
     optimizer = make_optimizer(model.train(), table)
 
     def step(number):
-        train_step(model, optimizer, [micros[number]], lr=table.lr, grad_clip=table.grad_clip, dtype=dtype)
+        arguments = {"lr": table.lr, "grad_clip": table.grad_clip, "dtype": dtype}
+        return train_step(model, optimizer, [micros[number]], **arguments)[0]
 
     return loss, step
 
 
-def _build_transformers(table, directory, batches, device, tuned):
+def _build_transformers(table, directory, batches, device, form):
     import transformers
 
     dtype = getattr(torch, table.dtype)
-    model = transformers.BertForMaskedLM.from_pretrained(directory / "weights").to(device)
+    load = transformers.BertForMaskedLM.from_pretrained
+    weights = directory / "weights"
+    model = (load(weights, attn_implementation=form.attention) if form.attention else load(weights)).to(device)
     settings = {"lr": table.lr, "weight_decay": table.weight_decay, "betas": (table.beta1, table.beta2)}
-    optimizer = torch.optim.AdamW(model.parameters(), eps=table.eps, fused=True if tuned else None, **settings)
+    optimizer = torch.optim.AdamW(model.parameters(), eps=table.eps, fused=True if form.fused else None, **settings)
     indexes = [_predicted(labels) for _, labels in batches]
+    targets = [labels.flatten()[index] for (_, labels), index in zip(batches, indexes)]
+    if form.compiled:  # one shape for all batches
+        longest = max(map(len, indexes))
+        indexes = [torch.nn.functional.pad(index, (0, longest - len(index))) for index in indexes]
+        targets = [torch.nn.functional.pad(target, (0, longest - len(target)), value=-100) for target in targets]
+
+    def dense_loss(input_ids, labels, index, target):
+        return model(input_ids=input_ids, labels=labels).loss
+
+    def sparse_loss(input_ids, labels, index, target):
+        hidden = model.bert(input_ids=input_ids).last_hidden_state.flatten(0, 1)[index]
+        return torch.nn.functional.cross_entropy(model.cls(hidden).float(), target)
+
+    loss_of = sparse_loss if form.sparse else dense_loss
+    if form.compiled:
+        loss_of = torch.compile(loss_of, dynamic=False)
 
     def forward(number):
-        input_ids, labels = batches[number]
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            if not tuned:
-                return model(input_ids=input_ids, labels=labels).loss
-            hidden = model.bert(input_ids=input_ids).last_hidden_state.flatten(0, 1)[indexes[number]]
-            return torch.nn.functional.cross_entropy(model.cls(hidden).float(), labels.flatten()[indexes[number]])
+            return loss_of(*batches[number], indexes[number], targets[number])
 
     with torch.no_grad():
         model.eval()
@@ -319,10 +425,12 @@ def _build_transformers(table, directory, batches, device, tuned):
         model.train()
 
     def step(number):
-        forward(number).backward()
+        loss = forward(number)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), table.grad_clip or math.inf)
         optimizer.step()
         optimizer.zero_grad()
+        return loss.detach()
 
     return loss, step
 

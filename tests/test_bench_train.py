@@ -1,0 +1,63 @@
+"""benchmarks/bench_train.py: what a run prints and writes; and that its clock tells a slower contender."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from training import set_options
+
+from fastlm.testing import timing
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def bench_train(*options):
+    command = [sys.executable, BENCHMARKS / "bench_train.py", "--device", "cpu", "--vocab", "300", *options]
+    return subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)}
+    )
+
+
+def test_a_run_writes_rows_and_curves(tmp_path):
+    """fastlm beside Transformers: the same losses over the first steps, no dropout; rows, a bound, two pictures."""
+    options = ["--rounds", "2", "--seconds", "0.01", "--curve", "5", "--threads", "1", *set_options()]
+    files = {"--json": "train.json", "--plot": "train.png", "--curve-plot": "curve.png"}
+    contenders = ("fastlm", "transformers", "transformers tuned")
+    done = bench_train(
+        *options, "--contenders", *contenders, *(str(x) for k, v in files.items() for x in (k, tmp_path / v))
+    )
+    assert done.returncode == 0, done.stderr
+    assert all(len(line) <= 80 for line in done.stdout.splitlines())
+    rows = json.loads((tmp_path / "train.json").read_text())["rows"]
+    assert [row["contender"] for row in rows] == list(contenders)
+    for row in rows:
+        assert row["tokens_per_s"] == pytest.approx(256 / row["ms"] * 1e3)
+        assert 0 < row["of_bound"] < 1
+        assert row["threads"] == 1
+        assert row["losses"] == pytest.approx(rows[0]["losses"], rel=2e-3)
+    assert rows[0]["losses"][-1] < rows[0]["losses"][0]
+    assert all((tmp_path / name).stat().st_size > 1000 for name in ("train.png", "curve.png"))
+
+
+def test_curve_plot_wants_a_curve(tmp_path):
+    done = bench_train("--curve-plot", str(tmp_path / "curve.png"))
+    assert done.returncode == 2
+    assert "expected with --curve N" in done.stderr
+
+
+def test_a_contender_that_is_a_fifth_slower_shows_as_that():
+    def spin(ms):
+        def run():
+            end = time.perf_counter() + ms / 1e3
+            while time.perf_counter() < end:
+                pass
+
+        return run
+
+    # Calls so short that few meet a switch to another process, where the machine is busy.
+    times = timing.interleaved({"a": spin(0.2), "slower": spin(0.24)}, rounds=51, min_ms=0.1)
+    assert times["slower"].ms / times["a"].ms == pytest.approx(1.2, rel=0.05)
