@@ -206,9 +206,9 @@ def table(times: Sequence[StepTime], *, title: str):
     fastlm: how many times as many tokens/s as the contender's. MFU only where the chip's peak is known.
     """
     notes = [
-        "ms: of a step, median ± interquartile range of the rounds; MB: peak",
-        "bound: what the step's matrix products alone would take (3 x forward, with",
-        "attention's) at the rate of one large product in the same rounds, over ms",
+        "ms: of a step, median ± interquartile range; MB: peak",
+        "bound: ms of the step's matrix products alone, 3 x forward,",
+        "attention's too, at a large product's rate in this run, over ms",
         *(f"not run: {t.contender}: {t.missing}" for t in times if t.missing),
     ]
     out = Table(
