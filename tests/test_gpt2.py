@@ -141,6 +141,19 @@ def test_padded_equals_packed(side, device):
             torch.testing.assert_close(grad, packed[name], msg=name)
 
 
+def test_left_padding_equals_transformers(device):
+    """Given the positions that we count, Transformers agrees; and ours can be told to count as it does."""
+    gpt2, batch = make_gpt2().eval().to(device), Batch(device=device)
+    inputs, _ = batch.sides["left"]
+    real = inputs["attention_mask"].bool()
+    theirs = to_transformers(gpt2)
+    columns = torch.arange(real.shape[1], device=device).expand_as(real)
+    for positions in ((real.cumsum(-1) - 1).clamp(min=0), columns):
+        want = theirs(**inputs, position_ids=positions).logits[real]
+        torch.testing.assert_close(gpt2(**inputs, positions=positions)[real], want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(theirs(**inputs).logits[real], want)
+
+
 def test_documents_do_not_meet(device):
     """A token sees and predicts its own document alone: each packed one is what it is alone."""
     gpt2, batch = make_gpt2(**NO_DROPOUT).to(device), Batch(device=device)
@@ -244,7 +257,8 @@ def test_checkpointed_activations(rng, device):
         gpt2.checkpoint_activations = again
         gpt2.zero_grad()
         torch.manual_seed(5)
-        loss = gpt2(**batch.packed, labels=batch.labels, rng=rng)
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=rng is not None):
+            loss = gpt2(**batch.packed, labels=batch.labels, rng=rng)
         loss.backward()
         results.append({"loss": loss.detach(), **gradients(gpt2)})
     assert len(runs) == 3

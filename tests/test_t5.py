@@ -190,6 +190,16 @@ def test_padded_equals_packed(version, side, device):
             torch.testing.assert_close(grad, packed[name], msg=name)
 
 
+@VERSIONS
+def test_left_padding_equals_transformers(version, device):
+    """Positions are relative, so padding on the left changes nothing there either."""
+    t5, batch = make_t5(**version).eval().to(device), Batch(device=device)
+    inputs = without_loss(t5, batch.sides["left"])
+    real = inputs["decoder_attention_mask"].bool()
+    theirs = to_transformers(t5)(**inputs).logits
+    torch.testing.assert_close(t5(**inputs)[real], theirs[real], rtol=1e-4, atol=1e-4)
+
+
 def test_defaults(device):
     """No masks: all tokens are real, and right padding of the target needs none. No lengths: from cu_seqlens."""
     t5, batch = make_t5(**V11).eval().to(device), Batch(device=device)
@@ -372,6 +382,13 @@ def test_reads_the_published_form(tmp_path):
 def edit_config(directory, **changes):
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def test_what_the_tensors_say_cannot_be_changed(tmp_path):
+    make_t5(**V11).save_pretrained(tmp_path)
+    assert T5.from_pretrained(tmp_path, dropout_rate=0.25).config.dropout_rate == 0.25
+    with pytest.raises(ValueError, match=r"tie_word_embeddings: expected False, as the tensors in .* are, got True"):
+        T5.from_pretrained(tmp_path, tie_word_embeddings=True)
 
 
 def test_a_head_that_is_missing(tmp_path):

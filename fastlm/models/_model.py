@@ -86,7 +86,12 @@ class Model(torch.nn.Module):
                 raise ValueError(
                     f"{name}: expected an entry of {cls.config_class.__name__}, {', '.join(sorted(known))}"
                 )
-        tensors, config = cls.canonical(_checkpoint.read_tensors(directory), replace(config, **changes))
+        asked = replace(config, **changes)
+        tensors, config = cls.canonical(_checkpoint.read_tensors(directory), asked)
+        for name in changes:
+            has, got = getattr(config, name), getattr(asked, name)
+            if has != got:
+                raise ValueError(f"{name}: expected {has!r}, as the tensors in {directory} are, got {got!r}")
         names = cls.transformers_names(config)
         others = sorted(tensors.keys() - {name for theirs in names.values() for name in theirs})
         if strange := [name for name in others if name.startswith(cls.backbone)]:
