@@ -1,6 +1,6 @@
 """A whole training step beside the same step in Transformers.
 
-    python benchmarks/bench_train.py --recipe bert-mini bert-small --device cpu --json train.json --plot train.png
+    python benchmarks/bench_train.py --recipe bert-mini gpt2-small4x512 --device cpu --json train.json --plot train.png
     python benchmarks/bench_train.py --set model.hidden_dropout_prob=0.1 --curve 30 --curve-plot curve.png
     python benchmarks/bench_train.py --threads 1 2 --contenders fastlm
 
@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import _report
 import torch
 from rich.console import Console
 
-from fastlm.testing.train_step import EVERY, StepTime, compare_steps, drawn, table
+from fastlm.testing.train_step import EVERY, STEPS, StepInputs, StepTime, compare_steps, drawn, table
 from fastlm.train import Recipe, load_recipe
 
 
@@ -64,11 +65,24 @@ def plot_curves(path: Path, times: list[StepTime], title: str) -> None:
     pyplot.close(figure)
 
 
+def step(name: str, settings: list[str], vocab: int) -> tuple[Recipe, StepInputs]:
+    """What `--recipe name` asks for."""
+    if name not in STEPS:
+        recipe = load_recipe(name).with_settings(settings)
+        return recipe, drawn(recipe, vocab)
+    made, inputs = STEPS[name]()
+    recipe = replace(made.with_settings(settings), name=name)
+    if (recipe.model, recipe.data, recipe.micro_batch_tokens) != (made.model, made.data, made.micro_batch_tokens):
+        raise SystemExit(f"--set: {name} has its own model and batches; expected other keys of train alone")
+    return recipe, inputs
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--recipe", nargs="+", default=["bert-mini"], help="names or TOML files (default bert-mini)")
+    names = f"names or TOML files, or {', '.join(STEPS)} (default bert-mini)"
+    parser.add_argument("--recipe", nargs="+", default=["bert-mini"], help=names)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--vocab", type=int, default=30522, help="size of the vocabulary (default BERT's)")
+    parser.add_argument("--vocab", type=int, default=30522, help="size of a BERT's vocabulary (default 30522)")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="as of `fastlm pretrain`")
     parser.add_argument("--contenders", nargs="+", default=EVERY, choices=EVERY)
     parser.add_argument("--rounds", type=int, default=7)
@@ -84,9 +98,9 @@ def main() -> None:
 
     console, rows, missing, title, times = Console(highlight=False), [], {}, "", []
     for name, threads in itertools.product(args.recipe, args.threads):
-        recipe = load_recipe(name).with_settings(args.set)
+        recipe, inputs = step(name, args.set, args.vocab)
         times = compare_steps(
-            recipe, drawn(recipe, args.vocab), device=args.device, contenders=args.contenders,
+            recipe, inputs, device=args.device, contenders=args.contenders,
             rounds=args.rounds, seconds=args.seconds, threads=threads, curve=args.curve,
         )  # fmt: skip
         title = f"{recipe.name}, {recipe.micro_batch_tokens} tokens a step, {recipe.train.dtype}, {args.device}"

@@ -10,11 +10,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from models import (
+    gradients,
+    loss_curves,
+    pad,
+    same_state,
+    same_weights,
+    their_gradients,
+    to_transformers,
+    widen,
+)
 from safetensors.torch import load_file, save_file
 
 from fastlm import ops
-from fastlm.models import Bert, BertConfig, _checkpoint
-from fastlm.models.bert import transformers_names
+from fastlm.models import Bert, BertConfig
 from fastlm.testing.compare import ModelComparison
 
 TINY = {
@@ -36,24 +45,7 @@ def _seed():
 
 
 def make_bert(seed=0, **changes):
-    """A tiny BERT with every parameter drawn wide, so that none hides behind its initial 0 or 1."""
-    bert = Bert(BertConfig(**{**TINY, **changes}))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in bert.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return bert
-
-
-def to_transformers(bert, dtype=torch.float32):
-    """transformers.BertForMaskedLM, eager attention, with the weights of `bert`."""
-    config = transformers.BertConfig(**bert.config.to_dict(), attn_implementation="eager")
-    theirs = transformers.BertForMaskedLM(config)
-    tensors = _checkpoint.export_tensors(bert.state_dict(), transformers_names(bert.config))
-    result = theirs.load_state_dict(tensors, strict=False)
-    assert set(result.missing_keys) <= {"cls.predictions.decoder.weight", "cls.predictions.decoder.bias"}  # tied
-    assert not result.unexpected_keys
-    return theirs.to(bert.head.bias.device, dtype).train(bert.training)
+    return widen(Bert(BertConfig(**{**TINY, **changes})), seed)
 
 
 class Batch:
@@ -66,11 +58,6 @@ class Batch:
         labels[0][0] = documents[0][0]  # at least one
         types = [torch.arange(n) * 2 // n for n in lengths]
         longest, self.device = max(lengths), device
-
-        def pad(rows, value, left):
-            return torch.stack(
-                [F.pad(r, (n, 0) if left else (0, n), value=value) for r in rows for n in [longest - len(r)]]
-            )
 
         self.sides = {}
         for side, left in (("left", True), ("right", False)):
@@ -110,20 +97,6 @@ class Batch:
         return {**inputs, "labels": labels}, inputs["attention_mask"].bool()
 
 
-def gradients(bert):
-    return {name: parameter.grad.clone() for name, parameter in bert.named_parameters()}
-
-
-def their_gradients(theirs, config):
-    """Transformers' gradients as ours: the key bias's, exactly zero, in one tensor with the query's and value's."""
-    grads = {name: parameter.grad for name, parameter in theirs.named_parameters() if parameter.grad is not None}
-    names = transformers_names(config)
-    shapes = {ours: torch.cat([grads[name] for name in parts]).shape for ours, parts in names.items()}
-    state, missing = _checkpoint.import_tensors(grads, names, shapes)
-    assert not missing
-    return state
-
-
 def run_theirs(bert, batch, dtype):
     """Losses of the predicted tokens, logits of the real ones, gradients of the mean loss."""
     theirs = to_transformers(bert, dtype)
@@ -133,7 +106,7 @@ def run_theirs(bert, batch, dtype):
     logits = out.logits.detach()[real]
     predicted = batch.labels != -100
     losses = F.cross_entropy(logits[predicted], batch.labels[predicted], reduction="none")
-    return {"losses": losses, "logits": logits, **their_gradients(theirs, bert.config)}
+    return {"losses": losses, "logits": logits, **their_gradients(theirs, bert)}
 
 
 def run_ours(bert, batch, dtype=None):
@@ -257,33 +230,32 @@ def test_sparse_head(device):
 
 
 def test_masked_training_coincides_with_transformers(device):
-    """Ten steps of SGD on masked batches, dropout off: the losses of both models lie on one curve, and fall."""
+    """50 steps on masked batches, dropout off: the losses of both models lie on one curve, and fall."""
     bert = make_bert(**NO_DROPOUT).to(device)
     theirs = to_transformers(bert)
-    curves = []
-    for model in (bert, theirs):
-        optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9), []
-        for step in range(10):
-            batch = Batch(step % 2, device=device)
-            masked = ops.mlm_mask(
-                batch.packed["input_ids"], mask_token_id=MASK, vocab_size=TINY["vocab_size"], special_ids=[PAD],
-                seed=1, mlm_probability=0.4,
-            )  # fmt: skip
-            if model is bert:
-                sparse = {"index": masked.index, "targets": masked.targets, "count": masked.count}
-                loss = bert(**{**batch.packed, "input_ids": masked.input_ids}, **sparse)
-            else:
-                arguments, real = batch.theirs()
-                arguments["input_ids"] = arguments["input_ids"].masked_scatter(real, masked.input_ids)
-                arguments["labels"] = torch.full_like(arguments["labels"], -100).masked_scatter(real, masked.labels)
-                loss = theirs(**arguments).loss
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        curves.append(losses)
-    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
-    assert curves[0][-1] < 0.8 * curves[0][0]
+
+    def masked_batch(step):
+        batch = Batch(step % 2, device=device)
+        return batch, ops.mlm_mask(
+            batch.packed["input_ids"], mask_token_id=MASK, vocab_size=TINY["vocab_size"], special_ids=[PAD],
+            seed=1, mlm_probability=0.4,
+        )  # fmt: skip
+
+    def our_loss(step):
+        batch, masked = masked_batch(step)
+        sparse = {"index": masked.index, "targets": masked.targets, "count": masked.count}
+        return bert(**{**batch.packed, "input_ids": masked.input_ids}, **sparse)
+
+    def their_loss(step):
+        batch, masked = masked_batch(step)
+        arguments, real = batch.theirs()
+        arguments["input_ids"] = arguments["input_ids"].masked_scatter(real, masked.input_ids)
+        arguments["labels"] = torch.full_like(arguments["labels"], -100).masked_scatter(real, masked.labels)
+        return theirs(**arguments).loss
+
+    ours, eager = loss_curves([(bert, our_loss), (theirs, their_loss)], lr=0.05)
+    assert ours == pytest.approx(eager, rel=1e-4)
+    assert ours[-1] < 0.5 * ours[0]
 
 
 def test_dropout_is_a_function_of_seed_and_step(device):
@@ -325,6 +297,24 @@ def test_every_dropout_is_at_work():
         setattr(module, name, 0.0)
 
 
+@pytest.mark.parametrize("rng", [(3, 4), None], ids=["rng", "torch"])
+def test_checkpointed_activations(rng, device):
+    """The same bits, though each layer runs twice, the last one on the predicted tokens alone."""
+    bert, batch, runs = make_bert().to(device), Batch(device=device), []
+    bert.layers[1].register_forward_pre_hook(lambda *_: runs.append(1))
+    rng = None if rng is None else torch.tensor(rng, device=device)
+    results = []
+    for again in (False, True):
+        bert.checkpoint_activations = again
+        bert.zero_grad()
+        torch.manual_seed(5)
+        loss = bert(**batch.packed, **batch.sparse(), rng=rng)
+        loss.backward()
+        results.append({"loss": loss.detach(), **gradients(bert)})
+    assert len(runs) == 3
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
 def test_compile(device):
     """One graph covers the training forward with dropout, and its backward gives eager's gradients."""
     bert, batch = make_bert(num_hidden_layers=1).to(device), Batch(device=device)
@@ -359,15 +349,24 @@ def test_initialisation():
 # ---- checkpoints
 
 
+def test_copies_a_tokenizer(tmp_path):
+    """From anything with save or save_pretrained, or from a directory: a tokenizer's files, and no others."""
+    source = tmp_path / "source"
+    make_bert().save_pretrained(source, SavedTokenizer())
+    (source / "vocab.txt").write_text("[PAD]\n")
+    (source / "README.md").write_text("# a model")
+    make_bert().save_pretrained(tmp_path / "copy", source)
+    assert sorted(path.name for path in (tmp_path / "copy").iterdir()) == [
+        "config.json", "model.safetensors", "tokenizer.json", "vocab.txt",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="tokenizer: expected a directory with a tokenizer's files, found none"):
+        make_bert().save_pretrained(tmp_path / "none", tmp_path)
+    assert not (tmp_path / "none").exists()
+
+
 class SavedTokenizer:
     def save(self, directory):
         (directory / "tokenizer.json").write_text("{}")
-
-
-def same_weights(ours, theirs):
-    state = theirs.state_dict()
-    exported = _checkpoint.export_tensors(ours.state_dict(), transformers_names(ours.config))
-    return all(torch.equal(tensor, state[name]) for name, tensor in exported.items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
@@ -391,7 +390,7 @@ def test_transformers_reads_ours(dtype, tmp_path):
     torch.testing.assert_close(bert(**inputs)[real], theirs(**inputs).logits[real], **tolerance)
     back = Bert.from_pretrained(tmp_path / "hf", dtype=dtype)
     assert back.config == bert.config
-    assert all(torch.equal(tensor, back.state_dict()[name]) for name, tensor in bert.state_dict().items())
+    assert same_state(bert, back)
 
 
 @pytest.mark.parametrize("shard", [None, "20KB"], ids=["one", "shards"])
@@ -415,8 +414,8 @@ def test_reads_a_headless_model(tmp_path):
     theirs = transformers.BertModel(transformers.BertConfig(**TINY))
     theirs.save_pretrained(tmp_path)
     with (
-        pytest.warns(UserWarning, match=r"starts anew.*cls.predictions.bias.*cls.predictions.transform.dense.weight"),
-        pytest.warns(UserWarning, match=r"left out.*bert.pooler.dense.bias, bert.pooler.dense.weight"),
+        pytest.warns(UserWarning, match=r"head starts anew.*cls.predictions.transform.dense.*cls.predictions.bias"),
+        pytest.warns(UserWarning, match=r"left out, Bert has no place for: bert.pooler.dense.bias, bert.pooler.dense"),
     ):
         ours = Bert.from_pretrained(tmp_path)
     assert torch.equal(ours.layers[1].out.weight, theirs.encoder.layer[1].attention.output.dense.weight)
@@ -440,7 +439,7 @@ def test_reads_legacy_names(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ours = Bert.from_pretrained(tmp_path)
-    assert all(torch.equal(tensor, ours.state_dict()[name]) for name, tensor in bert.state_dict().items())
+    assert same_state(bert, ours)
 
 
 def test_save_is_atomic(tmp_path, monkeypatch):
@@ -512,7 +511,7 @@ LAST = "bert.encoder.layer.1.output.dense.weight"
             lambda d: edit_config(d, num_hidden_layers=1),
             "no tensor beyond config.json's architecture, got bert.encoder",
         ),
-        (lambda d: edit_tensors(d, lambda t: t.pop(LAST)), f"every tensor of the encoder, {LAST} missing"),
+        (lambda d: edit_tensors(d, lambda t: t.pop(LAST)), f"every tensor but a head's, {LAST} missing"),
         (
             lambda d: edit_tensors(d, lambda t: t.update({"cls.predictions.decoder.weight": torch.zeros(83, 32)})),
             "expected cls.predictions.decoder.weight equal to",

@@ -132,3 +132,25 @@ def test_drawn_inputs():
         assert labels[labels != -100].min() >= 5
         assert labels.max() < 100
     assert 0 < inputs.predicted < inputs.tokens == 256
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: train_step.gpt2_step(2, 16, vocab_size=100, n_embd=32, n_layer=1, n_head=2),
+        lambda: train_step.t5_step(2, 16, 8, vocab_size=100, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2),
+    ],
+    ids=["gpt2", "t5"],
+)
+def test_steps_of_other_models(made, tmp_path):
+    """fastlm and Transformers start from one loss, and take their steps."""
+    pytest.importorskip("transformers")
+    recipe, inputs = made()
+    train_step._write_inputs(recipe, inputs, tmp_path, "cpu")
+    arguments = type(inputs.model), recipe.train, tmp_path, inputs.batches, torch.device("cpu")
+    losses = {}
+    for build in (train_step._build_fastlm, train_step._build_transformers):
+        losses[build.__name__], step = build(*arguments, tuned=True)
+        for _ in range(3):
+            step(0)
+    train_step._same_losses(losses, 1e-4)

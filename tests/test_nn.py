@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import fastlm.nn as nn
 from fastlm import ops
+from fastlm.ops import _random
 from fastlm.testing.compare import ModelComparison
 
 CU = [0, 5, 5, 12, 14]  # packed sequences of 5, 0, 7 and 2 tokens
@@ -323,13 +324,21 @@ def test_encoder_layer_dropout(norm_first):
     assert torch.equal(layer(x, rng=torch.tensor([1, 0])), layer(x))
 
 
-def test_dropout_bits():
-    """With rng: what is dropped is the ops' own choice, and the rest is scaled."""
-    x, rng = torch.ones(7, 10), torch.tensor([5, 6])
-    dropped = nn.Dropout(0.25, stream=9)(x, rng)
-    _, h = ops.layer_norm(x, dropout_p=0.25, rng=rng, stream=9, return_residual=True)
-    assert torch.equal(dropped, h)
-    assert torch.equal(dropped.unique(), torch.tensor([0.0, 1.0 / 0.75]))
+@pytest.mark.parametrize("shape", [(7, 10), (2, 3, 5), (9,)])
+@pytest.mark.parametrize("p", [0.0, 0.25, 1.0])
+def test_dropout_bits(p, shape, device):
+    """With rng: what is dropped is the ops' own choice, and the rest is scaled, forward and backward."""
+    rng = torch.tensor([5, 6], device=device)
+    x = (randn(*shape).float() + 4).to(device).requires_grad_()
+    dropout = nn.Dropout(p, stream=9)
+    dropped, want = dropout(x, rng), _random.dropout_rows(x, p, rng, 9)
+    assert torch.equal(dropped, want)
+    grads = [torch.autograd.grad(y, x, 2 * torch.ones_like(y))[0] for y in (dropped, want)]
+    assert torch.equal(*grads)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        assert dropout(x, rng).dtype == torch.float32
+        assert dropout(x.bfloat16(), rng).dtype == torch.bfloat16
+    assert dropout(x[:0], rng).shape == x[:0].shape
 
 
 def test_encoder_layer_errors():
@@ -362,22 +371,43 @@ class PlainMLP(torch.nn.Module):
     def __init__(self, ours):
         super().__init__()
         self.linear1, self.linear2 = copy.deepcopy(ours.linear1), copy.deepcopy(ours.linear2)
-        self.gated, self.approximate = ours.gated, ours.approximate
+        self.gated, self.activation, self.approximate = ours.gated, ours.activation, ours.approximate
 
     def forward(self, x):
         h = self.linear1(x)
         h, gate = h.chunk(2, -1) if self.gated else (h, 1)
-        return self.linear2(F.gelu(h, approximate=self.approximate) * gate)
+        h = F.relu(h) if self.activation == "relu" else F.gelu(h, approximate=self.approximate)
+        return self.linear2(h * gate)
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [{}, {"approximate": "tanh", "out_features": 10}, {"gated": True}, {"bias": False}],
-    ids=["", "tanh", "gated", "no-bias"],
+    [
+        {},
+        {"approximate": "tanh", "out_features": 10},
+        {"gated": True},
+        {"bias": False},
+        {"activation": "relu"},
+        {"activation": "relu", "gated": True, "bias": False},
+    ],
+    ids=["", "tanh", "gated", "no-bias", "relu", "gated-relu"],
 )
 def test_mlp(arguments, device):
     ours = nn.MLP(24, 40, **arguments)
     assert_equal_to_torch(ours, PlainMLP(ours), lambda m, x: m(x), [randn(3, 9, 24)], device)
+
+
+def test_mlp_dropout():
+    """Before linear2, with the bits of its stream; none in evaluation."""
+    mlp, x, rng = nn.MLP(24, 40, activation="relu", dropout=0.5, stream=3), randn(6, 24).float(), torch.tensor([1, 2])
+    seen = []
+    mlp.linear2.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    mlp(x, rng)
+    mlp.eval()(x, rng)
+    assert torch.equal(seen[0], nn.Dropout(0.5, stream=3)(seen[1], rng))
+    assert torch.equal(seen[1], F.relu(mlp.linear1(x)))
+    with pytest.raises(ValueError, match="activation: expected one of 'gelu', 'relu', got 'silu'"):
+        nn.MLP(24, 40, activation="silu")
 
 
 # ---- losses and masking

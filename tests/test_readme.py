@@ -19,7 +19,8 @@ def test_python_blocks_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
     assert blocks
-    exec("\n".join(blocks), {"__name__": "readme"})
+    with pytest.warns(UserWarning, match="the head starts anew"):
+        exec("\n".join(blocks), {"__name__": "readme"})
     assert "tokens to predict" in capsys.readouterr().out
     assert (tmp_path / "tiny-bert" / "config.json").exists()
 

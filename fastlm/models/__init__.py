@@ -1,5 +1,24 @@
 """Whole models, packed end to end; they read and write checkpoints in Transformers' layout."""
 
 from fastlm.models.bert import Bert, BertConfig
+from fastlm.models.bert_heads import (
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+)
+from fastlm.models.gpt2 import GPT2, GPT2Config
+from fastlm.models.t5 import T5, T5Config
 
-__all__ = ["Bert", "BertConfig"]
+__all__ = [
+    "GPT2",
+    "T5",
+    "Bert",
+    "BertConfig",
+    "BertForQuestionAnswering",
+    "BertForSequenceClassification",
+    "BertForTokenClassification",
+    "BertModel",
+    "GPT2Config",
+    "T5Config",
+]

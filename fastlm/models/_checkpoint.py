@@ -1,13 +1,15 @@
 """Checkpoints in Transformers' layout: config.json, model.safetensors, the tokenizer's files. Nothing is unpickled.
 
 A model describes its tensors by `names`: its own name -> Transformers' names; where these are several, ours is theirs
-one after another along dimension 0 (a fused projection).
+one after another along dimension 0 (a fused projection). A name may say that Transformers has the transpose.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -21,6 +23,15 @@ Tensors = dict[str, torch.Tensor]
 
 _NAMED = 3  # wrong tensors that an error names
 _WEIGHTS, _INDEX, _CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+# What a directory may hold of a tokenizer, in the names of Transformers' and sentencepiece's files.
+_TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model",
+)  # fmt: skip
+
+
+class Transposed(str):
+    """The name of a tensor that Transformers stores transposed, as GPT-2's are, (in, out)."""
 
 
 def _read_json(path: Path) -> dict:
@@ -79,14 +90,19 @@ def write(directory: str | Path, config: dict, tensors: Tensors, tokenizer=None)
 
     What killed writers left under that name is swept first.
 
-    tokenizer: anything with `save(directory)`, or None.
+    tokenizer: anything with `save(directory)` or `save_pretrained(directory)`; a directory, whose tokenizer's files are
+        copied; or None. ValueError for a directory that has none.
     """
     directory = Path(directory)
+    files = _tokenizer_files(tokenizer) if isinstance(tokenizer, (str, os.PathLike)) else None
     directory.mkdir(parents=True, exist_ok=True)
     with partial_of(directory / "checkpoint", directory=True) as partial:
         save_file(tensors, partial / _WEIGHTS, metadata={"format": "pt"})
-        if tokenizer is not None:
-            tokenizer.save(partial)
+        if files is not None:
+            for file in files:
+                shutil.copyfile(file, partial / file.name)
+        elif tokenizer is not None:
+            (tokenizer.save_pretrained if hasattr(tokenizer, "save_pretrained") else tokenizer.save)(partial)
         (partial / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         paths = sorted(partial.iterdir(), key=lambda path: path.name == _CONFIG)
         for path in paths:
@@ -96,13 +112,39 @@ def write(directory: str | Path, config: dict, tensors: Tensors, tokenizer=None)
         fsync(directory)
 
 
+def _tokenizer_files(directory: str | os.PathLike) -> list[Path]:
+    files = [path for name in _TOKENIZER if (path := Path(directory) / name).is_file()]
+    if not files:
+        raise ValueError(f"tokenizer: expected a directory with a tokenizer's files, found none in {str(directory)!r}")
+    return files
+
+
 def export_tensors(state: Tensors, names: Names) -> Tensors:
     """Our tensors under Transformers' names, on the CPU, each with memory of its own, as safetensors asks."""
     out = {}
     for ours, theirs in names.items():
         for name, tensor in zip(theirs, state[ours].detach().chunk(len(theirs))):
+            tensor = tensor.t() if isinstance(name, Transposed) else tensor
             out[name] = tensor.cpu().clone(memory_format=torch.contiguous_format)
     return out
+
+
+def module_names(modules: dict[str, str | tuple[str, ...]], kinds: Iterable[str] = ("weight", "bias")) -> Names:
+    """Names of parameters, from our modules -> theirs and the kinds of parameters that each has."""
+    out = {}
+    for ours, theirs in modules.items():
+        parts = (theirs,) if isinstance(theirs, str) else theirs
+        out |= {f"{ours}.{kind}": tuple(f"{part}.{kind}" for part in parts) for kind in kinds}
+    return out
+
+
+def drop_copies(tensors: Tensors, copies: Iterable[tuple[str, str]]) -> None:
+    """Takes tied tensors out, (copy, original): a copy equals the original, or takes its place where there is none."""
+    for copy, name in copies:
+        if copy in tensors:
+            copied = tensors.pop(copy)
+            if not torch.equal(copied, tensors.setdefault(name, copied)):
+                raise ValueError(f"directory: expected {copy} equal to {name}, to which the model ties it")
 
 
 def import_tensors(tensors: Tensors, names: Names, shapes: dict[str, torch.Size]) -> tuple[Tensors, list[str]]:
@@ -117,11 +159,16 @@ def import_tensors(tensors: Tensors, names: Names, shapes: dict[str, torch.Size]
         if absent:
             continue
         rows, *rest = shapes[ours]
-        want = (rows // len(theirs), *rest)
-        mismatched = [name for name in theirs if tuple(tensors[name].shape) != want]
-        wrong += [f"{name}: expected {want}, got {tuple(tensors[name].shape)}" for name in mismatched]
-        if not mismatched:
-            state[ours] = torch.cat([tensors[name] for name in theirs])
+        parts = []
+        for name in theirs:
+            tensor, want = tensors[name], (rows // len(theirs), *rest)
+            if isinstance(name, Transposed):
+                want = want[::-1]
+            if tuple(tensor.shape) != want:
+                wrong.append(f"{name}: expected {want}, got {tuple(tensor.shape)}")
+            parts.append(tensor.t() if isinstance(name, Transposed) else tensor)
+        if not wrong:
+            state[ours] = torch.cat(parts)
     if wrong:
         more = f"; and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
         raise ValueError(f"directory: tensors of other shapes than {_CONFIG} says: {'; '.join(wrong[:_NAMED])}{more}")

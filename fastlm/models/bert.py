@@ -11,29 +11,31 @@ model's dtype, or autocast over float32 parameters) the residual stream x is bfl
 
 from __future__ import annotations
 
-import math
-import warnings
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 
 from fastlm import nn, ops
-from fastlm.models import _checkpoint
+from fastlm.models import _checkpoint, _inputs
+from fastlm.models._config import GELUS, Config
+from fastlm.models._model import Model, as_stream
 from fastlm.ops import _checks
 
-# hidden_act in config.json -> `approximate` of ops.gelu
-_GELUS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
+_PROBLEMS = (None, "regression", "single_label_classification", "multi_label_classification")
 
 
 @dataclass(frozen=True)
-class BertConfig:
+class BertConfig(Config):
     """The architecture, in the names and defaults of Transformers' config.json. ValueError for what cannot be built.
 
     initializer_range: weights start from a normal distribution of this standard deviation, not truncated (that is
         Transformers'; the paper truncates); biases and the padding row start at 0, LN at 1 and 0.
     pad_token_id: its row of the word table gets no gradient from the input; None: there is none.
+    labels: names of the classes of a classification head; config.json's id2label.
+    classifier_dropout: before a classification head; None: hidden_dropout_prob.
+    problem_type: of a sequence's labels; None: BertForSequenceClassification says what is taken.
     """
 
     vocab_size: int = 30522
@@ -49,42 +51,52 @@ class BertConfig:
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
     pad_token_id: int | None = 0
+    labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")
+    classifier_dropout: float | None = None
+    problem_type: str | None = None
+
+    model_type: ClassVar[str] = "bert"
+    fixed: ClassVar[dict[str, object]] = {
+        "is_decoder": False,
+        "add_cross_attention": False,
+        "tie_word_embeddings": True,
+        "position_embedding_type": "absolute",
+    }
 
     def __post_init__(self):
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type == "int" and not (isinstance(value, int) and value > 0):
-                raise ValueError(f"{field.name}: expected a positive integer, got {value!r}")
-            if field.type == "float" and not (isinstance(value, (int, float)) and 0 <= value < math.inf):
-                raise ValueError(f"{field.name}: expected a number that is not negative, got {value!r}")
+        super().__post_init__()
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"num_attention_heads: expected a divisor of hidden_size={self.hidden_size}, "
                 f"got {self.num_attention_heads}"
             )
-        _checks.one_of("hidden_act", self.hidden_act, _GELUS)
-        _checks.probability("hidden_dropout_prob", self.hidden_dropout_prob)
-        _checks.probability("attention_probs_dropout_prob", self.attention_probs_dropout_prob)
-        pad = self.pad_token_id
-        if pad is not None and not (isinstance(pad, int) and 0 <= pad < self.vocab_size):
-            raise ValueError(f"pad_token_id: expected None or an id below vocab_size={self.vocab_size}, got {pad!r}")
+        _checks.one_of("hidden_act", self.hidden_act, GELUS)
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
+            if getattr(self, name) is not None:
+                _checks.probability(name, getattr(self, name))
+        self._check_id("pad_token_id")
+        if isinstance(self.labels, str) or not self.labels or len(set(self.labels)) != len(self.labels):
+            raise ValueError(f"labels: expected at least one name, each once, got {self.labels!r}")
+        object.__setattr__(self, "labels", tuple(self.labels))
+        _checks.one_of("problem_type", self.problem_type, _PROBLEMS)
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.labels)
 
     @classmethod
     def from_dict(cls, config: dict) -> BertConfig:
-        """From the content of a config.json. What training does not need is dropped; ValueError for another model."""
-        for name, want in (
-            ("is_decoder", False),
-            ("add_cross_attention", False),
-            ("tie_word_embeddings", True),
-            ("position_embedding_type", "absolute"),
-        ):
-            if config.get(name, want) != want:
-                raise ValueError(f"{name}: expected {want!r}, as in BERT's paper, got {config[name]!r}")
-        return cls(**{field.name: config[field.name] for field in fields(cls) if field.name in config})
+        names = config.get("id2label") or {i: f"LABEL_{i}" for i in range(config.get("num_labels", 2))}
+        labels = tuple(names[i] for i in sorted(names, key=int))
+        return super().from_dict({**config, "labels": labels})
 
     def to_dict(self) -> dict:
-        """The content of a config.json that Transformers reads as BertForMaskedLM's."""
-        return {"architectures": ["BertForMaskedLM"], "model_type": "bert", "tie_word_embeddings": True, **asdict(self)}
+        content = {**super().to_dict(), "tie_word_embeddings": True}
+        labels = content.pop("labels")
+        if labels != ("LABEL_0", "LABEL_1"):  # the default is left out, as in Transformers
+            content["id2label"] = {str(i): name for i, name in enumerate(labels)}
+            content["label2id"] = {name: i for i, name in enumerate(labels)}
+        return content
 
 
 class Embeddings(torch.nn.Module):
@@ -107,8 +119,7 @@ class Embeddings(torch.nn.Module):
             weight=self.norm.weight, bias=self.norm.bias, eps=self.norm.eps, padding_idx=self.padding_idx,
             dropout_p=self.dropout_p if self.training else 0.0, rng=rng, stream=self.stream,
         )  # fmt: skip
-        device = x.device.type
-        return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+        return as_stream(x)
 
 
 class Layer(torch.nn.Module):
@@ -122,10 +133,10 @@ class Layer(torch.nn.Module):
         self.qkv = torch.nn.Linear(size, 3 * size, **factory)
         self.out = torch.nn.Linear(size, size, **factory)
         self.norm1 = nn.LayerNorm(size, eps=eps, **factory, keep_dtype=True)
-        self.mlp = nn.MLP(size, config.intermediate_size, approximate=_GELUS[config.hidden_act], **factory)
+        self.mlp = nn.MLP(size, config.intermediate_size, approximate=GELUS[config.hidden_act], **factory)
         self.norm2 = nn.LayerNorm(size, eps=eps, **factory, keep_dtype=True)
 
-    def forward(self, x, sequences, rng, index=None):
+    def forward(self, x, sequences, index=None, *, rng):
         """x (..., hidden), packed or padded; `sequences` are the arguments of ops.attention that say which.
 
         With index (P,) the result is (P, hidden), of these tokens alone: every token is attended to, and what comes
@@ -146,7 +157,7 @@ class MaskedLMHead(torch.nn.Module):
 
     def __init__(self, config: BertConfig, **factory) -> None:
         super().__init__()
-        self.approximate = _GELUS[config.hidden_act]
+        self.approximate = GELUS[config.hidden_act]
         self.dense = torch.nn.Linear(config.hidden_size, config.hidden_size, **factory)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, **factory, keep_dtype=True)
         self.bias = torch.nn.Parameter(torch.empty(config.vocab_size, **factory))
@@ -155,8 +166,11 @@ class MaskedLMHead(torch.nn.Module):
         return self.norm(ops.gelu(F.linear(x, self.dense.weight), self.dense.bias, approximate=self.approximate))
 
 
-class Bert(torch.nn.Module):
-    """BERT with its masked-LM head. Parameters start as `BertConfig` says."""
+class BertEncoder(Model):
+    """The embeddings and the layers, which all heads share. A head's __init__ ends with reset_parameters()."""
+
+    config_class = BertConfig
+    backbone = ("bert.embeddings.", "bert.encoder.")
 
     def __init__(self, config: BertConfig, *, device=None, dtype=None) -> None:
         super().__init__()
@@ -166,8 +180,7 @@ class Bert(torch.nn.Module):
         self.layers = torch.nn.ModuleList(
             Layer(config, stream=1 + 3 * i, **factory) for i in range(config.num_hidden_layers)
         )
-        self.head = MaskedLMHead(config, **factory)
-        self.reset_parameters()
+        self.stream = 1 + 3 * config.num_hidden_layers  # of a head's dropout
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -181,6 +194,13 @@ class Bert(torch.nn.Module):
                 parameter.normal_(0.0, std)
         if self.config.pad_token_id is not None:
             self.embeddings.word[self.config.pad_token_id].zero_()
+
+    def sequences(self, input_ids, cu_seqlens, max_seqlen, attention_mask) -> _inputs.Sequences:
+        """The checked inputs: see `encode`."""
+        return _inputs.sequences(
+            input_ids, cu_seqlens, max_seqlen, attention_mask, device=self.embeddings.word.device,
+            longest=("max_position_embeddings", self.config.max_position_embeddings),
+        )  # fmt: skip
 
     def encode(
         self,
@@ -198,43 +218,40 @@ class Bert(torch.nn.Module):
 
         Arguments as of `forward`. The last layer's dropouts count the rows of what they see, so index changes them.
         """
-        longest = self.config.max_position_embeddings
-        _checks.is_tensor("input_ids", input_ids, device=self.head.bias.device, dtypes=(torch.int64, torch.int32))
-        if cu_seqlens is not None:
-            _checks.is_tensor("input_ids", input_ids, shape=(None,))
-            _checks.is_tensor("cu_seqlens", cu_seqlens, device=input_ids.device, dtypes=(torch.int32,), shape=(None,))
-            if cu_seqlens.shape[0] == 0:
-                raise ValueError("cu_seqlens: expected one more entry than there are sequences, got none")
-            if attention_mask is not None:
-                raise ValueError(
-                    "attention_mask: expected None with cu_seqlens, which leave no padding; pass one of them"
-                )
-            if max_seqlen is None:  # reading cu_seqlens would stall a device; this bound costs no more than a true one
-                max_seqlen = min(input_ids.shape[0], longest)
-            if max_seqlen > longest:
-                raise ValueError(f"max_seqlen: expected at most max_position_embeddings={longest}, got {max_seqlen}")
-            sequences = {"cu_seqlens_q": cu_seqlens, "max_seqlen_q": max_seqlen}
-            if positions is None:
-                token = torch.arange(input_ids.shape[0], dtype=torch.int32, device=input_ids.device)
-                start = cu_seqlens[torch.searchsorted(cu_seqlens, token, right=True) - 1]
-                positions = (token - start).clamp(min=0)  # of a wrong cu_seqlens, attention says what is wrong
-        else:
-            if input_ids.dim() != 2 or input_ids.shape[1] > longest:
-                raise ValueError(
-                    f"input_ids: expected (T,) with cu_seqlens, or (B, S) with S at most max_position_embeddings="
-                    f"{longest}, got {tuple(input_ids.shape)}"
-                )
-            sequences = {}
-            if attention_mask is not None:
-                _checks.is_tensor("attention_mask", attention_mask, device=input_ids.device, shape=input_ids.shape)
-                real = attention_mask.bool()
-                sequences["key_mask"] = real
-                if positions is None:
-                    positions = (real.cumsum(-1) - 1).clamp(min=0)
-        x = self.embeddings(input_ids, positions, token_type_ids, rng)
+        given = self.sequences(input_ids, cu_seqlens, max_seqlen, attention_mask)
+        return self._encode(given, positions, token_type_ids, rng, index)
+
+    def _encode(self, given: _inputs.Sequences, positions, token_type_ids, rng, index=None) -> torch.Tensor:
+        """`encode`, of checked inputs."""
+        positions = given.positions() if positions is None else positions
+        x, sequences = self.embeddings(given.ids, positions, token_type_ids, rng), given.attend()
         for layer in self.layers[:-1]:
-            x = layer(x, sequences, rng)
-        return self.layers[-1](x, sequences, rng, index)
+            x = self.run(layer, x, sequences, rng=rng)
+        return self.run(self.layers[-1], x, sequences, index, rng=rng)
+
+    @classmethod
+    def canonical(cls, tensors: _checkpoint.Tensors, config: BertConfig) -> tuple[_checkpoint.Tensors, BertConfig]:
+        tensors = {_current_name(name): tensor for name, tensor in tensors.items()}
+        tensors.pop("bert.embeddings.position_ids", None)  # a constant that old versions saved
+        _checkpoint.drop_copies(
+            tensors,
+            (
+                ("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
+                ("cls.predictions.decoder.bias", "cls.predictions.bias"),
+            ),
+        )
+        return tensors, config
+
+
+class Bert(BertEncoder):
+    """BERT with its masked-LM head. Parameters start as `BertConfig` says."""
+
+    architecture = "BertForMaskedLM"
+
+    def __init__(self, config: BertConfig, *, device=None, dtype=None) -> None:
+        super().__init__(config, device=device, dtype=dtype)
+        self.head = MaskedLMHead(config, device=device, dtype=dtype)
+        self.reset_parameters()
 
     def forward(
         self,
@@ -290,57 +307,24 @@ class Bert(torch.nn.Module):
             return F.linear(x, self.embeddings.word, self.head.bias)
         return ops.linear_cross_entropy(x, self.embeddings.word, targets, self.head.bias, reduction=reduction)
 
-    def save_pretrained(self, directory: str | Path, tokenizer=None) -> None:
-        """Writes what transformers.AutoModelForMaskedLM.from_pretrained(directory) reads.
-
-        tokenizer: anything with `save(directory)` (fastlm.data.Tokenizer), whose files then lie beside the model's.
-        No file is ever half-written; config.json comes last.
-        """
-        config = {**self.config.to_dict(), "dtype": str(self.head.bias.dtype).removeprefix("torch.")}
-        tensors = _checkpoint.export_tensors(self.state_dict(), transformers_names(self.config))
-        _checkpoint.write(directory, config, tensors, tokenizer)
-
     @classmethod
-    def from_pretrained(cls, directory: str | Path, *, dtype: torch.dtype = torch.float32) -> Bert:
-        """Reads what Transformers wrote for BertForMaskedLM, BertModel or a BERT with another head; on the CPU.
-
-        A masked-LM head that is not there starts anew, and other heads are left out, each with a warning that names
-        the tensors. ValueError for a missing or unreadable file, another model_type, pickled weights, missing tensors
-        of the encoder, and tensors of another shape than config.json says.
-        """
-        if not dtype.is_floating_point:
-            raise ValueError(f"dtype: expected a floating-point one, got {dtype}")
-        config = BertConfig.from_dict(_checkpoint.read_config(directory, "bert"))
-        tensors = {_current_name(name): tensor for name, tensor in _checkpoint.read_tensors(directory).items()}
-        others = _other_tensors(tensors, config)
-        names = transformers_names(config)
-        model = cls(config, device="meta", dtype=dtype).to_empty(device="cpu")
-        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        state, missing = _checkpoint.import_tensors(tensors, names, shapes)
-        if incomplete := [name for name in missing if name.startswith("bert.")]:
-            raise ValueError(f"directory: expected every tensor of the encoder, {', '.join(incomplete)} missing")
-        if others:
-            warnings.warn(f"left out, a masked-LM model has no place for: {', '.join(others)}", stacklevel=2)
-        if missing:
-            warnings.warn(f"the masked-LM head starts anew, not in {directory}: {', '.join(missing)}", stacklevel=2)
-            model.reset_parameters()
-        model.load_state_dict(state, strict=False)
-        return model
+    def transformers_names(cls, config: BertConfig) -> _checkpoint.Names:
+        return {
+            **encoder_names(config),
+            **_checkpoint.module_names({
+                "head.dense": "cls.predictions.transform.dense", "head.norm": "cls.predictions.transform.LayerNorm",
+            }),
+            "head.bias": ("cls.predictions.bias",),
+        }  # fmt: skip
 
 
-def transformers_names(config: BertConfig) -> _checkpoint.Names:
-    """Our parameter names -> those of transformers.BertForMaskedLM; see fastlm.models._checkpoint."""
-    names = {
-        "embeddings.word": "bert.embeddings.word_embeddings.weight",
-        "embeddings.position": "bert.embeddings.position_embeddings.weight",
-        "embeddings.token_type": "bert.embeddings.token_type_embeddings.weight",
-        "head.bias": "cls.predictions.bias",
+def encoder_names(config: BertConfig) -> _checkpoint.Names:
+    """Our names of the embeddings' and layers' parameters -> Transformers'."""
+    tables = {
+        f"embeddings.{name}": (f"bert.embeddings.{name}_embeddings.weight",)
+        for name in ("word", "position", "token_type")
     }
-    modules = {
-        "embeddings.norm": "bert.embeddings.LayerNorm",
-        "head.dense": "cls.predictions.transform.dense",
-        "head.norm": "cls.predictions.transform.LayerNorm",
-    }
+    modules = {"embeddings.norm": "bert.embeddings.LayerNorm"}
     for i in range(config.num_hidden_layers):
         ours, theirs = f"layers.{i}", f"bert.encoder.layer.{i}"
         modules |= {
@@ -351,12 +335,7 @@ def transformers_names(config: BertConfig) -> _checkpoint.Names:
             f"{ours}.mlp.linear2": f"{theirs}.output.dense",
             f"{ours}.norm2": f"{theirs}.output.LayerNorm",
         }
-    out = {ours: (theirs,) for ours, theirs in names.items()}
-    for ours, theirs in modules.items():
-        for kind in ("weight", "bias"):
-            parts = (theirs,) if isinstance(theirs, str) else theirs
-            out[f"{ours}.{kind}"] = tuple(f"{part}.{kind}" for part in parts)
-    return out
+    return tables | _checkpoint.module_names(modules)
 
 
 def _current_name(name: str) -> str:
@@ -364,22 +343,3 @@ def _current_name(name: str) -> str:
     if name.startswith(("embeddings.", "encoder.", "pooler.")):
         name = f"bert.{name}"
     return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-
-
-def _other_tensors(tensors: _checkpoint.Tensors, config: BertConfig) -> list[str]:
-    """Names of other heads' tensors. Copies of tied tensors are taken out: equal to the original, or in its place."""
-    for copy, name in (
-        ("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
-        ("cls.predictions.decoder.bias", "cls.predictions.bias"),
-    ):
-        if copy in tensors:
-            copied = tensors.pop(copy)
-            if not torch.equal(copied, tensors.setdefault(name, copied)):
-                raise ValueError(f"directory: expected {copy} equal to {name}, to which BERT ties it")
-    known = {name for theirs in transformers_names(config).values() for name in theirs}
-    # position_ids: a constant that old versions saved
-    others = [name for name in sorted(tensors.keys() - known) if not name.endswith("embeddings.position_ids")]
-    for name in others:
-        if name.startswith(("bert.embeddings.", "bert.encoder.")):
-            raise ValueError(f"directory: expected no tensor beyond config.json's architecture, got {name}")
-    return others

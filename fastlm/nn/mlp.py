@@ -6,18 +6,23 @@ import torch
 import torch.nn.functional as F
 
 from fastlm import ops
+from fastlm.nn.dropout import Dropout
+from fastlm.ops import _checks
 
 
 class MLP(torch.nn.Module):
-    """linear2(gelu(linear1(x))), or gated: linear2(gelu(a) * b) with (a, b) the halves of linear1(x).
+    """linear2(drop(act(linear1(x)))), or gated: linear2(drop(act(a) * b)) with (a, b) the halves of linear1(x).
 
     Args:
         in_features, hidden_features, out_features: widths; out_features defaults to in_features.
-        gated: GEGLU (Shazeer 2020, arXiv:2002.05202): linear1 has 2·hidden_features rows, the activated half first.
-        approximate: "none" (erf) or "tanh", as torch.nn.GELU.
+        gated: GEGLU, ReGLU (Shazeer 2020, arXiv:2002.05202): linear1 has 2·hidden_features rows, the activated half
+            first.
+        activation: "gelu" or "relu".
+        approximate: "none" (erf) or "tanh", as torch.nn.GELU; read for "gelu" alone.
         bias: both linears have one; a gated block has none in linear1, as in T5.
+        dropout: probability of dropping what linear2 reads; stream: its number in the random stream.
 
-    The GEMM of linear1 runs without its bias, which `fastlm.ops.gelu` adds as it reads the result.
+    The GEMM of linear1 runs without its bias where `fastlm.ops.gelu` can add it as it reads the result.
     """
 
     def __init__(
@@ -27,23 +32,35 @@ class MLP(torch.nn.Module):
         out_features: int | None = None,
         *,
         gated: bool = False,
+        activation: str = "gelu",
         approximate: str = "none",
         bias: bool = True,
+        dropout: float = 0.0,
+        stream: int = 0,
         device=None,
         dtype=None,
     ) -> None:
         super().__init__()
+        _checks.one_of("activation", activation, ("gelu", "relu"))
         factory = {"device": device, "dtype": dtype}
-        self.gated, self.approximate = gated, approximate
+        self.gated, self.activation, self.approximate = gated, activation, approximate
         rows = 2 * hidden_features if gated else hidden_features
         self.linear1 = torch.nn.Linear(in_features, rows, bias=bias and not gated, **factory)
         self.linear2 = torch.nn.Linear(hidden_features, out_features or in_features, bias=bias, **factory)
+        self.dropout = Dropout(dropout, stream=stream)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x (..., in_features) -> (..., out_features)."""
-        h = F.linear(x, self.linear1.weight)
-        h, gate = h.chunk(2, dim=-1) if self.gated else (h, None)
-        return self.linear2(ops.gelu(h, self.linear1.bias, gate=gate, approximate=self.approximate))
+    def forward(self, x: torch.Tensor, rng: torch.Tensor | None = None) -> torch.Tensor:
+        """x (..., in_features) -> (..., out_features). rng: of the dropout; see `fastlm.nn.Dropout`."""
+        if self.activation == "relu":
+            h, gate = self._halves(self.linear1(x))
+            h = F.relu(h) if gate is None else F.relu(h) * gate
+        else:
+            h, gate = self._halves(F.linear(x, self.linear1.weight))
+            h = ops.gelu(h, self.linear1.bias, gate=gate, approximate=self.approximate)
+        return self.linear2(self.dropout(h, rng))
+
+    def _halves(self, h):
+        return h.chunk(2, dim=-1) if self.gated else (h, None)
 
     def extra_repr(self) -> str:
-        return f"gated={self.gated}, approximate={self.approximate!r}"
+        return f"gated={self.gated}, activation={self.activation!r}, approximate={self.approximate!r}"

@@ -1,15 +1,16 @@
 """One training step of fastlm beside the same step of others, interleaved, each contender in a process of its own.
 
-The contenders start from the same weights and take the same masked rows: (rows, row_tokens) token ids, every row one
-sequence, about 15% of the tokens predicted. Before the clock starts each says its loss on the first batch, and one
-that computes something else is an error. Then every round runs each of them for a few steps, in turn: a slow moment
-of the machine meets them all, and an allocator's settings are one process's.
+The contenders start from the same weights and take the same rows: (rows, row_tokens) token ids, every row one
+sequence; of BERT's about 15% of the tokens are predicted, of GPT-2's all, of T5's a row of labels. Before the clock
+starts each says its loss on the first batch, and one that computes something else is an error. Then every round runs
+each of them for a few steps, in turn: a slow moment of the machine meets them all, and an allocator's settings are one
+process's.
 
     fastlm                         fastlm's model and step, allocator tuned
-    transformers                   BertForMaskedLM, AdamW and clipping as they come, allocator too
+    transformers                   the model with its head, AdamW and clipping as they come, allocator too
     transformers sdpa              SDPA named, fused AdamW, allocator tuned
     transformers compiled          the same under torch.compile
-    transformers tuned             as an expert writes it: also the head on the masked tokens only
+    transformers tuned             as an expert writes it: also BERT's head on the masked tokens only
     transformers tuned compiled    the expert's under torch.compile
 
 Masks are made beforehand: the others get theirs for nothing. Beside the contenders a large matrix product is timed, in
@@ -27,8 +28,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -36,14 +37,14 @@ from rich import box
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
-from fastlm import _malloc
+from fastlm import _malloc, models
 from fastlm.data import Dataset
-from fastlm.models import Bert
 from fastlm.testing.timing import Timing
 from fastlm.train import Recipe, make_model
-from fastlm.train.flops import peak_flops, recipe_flops
+from fastlm.train.flops import gpt2_flops, peak_flops, recipe_flops, t5_flops
 from fastlm.train.objective import MaskedLM, Micro
 from fastlm.train.optimizer import make_optimizer, train_step
+from fastlm.train.recipe import DataTable, TrainTable
 
 
 @dataclass(frozen=True)
@@ -96,16 +97,30 @@ class StepTime:
 
 @dataclass(frozen=True)
 class StepInputs:
-    """Masked rows for all contenders: batches of (input_ids, labels), each (rows, row_tokens) int64."""
+    """What all contenders get: the model, and batches of (input_ids, labels), (rows, row_tokens) int64.
 
-    vocab_size: int
-    pad_id: int
+    BERT's and GPT-2's labels are like input_ids, T5's (rows, target tokens).
+    """
+
+    model: models.Bert | models.GPT2 | models.T5
     batches: list[tuple[torch.Tensor, torch.Tensor]]
-    tokens: int  # real ones in a batch
+    tokens: int  # real ones in a batch, T5's encoder's
+    flops: float  # of a step's matrix products
 
     @property
     def predicted(self) -> int:
-        return round(sum(int((labels != -100).sum()) for _, labels in self.batches) / len(self.batches))
+        return _predicted_tokens(self.batches)
+
+
+def _predicted_tokens(batches) -> int:
+    return round(sum(int((labels != -100).sum()) for _, labels in batches) / len(batches))
+
+
+def _masked_inputs(recipe: Recipe, vocab_size: int, pad_id: int, batches, tokens: int) -> StepInputs:
+    """BERT's."""
+    pairs = tokens * recipe.data.row_tokens
+    flops = recipe_flops(recipe, vocab_size, tokens, pairs, _predicted_tokens(batches))
+    return StepInputs(make_model(recipe, vocab_size, pad_id), batches, tokens, flops)
 
 
 def from_dataset(recipe: Recipe, dataset: Dataset) -> StepInputs:
@@ -118,20 +133,68 @@ def from_dataset(recipe: Recipe, dataset: Dataset) -> StepInputs:
         labels[micro.inputs["index"]] = micro.inputs["targets"]
         batches.append((micro.inputs["input_ids"].view(shape), labels.view(shape)))
         tokens += micro.tokens
-    return StepInputs(dataset.tokenizer.vocab_size, dataset.tokenizer.pad_id, batches, round(tokens / _BATCHES))
+    tokenizer = dataset.tokenizer
+    return _masked_inputs(recipe, tokenizer.vocab_size, tokenizer.pad_id, batches, round(tokens / _BATCHES))
 
 
 def drawn(recipe: Recipe, vocab_size: int) -> StepInputs:
     """Micro-batches of ids drawn with the frequencies of words (Zipf's law), no padding; id 4 is the mask."""
     draw = torch.Generator().manual_seed(recipe.train.seed)
-    weights = 1.0 / torch.arange(1.0, vocab_size - 4.0)
     shape = recipe.micro_batch_tokens // recipe.data.row_tokens, recipe.data.row_tokens
     batches = []
     for _ in range(_BATCHES):
-        ids = 5 + torch.multinomial(weights, recipe.micro_batch_tokens, replacement=True, generator=draw).view(shape)
+        ids = _draw_ids(shape, vocab_size, draw)
         selected = torch.rand(shape, generator=draw) < recipe.data.mlm_probability
         batches.append((ids.masked_fill(selected, 4), ids.masked_fill(~selected, -100)))
-    return StepInputs(vocab_size, 0, batches, recipe.micro_batch_tokens)
+    return _masked_inputs(recipe, vocab_size, 0, batches, recipe.micro_batch_tokens)
+
+
+def _draw_ids(shape: tuple[int, int], vocab_size: int, draw: torch.Generator) -> torch.Tensor:
+    weights = 1.0 / torch.arange(1.0, vocab_size - 4.0)
+    return 5 + torch.multinomial(weights, math.prod(shape), replacement=True, generator=draw).view(shape)
+
+
+def gpt2_step(rows: int = 4, length: int = 256, **sizes) -> tuple[Recipe, StepInputs]:
+    """A step of GPT-2 on ids drawn likewise; sizes: of GPT2Config."""
+    recipe, draw = _recipe(rows, length), torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    model = models.GPT2(models.GPT2Config(**sizes))
+    ids = [_draw_ids((rows, length), model.config.vocab_size, draw) for _ in range(_BATCHES)]
+    c = model.config
+    flops = gpt2_flops(
+        rows * length, rows * length**2, rows * (length - 1),
+        layers=c.n_layer, hidden=c.n_embd, inner=c.n_inner or 4 * c.n_embd, vocab=c.vocab_size,
+    )  # fmt: skip
+    return recipe, StepInputs(model, [(i, i) for i in ids], rows * length, flops)
+
+
+def t5_step(rows: int = 8, length: int = 256, target: int = 64, **sizes) -> tuple[Recipe, StepInputs]:
+    """A step of T5, rows of `length` tokens to rows of `target`; sizes: of T5Config."""
+    recipe, draw = _recipe(rows, length), torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    model = models.T5(models.T5Config(**sizes))
+    batches = [
+        tuple(_draw_ids((rows, n), model.config.vocab_size, draw) for n in (length, target)) for _ in range(_BATCHES)
+    ]
+    c = model.config
+    flops = t5_flops(
+        rows * length, rows * target, rows * length**2, rows * target**2, rows * length * target,
+        layers=c.num_layers, decoder_layers=c.num_decoder_layers, hidden=c.d_model, heads=c.num_heads * c.d_kv,
+        inner=c.d_ff, vocab=c.vocab_size, gated=c.feed_forward_proj == "gated-gelu",
+    )  # fmt: skip
+    return recipe, StepInputs(model, batches, rows * length, flops)
+
+
+def _recipe(rows: int, length: int) -> Recipe:
+    """Of rows, optimizer and dtype alone; its model table is not read."""
+    return Recipe(data=DataTable(row_tokens=length), train=TrainTable(batch_tokens=rows * length))
+
+
+# Steps of models that no recipe trains yet, by the names that benchmarks/bench_train.py knows them by.
+STEPS: dict[str, Callable[[], tuple[Recipe, StepInputs]]] = {
+    "gpt2-small4x512": lambda: gpt2_step(n_embd=512, n_layer=4, n_head=8),
+    "t5-small": t5_step,
+}
 
 
 def compare_steps(
@@ -174,9 +237,8 @@ def compare_steps(
         finally:
             for worker in workers.values():
                 worker.close()
-    pairs = inputs.tokens * recipe.data.row_tokens
-    flops = recipe_flops(recipe, inputs.vocab_size, inputs.tokens, pairs, inputs.predicted)
     peak = peak_flops(torch.device(device), getattr(torch, recipe.train.dtype))
+    flops = inputs.flops
     bound_ms = flops / (2 * _MATMUL_SIZE[torch.device(device).type] ** 3) * Timing.of(times[_MATMUL]).ms
     out = []
     for contender in contenders:
@@ -213,7 +275,7 @@ def table(times: Sequence[StepTime], *, title: str):
     ]
     out = Table(
         title=title, title_justify="left", caption="\n".join(notes), caption_justify="left", box=box.SIMPLE_HEAD,
-        pad_edge=False, padding=0,
+        pad_edge=False, padding=0, min_width=74,
     )  # fmt: skip
     out.add_column("contender", no_wrap=True)
     has_mfu = any(t.mfu is not None for t in times)
@@ -234,11 +296,17 @@ def table(times: Sequence[StepTime], *, title: str):
 
 
 def _write_inputs(recipe: Recipe, inputs: StepInputs, directory: Path, device: str, threads: int | None) -> None:
-    """Weights, batches and the recipe, for the workers."""
-    make_model(recipe, inputs.vocab_size, inputs.pad_id).save_pretrained(directory / "weights")
-    tensors = {f"{name}.{i}": batch[j] for i, batch in enumerate(inputs.batches) for j, name in enumerate(_TENSORS)}
+    """Weights, batches and what to do with them, for the workers."""
+    inputs.model.save_pretrained(directory / "weights")
+    tensors = {
+        f"{name}.{i}": batch[j].clone()  # GPT-2's labels are its input_ids
+        for i, batch in enumerate(inputs.batches)
+        for j, name in enumerate(_TENSORS)
+    }
     save_file(tensors, directory / "batches.safetensors")
-    (directory / "spec.json").write_text(json.dumps({"recipe": recipe.tables(), "device": device, "threads": threads}))
+    model = type(inputs.model).__name__
+    spec = {"model": model, "train": asdict(recipe.train), "device": device, "threads": threads}
+    (directory / "spec.json").write_text(json.dumps(spec))
 
 
 def _same_losses(losses: dict[str, float], tolerance: float) -> None:
@@ -296,16 +364,16 @@ def _work(contender: str, directory: Path) -> None:
     spec = json.loads((directory / "spec.json").read_text())
     if spec["threads"]:
         torch.set_num_threads(spec["threads"])
-    table, device = Recipe.of(spec["recipe"]).train, torch.device(spec["device"])
+    cls, table, device = getattr(models, spec["model"]), TrainTable(**spec["train"]), torch.device(spec["device"])
     tensors = {name: value.to(device) for name, value in load_file(directory / "batches.safetensors").items()}
     batches = [tuple(tensors[f"{name}.{i}"] for name in _TENSORS) for i in range(_BATCHES)]
     try:
         if contender == _MATMUL:
             first_loss, step = math.nan, _build_matmul(table, device)
         elif form is None:
-            first_loss, step = _build_fastlm(table, directory, batches, device)
+            first_loss, step = _build_fastlm(cls, table, directory, batches, device)
         else:
-            first_loss, step = _build_transformers(table, directory, batches, device, form)
+            first_loss, step = _build_transformers(cls, table, directory, batches, device, form)
     except ImportError as error:
         answer(missing=f"{error.name} is not installed")
         return
@@ -359,24 +427,34 @@ def _build_matmul(table, device):
     return lambda number: torch.matmul(a, b, out=out)
 
 
-def _build_fastlm(table, directory, batches, device):
-    dtype = getattr(torch, table.dtype)
-    model = Bert.from_pretrained(directory / "weights").to(device)
-    micros = []
-    for number, (input_ids, labels) in enumerate(batches):
-        rows, length = input_ids.shape
+def _pack(name: str, rows: torch.Tensor, prefix: str = "") -> dict:
+    """Rows (rows, length), each a sequence, as packed arguments of a model."""
+    count, length = rows.shape
+    offsets = torch.arange(0, count * length + 1, length, dtype=torch.int32, device=rows.device)
+    return {name: rows.flatten(), f"{prefix}cu_seqlens": offsets, f"{prefix}max_seqlen": length}
+
+
+def _micro(cls, table, number, input_ids, labels) -> Micro:
+    """A batch as `cls`, one of fastlm.models, takes it."""
+    (rows, length), device = input_ids.shape, input_ids.device
+    inputs = {**_pack("input_ids", input_ids), "rng": torch.tensor([table.seed, number], device=device)}
+    predicted = labels.numel()
+    if cls is models.T5:
+        inputs |= _pack("labels", labels, "decoder_")
+    else:
+        inputs["positions"] = torch.arange(length, device=device).repeat(rows)
+    if cls is models.GPT2:
+        inputs["labels"], predicted = labels.flatten(), rows * (length - 1)
+    if cls is models.Bert:
         index = _predicted(labels)
-        inputs = {
-            "input_ids": input_ids.flatten(),
-            "cu_seqlens": torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=device),
-            "max_seqlen": length,
-            "positions": torch.arange(length, device=device).repeat(rows),
-            "rng": torch.tensor([table.seed, number], device=device),
-            "index": index,
-            "targets": labels.flatten()[index],
-            "reduction": "sum",
-        }
-        micros.append(Micro(inputs, tokens=0, pairs=0, predicted=len(index), dropped=0))
+        inputs["index"], inputs["targets"], predicted = index, labels.flatten()[index], len(index)
+    return Micro({**inputs, "reduction": "sum"}, tokens=0, pairs=0, predicted=predicted, dropped=0)
+
+
+def _build_fastlm(cls, table, directory, batches, device):
+    dtype = getattr(torch, table.dtype)
+    model = cls.from_pretrained(directory / "weights").to(device)
+    micros = [_micro(cls, table, number, *batch) for number, batch in enumerate(batches)]
     with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         loss = model.eval()(**micros[0].inputs).item() / micros[0].predicted
     optimizer = make_optimizer(model.train(), table)
@@ -388,11 +466,11 @@ def _build_fastlm(table, directory, batches, device):
     return loss, step
 
 
-def _build_transformers(table, directory, batches, device, form):
+def _build_transformers(cls, table, directory, batches, device, form):
     import transformers
 
     dtype = getattr(torch, table.dtype)
-    load = transformers.BertForMaskedLM.from_pretrained
+    load = getattr(transformers, cls.architecture).from_pretrained
     weights = directory / "weights"
     model = (load(weights, attn_implementation=form.attention) if form.attention else load(weights)).to(device)
     settings = {"lr": table.lr, "weight_decay": table.weight_decay, "betas": (table.beta1, table.beta2)}
@@ -411,7 +489,7 @@ def _build_transformers(table, directory, batches, device, form):
         hidden = model.bert(input_ids=input_ids).last_hidden_state.flatten(0, 1)[index]
         return torch.nn.functional.cross_entropy(model.cls(hidden).float(), target)
 
-    loss_of = sparse_loss if form.sparse else dense_loss
+    loss_of = sparse_loss if form.sparse and cls is models.Bert else dense_loss
     if form.compiled:
         loss_of = torch.compile(loss_of, dynamic=False)
 

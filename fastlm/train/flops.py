@@ -2,7 +2,8 @@
 
     MFU = 3 · (forward FLOPs of the matrix products on real tokens) / (seconds · peak)
 
-3 for forward and backward. The head counts for the predicted tokens, attention for the pairs of tokens inside a piece.
+3 for forward and backward. The head counts for the predicted tokens, attention for the pairs of tokens inside a piece,
+of which a causal one sees half.
 Padding, recomputation and everything that is no matrix product count nothing. Source: Chowdhery et al. 2022
 (arXiv:2204.02311), appendix B. The peak is the vendor's dense figure for the dtype; an unknown chip has no MFU.
 """
@@ -73,3 +74,25 @@ def encoder_flops(
     block = 2 * tokens * (4 * hidden * hidden + 2 * hidden * intermediate) + 4 * pairs * hidden
     head = 2 * predicted * (hidden * hidden + hidden * vocab)
     return 3.0 * (layers * block + head)
+
+
+def gpt2_flops(tokens: int, pairs: int, predicted: int, *, layers: int, hidden: int, inner: int, vocab: int) -> float:
+    """FLOPs of forward and backward of GPT-2; `pairs` is Σ length² over pieces."""
+    block = 2 * tokens * (4 * hidden * hidden + 2 * hidden * inner) + 2 * pairs * hidden
+    return 3.0 * (layers * block + 2 * predicted * hidden * vocab)
+
+
+def t5_flops(
+    tokens: int, targets: int, pairs: int, target_pairs: int, cross_pairs: int, *, layers: int, decoder_layers: int,
+    hidden: int, heads: int, inner: int, vocab: int, gated: bool,
+) -> float:  # fmt: skip
+    """FLOPs of forward and backward of T5, `targets` predicted from `tokens`.
+
+    pairs, target_pairs: Σ length² over either side's pieces; cross_pairs: Σ length · target length. heads: the width of
+    all heads together.
+    """
+    mlp = (3 if gated else 2) * hidden * inner
+    encoder = 2 * tokens * (4 * hidden * heads + mlp) + 4 * pairs * heads
+    decoder = 2 * targets * (6 * hidden * heads + mlp) + 2 * target_pairs * heads
+    cross = 2 * tokens * 2 * hidden * heads + 4 * cross_pairs * heads
+    return 3.0 * (layers * encoder + decoder_layers * (decoder + cross) + 2 * targets * hidden * vocab)

@@ -1,0 +1,47 @@
+"""What the models' configurations share: reading, writing and checking config.json's entries."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, fields
+from typing import ClassVar
+
+# an activation in config.json -> `approximate` of ops.gelu
+GELUS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
+
+
+class Config:
+    """Base of the frozen dataclasses whose fields are entries of config.json, in Transformers' names and defaults.
+
+    model_type: Transformers' name of the family.
+    fixed: entries that must have these values, or be absent: what the model does not do.
+    """
+
+    model_type: ClassVar[str]
+    fixed: ClassVar[dict[str, object]]
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and not (isinstance(value, int) and value > 0):
+                raise ValueError(f"{field.name}: expected a positive integer, got {value!r}")
+            if field.type == "float" and not (isinstance(value, (int, float)) and 0 <= value < math.inf):
+                raise ValueError(f"{field.name}: expected a number that is not negative, got {value!r}")
+
+    def _check_id(self, name: str) -> None:
+        """ValueError for a token id that the vocabulary does not have; None is no id."""
+        value = getattr(self, name)
+        if value is not None and not (isinstance(value, int) and 0 <= value < self.vocab_size):
+            raise ValueError(f"{name}: expected None or an id below vocab_size={self.vocab_size}, got {value!r}")
+
+    @classmethod
+    def from_dict(cls, config: dict) -> Config:
+        """From the content of a config.json. What training does not need is dropped; ValueError for another model."""
+        for name, want in cls.fixed.items():
+            if config.get(name, want) != want:
+                raise ValueError(f"{name}: expected {want!r}, as in the model's paper, got {config[name]!r}")
+        return cls(**{field.name: config[field.name] for field in fields(cls) if field.name in config})
+
+    def to_dict(self) -> dict:
+        """The content of a config.json, but for `architectures` and `dtype`, which are a model's."""
+        return {"model_type": self.model_type, **asdict(self)}

@@ -1,0 +1,123 @@
+"""What the models share: checkpoints, and activations that are computed again in backward instead of kept."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from fastlm.models import _checkpoint
+from fastlm.models._config import Config
+
+
+class Model(torch.nn.Module):
+    """A model that reads and writes Transformers' checkpoints. A subclass has, for it:
+
+    config_class: its configuration.
+    architecture: the name of Transformers' class with the same head.
+    backbone: prefixes of Transformers' tensors that every checkpoint has to have; any other is a head's.
+    transformers_names(config): see fastlm.models._checkpoint; canonical(tensors, config).
+
+    checkpoint_activations: set it, and a training forward keeps the layers' inputs alone; backward runs each layer
+        again (Chen et al. 2016, arXiv:1604.06174), with the same dropout, to the same gradients, bit for bit.
+    """
+
+    config_class: ClassVar[type[Config]]
+    architecture: ClassVar[str]
+    backbone: ClassVar[tuple[str, ...]]
+    checkpoint_activations = False
+
+    def run(self, layer, *args, rng):
+        """layer(*args, rng=rng), its activations kept, or with `checkpoint_activations` not."""
+        if not (self.checkpoint_activations and self.training and torch.is_grad_enabled()):
+            return layer(*args, rng=rng)
+        # With rng, (seed, step) say what drops; without, torch's generator, whose state is then kept too.
+        return checkpoint(layer, *args, rng=rng, use_reentrant=False, preserve_rng_state=rng is None)
+
+    @classmethod
+    def transformers_names(cls, config: Config) -> _checkpoint.Names:
+        """Our parameter names -> those of Transformers' `architecture`."""
+        raise NotImplementedError
+
+    @classmethod
+    def canonical(cls, tensors: _checkpoint.Tensors, config: Config) -> tuple[_checkpoint.Tensors, Config]:
+        """A checkpoint's tensors under the names of `transformers_names`, without constants and copies of tied ones.
+
+        And the configuration, where the tensors say more than config.json.
+        """
+        raise NotImplementedError
+
+    def export_tensors(self) -> _checkpoint.Tensors:
+        """The parameters as Transformers has them, on the CPU."""
+        return _checkpoint.export_tensors(self.state_dict(), self.transformers_names(self.config))
+
+    def save_pretrained(self, directory: str | Path, tokenizer=None) -> None:
+        """Writes what Transformers' class of the same head, and its Auto class, read from `directory`.
+
+        tokenizer: whose files then lie beside the model's: anything with `save(directory)` (fastlm.data.Tokenizer) or
+            `save_pretrained(directory)` (Transformers'), or a directory to copy them from.
+        No file is ever half-written; config.json comes last.
+        """
+        dtype = str(next(self.parameters()).dtype).removeprefix("torch.")
+        config = {**self.config.to_dict(), "architectures": [self.architecture], "dtype": dtype}
+        _checkpoint.write(directory, config, self.export_tensors(), tokenizer)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, *, dtype: torch.dtype = torch.float32, **changes):
+        """Reads what Transformers wrote for this architecture, with this head, another or none; on the CPU.
+
+        A head that is not there starts anew, and other heads are left out, each with a warning that names the tensors.
+
+        changes: entries of the configuration to be other than config.json's, as labels=("no", "yes").
+
+        ValueError for a missing or unreadable file, another model_type, pickled weights, missing tensors of all but the
+        head, and tensors of another shape than the configuration says.
+        """
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype: expected a floating-point one, got {dtype}")
+        config = cls.config_class.from_dict(_checkpoint.read_config(directory, cls.config_class.model_type))
+        known = {field.name for field in fields(config)}
+        for name in changes:
+            if name not in known:
+                raise ValueError(
+                    f"{name}: expected an entry of {cls.config_class.__name__}, {', '.join(sorted(known))}"
+                )
+        asked = replace(config, **changes)
+        tensors, config = cls.canonical(_checkpoint.read_tensors(directory), asked)
+        for name in changes:
+            has, got = getattr(config, name), getattr(asked, name)
+            if has != got:
+                raise ValueError(f"{name}: expected {has!r}, as the tensors in {directory} are, got {got!r}")
+        names = cls.transformers_names(config)
+        others = sorted(tensors.keys() - {name for theirs in names.values() for name in theirs})
+        if strange := [name for name in others if name.startswith(cls.backbone)]:
+            raise ValueError(f"directory: expected no tensor beyond config.json's architecture, got {strange[0]}")
+        model = cls(config, device="meta", dtype=dtype).to_empty(device="cpu")
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        state, missing = _checkpoint.import_tensors(tensors, names, shapes)
+        if incomplete := [name for name in missing if name.startswith(cls.backbone)]:
+            raise ValueError(f"directory: expected every tensor but a head's, {', '.join(incomplete)} missing")
+        if others:
+            warnings.warn(f"left out, {cls.__name__} has no place for: {', '.join(others)}", stacklevel=2)
+        if missing:
+            warnings.warn(f"the head starts anew, not in {directory}: {', '.join(missing)}", stacklevel=2)
+            model.reset_parameters()
+        model.load_state_dict(state, strict=False)
+        return model
+
+
+def add_norm(norm, x, delta, *, dropout_p, rng, stream):
+    """(norm(x'), x'), x' = x + dropout(delta), in one pass; delta None: nothing is added."""
+    if delta is None:
+        return norm(x, return_residual=True)
+    return norm(delta, x, dropout_p=dropout_p, rng=rng, stream=stream, return_residual=True)
+
+
+def as_stream(x: torch.Tensor) -> torch.Tensor:
+    """The embeddings in the dtype of the residual stream: autocast's, where there is one."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x

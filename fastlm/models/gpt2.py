@@ -1,0 +1,232 @@
+"""GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"), packed end to end.
+
+    x = drop(word[id] + position[p])
+    each layer:   x = x + drop(W_o attention(W_q h, W_k h, W_v h)),   h = LN(x), causal
+                  x = x + drop(W_2 gelu(W_1 h)),                      h = LN(x)
+    logits = word · LN(x)                                             the decoder is the word table
+    loss = mean of -log softmax(logits of token t)[id of token t + 1], t + 1 in the same sequence
+
+W_q, W_k, W_v are one matrix product. Dropout, addition and the LN after it are one pass, so a layer hands on x and, in
+`delta`, what is still to be added to it. In bfloat16 (the model's dtype, or autocast over float32 parameters) the
+residual stream x is bfloat16, every LN's statistics float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from fastlm import nn, ops
+from fastlm.models import _checkpoint, _inputs
+from fastlm.models._checkpoint import Transposed
+from fastlm.models._config import GELUS, Config
+from fastlm.models._model import Model, add_norm, as_stream
+from fastlm.ops import _checks
+
+
+@dataclass(frozen=True)
+class GPT2Config(Config):
+    """The architecture, in the names and defaults of Transformers' config.json. ValueError for what cannot be built.
+
+    n_inner: width of the feed-forward; None: 4 n_embd.
+    initializer_range: weights start from a normal distribution of this standard deviation, those that lead into the
+        residual stream of a 1/sqrt(2 n_layer) of it; biases start at 0, LN at 1 and 0.
+    bos_token_id, eos_token_id, pad_token_id: of the tokenizer, for those who generate; the model reads none of them.
+    """
+
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    n_inner: int | None = None
+    activation_function: str = "gelu_new"
+    resid_pdrop: float = 0.1
+    embd_pdrop: float = 0.1
+    attn_pdrop: float = 0.1
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+    bos_token_id: int | None = 50256
+    eos_token_id: int | None = 50256
+    pad_token_id: int | None = None
+
+    model_type: ClassVar[str] = "gpt2"
+    fixed: ClassVar[dict[str, object]] = {
+        "add_cross_attention": False,
+        "tie_word_embeddings": True,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+    }
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_head: expected a divisor of n_embd={self.n_embd}, got {self.n_head}")
+        if self.n_inner is not None and not (isinstance(self.n_inner, int) and self.n_inner > 0):
+            raise ValueError(f"n_inner: expected None or a positive integer, got {self.n_inner!r}")
+        _checks.one_of("activation_function", self.activation_function, GELUS)
+        for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
+            _checks.probability(name, getattr(self, name))
+
+    def to_dict(self) -> dict:
+        return {**super().to_dict(), "tie_word_embeddings": True}
+
+
+class Layer(torch.nn.Module):
+    """Attention and feed-forward, each after an LN. Takes three stream numbers."""
+
+    def __init__(self, config: GPT2Config, stream: int, **factory) -> None:
+        super().__init__()
+        size, eps = config.n_embd, config.layer_norm_epsilon
+        self.heads, self.stream = config.n_head, stream
+        self.attention_dropout_p, self.dropout_p = config.attn_pdrop, config.resid_pdrop
+        self.norm1 = nn.LayerNorm(size, eps=eps, **factory, keep_dtype=True)
+        self.qkv = torch.nn.Linear(size, 3 * size, **factory)
+        self.out = torch.nn.Linear(size, size, **factory)
+        self.norm2 = nn.LayerNorm(size, eps=eps, **factory, keep_dtype=True)
+        approximate = GELUS[config.activation_function]
+        self.mlp = nn.MLP(size, config.n_inner or 4 * size, approximate=approximate, **factory)
+
+    def forward(self, x, delta, sequences, *, rng):
+        """(x, delta) -> (x, delta), each (..., n_embd), packed or padded; the first layer is given no delta.
+
+        `sequences` are the arguments of ops.attention that say which tokens are one.
+        """
+        attention_dropout_p, dropout_p = (self.attention_dropout_p, self.dropout_p) if self.training else (0.0, 0.0)
+        h, x = add_norm(self.norm1, x, delta, dropout_p=dropout_p, rng=rng, stream=self.stream)
+        q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).unbind(-3)  # views, (..., heads, head_dim)
+        attended = ops.attention(
+            q, k, v, causal=True, dropout_p=attention_dropout_p, rng=rng, stream=self.stream + 1, **sequences
+        )
+        delta = self.out(attended.flatten(-2))
+        h, x = add_norm(self.norm2, x, delta, dropout_p=dropout_p, rng=rng, stream=self.stream + 2)
+        return x, self.mlp(h)
+
+
+class GPT2(Model):
+    """GPT-2 with its language-model head. Parameters start as `GPT2Config` says."""
+
+    config_class = GPT2Config
+    architecture = "GPT2LMHeadModel"
+    backbone = ("transformer.",)
+
+    def __init__(self, config: GPT2Config, *, device=None, dtype=None) -> None:
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        self.config = config
+        self.word = torch.nn.Parameter(torch.empty(config.vocab_size, config.n_embd, **factory))
+        self.position = torch.nn.Parameter(torch.empty(config.n_positions, config.n_embd, **factory))
+        self.layers = torch.nn.ModuleList(Layer(config, stream=1 + 3 * i, **factory) for i in range(config.n_layer))
+        self.norm = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon, **factory, keep_dtype=True)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        std = self.config.initializer_range
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif "norm" in name:
+                parameter.fill_(1.0)
+            elif name.endswith(("out.weight", "linear2.weight")):
+                parameter.normal_(0.0, std / (2 * self.config.n_layer) ** 0.5)
+            else:
+                parameter.normal_(0.0, std)
+
+    def decode(
+        self,
+        input_ids: torch.Tensor,
+        *,
+        cu_seqlens: torch.Tensor | None = None,
+        max_seqlen: int | None = None,
+        positions: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        rng: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The last LN's output, input_ids.shape + (n_embd,). Arguments as of `forward`."""
+        return self._decode(self._sequences(input_ids, cu_seqlens, max_seqlen, attention_mask), positions, rng)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        *,
+        cu_seqlens: torch.Tensor | None = None,
+        max_seqlen: int | None = None,
+        positions: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        rng: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        reduction: str = "mean",
+    ) -> torch.Tensor:
+        """The loss where there are labels, else logits.
+
+        Args:
+            input_ids: int64 or int32, packed (T,) with cu_seqlens, or padded (B, S).
+            cu_seqlens: int32 (sequences + 1,), where each sequence starts, then T (which may be repeated).
+            max_seqlen: no sequence is longer; default n_positions.
+            positions: like input_ids; default from 0 in each sequence. With an attention_mask only real tokens count,
+                so padding on the left changes nothing (Transformers counts from the row's start, padding included).
+            attention_mask: (B, S), nonzero for real tokens, padding on either side; default: all are real.
+            rng: int64 (2,), (seed, step), of all dropouts in training; None draws from torch's generator.
+            labels: int64, like input_ids, which they usually are: the token at t is predicted from those before it in
+                its sequence. -100, a sequence's first token and padding are not predicted.
+            reduction: "mean" over the predicted tokens, "sum"; or "none", like input_ids: t has the loss of t + 1.
+
+        Returns the loss; without labels the logits, input_ids.shape + (vocab_size,). ValueError for inputs that do not
+        fit together.
+        """
+        given = self._sequences(input_ids, cu_seqlens, max_seqlen, attention_mask)
+        if labels is not None:
+            _inputs.check_labels("labels", labels, given)
+        x = self._decode(given, positions, rng)
+        if labels is None:
+            return F.linear(x, self.word)
+        return ops.linear_cross_entropy(x, self.word, given.next_tokens(labels), reduction=reduction)
+
+    def _sequences(self, input_ids, cu_seqlens, max_seqlen, attention_mask) -> _inputs.Sequences:
+        return _inputs.sequences(
+            input_ids, cu_seqlens, max_seqlen, attention_mask, device=self.word.device,
+            longest=("n_positions", self.config.n_positions),
+        )  # fmt: skip
+
+    def _decode(self, given: _inputs.Sequences, positions, rng) -> torch.Tensor:
+        config, drops = self.config, float(self.training)
+        positions = given.positions() if positions is None else positions
+        embedded = ops.embedding(
+            given.ids, self.word, self.position, positions=positions, dropout_p=drops * config.embd_pdrop, rng=rng
+        )
+        x, delta, sequences = as_stream(embedded), None, given.attend()
+        for layer in self.layers:
+            x, delta = self.run(layer, x, delta, sequences, rng=rng)
+        stream = 1 + 3 * len(self.layers)
+        return self.norm(delta, x, dropout_p=drops * config.resid_pdrop, rng=rng, stream=stream)
+
+    @classmethod
+    def transformers_names(cls, config: GPT2Config) -> _checkpoint.Names:
+        names = {"word": ("transformer.wte.weight",), "position": ("transformer.wpe.weight",)}
+        norms = {"norm": "transformer.ln_f"}
+        for i in range(config.n_layer):
+            ours, theirs = f"layers.{i}", f"transformer.h.{i}"
+            norms |= {f"{ours}.norm1": f"{theirs}.ln_1", f"{ours}.norm2": f"{theirs}.ln_2"}
+            for linear, conv in (
+                ("qkv", "attn.c_attn"),
+                ("out", "attn.c_proj"),
+                ("mlp.linear1", "mlp.c_fc"),
+                ("mlp.linear2", "mlp.c_proj"),
+            ):
+                names[f"{ours}.{linear}.weight"] = (Transposed(f"{theirs}.{conv}.weight"),)
+                names[f"{ours}.{linear}.bias"] = (f"{theirs}.{conv}.bias",)
+        return names | _checkpoint.module_names(norms)
+
+    @classmethod
+    def canonical(cls, tensors: _checkpoint.Tensors, config: GPT2Config) -> tuple[_checkpoint.Tensors, GPT2Config]:
+        tensors = {
+            f"transformer.{name}" if name.startswith(("wte.", "wpe.", "h.", "ln_f.")) else name: tensor  # GPT2Model's
+            for name, tensor in tensors.items()
+            if not name.endswith((".attn.bias", ".attn.masked_bias"))  # constants that old versions saved
+        }
+        _checkpoint.drop_copies(tensors, [("lm_head.weight", "transformer.wte.weight")])
+        return tensors, config
