@@ -2,14 +2,17 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from training import small
 
 from fastlm import demo
 from fastlm.testing import train_step
+from fastlm.train import flops
 from fastlm.train.metrics import read_metrics
 
 
@@ -146,11 +149,38 @@ def test_steps_of_other_models(made, tmp_path):
     """fastlm and Transformers start from one loss, and take their steps."""
     pytest.importorskip("transformers")
     recipe, inputs = made()
-    train_step._write_inputs(recipe, inputs, tmp_path, "cpu")
+    train_step._write_inputs(recipe, inputs, tmp_path, "cpu", None)
     arguments = type(inputs.model), recipe.train, tmp_path, inputs.batches, torch.device("cpu")
     losses = {}
-    for build in (train_step._build_fastlm, train_step._build_transformers):
-        losses[build.__name__], step = build(*arguments, tuned=True)
+    form = train_step._FORMS["transformers tuned"]
+    for name, build in (
+        ("fastlm", partial(train_step._build_fastlm, *arguments)),
+        ("transformers", partial(train_step._build_transformers, *arguments, form)),
+    ):
+        losses[name], step = build()
         for _ in range(3):
             step(0)
     train_step._same_losses(losses, 1e-4)
+
+
+def test_flops_of_other_models(tmp_path):
+    """Against torch's count of Transformers' products, which masks what is causal but multiplies all of it."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 100, "n_embd": 32, "n_layer": 2, "n_head": 2, "attn_implementation": "eager"}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+    ids = torch.zeros(3, 16, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        model(ids)
+    want = flops.gpt2_flops(48, 2 * 3 * 16**2, 48, layers=2, hidden=32, inner=128, vocab=100)
+    assert counter.get_total_flops() == want / 3
+
+    sizes = {"vocab_size": 100, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 1}
+    sizes |= {"num_heads": 3, "feed_forward_proj": "gated-gelu", "attn_implementation": "eager"}
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes))
+    with FlopCounterMode(display=False) as counter:
+        model(ids, decoder_input_ids=ids[:, :5])
+    want = flops.t5_flops(
+        48, 15, 3 * 16**2, 2 * 3 * 5**2, 3 * 16 * 5,
+        layers=2, decoder_layers=1, hidden=32, heads=24, inner=48, vocab=100, gated=True,
+    )  # fmt: skip
+    assert counter.get_total_flops() == want / 3
