@@ -169,6 +169,17 @@ def test_documents_do_not_meet(device):
     torch.testing.assert_close(gpt2(**batch.packed, labels=ids, reduction="sum"), losses.sum())
 
 
+def test_empty_documents(device):
+    """Anywhere, they change nothing."""
+    gpt2, ids = make_gpt2().eval().to(device), torch.arange(7, device=device)
+    losses = [
+        gpt2(ids, cu_seqlens=torch.tensor(cu, dtype=torch.int32, device=device), labels=ids, reduction="none")
+        for cu in ([0, 3, 7], [0, 0, 3, 3, 7, 7, 7])
+    ]
+    assert torch.equal(*losses)
+    assert (losses[0] == 0).nonzero().flatten().tolist() == [2, 6]
+
+
 def test_a_token_sees_none_after_it(device):
     gpt2, batch = make_gpt2().eval().to(device), Batch(device=device)
     before = gpt2(**batch.packed)

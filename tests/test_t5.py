@@ -217,6 +217,20 @@ def test_defaults(device):
     assert encoded.shape == (2, 11, TINY["d_model"])
 
 
+def test_empty_documents(device):
+    """Packed, either side of a pair may be empty: the target is then a language model's, or nothing."""
+    t5, ids = make_t5().eval().to(device), torch.arange(7, device=device)
+
+    def losses(source, cu, target, decoder_cu):
+        cu, decoder_cu = (torch.tensor(c, dtype=torch.int32, device=device) for c in (cu, decoder_cu))
+        arguments = {"cu_seqlens": cu, "decoder_cu_seqlens": decoder_cu, "labels": target, "reduction": "none"}
+        return t5(source, **arguments)
+
+    together = losses(ids, [0, 3, 3, 3, 7], ids[:6], [0, 2, 2, 5, 6])
+    pieces = losses(ids[:3], [0, 3], ids[:2], [0, 2]), losses(ids[:0], [0, 0], ids[2:5], [0, 3])
+    torch.testing.assert_close(together, torch.cat([*pieces, losses(ids[3:], [0, 4], ids[5:6], [0, 1])]))
+
+
 @VERSIONS
 def test_training_coincides_with_transformers(version, device):
     """50 steps, dropout off: the losses of both models lie on one curve, and fall."""
