@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from dataclasses import replace
 from pathlib import Path
 
 import _report
 import torch
 from rich.console import Console
 
-from fastlm.testing.train_step import EVERY, STEPS, StepInputs, StepTime, compare_steps, drawn, table
-from fastlm.train import Recipe, load_recipe
+from fastlm.testing.train_step import EVERY, STEPS, StepTime, compare_steps, find_step, table
+from fastlm.train import Recipe
 
 
 def row(recipe: Recipe, time: StepTime, threads: int | None) -> dict:
@@ -65,18 +64,6 @@ def plot_curves(path: Path, times: list[StepTime], title: str) -> None:
     pyplot.close(figure)
 
 
-def step(name: str, settings: list[str], vocab: int) -> tuple[Recipe, StepInputs]:
-    """What `--recipe name` asks for."""
-    if name not in STEPS:
-        recipe = load_recipe(name).with_settings(settings)
-        return recipe, drawn(recipe, vocab)
-    made, inputs = STEPS[name]()
-    recipe = replace(made.with_settings(settings), name=name)
-    if (recipe.model, recipe.data, recipe.micro_batch_tokens) != (made.model, made.data, made.micro_batch_tokens):
-        raise SystemExit(f"--set: {name} has its own model and batches; expected other keys of train alone")
-    return recipe, inputs
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     names = f"names or TOML files, or {', '.join(STEPS)} (default bert-mini)"
@@ -96,9 +83,13 @@ def main() -> None:
     if args.curve_plot and not args.curve:
         parser.error("--curve-plot: expected with --curve N, the number of steps to plot")
 
+    try:
+        steps = {name: find_step(name, args.set, args.vocab) for name in args.recipe}
+    except ValueError as error:
+        parser.error(str(error))
     console, rows, missing, title, times = Console(highlight=False), [], {}, "", []
     for name, threads in itertools.product(args.recipe, args.threads):
-        recipe, inputs = step(name, args.set, args.vocab)
+        recipe, inputs = steps[name]
         times = compare_steps(
             recipe, inputs, device=args.device, contenders=args.contenders,
             rounds=args.rounds, seconds=args.seconds, threads=threads, curve=args.curve,

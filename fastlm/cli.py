@@ -137,6 +137,34 @@ def fill_mask(
 
 
 @app.command()
+def profile(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name or TOML file, or gpt2-small4x512, t5-small.")],
+    out: Annotated[Path, typer.Option(help="Directory to write.")] = Path("runs/profile"),
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; else a GPU where there is one.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to profile, after the warm-up.")] = 3,
+    tool: Annotated[list[str] | None, typer.Option(help="torch, nsys or ncu; again for more. Default: all.")] = None,
+    vocab: Annotated[int, typer.Option(help="Size of a BERT's vocabulary.")] = 30522,
+    settings: SetOption = None,
+    inside: Annotated[bool, typer.Option("--inside", hidden=True)] = False,
+) -> None:
+    """Show where the time of a training step goes: tables and a trace, and under Nsight where it is installed."""
+    import torch
+    from rich.console import Console
+
+    from fastlm import profile as profiler
+    from fastlm.train.loop import parse_device
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    parse_device(device)
+    options = {"device": device, "steps": steps, "settings": settings or [], "vocab_size": vocab}
+    if inside:
+        profiler.inside(recipe, **options)
+        return
+    say = Console(highlight=False, soft_wrap=True).print
+    profiler.profile(recipe, out, **options, tools=tool or profiler.TOOLS, say=say)
+
+
+@app.command()
 def tune(
     op: Annotated[
         list[str] | None, typer.Option(help="An op; again for more. Default: all with Triton kernels.")

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -150,14 +149,17 @@ def test_steps_of_other_models(made, tmp_path):
     pytest.importorskip("transformers")
     recipe, inputs = made()
     train_step._write_inputs(recipe, inputs, tmp_path, "cpu", None)
-    arguments = type(inputs.model), recipe.train, tmp_path, inputs.batches, torch.device("cpu")
+    cls, device = type(inputs.model), torch.device("cpu")
     losses = {}
     form = train_step._FORMS["transformers tuned"]
-    for name, build in (
-        ("fastlm", partial(train_step._build_fastlm, *arguments)),
-        ("transformers", partial(train_step._build_transformers, *arguments, form)),
+    for name, built in (
+        ("fastlm", train_step.fastlm_step(cls.from_pretrained(tmp_path / "weights"), recipe.train, inputs.batches)),
+        (
+            "transformers",
+            train_step._build_transformers(cls, recipe.train, tmp_path, inputs.batches, device, form),
+        ),
     ):
-        losses[name], step = build()
+        losses[name], step = built
         for _ in range(3):
             step(0)
     train_step._same_losses(losses, 1e-4)

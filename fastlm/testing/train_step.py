@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -40,7 +40,7 @@ from safetensors.torch import load_file, save_file
 from fastlm import _malloc, models
 from fastlm.data import Dataset
 from fastlm.testing.timing import Timing
-from fastlm.train import Recipe, make_model
+from fastlm.train import Recipe, load_recipe, make_model
 from fastlm.train.flops import gpt2_flops, peak_flops, recipe_flops, t5_flops
 from fastlm.train.objective import MaskedLM, Micro
 from fastlm.train.optimizer import make_optimizer, train_step
@@ -195,6 +195,18 @@ STEPS: dict[str, Callable[[], tuple[Recipe, StepInputs]]] = {
     "gpt2-small4x512": lambda: gpt2_step(n_embd=512, n_layer=4, n_head=8),
     "t5-small": t5_step,
 }
+
+
+def find_step(name: str, settings: Sequence[str] = (), vocab_size: int = 30522) -> tuple[Recipe, StepInputs]:
+    """The step of a recipe, `drawn`, or of STEPS. ValueError for an unknown one, or settings that it does not take."""
+    if name not in STEPS:
+        recipe = load_recipe(name).with_settings(settings)
+        return recipe, drawn(recipe, vocab_size)
+    made, inputs = STEPS[name]()
+    recipe = replace(made.with_settings(settings), name=name)
+    if (recipe.model, recipe.data, recipe.micro_batch_tokens) != (made.model, made.data, made.micro_batch_tokens):
+        raise ValueError(f"--set: {name} has its own model and batches; expected other keys of train alone")
+    return recipe, inputs
 
 
 def compare_steps(
@@ -371,7 +383,8 @@ def _work(contender: str, directory: Path) -> None:
         if contender == _MATMUL:
             first_loss, step = math.nan, _build_matmul(table, device)
         elif form is None:
-            first_loss, step = _build_fastlm(cls, table, directory, batches, device)
+            model = cls.from_pretrained(directory / "weights").to(device)
+            first_loss, step = fastlm_step(model, table, batches)
         else:
             first_loss, step = _build_transformers(cls, table, directory, batches, device, form)
     except ImportError as error:
@@ -451,10 +464,10 @@ def _micro(cls, table, number, input_ids, labels) -> Micro:
     return Micro({**inputs, "reduction": "sum"}, tokens=0, pairs=0, predicted=predicted, dropped=0)
 
 
-def _build_fastlm(cls, table, directory, batches, device):
-    dtype = getattr(torch, table.dtype)
-    model = cls.from_pretrained(directory / "weights").to(device)
-    micros = [_micro(cls, table, number, *batch) for number, batch in enumerate(batches)]
+def fastlm_step(model, table: TrainTable, batches) -> tuple[float, Callable[[int], torch.Tensor]]:
+    """(the first loss without dropout, what trains on batch `number` and returns the loss), of a model of ours."""
+    device, dtype = next(model.parameters()).device, getattr(torch, table.dtype)
+    micros = [_micro(type(model), table, number, *batch) for number, batch in enumerate(batches)]
     with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         loss = model.eval()(**micros[0].inputs).item() / micros[0].predicted
     optimizer = make_optimizer(model.train(), table)
