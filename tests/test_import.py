@@ -34,7 +34,7 @@ FLOORS = {
     "finetune": MODELS | {"train"},
     "generate": MODELS,
     "fill_mask": MODELS,
-    "profile": MODELS | {"train"},
+    "profile": MODELS | {"train", "testing"},
     "demo": MODELS | {"train", "info", "fill_mask", "testing"},
     "cli": MODELS | {"train", "finetune", "generate", "fill_mask", "profile", "demo", "info", "tune", "hf"},
     "__main__": {"cli"},
