@@ -23,9 +23,10 @@ from fastlm import _native
 
 # Device -> backends in the order `auto` tries them. Order by measurement; the measurement is in LOG.md.
 AUTO: dict[str, dict[str, tuple[str, ...]]] = {
-    op: {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
-    for op in ("layer_norm", "rms_norm", "cross_entropy", "linear_cross_entropy", "mlm_mask", "gelu", "embedding")
+    op: {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
+    for op in ("layer_norm", "rms_norm", "cross_entropy", "linear_cross_entropy", "mlm_mask")
 }
+AUTO |= {op: {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")} for op in ("gelu", "embedding")}
 AUTO["attention"] = {"cpu": ("cpu", "sdpa", "reference"), "cuda": ("sdpa", "reference")}
 
 _FLOATS = {

@@ -35,6 +35,7 @@ from fastlm.ops._autocast import autocast, autocast_dtype
 from fastlm.ops._shapes import as_rows
 from fastlm.ops.cross_entropy import (
     LossesCPU,
+    LossesCUDA,
     LossesTriton,
     check_labels,
     check_options,
@@ -223,7 +224,8 @@ def _implement(backend, losses, row_bytes=0):
 _implement("cpu", LossesCPU)
 # Rows on whole cache lines: cuBLAS wants leading dimensions on 16 bytes for its fast kernels, whatever the vocabulary.
 _implement("triton", LossesTriton, row_bytes=128)
-_registry.offer("linear_cross_entropy", "cpu", "triton")
+_implement("cuda", LossesCUDA, row_bytes=128)
+_registry.offer("linear_cross_entropy", "cpu", "triton", "cuda")
 
 
 # ---- public
@@ -251,7 +253,7 @@ def linear_cross_entropy(
         bias: (V,) in hidden's dtype, or None.
         class_weight: (V,) floating point or None; cross_entropy's `weight`.
         ignore_index, label_smoothing, z_loss, reduction: as of cross_entropy.
-        backend: "auto", "reference" (the logits exist), "cpu", "triton".
+        backend: "auto", "reference" (the logits exist), "cpu", "triton", "cuda".
 
     Gradients are computed in the forward, chunk by chunk, and scaled in backward ("none": computed in backward).
     Beyond them, at most a quarter of the logits' memory is taken (but that of 64 rows for N < 320, on a GPU that of
