@@ -165,7 +165,7 @@ __device__ __forceinline__ float sum_parts(const float* parts) {
 // ---- rows
 
 template <class T, bool SMOOTHS, int THREADS>
-__global__ void __launch_bounds__(THREADS) cross_entropy_fwd_kernel(const CrossEntropyForward a) {
+__global__ void __launch_bounds__(THREADS, 1024 / THREADS) cross_entropy_fwd_kernel(const CrossEntropyForward a) {
   constexpr int U = kUnit<T>, kStep = kBatch<T, THREADS>;
   extern __shared__ uint4 memory[];
   __shared__ float buffer[3][32];
