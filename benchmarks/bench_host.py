@@ -3,7 +3,7 @@
     python benchmarks/bench_host.py --json host.json
 
 Tensors of eight columns on the CPU, and launches left out: the CUDA kernels' where they would be launched
-(csrc/cuda/launch.h), Triton's in its launcher (fastlm/testing/ahead_of_time.py), so neither a GPU nor its driver counts.
+(csrc/cuda/launch.h), Triton's in its launcher (fastlm/testing/ahead_of_time.py): neither a GPU nor its driver counts.
 aten's functions compute such a row in a fraction of a microsecond. Contenders take turns; a round is the mean of its
 calls, and the best round counts, since another process can only make one slower. "fwd" without gradients, "fwd, graph"
 with the autograd graph made, "fwd+bwd" with gradients of all that has one.

@@ -181,9 +181,7 @@ __global__ void __launch_bounds__(THREADS, 1024 / THREADS) cross_entropy_fwd_ker
   const int chunks = int((a.cols + a.chunk - 1) / a.chunk), offset = past(x);
   const bool on4 = offset % U == 0;
   auto width = [&](int k) { return int(min(a.cols - int64_t(k) * a.chunk, int64_t(a.chunk))); };
-  auto slot = [&](int k) {
-    return reinterpret_cast<T*>(memory) + k % kSlots * int64_t(a.chunk + kVector<T>) + offset;
-  };
+  auto slot = [&](int k) { return reinterpret_cast<T*>(memory) + k % kSlots * int64_t(a.chunk + kVector<T>) + offset; };
   auto fetch_chunk = [&](int k) { fetch<T, THREADS>(slot(k), x + int64_t(k) * a.chunk, width(k), k % kSlots); };
   for (int k = 0; k < kSlots; ++k) {
     if (k < chunks) fetch_chunk(k);
@@ -299,11 +297,11 @@ __global__ void __launch_bounds__(THREADS, 1024 / THREADS) cross_entropy_fwd_ker
 
 // ---- a gradient times dloss
 
-constexpr int kScale = 256;      // threads
+constexpr int kScale = 256;     // threads
 constexpr int kScalePacks = 4;  // 16-byte accesses of a thread in a tile
 
-// Few blocks that loop over tiles: where dloss is 1, as it mostly is, they only have to see that. `alike`: rows of y lie
-// past 16-byte boundaries as those of x.
+// Few blocks that loop over tiles: where dloss is 1, as it mostly is, they only have to see that. `alike`: rows of y
+// lie past 16-byte boundaries as those of x.
 template <class T>
 __global__ void __launch_bounds__(kScale) cross_entropy_bwd_kernel(const CrossEntropyBackward a, bool alike) {
   constexpr int V = kVector<T>, kTile = kScale * kScalePacks * V;
@@ -366,8 +364,8 @@ __global__ void __launch_bounds__(kSum) cross_entropy_count_kernel(const TargetC
 }
 
 // out[block] = Σ x over a block's share, divided by Σ parts unless that is null.
-__global__ void __launch_bounds__(kSum) cross_entropy_sum_kernel(const float* x, int64_t n, const float* parts,
-                                                                 float* out) {
+__global__ void __launch_bounds__(kSum)
+    cross_entropy_sum_kernel(const float* x, int64_t n, const float* parts, float* out) {
   const float sum = sum_share(n, [&](int64_t i) { return x[i]; });
   const float denominator = parts ? sum_parts(parts) : 1.0f;
   if (threadIdx.x == 0) out[blockIdx.x] = sum / denominator;
@@ -383,7 +381,8 @@ void forward(CrossEntropyForward a, Place place) {
   const int64_t batches = (a.cols + kStep - 1) / kStep;
   const int64_t most = (shared_memory(place.device) / kSlots - kPad) / kStepBytes;
   a.chunk = int(kStep * std::min<int64_t>((batches + kSlots - 1) / kSlots, most));
-  const int64_t whole = std::min<int64_t>(kSlots, a.cols / a.chunk);  // chunks in shared memory, and what a last one has
+  const int64_t whole =
+      std::min<int64_t>(kSlots, a.cols / a.chunk);  // chunks in shared memory, and what a last one has
   const int64_t rest = whole == kSlots ? 0 : (a.cols % a.chunk) * int64_t(sizeof(T)) + kPad;
   const size_t shared = whole * (a.chunk * sizeof(T) + kPad) + (rest + 15) / 16 * 16;
   const auto kernel = a.label_smoothing > 0.0f ? cross_entropy_fwd_kernel<T, true, THREADS>
