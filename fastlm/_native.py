@@ -102,7 +102,7 @@ def drop_cuda_launches(on: bool) -> None:
 
 def cuda_place(tensor: torch.Tensor) -> tuple[int, int]:
     """(device, stream), the last arguments of every CUDA kernel: where `tensor` lies, on torch's current stream."""
-    if tensor.device.type != "cuda":
+    if not tensor.is_cuda:
         return 0, 0
     return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream
 

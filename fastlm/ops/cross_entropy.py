@@ -137,7 +137,7 @@ _registry.define("cross_entropy_bwd_(Tensor(a!) dlogits, Tensor dloss, str backe
 def scale(gradient: torch.Tensor, dloss: torch.Tensor, backend: str) -> torch.Tensor:
     """gradient * dloss, in the gradient's own memory unless the graph is kept for another backward."""
     if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
-        return torch.ops.fastlm.cross_entropy_bwd(gradient, dloss, backend)
+        return _registry.call("cross_entropy_bwd", gradient, dloss, backend)
     torch.ops.fastlm.cross_entropy_bwd_(gradient, dloss, backend)
     return gradient
 
@@ -466,5 +466,5 @@ def cross_entropy(
             with torch.autograd._unsafe_preserve_version_counter(logits):
                 _Overwritten.apply(logits)
     else:
-        loss, _ = torch.ops.fastlm.cross_entropy_fwd(logits, *options, needs_grad, backend)
+        loss, _ = _registry.call("cross_entropy_fwd", logits, *options, needs_grad, backend)
     return loss.to(dtype)

@@ -138,7 +138,7 @@ def _backward(ctx, dloss, *_):
     if options is None:
         gradients = [scale(g, dloss, backend) if need else None for g, need in zip(ctx.saved_tensors, needs)]
     else:
-        gradients = torch.ops.fastlm.linear_cross_entropy_bwd(dloss, *ctx.saved_tensors, *options, needs, backend)
+        gradients = _registry.call("linear_cross_entropy_bwd", dloss, *ctx.saved_tensors, *options, needs, backend)
     dhidden, dweight, dbias = (g if need else None for g, need in zip(gradients, needs))
     return dhidden, dweight, None, dbias, *(None,) * 7
 
@@ -305,7 +305,8 @@ def linear_cross_entropy(
         reduction != "none" and torch.is_grad_enabled() and t is not None and t.requires_grad
         for t in (hidden, weight, bias)
     ]
-    loss, _, _, _ = torch.ops.fastlm.linear_cross_entropy_fwd(
-        hidden, weight, target, bias, class_weight, ignore_index, label_smoothing, z_loss, reduction, needs, backend
-    )
+    loss, _, _, _ = _registry.call(
+        "linear_cross_entropy_fwd", hidden, weight, target, bias, class_weight, ignore_index, label_smoothing, z_loss,
+        reduction, needs, backend,
+    )  # fmt: skip
     return loss.to(dtype)
