@@ -15,6 +15,7 @@
 
 #include <algorithm>
 #include <cfloat>
+#include <type_traits>
 
 #include "cross_entropy.h"
 #include "launch.h"
@@ -94,11 +95,11 @@ __device__ __forceinline__ void put_zeros(T* to, int64_t n) {
 
 // ---- a chunk in shared memory
 
-// Columns from `at` on as float; those that `left` does not reach are -inf. Units lie on 4 bytes, or else (on4 false)
+// Columns from `at` on as float; those that `left` does not reach are -inf. Units lie on 4 bytes, or else (ON4 false)
 // values move one by one.
-template <class T>
-__device__ __forceinline__ void load_unit(const T* at, int left, bool on4, float (&x)[kUnit<T>]) {
-  if (kUnit<T> > 1 && on4 && left >= kUnit<T>) {
+template <bool ON4, class T>
+__device__ __forceinline__ void load_unit(const T* at, int left, float (&x)[kUnit<T>]) {
+  if (ON4 && left >= kUnit<T>) {
     load(at, x);
     return;
   }
@@ -106,9 +107,9 @@ __device__ __forceinline__ void load_unit(const T* at, int left, bool on4, float
   for (int j = 0; j < kUnit<T>; ++j) x[j] = j < left ? to_float(at[j]) : -INFINITY;
 }
 
-template <class T>
-__device__ __forceinline__ void store_unit(T* at, int left, bool on4, const float (&x)[kUnit<T>]) {
-  if (kUnit<T> > 1 && on4 && left >= kUnit<T>) {
+template <bool ON4, class T>
+__device__ __forceinline__ void store_unit(T* at, int left, const float (&x)[kUnit<T>]) {
+  if (ON4 && left >= kUnit<T>) {
     store(at, x);
     return;
   }
@@ -129,6 +130,16 @@ __device__ __forceinline__ void each_unit(int begin, int cols, F of) {
   } else {
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) of(first + u * THREADS * kUnit<T>, cols - (first + u * THREADS * kUnit<T>), u);
+  }
+}
+
+// Calls of(true_type) or of(false_type), so that the choice is made once and not for every unit.
+template <class F>
+__device__ __forceinline__ void by(bool choice, F of) {
+  if (choice) {
+    of(std::true_type{});
+  } else {
+    of(std::false_type{});
   }
 }
 
@@ -179,7 +190,7 @@ __global__ void __launch_bounds__(THREADS, 1024 / THREADS) cross_entropy_fwd_ker
   }
 
   const int chunks = int((a.cols + a.chunk - 1) / a.chunk), offset = past(x);
-  const bool on4 = offset % U == 0;
+  const bool on4 = U == 1 || offset % U == 0;
   auto width = [&](int k) { return int(min(a.cols - int64_t(k) * a.chunk, int64_t(a.chunk))); };
   auto slot = [&](int k) { return reinterpret_cast<T*>(memory) + k % kSlots * int64_t(a.chunk + kVector<T>) + offset; };
   auto fetch_chunk = [&](int k) { fetch<T, THREADS>(slot(k), x + int64_t(k) * a.chunk, width(k), k % kSlots); };
@@ -206,16 +217,18 @@ __global__ void __launch_bounds__(THREADS, 1024 / THREADS) cross_entropy_fwd_ker
     const int cols = width(k);
     for (int begin = 0; begin < cols; begin += kStep) {
       float v[kUnits][U], higher = top;
-      each_unit<T, THREADS>(begin, cols, [&](int col, int left, int u) {
-        load_unit(in + col, left, on4, v[u]);
+      by(on4, [&](auto on4) {
+        each_unit<T, THREADS>(begin, cols, [&](int col, int left, int u) {
+          load_unit<on4>(in + col, left, v[u]);
 #pragma unroll
-        for (int j = 0; j < U; ++j) higher = fmaxf(higher, v[u][j]);
-        if constexpr (SMOOTHS) {
+          for (int j = 0; j < U; ++j) higher = fmaxf(higher, v[u][j]);
+          if constexpr (SMOOTHS) {
 #pragma unroll
-          for (int j = 0; j < U; ++j) {
-            if (j < left) distances[j] += weight(int64_t(k) * a.chunk + col + j) * (reference - v[u][j]);
+            for (int j = 0; j < U; ++j) {
+              if (j < left) distances[j] += weight(int64_t(k) * a.chunk + col + j) * (reference - v[u][j]);
+            }
           }
-        }
+        });
       });
       const float less = exp_of(top - higher);
       top = higher;
@@ -264,24 +277,30 @@ __global__ void __launch_bounds__(THREADS, 1024 / THREADS) cross_entropy_fwd_ker
     }
     T* in = slot(k);
     T* out = dx + int64_t(k) * a.chunk;
-    T* to = alike ? in : out;
     const int cols = width(k);
-    for (int begin = 0; begin < cols; begin += kStep) {
-      each_unit<T, THREADS>(begin, cols, [&](int col, int left, int) {
-        float g[U];
-        load_unit(in + col, left, on4, g);
+    auto gradients = [&](auto on4, T* to) {
+      for (int begin = 0; begin < cols; begin += kStep) {
+        each_unit<T, THREADS>(begin, cols, [&](int col, int left, int) {
+          float g[U];
+          load_unit<on4>(in + col, left, g);
 #pragma unroll
-        for (int j = 0; j < U; ++j) {
-          g[j] = exp_of(g[j] - maximum) * factor;
-          if (SMOOTHS && j < left) g[j] -= uniform * weight(int64_t(k) * a.chunk + col + j);
-        }
-        store_unit(to + col, left, on4 && alike, g);
-      });
-    }
-    if (k == t_chunk && t_col / U % THREADS == int(threadIdx.x)) {  // this thread wrote that column, without one_hot
-      float g = exp_of(x_t - maximum) * factor - one_hot;
-      if constexpr (SMOOTHS) g -= uniform * w_t;
-      to[t_col] = from_float<T>(g);
+          for (int j = 0; j < U; ++j) {
+            g[j] = exp_of(g[j] - maximum) * factor;
+            if (SMOOTHS && j < left) g[j] -= uniform * weight(int64_t(k) * a.chunk + col + j);
+          }
+          store_unit<on4>(to + col, left, g);
+        });
+      }
+      if (k == t_chunk && t_col / U % THREADS == int(threadIdx.x)) {  // this thread wrote that column, without one_hot
+        float g = exp_of(x_t - maximum) * factor - one_hot;
+        if constexpr (SMOOTHS) g -= uniform * w_t;
+        to[t_col] = from_float<T>(g);
+      }
+    };
+    if (alike) {
+      by(on4, [&](auto on4) { gradients(on4, in); });
+    } else {
+      gradients(std::false_type{}, out);
     }
     if (alike) {
       __syncthreads();
