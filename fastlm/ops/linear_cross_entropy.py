@@ -182,8 +182,7 @@ def _chunks(hidden, weight, bias, losses, dloss, needs, row_bytes):
     rows, vocabulary = h.shape[0], w.shape[0]
     step, cols = chunk_rows(rows, h.dtype, h.device.type), round_up(vocabulary, max(1, row_bytes // h.element_size()))
     buffer = h.new_empty(step, cols)
-    if cols > vocabulary:
-        buffer[:, vocabulary:] = 0.0  # oneDNN's bfloat16 product on AMX reads them, and NaN times 0 is NaN
+    buffer[:, vocabulary:] = 0  # oneDNN's AMX product of bfloat16 reads on past a row's end, and NaN times 0 is NaN
     buffer = buffer[:, :vocabulary]
     dhidden = h.new_empty(h.shape if needs[0] else 0)
     dweight = w.new_empty(w.shape if needs[1] else 0, dtype=torch.float32)
