@@ -240,7 +240,7 @@ def call(name: str, *args):
     implementation = _implementations.get((name, args[-1]))
     if implementation is None or _included().raw_repr() not in _NO_MODE or _function_mode() or _profiled():
         return getattr(torch.ops.fastlm, name)(*args)
-    differentiates = False
+    grad, differentiates = torch.is_grad_enabled(), False
     for i in _tensors[name]:
         a = args[i]
         if a is None:
@@ -248,8 +248,8 @@ def call(name: str, *args):
         kind = type(a)
         if (kind is not _Tensor and kind is not _Parameter) or not _is_plain(_keys_of(a).raw_repr()):
             return getattr(torch.ops.fastlm, name)(*args)
-        differentiates = differentiates or a.requires_grad
-    if not (differentiates and torch.is_grad_enabled()):
+        differentiates = differentiates or (grad and a.requires_grad)
+    if not differentiates:
         return implementation(*args[:-1])
     if name not in _functions:
         return getattr(torch.ops.fastlm, name)(*args)
