@@ -93,9 +93,16 @@ def record_cuda(recorder) -> None:
     cuda_recorder = recorder
 
 
+def drop_cuda_launches(on: bool) -> None:
+    """For measuring the host's share of a call: CUDA kernels are not launched, and backend="cuda" takes CPU tensors."""
+    global cuda_recorder
+    _cuda()[0].drop_launches(on)
+    cuda_recorder = on or None
+
+
 def cuda_place(tensor: torch.Tensor) -> tuple[int, int]:
     """(device, stream), the last arguments of every CUDA kernel: where `tensor` lies, on torch's current stream."""
-    if tensor.device.type != "cuda":
+    if not tensor.is_cuda:
         return 0, 0
     return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream
 

@@ -11,17 +11,22 @@ import ptx
 import pytest
 import torch
 import torch.nn.functional as F
+from test_cuda import device as cuda_on_ptx
+from test_cuda import pytestmark as cuda_is_built
 
-from fastlm import ops
+from fastlm import _native, ops
 from fastlm.ops.linear_cross_entropy import chunk_rows
 from fastlm.testing.ahead_of_time import compile_for
 
 ROWS, VOCABULARY, FEATURES = 6, 37, 5
 
 
-def running(backend):
+CUDA = pytest.param("cuda", marks=cuda_is_built)
+
+
+def running(backend, **options):
     """Where the backend runs on this machine."""
-    return ptx.triton_on_ptx() if backend == "triton" else nullcontext()
+    return {"triton": ptx.triton_on_ptx, "cuda": cuda_on_ptx}.get(backend, nullcontext)(**options)
 
 
 @pytest.fixture
@@ -43,7 +48,7 @@ def eager_gradient(hidden, weight, target, **options):
     return torch.autograd.grad(F.cross_entropy(hidden @ weight.t(), target, **options), weight)[0]
 
 
-@pytest.mark.parametrize("backend", ["cpu", "triton", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "triton", CUDA, "reference"])
 def test_torch_semantics(head, generator, backend):
     """Loss and gradient of every combination of options, against torch in float64 and the z term written out."""
     hidden, matrix, target = head
@@ -100,7 +105,8 @@ def test_nothing_to_predict(smoothing, generator):
     assert ops.cross_entropy(logits[:0], target[:0]).isnan()
 
 
-@pytest.mark.parametrize(("backend", "vocabulary"), [("cpu", VOCABULARY), ("triton", VOCABULARY), ("triton", 16501)])
+@pytest.mark.parametrize("vocabulary", [VOCABULARY, 16501])
+@pytest.mark.parametrize("backend", ["cpu", "triton", CUDA])
 def test_infinities_and_nan(backend, vocabulary, generator):
     """Rows with NaN, +inf, only -inf, or -inf at the target fare as in torch."""
     logits = torch.randn(6, vocabulary, generator=generator)
@@ -120,7 +126,7 @@ def test_infinities_and_nan(backend, vocabulary, generator):
 
 
 @pytest.mark.parametrize("value", [VOCABULARY, -1, 2**40])
-@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("backend", ["triton", CUDA, "reference"])
 def test_label_outside_on_a_device(backend, value, generator):
     """Where nothing can be raised: NaN in the loss and in the gradient of the row."""
     logits = torch.randn(3, VOCABULARY, generator=generator).requires_grad_()
@@ -141,27 +147,29 @@ def test_label_outside_on_a_device(backend, value, generator):
         assert other.isfinite().all()
 
 
-def test_linear_label_outside_on_a_device(head):
+@pytest.mark.parametrize("backend", ["triton", CUDA])
+def test_linear_label_outside_on_a_device(backend, head):
     hidden, weight, _ = head
     target = torch.tensor([1, 2, VOCABULARY, 3, 4, -100])
-    with running("triton"):
-        loss = ops.linear_cross_entropy(hidden.requires_grad_(), weight, target, backend="triton")
+    with running(backend):
+        loss = ops.linear_cross_entropy(hidden.requires_grad_(), weight, target, backend=backend)
         dhidden, dweight = torch.autograd.grad(loss, (hidden, weight))
     assert loss.isnan()
     assert dhidden[2].isnan().all()
     assert dweight.isnan().all()
 
 
-def test_logits_aligned_in_any_way_give_the_same_bits(generator):
-    """Rows of the Triton kernel begin anywhere between 16-byte boundaries, in a slice elsewhere than in its copy."""
+@pytest.mark.parametrize("backend", ["triton", CUDA])
+def test_logits_aligned_in_any_way_give_the_same_bits(backend, generator):
+    """Rows begin anywhere between 16-byte boundaries, in a slice elsewhere than in its copy."""
     for dtype, vocabulary in ((torch.bfloat16, 16501), (torch.float32, 16502), (torch.float16, 77)):
         logits = torch.randn(4, vocabulary + 3, generator=generator).to(dtype)
         target = torch.randint(0, vocabulary, (3,), generator=generator)
         for view in (logits[1:, :vocabulary], logits.view(-1)[1 : 1 + 3 * vocabulary].view(3, vocabulary)):
             results = []
             for x in (view.clone().requires_grad_(), view.requires_grad_()):
-                with running("triton"):
-                    loss = ops.cross_entropy(x, target, backend="triton")
+                with running(backend):
+                    loss = ops.cross_entropy(x, target, label_smoothing=0.1, backend=backend)
                     results += [(loss, *torch.autograd.grad(loss, x))]
             assert all(torch.equal(a, b) for a, b in zip(*results))
 
@@ -183,6 +191,70 @@ def test_sums_over_many_rows(rows, generator):
     torch.testing.assert_close(parts.double().sum(), denominator, rtol=2e-7, atol=0)
     torch.testing.assert_close(total.double(), loss.double().sum(), rtol=2e-7, atol=0)
     torch.testing.assert_close(mean.double(), loss.double().sum() / denominator, rtol=4e-7, atol=0, equal_nan=True)
+
+
+@cuda_is_built
+@pytest.mark.parametrize("rows", [0, 1, 4097, 20_000])
+def test_cuda_sums_over_many_rows(rows, generator):
+    """The same of the CUDA kernels."""
+    losses_of = sys.modules["fastlm.ops.cross_entropy"].LossesCUDA
+    target = torch.randint(-2, 9, (rows,), generator=generator)
+    weight, loss = torch.rand(7, generator=generator) + 0.1, torch.rand(rows, generator=generator)
+    counts = (target >= 0) & (target < 7) & (target != 3)
+    with running("cuda"):
+        number = losses_of(target, None, 7, (3, 0.0, 0.0), "mean").parts.sum()
+        losses = losses_of(target, weight, 7, (3, 0.0, 0.0), "mean")
+        losses.each.copy_(loss)
+        mean = losses.loss()
+        losses.parts = None
+        total = losses.loss()
+    denominator = weight.double()[target[counts]].sum()
+    assert number == counts.sum()
+    torch.testing.assert_close(total.double(), loss.double().sum(), rtol=2e-7, atol=0)
+    torch.testing.assert_close(mean.double(), loss.double().sum() / denominator, rtol=4e-7, atol=0, equal_nan=True)
+
+
+@cuda_is_built
+@pytest.mark.parametrize("vocabulary", [512, 513, 4096, 4097, 8191, 16384, 16385, 24581])
+def test_cuda_rows_of_any_length(vocabulary, generator):
+    """Either side of where a float32 row takes more threads, more chunks, or more than lie in shared memory at once:
+    in place, strided, and into a gradient that is aligned otherwise."""
+    logits = torch.randn(2, vocabulary + 1, generator=generator)[:, 1:]
+    weight = torch.rand(vocabulary, generator=generator) + 0.1
+    target = torch.tensor([vocabulary - 1, vocabulary // 2])
+    options = {"label_smoothing": 0.1, "z_loss": 1e-3}
+    exact = logits.double().requires_grad_()
+    want = ops.cross_entropy(exact, target, weight=weight, backend="reference", **options)
+    (want_dx,) = torch.autograd.grad(want, exact)
+    bits = []
+    for inplace in (False, True):
+        leaf = logits.clone().requires_grad_()
+        strided = (torch.nn.functional.pad(leaf, (1, 0)) + 0.0)[:, 1:]
+        assert strided.data_ptr() % 16 == 4
+        with running("cuda"):
+            loss = ops.cross_entropy(strided, target, weight=weight, inplace=inplace, backend="cuda", **options)
+            bits += [(loss, *torch.autograd.grad(loss, leaf))]
+        torch.testing.assert_close(bits[-1][0].double(), want, rtol=1e-6, atol=0)
+        torch.testing.assert_close(bits[-1][1].double(), want_dx, rtol=4e-6, atol=1e-7)
+    assert all(torch.equal(a, b) for a, b in zip(*bits))
+
+
+@cuda_is_built
+def test_cuda_offsets_past_32_bits(generator):
+    """Rows further apart than 2^31 elements. Only their own pages of the memory are ever touched."""
+    memory = torch.empty(2**31 + 200, dtype=torch.bfloat16)
+    target = torch.tensor([3, 40])
+    values = torch.randn(2, 50, generator=generator).bfloat16()
+    logits = memory.as_strided((2, 50), (2**31 + 5, 1), 7).copy_(values)
+    module = torch.ops.fastlm
+    results = []
+    with running("cuda", workers=1):  # more of them would copy the memory first
+        _native.address(memory)  # whole, so that no state is kept of each of its bytes
+        for x in (values.clone(), logits):
+            loss = module.cross_entropy_fwd_(x, target, None, -100, 0.1, 0.0, "sum", "cuda")
+            module.cross_entropy_bwd_(x, torch.tensor(0.5), "cuda")
+            results.append((loss, x))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
 @pytest.mark.parametrize("elements", [2**20 + 1, 2**31 + 1])

@@ -38,8 +38,8 @@ def kernels() -> str:
 
 
 @contextmanager
-def device():
-    """CPU tensors are taken by the cuda backend, and its kernels are executed.
+def device(**options):
+    """CPU tensors are taken by the cuda backend, and its kernels are executed. options: of ptx.run.
 
     A kernel may touch what the op asked for the address of in the same call.
     """
@@ -52,7 +52,7 @@ def device():
 
     with (
         mock.patch.object(_native, "address", remember),
-        ptx.cuda_on_ptx(_native.record_cuda, kernels(), lambda: tensors),
+        ptx.cuda_on_ptx(_native.record_cuda, kernels(), lambda: tensors, **options),
     ):
         yield
 

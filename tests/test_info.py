@@ -4,7 +4,7 @@ import json
 
 import torch
 
-from fastlm import info
+from fastlm import _native, info
 from fastlm.ops import _registry
 
 
@@ -31,3 +31,14 @@ def test_machine_is_json_and_says_what_is_missing():
     assert machine["torch"] == torch.__version__
     assert machine["threads"] == torch.get_num_threads()
     assert info.version("no-such-package") is None
+
+
+def test_on_a_gpu_without_triton_the_cuda_kernels_are_next(monkeypatch):
+    monkeypatch.setattr(_native, "missing_cuda", lambda: None)
+    has_both = [op for op in _registry.AUTO if {"triton", "cuda"} <= set(_registry.backends(op)) and op != "attention"]
+    assert {"layer_norm", "rms_norm", "cross_entropy", "linear_cross_entropy", "mlm_mask"} <= set(has_both)
+    for installed, name in ((True, "triton"), (False, "cuda")):
+        monkeypatch.setattr(_registry, "_triton_installed", lambda installed=installed: installed)
+        assert {info._auto(op, "cuda", torch.bfloat16) for op in has_both} == {name}
+    monkeypatch.setattr(_native, "missing_cuda", lambda: "no")
+    assert info._auto("layer_norm", "cuda", torch.bfloat16) == "reference"

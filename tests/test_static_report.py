@@ -1,6 +1,7 @@
 """What the compilers make of the kernels, held to the committed report and to what each kind of kernel must be."""
 
 import csv
+import re
 import sys
 from pathlib import Path
 
@@ -16,6 +17,8 @@ static_report = pytest.importorskip("static_report")
 
 COMMITTED = static_report.FILE.read_text()
 ROWS = list(csv.DictReader(COMMITTED.splitlines()[1:]))
+CUDA = static_report.CUDA_FILE.read_text()
+CUDA_ROWS = list(csv.DictReader(CUDA.splitlines()[1:]))
 MEMORY_BOUND = ("layer_norm", "rms_norm", "gelu", "embedding", "mlm_mask", "cross_entropy", "linear_cross_entropy")
 
 
@@ -34,6 +37,49 @@ def test_memory_bound_kernels_do_not_spill():
     rows = [row for row in ROWS if row["op"] in MEMORY_BOUND and row["arch"] in ("sm_80", "sm_90")]
     assert {row["op"] for row in rows} == set(MEMORY_BOUND)
     assert not [row for row in rows if row["spill_bytes"] != "0"]
+
+
+@pytest.mark.parametrize("arch", static_report.CUDA_ARCHITECTURES)
+def test_every_cuda_kernel_compiles_to_what_is_committed(arch):
+    """The module as it is built here. Where it was built for less, the architectures that are left out are skipped."""
+    if reason := static_report.missing_cuda():
+        pytest.skip(reason)
+    compiler, pinned = static_report.cuda_compiler(), CUDA.splitlines()[0].removeprefix("# ")
+    if compiler != pinned:
+        pytest.skip(f"the report is of {pinned}, fastlm._cuda was built by {compiler}")
+    if arch not in static_report.cuda_architectures():
+        pytest.skip(f"fastlm._cuda is built for {static_report.cuda_architectures()} only (FASTLM_CUDA_ARCHS)")
+    committed = static_report.as_text([row for row in CUDA_ROWS if row["arch"] == f"sm_{arch}"], compiler)
+    changed = static_report.differences(committed, static_report.as_text(static_report.cuda_report(arch), compiler))
+    assert not changed, (
+        "python benchmarks/static_report.py --only cuda, and commit it, if this is on purpose (after a build of all "
+        "that changed):\n" + "\n".join(changed)
+    )
+
+
+def test_cuda_kernels_do_not_spill():
+    assert {row["arch"] for row in CUDA_ROWS} == {f"sm_{arch}" for arch in static_report.CUDA_ARCHITECTURES}
+    assert not [row for row in CUDA_ROWS if row["spill_bytes"] != "0"]
+
+
+def test_cuda_kernels_over_rows_load_16_bytes():
+    """But for layer_norm's where rows are no multiple of 16 bytes long (VEC 1), and its weights' long sums."""
+    rows = [row for row in CUDA_ROWS if re.match(r"(layer_norm|cross_entropy)_(fwd|bwd)", row["kernel"])]
+    rows = [row for row in rows if not re.search(r", 1(, \d+, \d+)?>$", row["kernel"])]
+    assert len(rows) > 3 * 60
+    assert not [row for row in rows if "x16B" not in row["loads"]]
+
+
+def test_report_reads_machine_code():
+    sass = """ LDG.E.U16.CONSTANT R2, [R2.64] ; LDGSTS.E.BYPASS.128 [R3], [R4.64] ; @P0 LDG.E R5, [R4] ;
+    LDG.E.128.CONSTANT R8, desc[UR4][R2.64] ; LDG.E.64 R8, [R2] ; HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4] ; """
+    assert static_report.load_widths(sass) == {2: 1, 4: 1, 8: 1, 16: 2}
+    assert static_report.matrix_unit(sass) == "wgmma"
+    name = "_ZN6fastlm4cuda21layer_norm_fwd_kernelI13__nv_bfloat16Li8ELi1ELi32EEEvNS0_16LayerNormForwardE"
+    assert static_report.demangled(name) == "layer_norm_fwd_kernel<bf16, 8, 1, 32>"
+    assert static_report.demangled("memset") == "memset"
+    ptx = f".visible .entry {name}(\n\t.param .align 8 .b8 {name}_param_0[136]\n)\n.maxntid 32, 4, 1\n.minnctapersm 8"
+    assert static_report.block_sizes(ptx) == {name: 128}
 
 
 def test_report_reads_ptx():

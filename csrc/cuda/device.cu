@@ -27,4 +27,9 @@ std::vector<Device> devices() {
 // nvcc's own list of what it compiles this file for: "800,900,1000" for sm_80, sm_90 and sm_100.
 std::string architectures() { return FASTLM_STRING(__CUDA_ARCH_LIST__); }
 
+std::string compiler() {
+  return FASTLM_STRING(__CUDACC_VER_MAJOR__) "." FASTLM_STRING(__CUDACC_VER_MINOR__) "." FASTLM_STRING(
+      __CUDACC_VER_BUILD__);
+}
+
 }  // namespace fastlm::cuda

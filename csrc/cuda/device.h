@@ -16,5 +16,6 @@ struct Device {
 
 std::vector<Device> devices();
 std::string architectures();
+std::string compiler();
 
 }  // namespace fastlm::cuda

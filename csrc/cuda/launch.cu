@@ -1,3 +1,4 @@
+#include <map>
 #include <mutex>
 #include <utility>
 #include <vector>
@@ -7,21 +8,42 @@
 namespace fastlm::cuda {
 
 static Recorder current;
+static bool dropped = false;
 
 void set_recorder(Recorder recorder) { current = std::move(recorder); }
 
 const Recorder& recorder() { return current; }
 
-int multiprocessors(int device) {
-  if (recorder()) return 2;
-  static std::mutex mutex;
-  static std::vector<int> known;
+void drop_launches(bool on) { dropped = on; }
+
+bool on_device() { return !dropped && !current; }
+
+static std::mutex mutex;
+
+// A device's attribute, which is asked for once.
+static int attribute(cudaDeviceAttr which, int device) {
+  static std::map<std::pair<int, int>, int> known;
   const std::lock_guard<std::mutex> lock(mutex);
-  if (size_t(device) >= known.size()) known.resize(device + 1);
-  if (!known[device]) {
-    check(cudaDeviceGetAttribute(&known[device], cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-  }
-  return known[device];
+  int& value = known[{which, device}];
+  if (!value) check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
+int multiprocessors(int device) { return on_device() ? attribute(cudaDevAttrMultiProcessorCount, device) : 2; }
+
+size_t shared_memory(int device) {
+  return on_device() ? attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) : 99 * 1024;
+}
+
+void allow_shared(const void* kernel, size_t bytes) {
+  static std::map<std::pair<const void*, int>, size_t> allowed;
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  const std::lock_guard<std::mutex> lock(mutex);
+  size_t& most = allowed[{kernel, device}];
+  if (bytes <= most) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)), "cudaFuncSetAttribute");
+  most = bytes;
 }
 
 }  // namespace fastlm::cuda

@@ -20,7 +20,7 @@ inline void check(cudaError_t error, const char* what) {
 class OnDevice {
  public:
   explicit OnDevice(int device) {
-    if (recorder()) return;
+    if (!on_device()) return;
     check(cudaGetDevice(&before_), "cudaGetDevice");
     changed_ = before_ != device;
     if (changed_) check(cudaSetDevice(device), "cudaSetDevice");
@@ -36,8 +36,14 @@ class OnDevice {
   bool changed_ = false;
 };
 
-// Multiprocessors of a device; 2 under a recorder, so that kernels which share out rows among blocks loop there too.
+// Multiprocessors of a device; 2 without one, so that kernels which share out rows among blocks loop there too.
 int multiprocessors(int device);
+
+// Bytes of shared memory that a block can have; without a device 99 KB, the least of any architecture since sm_80.
+size_t shared_memory(int device);
+
+// Lets a kernel have so much dynamic shared memory on the current device: past 48 KB it must be asked for.
+void allow_shared(const void* kernel, size_t bytes);
 
 // Appends a parameter where C puts it in a struct.
 template <class T>
@@ -48,12 +54,14 @@ void append_parameter(std::string& params, const T& value) {
 
 template <class... P, class... A>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream, A... args) {
-  if (!recorder()) {
+  if (on_device()) {
+    if (shared > 48 * 1024) allow_shared(reinterpret_cast<const void*>(kernel), shared);
     void* pointers[] = {const_cast<void*>(static_cast<const void*>(&args))...};
     check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, pointers, shared, stream),
           "cudaLaunchKernel");
     return;
   }
+  if (!recorder()) return;
   // The host's symbol of a kernel has the name of the device's. It is visible where the kernel is in no anonymous
   // namespace: setup.py has nvcc leave it so.
   Dl_info info;

@@ -102,7 +102,8 @@ __global__ void __launch_bounds__(kMaskThreads) mlm_mask_words(const MlmMask a) 
   if (threadIdx.x == 0) a.last[blockIdx.x] = total;
 }
 
-__global__ void __launch_bounds__(kMaskThreads) mlm_mask_select(const MlmMask a) {
+// Five blocks a multiprocessor: for six ptxas stops at 40 registers on sm_90, and spills.
+__global__ void __launch_bounds__(kMaskThreads, 5) mlm_mask_select(const MlmMask a) {
   __shared__ int32_t buffer[kMaskWarps];
   const int64_t tokens = a.rows * a.cols, begin = int64_t(blockIdx.x) * kMaskBlock + threadIdx.x * kTokens;
   const Key key = make_key(uint64_t(a.seed), kMaskDomain);

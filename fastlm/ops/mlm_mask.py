@@ -398,9 +398,9 @@ def mlm_mask(
     shape = input_ids.shape
     epochs, epoch = (_per_token(epoch, shape), 0) if isinstance(epoch, torch.Tensor) else (None, epoch)
     return MaskedTokens(
-        *torch.ops.fastlm.mlm_mask(
-            input_ids, None if sample_ids is None else _per_token(sample_ids, shape), positions, epochs, epoch,
-            special_tokens_mask, word_starts, special_ids, left_out, mask_token_id, vocab_size,
+        *_registry.call(
+            "mlm_mask", input_ids, None if sample_ids is None else _per_token(sample_ids, shape), positions, epochs,
+            epoch, special_tokens_mask, word_starts, special_ids, left_out, mask_token_id, vocab_size,
             (seed + 2**63) % 2**64 - 2**63, philox.threshold(mlm_probability), philox.threshold(mask_replace_prob),
             replace_below, capacity, backend,
         )

@@ -37,6 +37,17 @@ class Resources:
     shared: int
 
 
+def occupancy(arch: int, warps: int, registers: int, shared: int) -> float:
+    """Share of a multiprocessor's warps that can be resident, of blocks of so many warps and bytes of shared memory."""
+    blocks = min(
+        BLOCKS_OF_SM[arch],
+        WARPS_OF_SM[arch] // warps,
+        REGISTERS_OF_SM // (-(-registers // 8) * 8 * 32 * warps),  # handed out to warps in units of 256
+        SHARED_OF_SM[arch] // (shared + 1024),  # 1 kB of a block's is the system's
+    )
+    return blocks * warps / WARPS_OF_SM[arch]
+
+
 @dataclass(frozen=True)
 class Compiled:
     """A kernel compiled for sm_`arch`."""
@@ -61,14 +72,7 @@ class Compiled:
 
     def occupancy(self, resources: Resources) -> float:
         """Share of a multiprocessor's warps that can be resident."""
-        registers = -(-resources.registers // 8) * 8 * 32 * self.num_warps  # handed out to warps in units of 256
-        blocks = min(
-            BLOCKS_OF_SM[self.arch],
-            WARPS_OF_SM[self.arch] // self.num_warps,
-            REGISTERS_OF_SM // registers,
-            SHARED_OF_SM[self.arch] // (self.shared + 1024),  # 1 kB of a block's is the system's
-        )
-        return blocks * self.num_warps / WARPS_OF_SM[self.arch]
+        return occupancy(self.arch, self.num_warps, resources.registers, self.shared)
 
     def matrix_instruction(self) -> str:
         """ "tcgen05", "wgmma", "mma" or "": what multiplies matrices."""

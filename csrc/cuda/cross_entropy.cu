@@ -1,0 +1,468 @@
+// cross_entropy: a row's loss and its gradient in one kernel. The maths: fastlm/ops/cross_entropy.py.
+//
+// A block takes a row. It is copied to shared memory in kSlots chunks, 16 bytes at a time and asynchronously, so that
+// it needs no registers while it is under way; Σ exp is taken under a running maximum as chunks arrive, then the
+// gradient is written over the row where it lies, and goes out 16 bytes at a time. Memory is read once and written once
+// by rows of up to kSlots chunks, 192 KB on sm_90: two rows of 50257 classes in bfloat16 fit a multiprocessor, and one
+// loads while the other computes. In registers a row would need a block of its own size, and 1024 threads of 64
+// registers leave no room for a second. Of a longer row the chunks that came last are still there when the gradient
+// goes backward through them; the others are read again, from the second-level cache.
+//
+// Rows of an odd vocabulary start anywhere, and 16 bytes lie on 16 bytes. So a row lies in shared memory as far past
+// such a boundary as in global memory, and threads take its columns from there, by their numbers: the sums, and so the
+// bits, do not depend on strides. Only edges of less than 16 bytes, at both ends of a chunk, move one by one.
+#include <cuda_pipeline.h>
+
+#include <algorithm>
+#include <cfloat>
+#include <type_traits>
+
+#include "cross_entropy.h"
+#include "launch.h"
+#include "rows.cuh"
+
+namespace fastlm::cuda {
+
+constexpr int kSlots = 4;  // chunks of a row in shared memory at once
+constexpr int kUnits = 8;  // 4-byte units of a row that a thread takes at a time
+
+template <class T>
+constexpr int kUnit = 4 / int(sizeof(T));  // columns of a unit
+template <class T, int THREADS>
+constexpr int kBatch = kUnits * THREADS * kUnit<T>;  // columns that a block takes at a time
+
+// ---- 16-byte accesses to a part of a row that starts anywhere
+
+// Elements from the 16-byte boundary at or before p to p.
+template <class T>
+__device__ __forceinline__ int past(const T* p) {
+  return int(reinterpret_cast<uintptr_t>(p) / sizeof(T) % kVector<T>);
+}
+
+// n elements from p on: `head` of them before a 16-byte boundary, `packs` of 16 bytes, the rest after them.
+template <class T>
+struct Split {
+  int head;
+  int64_t packs, n;
+
+  __device__ __forceinline__ Split(const T* p, int64_t n) : n(n) {
+    head = (kVector<T> - past(p)) % kVector<T>;
+    if (head > n) head = int(n);
+    packs = (n - head) / kVector<T>;
+  }
+  // The element that thread `lane` of 2·kVector takes of head and rest; -1: none.
+  __device__ __forceinline__ int64_t edge(int lane) const {
+    const int64_t body = packs * kVector<T>;
+    return lane >= n - body ? -1 : lane < head ? lane : lane + body;
+  }
+};
+
+// Starts to copy n elements; `to` lies as far past a 16-byte boundary as `from`. The edges are copied by the warp of
+// this number, so that those of several chunks wait for memory side by side.
+template <class T, int THREADS>
+__device__ __forceinline__ void fetch(T* to, const T* from, int n, int warp) {
+  const Split<T> split(from, n);
+#pragma unroll 4
+  for (int k = threadIdx.x; k < int(split.packs); k += THREADS) {
+    const int at = split.head + k * kVector<T>;
+    __pipeline_memcpy_async(to + at, from + at, 16);
+  }
+  const int edge = int(split.edge((threadIdx.x - 32u * warp) % THREADS));
+  if (edge >= 0) to[edge] = from[edge];
+}
+
+template <class T, int THREADS>
+__device__ __forceinline__ void put(T* to, const T* from, int n) {
+  const Split<T> split(to, n);
+#pragma unroll 4
+  for (int k = threadIdx.x; k < int(split.packs); k += THREADS) {
+    const int at = split.head + k * kVector<T>;
+    *reinterpret_cast<uint4*>(to + at) = *reinterpret_cast<const uint4*>(from + at);
+  }
+  const int edge = int(split.edge(threadIdx.x));
+  if (edge >= 0) to[edge] = from[edge];
+}
+
+template <class T, int THREADS>
+__device__ __forceinline__ void put_zeros(T* to, int64_t n) {
+  const Split<T> split(to, n);
+  for (int64_t k = threadIdx.x; k < split.packs; k += THREADS) {
+    *reinterpret_cast<uint4*>(to + split.head + k * kVector<T>) = uint4{0, 0, 0, 0};
+  }
+  const int64_t edge = split.edge(threadIdx.x);
+  if (edge >= 0) to[edge] = from_float<T>(0.0f);
+}
+
+// ---- a chunk in shared memory
+
+// Columns from `at` on as float; those that `left` does not reach are -inf. Units lie on 4 bytes, or else (ON4 false)
+// values move one by one.
+template <bool ON4, class T>
+__device__ __forceinline__ void load_unit(const T* at, int left, float (&x)[kUnit<T>]) {
+  if (ON4 && left >= kUnit<T>) {
+    load(at, x);
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < kUnit<T>; ++j) x[j] = j < left ? to_float(at[j]) : -INFINITY;
+}
+
+template <bool ON4, class T>
+__device__ __forceinline__ void store_unit(T* at, int left, const float (&x)[kUnit<T>]) {
+  if (ON4 && left >= kUnit<T>) {
+    store(at, x);
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < kUnit<T>; ++j) {
+    if (j < left) at[j] = from_float<T>(x[j]);
+  }
+}
+
+// Calls of(column, how many are left of the chunk, unit of the batch) for a thread's units of a batch that begins at
+// column `begin` of a chunk of `cols`. `left` is a constant where the batch is a whole one.
+template <class T, int THREADS, class F>
+__device__ __forceinline__ void each_unit(int begin, int cols, F of) {
+  const int first = begin + int(threadIdx.x) * kUnit<T>;
+  if (begin + kBatch<T, THREADS> <= cols) {
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) of(first + u * THREADS * kUnit<T>, kUnit<T>, u);
+  } else {
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) of(first + u * THREADS * kUnit<T>, cols - (first + u * THREADS * kUnit<T>), u);
+  }
+}
+
+// Calls of(true_type) or of(false_type), so that the choice is made once and not for every unit.
+template <class F>
+__device__ __forceinline__ void by(bool choice, F of) {
+  if (choice) {
+    of(std::true_type{});
+  } else {
+    of(std::false_type{});
+  }
+}
+
+__device__ __forceinline__ float exp_of(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.4426950408889634f));
+  return y;
+}
+
+// The maximum over the threads of a block, to all of them; `buffer` as of row_sum.
+template <int THREADS>
+__device__ __forceinline__ float row_max(float x, float* buffer) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, offset));
+  if constexpr (THREADS > 32) {
+    if (threadIdx.x % 32 == 0) buffer[threadIdx.x / 32] = x;
+    __syncthreads();
+    x = buffer[threadIdx.x % (THREADS / 32)];
+#pragma unroll
+    for (int offset = THREADS / 64; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, offset));
+  }
+  return x;
+}
+
+// Σ of kLossParts parts, to every thread.
+__device__ __forceinline__ float sum_parts(const float* parts) {
+  const int lane = threadIdx.x % 32;
+  float sum = 0.0f;
+#pragma unroll
+  for (int k = 0; k < kLossParts; k += 32) sum += parts[k + lane];
+  return row_sum<32>(sum, nullptr);
+}
+
+// ---- rows
+
+template <class T, bool SMOOTHS, int THREADS>
+__global__ void __launch_bounds__(THREADS, 1024 / THREADS) cross_entropy_fwd_kernel(const CrossEntropyForward a) {
+  constexpr int U = kUnit<T>, kStep = kBatch<T, THREADS>;
+  extern __shared__ uint4 memory[];
+  __shared__ float buffer[3][32];
+  const int64_t row = blockIdx.x, t = a.target[row];
+  const T* x = static_cast<const T*>(a.x) + row * a.stride_x;
+  T* dx = a.dx ? static_cast<T*>(a.dx) + row * a.stride_dx : nullptr;
+  if (t == a.ignore_index) {
+    if (threadIdx.x == 0) a.loss[row] = 0.0f;
+    if (dx) put_zeros<T, THREADS>(dx, a.cols);
+    return;
+  }
+
+  const int chunks = int((a.cols + a.chunk - 1) / a.chunk), offset = past(x);
+  const bool on4 = U == 1 || offset % U == 0;
+  auto width = [&](int k) { return int(min(a.cols - int64_t(k) * a.chunk, int64_t(a.chunk))); };
+  auto slot = [&](int k) { return reinterpret_cast<T*>(memory) + k % kSlots * int64_t(a.chunk + kVector<T>) + offset; };
+  auto fetch_chunk = [&](int k) { fetch<T, THREADS>(slot(k), x + int64_t(k) * a.chunk, width(k), k % kSlots); };
+  for (int k = 0; k < kSlots; ++k) {
+    if (k < chunks) fetch_chunk(k);
+    __pipeline_commit();
+  }
+  const bool is_class = t >= 0 && t < a.cols;
+  const float x_t = is_class ? to_float(x[t]) : NAN;
+  const float w_t = a.weight && is_class ? a.weight[t] : 1.0f;
+  const float w_sum = a.weight ? *a.weight_sum : float(a.cols);
+  const float denominator = a.parts ? sum_parts(a.parts) : 1.0f;
+  const float dloss = a.dloss ? a.dloss[row] : 1.0f;
+  auto weight = [&](int64_t col) { return a.weight ? a.weight[col] : 1.0f; };
+
+  // Σ exp(x - top); of smoothing's Σ w (lse - x), the part Σ w (reference - x). A sum for every column of a unit: the
+  // order is that of the columns, wherever the chunk lies. top is a number even where a row holds -inf alone.
+  const float reference = fabsf(x_t) < INFINITY ? x_t : 0.0f;
+  float top = -FLT_MAX, sums[U] = {}, distances[U] = {};
+  for (int k = 0; k < chunks; ++k) {
+    __pipeline_wait_prior(kSlots - 1);
+    __syncthreads();
+    const T* in = slot(k);
+    const int cols = width(k);
+    for (int begin = 0; begin < cols; begin += kStep) {
+      float v[kUnits][U], higher = top;
+      by(on4, [&](auto on4) {
+        each_unit<T, THREADS>(begin, cols, [&](int col, int left, int u) {
+          load_unit<on4>(in + col, left, v[u]);
+#pragma unroll
+          for (int j = 0; j < U; ++j) higher = fmaxf(higher, v[u][j]);
+          if constexpr (SMOOTHS) {
+#pragma unroll
+            for (int j = 0; j < U; ++j) {
+              if (j < left) distances[j] += weight(int64_t(k) * a.chunk + col + j) * (reference - v[u][j]);
+            }
+          }
+        });
+      });
+      const float less = exp_of(top - higher);
+      top = higher;
+#pragma unroll
+      for (int j = 0; j < U; ++j) {
+        sums[j] *= less;
+#pragma unroll
+        for (int u = 0; u < kUnits; ++u) sums[j] += exp_of(v[u][j] - top);
+      }
+    }
+    if (k + kSlots < chunks) {
+      __syncthreads();
+      fetch_chunk(k + kSlots);
+    }
+    __pipeline_commit();
+  }
+  float sum = 0.0f, distance = 0.0f;
+#pragma unroll
+  for (int j = 0; j < U; ++j) {
+    sum += sums[j];
+    distance += distances[j];
+  }
+  const float maximum = row_max<THREADS>(top, buffer[0]);
+  const float total = row_sum<THREADS>(sum * exp_of(top - maximum), buffer[1]);
+  if constexpr (SMOOTHS) distance = row_sum<THREADS>(distance, buffer[2]);
+
+  const float log_total = logf(total), lse = maximum + log_total, each = a.label_smoothing / float(a.cols);
+  if (threadIdx.x == 0) {
+    float loss = w_t * (1.0f - a.label_smoothing) * ((maximum - x_t) + log_total);
+    if constexpr (SMOOTHS) loss += each * (distance + w_sum * ((maximum - reference) + log_total));
+    if (a.z_loss != 0.0f) loss += a.z_loss * lse * lse;
+    a.loss[row] = is_class ? loss : NAN;
+  }
+  if (!dx) return;
+
+  const float scale = (is_class ? dloss : NAN) / denominator;
+  const float one_hot = w_t * (1.0f - a.label_smoothing) * scale, uniform = each * scale;
+  const float factor = (one_hot + uniform * w_sum + 2.0f * scale * a.z_loss * lse) / total;
+  // Where rows of x and dx lie unlike each other, every thread writes its columns to dx itself.
+  const bool alike = past(dx) == offset;
+  const int t_chunk = is_class ? int(t / a.chunk) : -1, t_col = is_class ? int(t % a.chunk) : 0;
+  for (int k = chunks - 1; k >= 0; --k) {
+    if (k < chunks - kSlots) {
+      __pipeline_wait_prior(kSlots - 1);
+      __syncthreads();
+    }
+    T* in = slot(k);
+    T* out = dx + int64_t(k) * a.chunk;
+    const int cols = width(k);
+    auto gradients = [&](auto on4, T* to) {
+      for (int begin = 0; begin < cols; begin += kStep) {
+        each_unit<T, THREADS>(begin, cols, [&](int col, int left, int) {
+          float g[U];
+          load_unit<on4>(in + col, left, g);
+#pragma unroll
+          for (int j = 0; j < U; ++j) {
+            g[j] = exp_of(g[j] - maximum) * factor;
+            if (SMOOTHS && j < left) g[j] -= uniform * weight(int64_t(k) * a.chunk + col + j);
+          }
+          store_unit<on4>(to + col, left, g);
+        });
+      }
+      if (k == t_chunk && t_col / U % THREADS == int(threadIdx.x)) {  // this thread wrote that column, without one_hot
+        float g = exp_of(x_t - maximum) * factor - one_hot;
+        if constexpr (SMOOTHS) g -= uniform * w_t;
+        to[t_col] = from_float<T>(g);
+      }
+    };
+    if (alike) {
+      by(on4, [&](auto on4) { gradients(on4, in); });
+    } else {
+      gradients(std::false_type{}, out);
+    }
+    if (alike) {
+      __syncthreads();
+      put<T, THREADS>(out, in, cols);
+    }
+    if (k >= kSlots) {
+      __syncthreads();
+      fetch_chunk(k - kSlots);
+    }
+    __pipeline_commit();
+  }
+}
+
+// ---- a gradient times dloss
+
+constexpr int kScale = 256;     // threads
+constexpr int kScalePacks = 4;  // 16-byte accesses of a thread in a tile
+
+// Few blocks that loop over tiles: where dloss is 1, as it mostly is, they only have to see that. `alike`: rows of y
+// lie past 16-byte boundaries as those of x.
+template <class T>
+__global__ void __launch_bounds__(kScale) cross_entropy_bwd_kernel(const CrossEntropyBackward a, bool alike) {
+  constexpr int V = kVector<T>, kTile = kScale * kScalePacks * V;
+  float dloss = a.dloss[0];
+  if (!a.per_row && a.y == a.x && dloss == 1.0f) return;
+  const int64_t tiles = (a.cols + kTile - 1) / kTile;
+  for (int64_t at = blockIdx.x; at < a.rows * tiles; at += gridDim.x) {
+    const int64_t row = at / tiles, tile = at % tiles;
+    const T* x = static_cast<const T*>(a.x) + row * a.stride_x;
+    T* y = static_cast<T*>(a.y) + row * a.stride_y;
+    if (a.per_row) dloss = a.dloss[row];
+    const Split<T> split(x, a.cols);
+    float v[kScalePacks][V];
+#pragma unroll
+    for (int k = 0; k < kScalePacks; ++k) {
+      const int64_t pack = (tile * kScalePacks + k) * kScale + threadIdx.x;
+      if (pack < split.packs) load(x + split.head + pack * V, v[k]);
+    }
+#pragma unroll
+    for (int k = 0; k < kScalePacks; ++k) {
+      const int64_t pack = (tile * kScalePacks + k) * kScale + threadIdx.x;
+      if (pack >= split.packs) continue;
+      T* to = y + split.head + pack * V;
+#pragma unroll
+      for (int j = 0; j < V; ++j) v[k][j] *= dloss;
+      if (alike) {
+        store(to, v[k]);
+      } else {
+        for (int j = 0; j < V; ++j) to[j] = from_float<T>(v[k][j]);
+      }
+    }
+    const int64_t edge = tile == 0 ? split.edge(threadIdx.x) : -1;
+    if (edge >= 0) y[edge] = from_float<T>(to_float(x[edge]) * dloss);
+  }
+}
+
+// ---- sums over the rows
+
+constexpr int kSum = 1024;  // threads
+
+// A block's share of [0, n), and its threads' numbers of it in turn.
+template <class F>
+__device__ __forceinline__ float sum_share(int64_t n, F of) {
+  __shared__ float buffer[32];
+  const int64_t share = (n + gridDim.x - 1) / gridDim.x, begin = blockIdx.x * share;
+  const int64_t end = min(begin + share, n);
+  float sum = 0.0f;
+#pragma unroll 4
+  for (int64_t i = begin + threadIdx.x; i < end; i += kSum) sum += of(i);
+  return row_sum<kSum>(sum, buffer);
+}
+
+__global__ void __launch_bounds__(kSum) cross_entropy_count_kernel(const TargetCount a) {
+  const float sum = sum_share(a.rows, [&](int64_t i) {
+    const int64_t t = a.target[i];
+    const bool counts = t >= 0 && t < a.cols && t != a.ignore_index;
+    return !counts ? 0.0f : a.weight ? a.weight[t] : 1.0f;
+  });
+  if (threadIdx.x == 0) a.parts[blockIdx.x] = sum;
+}
+
+// out[block] = Σ x over a block's share, divided by Σ parts unless that is null.
+__global__ void __launch_bounds__(kSum)
+    cross_entropy_sum_kernel(const float* x, int64_t n, const float* parts, float* out) {
+  const float sum = sum_share(n, [&](int64_t i) { return x[i]; });
+  const float denominator = parts ? sum_parts(parts) : 1.0f;
+  if (threadIdx.x == 0) out[blockIdx.x] = sum / denominator;
+}
+
+// ---- what is launched
+
+namespace {
+
+template <class T, int THREADS>
+void forward(CrossEntropyForward a, Place place) {
+  constexpr int64_t kPad = 16, kStep = kBatch<T, THREADS>, kStepBytes = kStep * sizeof(T);
+  const int64_t batches = (a.cols + kStep - 1) / kStep;
+  const int64_t most = (shared_memory(place.device) / kSlots - kPad) / kStepBytes;
+  a.chunk = int(kStep * std::min<int64_t>((batches + kSlots - 1) / kSlots, most));
+  const int64_t whole =
+      std::min<int64_t>(kSlots, a.cols / a.chunk);  // chunks in shared memory, and what a last one has
+  const int64_t rest = whole == kSlots ? 0 : (a.cols % a.chunk) * int64_t(sizeof(T)) + kPad;
+  const size_t shared = whole * (a.chunk * sizeof(T) + kPad) + (rest + 15) / 16 * 16;
+  const auto kernel = a.label_smoothing > 0.0f ? cross_entropy_fwd_kernel<T, true, THREADS>
+                                               : cross_entropy_fwd_kernel<T, false, THREADS>;
+  launch(kernel, unsigned(a.rows), THREADS, shared, place.stream, a);
+}
+
+// A warp, or four, for a row of few batches, of 1 and 4 KB; a batch of 512 threads is 16 KB.
+template <class T>
+void forward(const CrossEntropyForward& a, Place place) {
+  const int64_t bytes = a.cols * int64_t(sizeof(T));
+  if (bytes <= 2048) return forward<T, 32>(a, place);
+  if (bytes <= 16384) return forward<T, 128>(a, place);
+  forward<T, 512>(a, place);
+}
+
+template <class T>
+void backward(CrossEntropyBackward a, Place place) {
+  if (!a.per_row && a.stride_x == a.cols && a.stride_y == a.cols) {
+    a.cols *= a.rows;
+    a.rows = 1;
+  }
+  constexpr int kTile = kScale * kScalePacks * kVector<T>;
+  const bool alike = (reinterpret_cast<uintptr_t>(a.x) - reinterpret_cast<uintptr_t>(a.y)) % 16 == 0 &&
+                     (a.rows == 1 || (a.stride_x - a.stride_y) % kVector<T> == 0);
+  const int64_t tiles = a.rows * ((a.cols + kTile - 1) / kTile);
+  const int64_t blocks = std::min<int64_t>(tiles, 8 * multiprocessors(place.device));
+  launch(cross_entropy_bwd_kernel<T>, unsigned(blocks), kScale, 0, place.stream, a, alike);
+}
+
+}  // namespace
+
+void cross_entropy_fwd(const CrossEntropyForward& args, DType dtype, Place place) {
+  if (args.rows == 0) return;
+  const OnDevice here(place.device);
+  if (dtype == DType::f32) return forward<float>(args, place);
+  dtype == DType::bf16 ? forward<__nv_bfloat16>(args, place) : forward<__half>(args, place);
+}
+
+void cross_entropy_bwd(const CrossEntropyBackward& args, DType dtype, Place place) {
+  if (args.rows == 0 || args.cols == 0) return;
+  const OnDevice here(place.device);
+  if (dtype == DType::f32) return backward<float>(args, place);
+  dtype == DType::bf16 ? backward<__nv_bfloat16>(args, place) : backward<__half>(args, place);
+}
+
+void cross_entropy_count(const TargetCount& args, Place place) {
+  const OnDevice here(place.device);
+  launch(cross_entropy_count_kernel, kLossParts, kSum, 0, place.stream, args);
+}
+
+void cross_entropy_sum(const LossSum& args, Place place) {
+  const OnDevice here(place.device);
+  if (args.rows <= 16 * kSum) {
+    launch(cross_entropy_sum_kernel, 1, kSum, 0, place.stream, args.loss, args.rows, args.parts, args.out);
+    return;
+  }
+  const float* none = nullptr;
+  launch(cross_entropy_sum_kernel, kLossParts, kSum, 0, place.stream, args.loss, args.rows, none, args.scratch);
+  const float* scratch = args.scratch;
+  launch(cross_entropy_sum_kernel, 1, kSum, 0, place.stream, scratch, int64_t(kLossParts), args.parts, args.out);
+}
+
+}  // namespace fastlm::cuda

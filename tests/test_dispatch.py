@@ -1,0 +1,121 @@
+"""_registry.call: the shortest way to an implementation, and that it is taken only where nobody would see the call."""
+
+from unittest import mock
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastlm import _native, ops
+from fastlm.ops import _registry
+from fastlm.testing import checks
+from fastlm.testing.cases import CASES
+
+pytestmark = pytest.mark.skipif(_native.missing_cpu() is not None, reason=str(_native.missing_cpu()))
+X, BIAS = torch.linspace(-2, 2, 12).view(3, 4), torch.tensor([0.5, 0.0, -1.0, 2.0])
+
+
+def gelu(x=X, bias=BIAS):
+    return ops.gelu(x, bias, backend="cpu")
+
+
+@pytest.fixture
+def raw():
+    """The raw op, as what `call` would take from torch.ops; it still runs."""
+    op = torch.ops.fastlm.gelu_fwd
+    with mock.patch.object(torch.ops.fastlm, "gelu_fwd", mock.Mock(side_effect=op)) as recorded:
+        yield recorded
+
+
+@pytest.mark.parametrize("case", [case for case in CASES.values() if "cpu" in _registry.backends(case.op)])
+def test_both_ways_give_the_same_bits(case):
+    """Outputs and gradients, with the dispatcher and without."""
+    variant = case.tests[0]
+    inputs = case.inputs(variant, 0, torch.float32)
+    direct = case.everything(case.function, variant, inputs, 0, backend="cpu")
+    with mock.patch.object(_registry, "_profiled", return_value=True):
+        checks.assert_same_bits(direct, case.everything(case.function, variant, inputs, 0, backend="cpu"), case.op)
+
+
+def test_plain_tensors_pass_the_dispatcher_by(raw):
+    x = X.clone().requires_grad_()
+    for y in (gelu(), gelu(x), gelu(torch.nn.Parameter(X))):
+        assert torch.equal(y, gelu())
+        assert y.requires_grad == (y.grad_fn is not None)
+    assert torch.autograd.grad(gelu(x).sum(), x)[0].isfinite().all()
+    with torch.inference_mode():
+        assert torch.equal(gelu(), gelu())
+    with torch.no_grad():
+        assert not gelu(x).requires_grad
+    raw.assert_not_called()
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+class Functions(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.names.append(getattr(function, "__name__", str(function)))
+        return function(*args, **(kwargs or {}))
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def test_who_looks_on_sees_the_op():
+    with Seen() as seen:
+        gelu()
+    assert "fastlm::gelu_fwd" in seen.names
+    with torch.profiler.profile() as profile:
+        gelu()
+    assert "fastlm::gelu_fwd" in {event.key for event in profile.key_averages()}
+    traced = make_fx(lambda x: gelu(x))(X)
+    assert torch.ops.fastlm.gelu_fwd.default in {node.target for node in traced.graph.nodes}
+
+
+def test_what_is_no_plain_tensor_takes_the_dispatcher(raw):
+    def took_it():
+        called = raw.called
+        raw.reset_mock()
+        return called
+
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(gelu(), torch._subclasses.FakeTensor)
+    assert took_it()
+    assert isinstance(gelu(X.as_subclass(Subclass)), Subclass)
+    assert took_it()
+    negative = torch.complex(X, X).conj().imag  # -X, and memory holds X
+    assert negative.is_neg()
+    assert torch.equal(gelu(negative), gelu(-X))
+    assert took_it()
+    with Functions():
+        gelu()
+    assert took_it()
+    with pytest.raises(ValueError, match=r"fastlm::gelu_fwd: backend is one of .*'nonsense'"):
+        _registry.call("gelu_fwd", X, BIAS, None, False, "nonsense")
+
+
+def test_compiled_graphs_hold_the_op():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(gelu, backend=backend, fullgraph=True)(X), gelu())
+    assert any("gelu_fwd" in str(node.target) for node in graphs[0].graph.nodes)
