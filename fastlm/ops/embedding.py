@@ -94,7 +94,8 @@ def _backward(ctx, dy, _dmean, _drstd):
     dropout_p, stream, padding_idx, bias_dtype, backend = ctx.rest
     wanted = [bool(want) for want in ctx.needs_input_grad[2:5]]
     dword, dposition, dtoken_type, dweight, dbias = _registry.call(
-        "embedding_bwd", dy, *tensors, mean, rstd, dropout_p, rng, stream, padding_idx, bool(bias_dtype), wanted, backend,
+        "embedding_bwd", dy, *tensors, mean, rstd, dropout_p, rng, stream, padding_idx, bool(bias_dtype), wanted,
+        backend,
     )  # fmt: skip
     return (
         None,
