@@ -162,7 +162,10 @@ def test_linear_label_outside_on_a_device(backend, head):
 @pytest.mark.parametrize("backend", ["triton", CUDA])
 def test_logits_aligned_in_any_way_give_the_same_bits(backend, generator):
     """Rows begin anywhere between 16-byte boundaries, in a slice elsewhere than in its copy."""
-    for dtype, vocabulary in ((torch.bfloat16, 16501), (torch.float32, 16502), (torch.float16, 77)):
+    shapes = [(torch.bfloat16, 16501), (torch.float32, 16502), (torch.float16, 77)]
+    if backend == "cuda":  # more than lies in shared memory at once
+        shapes += [(torch.bfloat16, 66003)]
+    for dtype, vocabulary in shapes:
         logits = torch.randn(4, vocabulary + 3, generator=generator).to(dtype)
         target = torch.randint(0, vocabulary, (3,), generator=generator)
         for view in (logits[1:, :vocabulary], logits.view(-1)[1 : 1 + 3 * vocabulary].view(3, vocabulary)):
@@ -215,7 +218,7 @@ def test_cuda_sums_over_many_rows(rows, generator):
 
 
 @cuda_is_built
-@pytest.mark.parametrize("vocabulary", [512, 513, 4096, 4097, 8191, 16384, 16385, 24581])
+@pytest.mark.parametrize("vocabulary", [512, 513, 4096, 4097, 16385, 32768, 32769, 49161])
 def test_cuda_rows_of_any_length(vocabulary, generator):
     """Either side of where a float32 row takes more threads, more chunks, or more than lie in shared memory at once:
     in place, strided, and into a gradient that is aligned otherwise."""

@@ -32,7 +32,7 @@ static int attribute(cudaDeviceAttr which, int device) {
 int multiprocessors(int device) { return on_device() ? attribute(cudaDevAttrMultiProcessorCount, device) : 2; }
 
 size_t shared_memory(int device) {
-  return on_device() ? attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) : 99 * 1024;
+  return on_device() ? attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) : 163 * 1024;
 }
 
 void allow_shared(const void* kernel, size_t bytes) {

@@ -39,7 +39,7 @@ class OnDevice {
 // Multiprocessors of a device; 2 without one, so that kernels which share out rows among blocks loop there too.
 int multiprocessors(int device);
 
-// Bytes of shared memory that a block can have; without a device 99 KB, the least of any architecture since sm_80.
+// Bytes of shared memory that a block can have; without a device sm_80's, for which tests execute kernels.
 size_t shared_memory(int device);
 
 // Lets a kernel have so much dynamic shared memory on the current device: past 48 KB it must be asked for.
