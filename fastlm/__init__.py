@@ -1,16 +1,20 @@
 """fastlm: Transformer language models, pretrained and fine-tuned on fused kernels.
 
-`fastlm.ops` are the kernels, `fastlm.nn` drop-in modules on them, `fastlm.models` whole models.
+`fastlm.ops` are the kernels, `fastlm.nn` drop-in modules on them, `fastlm.models` whole models;
+`fastlm.patch(model)` puts a Transformers model on them.
 Submodules load at first use; importing fastlm imports neither triton nor transformers.
 """
 
 import importlib
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "data", "models", "nn", "ops", "train"]
+_FUNCTIONS = {"patch": "fastlm.hf", "unpatch": "fastlm.hf"}
+__all__ = ["__version__", "data", "hf", "models", "nn", "ops", "patch", "train", "unpatch"]
 
 
 def __getattr__(name):
+    if name in _FUNCTIONS:
+        return getattr(importlib.import_module(_FUNCTIONS[name]), name)
     if name in __all__:
         return importlib.import_module(f"fastlm.{name}")
     raise AttributeError(f"module 'fastlm' has no attribute {name!r}")

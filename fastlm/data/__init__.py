@@ -4,14 +4,25 @@
     batches = Batches(dataset, batch_rows=64, seed=0)
     batch = batches.at(step)
 
-sources -> cleaning -> tokenizer -> packing -> shards -> order -> batches, a file each.
+sources -> cleaning -> tokenizer -> packing -> shards -> order -> batches, a file each; collator: for Transformers' Trainer.
 """
 
 from fastlm.data.batches import Batch, Batches
+from fastlm.data.collator import DataCollatorForLanguageModeling
 from fastlm.data.corpus import python_documentation
 from fastlm.data.preparation import prepare
 from fastlm.data.shards import Dataset, open_dataset
 from fastlm.data.sources import is_prepared
 from fastlm.data.tokenizer import Tokenizer
 
-__all__ = ["Batch", "Batches", "Dataset", "Tokenizer", "is_prepared", "open_dataset", "prepare", "python_documentation"]
+__all__ = [
+    "Batch",
+    "Batches",
+    "DataCollatorForLanguageModeling",
+    "Dataset",
+    "Tokenizer",
+    "is_prepared",
+    "open_dataset",
+    "prepare",
+    "python_documentation",
+]

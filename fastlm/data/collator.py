@@ -1,0 +1,184 @@
+"""Transformers' collator for language models on `fastlm.ops.mlm_mask`: rows of different lengths in, a batch out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from fastlm import ops
+from fastlm.data._checks import integer
+
+
+class DataCollatorForLanguageModeling:
+    """transformers.DataCollatorForLanguageModeling (arguments, defaults, keys of the batch), masking by one op.
+
+    Args:
+        tokenizer: a Transformers tokenizer.
+        mlm: masked tokens to predict; False: `labels` are the input, -100 where it is the padding token.
+        whole_word_mask: select whole words, replaced as any other token. Words come from a column `word_ids` (what
+            encoding.word_ids() gives) or `offset_mapping`, else from the "##" of a WordPiece vocabulary.
+        mlm_probability, mask_replace_prob, random_replace_prob: as of fastlm.ops.mlm_mask.
+        pad_to_multiple_of: of the length of a row.
+        return_tensors: "pt".
+        seed: of the masks; default 0.
+
+    A column `sample_id` (one integer a row) makes a mask a function of (seed, epoch, sample_id, position): the same in
+    any batch, worker or order. `set_epoch` then says which masks are next; without it every epoch has the same ones.
+    Trainer keeps the column with remove_unused_columns=False. Rows without one draw their sample ids from torch's
+    generator, in a worker that worker's, so that every pass has other masks.
+
+    A column `special_tokens_mask` says which tokens are never selected, else tokenizer.all_special_ids do. Unlike
+    Transformers' collator, rows given as bare lists get an attention_mask where they were padded.
+    """
+
+    def __init__(
+        self,
+        tokenizer,
+        mlm: bool = True,
+        whole_word_mask: bool = False,
+        mlm_probability: float = 0.15,
+        mask_replace_prob: float = 0.8,
+        random_replace_prob: float = 0.1,
+        pad_to_multiple_of: int | None = None,
+        return_tensors: str = "pt",
+        seed: int | None = None,
+    ) -> None:
+        if return_tensors != "pt":
+            raise ValueError(f'return_tensors: expected "pt", got {return_tensors!r}')
+        if mlm and tokenizer.mask_token_id is None:
+            raise ValueError(
+                f"tokenizer: expected one with a mask token, got a {type(tokenizer).__name__} without; pass mlm=False "
+                "to train a causal language model"
+            )
+        if whole_word_mask and not mlm:
+            raise ValueError("whole_word_mask: expected False with mlm=False")
+        for name, p in (
+            ("mlm_probability", mlm_probability),
+            ("mask_replace_prob", mask_replace_prob),
+            ("random_replace_prob", random_replace_prob),
+        ):
+            if not isinstance(p, (int, float)) or not 0.0 <= p <= 1.0:
+                raise ValueError(f"{name}: expected a probability in [0, 1], got {p!r}")
+        if mask_replace_prob + random_replace_prob > 1.0:
+            raise ValueError(
+                "mask_replace_prob, random_replace_prob: expected a sum of at most 1, "
+                f"got {mask_replace_prob} + {random_replace_prob}"
+            )
+        self.tokenizer, self.mlm, self.whole_word_mask = tokenizer, mlm, whole_word_mask
+        self.mlm_probability, self.pad_to_multiple_of, self.return_tensors = mlm_probability, pad_to_multiple_of, "pt"
+        self.mask_replace_prob, self.random_replace_prob = mask_replace_prob, random_replace_prob
+        self.seed = 0 if seed is None else integer("seed", seed, -(2**63), 2**64 - 1)
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that live on see it change
+        self._inner: torch.Tensor | None = None  # by id: whether a token continues a word
+
+    def set_epoch(self, epoch: int) -> None:
+        """Which masks come next for rows with a `sample_id`. Batches that workers have made already keep theirs."""
+        self._epoch.fill_(integer("epoch", epoch, 0, 2**32 - 1))
+
+    def __call__(self, examples: Sequence, return_tensors: str | None = None) -> dict[str, torch.Tensor]:
+        """examples: mappings with `input_ids` and what else the tokenizer pads, or bare sequences of ids."""
+        if return_tensors not in (None, "pt"):
+            raise ValueError(f'return_tensors: expected "pt", got {return_tensors!r}')
+        rows = [dict(e) if isinstance(e, Mapping) else {"input_ids": e} for e in examples]
+        words = self._words(examples, rows)
+        sample_ids = _column(rows, "sample_id")
+        batch = self._pad(rows)
+        special = batch.pop("special_tokens_mask", None)
+        ids = batch["input_ids"]
+        if not self.mlm:
+            pad = self.tokenizer.pad_token_id
+            batch["labels"] = ids.clone() if pad is None else ids.masked_fill(ids == pad, -100)
+            return batch
+        if sample_ids is None:
+            sample_ids = torch.randint(-(2**63), 2**63 - 1, (len(rows),))
+        special = None if special is None else special.bool()
+        special_ids = self.tokenizer.all_special_ids
+        left_padded = self.tokenizer.padding_side == "left"
+        masked = ops.mlm_mask(
+            ids,
+            mask_token_id=self.tokenizer.mask_token_id,
+            vocab_size=len(self.tokenizer),
+            special_ids=special_ids,
+            seed=self.seed,
+            epoch=int(self._epoch),
+            sample_ids=torch.as_tensor(sample_ids, dtype=torch.int64),
+            positions=_positions(batch.get("attention_mask")) if left_padded else None,
+            special_tokens_mask=special,
+            mlm_probability=self.mlm_probability,
+            mask_replace_prob=self.mask_replace_prob,
+            random_replace_prob=self.random_replace_prob,
+            word_starts=self._word_starts(ids, words) if self.whole_word_mask else None,
+            capacity=0,  # index and targets are not used
+        )
+        batch["input_ids"], batch["labels"] = masked.input_ids, masked.labels
+        return batch
+
+    def _pad(self, rows) -> dict[str, torch.Tensor]:
+        """tokenizer.pad, without its advice to tokenize and pad in one call."""
+        lengths = {len(row["input_ids"]) for row in rows}
+        multiple = self.pad_to_multiple_of or 1
+        if all(row.keys() == {"input_ids"} for row in rows) and len(lengths) == 1 and not lengths.pop() % multiple:
+            return {"input_ids": torch.stack([torch.as_tensor(row["input_ids"], dtype=torch.int64) for row in rows])}
+        advice = getattr(self.tokenizer, "deprecation_warnings", {})
+        before = advice.get("Asking-to-pad-a-fast-tokenizer", False)
+        advice["Asking-to-pad-a-fast-tokenizer"] = True
+        try:
+            return dict(self.tokenizer.pad(rows, return_tensors="pt", pad_to_multiple_of=self.pad_to_multiple_of))
+        finally:
+            advice["Asking-to-pad-a-fast-tokenizer"] = before
+
+    # ---- whole words
+
+    def _words(self, examples, rows) -> list[list[bool]] | None:
+        """For each row whether its tokens start a word, from a column or the encoding; None: from the vocabulary.
+
+        Takes the columns out, which the tokenizer does not pad.
+        """
+        word_ids, offsets = _column(rows, "word_ids"), _column(rows, "offset_mapping")
+        if not self.whole_word_mask:
+            return None
+        if word_ids is None and all(getattr(example, "encodings", None) for example in examples):
+            word_ids = [example.word_ids() for example in examples]
+        if word_ids is not None:
+            return [[i == 0 or row[i] != row[i - 1] for i in range(len(row))] for row in word_ids]
+        if offsets is not None:
+            return [[i == 0 or row[i][0] != row[i - 1][1] for i in range(len(row))] for row in offsets]
+        return None
+
+    def _word_starts(self, ids, words) -> torch.Tensor:
+        """(B, S) bool. A special token ends a word by itself: the op sees to that."""
+        if words is None:
+            return ~self._continues()[ids]
+        starts = torch.ones(ids.shape, dtype=torch.bool)
+        for row, flags in zip(starts, words):
+            where = slice(-len(flags), None) if self.tokenizer.padding_side == "left" else slice(len(flags))
+            row[where] = torch.tensor(flags, dtype=torch.bool)
+        return starts
+
+    def _continues(self) -> torch.Tensor:
+        if self._inner is None:
+            inner = torch.zeros(len(self.tokenizer), dtype=torch.bool)
+            for token, i in self.tokenizer.get_vocab().items():
+                inner[i] = token.startswith("##")
+            if not inner.any():
+                raise ValueError(
+                    'whole_word_mask: expected a column word_ids or offset_mapping, for this vocabulary has no "##"; '
+                    "tokenize with return_offsets_mapping=True, and keep the column"
+                )
+            self._inner = inner
+        return self._inner
+
+
+def _column(rows, name) -> list | None:
+    """Takes a column out of the rows; None where there is none."""
+    values = [row.pop(name, None) for row in rows]
+    there = sum(value is not None for value in values)
+    if 0 < there < len(rows):
+        raise ValueError(f"{name}: expected in every row or in none, got it in {there} of {len(rows)}")
+    return values if there else None
+
+
+def _positions(attention_mask) -> torch.Tensor | None:
+    """Positions in the row without its padding on the left."""
+    return None if attention_mask is None else (attention_mask.cumsum(-1) - 1).clamp(min=0)

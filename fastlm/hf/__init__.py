@@ -1,0 +1,141 @@
+"""Transformers' models on fastlm's kernels: `patch(model)` and `unpatch(model)`; docs/huggingface.md is the overview.
+
+Modules change their class (fastlm.hf._swap), nothing else: parameters, names, hooks and the state_dict stay, so that
+optimizers, save_pretrained, copies, pickles, DDP and adapters go on. The table of what becomes what: _families.py.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+
+from fastlm.hf import _families
+from fastlm.hf._swap import Patched, restore, swap
+from fastlm.hf.attention import NAME, register
+
+__all__ = ["Report", "patch", "register", "unpatch"]
+
+_FAMILIES = ", ".join(sorted(_families.MODULES))
+_BEFORE = "_fastlm_attention_before"  # on a model whose configuration was changed: its attention implementation
+
+
+@dataclass
+class Report:
+    """What `patch` did: (class, what it does now) -> how many; (class, why it was left) -> how many; notes."""
+
+    model: str
+    replaced: Counter = field(default_factory=Counter)
+    left: Counter = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"fastlm.patch: {self.model}"]
+        for title, counts in (("replaced", self.replaced), ("left", self.left)):
+            for (name, text), count in sorted(counts.items()):
+                lines.append(f"  {title:8} {count:4} × {name}: {text}")
+        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
+
+
+def _models(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The outermost models of a known family: `model` itself, or inside of it (DDP, PEFT, an encoder-decoder of two)."""
+    config = getattr(model, "config", None)
+    if getattr(config, "model_type", None) in _families.MODULES and hasattr(model, "set_attn_implementation"):
+        return [model]
+    return [found for child in model.children() for found in _models(child)]
+
+
+def patch(model: torch.nn.Module, *, fused_loss: bool = False) -> Report:
+    """Puts a Transformers model on fastlm's kernels, in place; again does nothing more.
+
+    Args:
+        model: of the BERT, RoBERTa, DistilBERT, ModernBERT, GPT-2, T5 or Llama family, with any head; or a module that
+            holds one: wrapped by DDP, by PEFT, or a part of a larger model. Patch before accelerate's or Trainer's
+            preparation.
+        fused_loss: compute the loss of a language model together with its head. Then, in training with gradients and
+            with labels, `logits` are None in the outputs; in evaluation they are there.
+
+    Returns a Report of what was replaced and what was left, and why. A model of another family is left as it is: the
+    Report says so, and a warning.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    report = Report(type(model).__name__)
+    models = _models(model)
+    if not models:
+        kind = getattr(getattr(model, "config", None), "model_type", None)
+        note = f"nothing was replaced: {kind or type(model).__name__} is not of a family that fastlm knows ({_FAMILIES})"
+        report.notes.append(note)
+        warnings.warn(f"fastlm.patch: {note}", stacklevel=2)
+        return report
+    register()
+    for found in models:
+        _patch_modules(found, report)
+        _patch_attention(found, report)
+        _patch_loss(found, fused_loss, report)
+    return report
+
+
+def _patch_modules(model, report):
+    model_type = model.config.model_type
+    for module in model.modules():
+        if isinstance(module, Patched):
+            _mixin, base = type(module).parts
+            report.replaced[base.__name__, "already"] += 1
+            continue
+        name, entry = type(module).__name__, _families.replacement(module, model_type)
+        if entry is None:
+            continue
+        mixin, text = entry
+        if mixin is not None and "forward" in module.__dict__:
+            mixin, text = None, "its forward was replaced on the instance (accelerate does that); patch before"
+        if mixin is None:
+            report.left[name, text] += 1
+        else:
+            swap(module, mixin)
+            report.replaced[name, text] += 1
+
+
+def _patch_attention(model, report):
+    from transformers import PreTrainedModel
+
+    before = {}
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and module.config._attn_implementation != NAME:
+            before[module] = module.config._attn_implementation
+    for module, name in before.items():
+        setattr(module, _BEFORE, name)
+    model.set_attn_implementation(NAME)
+    for name in sorted(set(before.values())):
+        report.notes.append(f'attention: attn_implementation="{NAME}" in place of "{name}"; 4-D masks run on sdpa')
+
+
+def _patch_loss(model, fused_loss, report):
+    name = type(model).__name__
+    mixin = _families.LOSSES.get(name)
+    if isinstance(model, Patched):
+        return
+    if mixin is None:
+        if model.get_output_embeddings() is not None:
+            report.left[name, "its loss: fastlm fuses one language model head's, and this class has another form"] += 1
+    elif not fused_loss:
+        report.left[name, "its loss: fastlm.patch(model, fused_loss=True) computes it with the head"] += 1
+    elif "forward" in model.__dict__:
+        report.left[name, "its loss: its forward was replaced on the instance (accelerate does that); patch before"] += 1
+    else:
+        swap(model, mixin)
+        report.replaced[name, "head and loss in one, in training"] += 1
+
+
+def unpatch(model: torch.nn.Module) -> None:
+    """Undoes `patch`, also of a copy or of an unpickled model: every class and attention implementation as before."""
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    for module in model.modules():
+        if isinstance(module, Patched):
+            restore(module)
+            module.__dict__.pop("deferred", None)
+        if _BEFORE in module.__dict__:
+            module.config._attn_implementation_internal = module.__dict__.pop(_BEFORE)

@@ -1,0 +1,107 @@
+"""Which class of Transformers is replaced by what, and what is left: by name, so that nothing is imported."""
+
+from __future__ import annotations
+
+from fastlm.hf import modules
+from fastlm.hf.attention import T5Attention
+from fastlm.hf.loss import FusedLoss, FusedLossFunction, T5FusedLoss
+
+# model_type -> {class of transformers.models.<model_type>: (mixin, what it does)}
+_BERT = {
+    "SelfOutput": (modules.DenseAddNorm, "dropout, addition and LayerNorm in one pass"),
+    "Output": (modules.DenseAddNorm, "dropout, addition and LayerNorm in one pass"),
+    "Intermediate": (modules.Intermediate, "bias and GELU in one pass"),
+}
+MODULES = {
+    "bert": {
+        **{f"Bert{name}": entry for name, entry in _BERT.items()},
+        "BertPredictionHeadTransform": (modules.HeadTransform, "bias and GELU in one pass"),
+    },
+    "roberta": {
+        **{f"Roberta{name}": entry for name, entry in _BERT.items()},
+        "RobertaLMHead": (modules.RobertaLMHead, "bias and GELU in one pass"),
+    },
+    "distilbert": {
+        "TransformerBlock": (modules.DistilBertBlock, "addition and LayerNorm in one pass"),
+        "FFN": (modules.DistilBertFFN, "bias and GELU in one pass"),
+    },
+    "modernbert": {
+        "ModernBertEncoderLayer": (modules.ModernBertLayer, "addition and second LayerNorm in one pass"),
+        "ModernBertMLP": (modules.ModernBertMLP, "GELU and gate in one pass"),
+        "ModernBertPredictionHead": (modules.ModernBertHead, "bias and GELU in one pass"),
+    },
+    "gpt2": {
+        "GPT2Block": (modules.GPT2Block, "addition and second LayerNorm in one pass"),
+        "GPT2MLP": (modules.GPT2MLP, "bias and GELU in one pass"),
+    },
+    "t5": {
+        "T5LayerNorm": (modules.T5LayerNorm, "RMSNorm"),
+        "T5Attention": (T5Attention, "attention, the relative bias and its gradient inside"),
+        "T5DenseGatedActDense": (modules.T5GatedDense, "GELU and gate in one pass"),
+    },
+    "llama": {
+        "LlamaDecoderLayer": (modules.LlamaLayer, "addition and second RMSNorm in one pass"),
+        "LlamaRMSNorm": (modules.RMSNorm, "RMSNorm"),
+    },
+}
+
+# In every family: full name -> (mixin, what it does)
+COMMON = {
+    "torch.nn.modules.normalization.LayerNorm": (modules.LayerNorm, "LayerNorm"),
+    "transformers.activations.GELUActivation": (modules.GELU, "GELU"),
+    "transformers.activations.GELUTanh": (modules.TanhGELU, "GELU by tanh"),
+    "transformers.activations.NewGELUActivation": (modules.TanhGELU, "GELU by tanh"),
+    "transformers.activations.AccurateGELUActivation": (modules.TanhGELU, "GELU by tanh"),
+}
+
+LOSSES = {
+    "BertForMaskedLM": FusedLoss,
+    "RobertaForMaskedLM": FusedLoss,
+    "DistilBertForMaskedLM": FusedLoss,
+    "T5ForConditionalGeneration": T5FusedLoss,
+    "BertLMHeadModel": FusedLossFunction,
+    "RobertaForCausalLM": FusedLossFunction,
+    "ModernBertForMaskedLM": FusedLossFunction,
+    "GPT2LMHeadModel": FusedLossFunction,
+    "LlamaForCausalLM": FusedLossFunction,
+}
+
+# What is seen and left, with the reason: class name -> reason
+LEFT = {
+    "T5DenseActDense": "fastlm has no op for its activation alone with a matrix product",
+    "LlamaMLP": "fastlm has no SiLU",
+    "LlamaRotaryEmbedding": "fastlm has no rotary embedding",
+    "ModernBertRotaryEmbedding": "fastlm has no rotary embedding",
+    "BertPooler": "tanh of one token a row",
+}
+
+
+def full_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def replacement(module, model_type: str):
+    """(mixin, what it does), (None, why not), or None for a module that is of no interest."""
+    cls = type(module)
+    name = full_name(cls)
+    if name in COMMON:
+        return COMMON[name]
+    prefix, _, last = name.rpartition(".")
+    if not prefix.startswith(f"transformers.models.{model_type}."):
+        return None
+    if last in LEFT:
+        return None, LEFT[last]
+    mixin, what = MODULES[model_type].get(last, (None, None))
+    if mixin is None:
+        return None
+    activation = getattr(mixin, "act_name", None)
+    if activation and not is_gelu(getattr(module, activation)):
+        return None, f"its activation is a {type(getattr(module, activation)).__name__}; fastlm has GELU"
+    return mixin, what
+
+
+def is_gelu(activation) -> bool:
+    if isinstance(activation, modules.GELU):
+        return True
+    mixin, _ = COMMON.get(full_name(type(activation)), (None, None))
+    return mixin is not None and issubclass(mixin, modules.GELU)

@@ -1,0 +1,70 @@
+"""Changing a module's class in place, so that the object, its parameters, buffers, hooks and name all stay.
+
+A replacement is a mixin below, put in front of the module's own class: `swap(module, Mixin)` sets module.__class__ to
+type(name, (Mixin, type(module))), of the same name and module as before, since Transformers looks models up by both.
+Such a class cannot be imported, so a pickle holds (Mixin, own class) and makes it again; deepcopy goes the same way.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+
+class Patched:
+    """The base of all mixins: how instances are copied and pickled."""
+
+    parts: tuple[type, type]  # (mixin, the class it was put in front of)
+
+    @classmethod
+    def members(cls, base: type) -> dict:
+        """What the class made of this mixin and `base` has besides."""
+        return {}
+
+    def __reduce_ex__(self, protocol):
+        _make, _arguments, *rest = super().__reduce_ex__(protocol)
+        return _make_again, self.parts, *rest
+
+    def extra_repr(self) -> str:
+        return ", ".join(filter(None, (super().extra_repr(), "fastlm")))
+
+
+def _make_again(mixin: type, base: type):
+    from fastlm.hf.attention import register  # a model may be unpickled where nothing has been patched
+
+    register()
+    cls = _class(mixin, base)
+    return cls.__new__(cls)
+
+
+@functools.cache
+def _class(mixin: type, base: type) -> type:
+    names = {"parts": (mixin, base), "__module__": base.__module__, "__qualname__": base.__qualname__}
+    return type(base.__name__, (mixin, base), {**names, "__doc__": base.__doc__, **mixin.members(base)})
+
+
+def swap(module: torch.nn.Module, mixin: type) -> None:
+    module.__class__ = _class(mixin, type(module))
+
+
+def restore(module: torch.nn.Module) -> None:
+    """The class as it was. ValueError where something else has changed the class since."""
+    cls = type(module)
+    if "parts" not in vars(cls):
+        raise ValueError(
+            f"model: expected its modules as fastlm.patch left them, got a {cls.__name__} whose class was changed "
+            "again (fully_shard does that); unpatch before it"
+        )
+    module.__class__ = cls.parts[1]
+
+
+def bare(module: torch.nn.Module | None, kind: type) -> bool:
+    """Whether the module is a `kind`, no subclass of it and nothing around it, with no hooks: it may be bypassed."""
+    return type(module) is kind and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__  # accelerate's way to move and cast
+    )

@@ -1,0 +1,130 @@
+"""The head and the loss in one: in training the logits never exist (fastlm.ops.linear_cross_entropy).
+
+A model's forward runs as Transformers wrote it, without labels, and with a decoder that hands its input through: what
+comes out as `logits` are the hidden states in front of the last Linear. Those that predict something (label not -100)
+go on. Outside of training, under no_grad and without labels nothing is changed, and `logits` are there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import warnings
+
+import torch
+import torch.nn.functional as F
+
+from fastlm import ops
+from fastlm.hf._swap import Patched, bare, swap
+
+
+class Decoder(Patched):
+    """The Linear of a head. While `deferred`, it returns its input."""
+
+    deferred = False
+
+    def forward(self, input):
+        return input if self.deferred else super().forward(input)
+
+
+def _cross_entropy(hidden, decoder, target, *, ignore_index=-100, num_items=None, wide=False):
+    """Mean over the targets that are not ignore_index, or with num_items their sum over it; wide: in float32."""
+    hidden, target = hidden.flatten(0, -2), target.to(hidden.device).flatten()
+    # Rows without a target take part in no product. On a device this reads their number, once a step.
+    if not torch.compiler.is_compiling():
+        rows = (target != ignore_index).nonzero().flatten()
+        hidden, target = hidden.index_select(0, rows), target.index_select(0, rows)
+    low = hidden.dtype in (torch.bfloat16, torch.float16)  # then the op's loss is float32 under autocast alone
+    autocast = torch.autocast(hidden.device.type, dtype=hidden.dtype) if wide and low else contextlib.nullcontext()
+    with autocast:
+        loss = ops.linear_cross_entropy(
+            hidden, decoder.weight, target, decoder.bias, ignore_index=ignore_index,
+            reduction="mean" if num_items is None else "sum",
+        )  # fmt: skip
+    return loss if num_items is None else loss / torch.as_tensor(num_items).to(loss.device)
+
+
+class FusedLoss(Patched):
+    """A model whose loss is the mean cross-entropy of its logits, whatever num_items_in_batch is; not shifted."""
+
+    positions: dict[str, int]  # of the arguments of the model's forward
+
+    @classmethod
+    def members(cls, base):
+        """A forward with the signature of the model's: Trainer and generate read it."""
+
+        @functools.wraps(base.forward)
+        def forward(self, *args, **kwargs):
+            return cls.forward(self, *args, **kwargs)
+
+        names = list(inspect.signature(base.forward).parameters)[1:]
+        return {"forward": forward, "positions": {name: i for i, name in enumerate(names)}}
+
+    def forward(self, *args, **kwargs):
+        labels = self._argument("labels", args, kwargs)
+        decoder = self.get_output_embeddings()
+        if labels is None or not (self.training and torch.is_grad_enabled() and self._fuses(decoder)):
+            return super().forward(*args, **kwargs)
+        return_dict, position = kwargs.get("return_dict"), self.positions["labels"]
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        args = tuple(None if i == position else a for i, a in enumerate(args))
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("labels", "return_dict")} | (
+            self._instead_of_labels(labels, args, kwargs)
+        )
+        decoder.deferred = True
+        try:
+            outputs = super().forward(*args, return_dict=True, **kwargs)
+        finally:
+            decoder.deferred = False
+        loss = self._loss(outputs.logits, decoder, labels, kwargs)
+        outputs = type(outputs)(**{**outputs, "loss": loss, "logits": None})
+        return outputs if return_dict else outputs.to_tuple()
+
+    def _argument(self, name, args, kwargs):
+        position = self.positions[name]
+        return args[position] if position < len(args) else kwargs.get(name)
+
+    def _fuses(self, decoder) -> bool:
+        """Whether the decoder is a Linear that may be bypassed, which resize_token_embeddings makes anew."""
+        if bare(decoder, torch.nn.Linear):
+            swap(decoder, Decoder)
+        if isinstance(decoder, Decoder) and not decoder._forward_hooks:
+            return True
+        warnings.warn(
+            f"fastlm: the loss is not fused, since the head's last layer is a {type(decoder).__name__}, not a plain "
+            "torch.nn.Linear; leave the head out of target_modules to have it fused",
+            stacklevel=3,
+        )
+        return False
+
+    def _instead_of_labels(self, labels, args, kwargs) -> dict:
+        """Arguments that the model would make of the labels."""
+        return {}
+
+    def _loss(self, hidden, decoder, labels, options):
+        return _cross_entropy(hidden, decoder, labels)
+
+
+class T5FusedLoss(FusedLoss):
+    """The decoder's input is made of the labels."""
+
+    def _instead_of_labels(self, labels, args, kwargs):
+        given = (self._argument(name, args, kwargs) for name in ("decoder_input_ids", "decoder_inputs_embeds"))
+        return {} if any(x is not None for x in given) else {"decoder_input_ids": self._shift_right(labels)}
+
+
+class FusedLossFunction(FusedLoss):
+    """A model that calls its `loss_function`: Transformers' for causal or masked language models, and no other."""
+
+    def _fuses(self, decoder):
+        name = getattr(self.loss_function, "__name__", None)
+        return name in ("ForCausalLMLoss", "ForMaskedLMLoss") and super()._fuses(decoder)
+
+    def _loss(self, hidden, decoder, labels, options):
+        ignore_index = options.get("ignore_index", -100)
+        if self.loss_function.__name__ == "ForCausalLMLoss":
+            shifted = options.get("shift_labels")
+            labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:] if shifted is None else shifted
+        num_items = options.get("num_items_in_batch")
+        return _cross_entropy(hidden, decoder, labels, ignore_index=ignore_index, num_items=num_items, wide=True)

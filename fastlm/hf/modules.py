@@ -1,0 +1,261 @@
+"""Transformers' modules on fastlm's ops, as mixins (fastlm.hf._swap): norms, activations, and the blocks around them.
+
+Each `forward` computes what the class behind it computes. A part that is not what Transformers put there (an adapter
+in place of a Linear, a hook, a norm wrapped by another module) is called as it is, and what it would be fused with
+runs by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import torch.nn.functional as F
+
+from fastlm import nn, ops
+from fastlm.hf._swap import Patched, bare
+
+# ---- norms
+
+
+class FusedNorm(Patched):
+    """A norm whose forward takes (x, residual=None, dropout_p=, return_residual=), as fastlm.nn.LayerNorm's."""
+
+
+class LayerNorm(FusedNorm):
+    """torch.nn.LayerNorm."""
+
+    keep_dtype = False
+    forward = nn.LayerNorm.forward
+
+
+class RMSNorm(FusedNorm):
+    """LlamaRMSNorm: the result has the dtype that the input's and the weight's promote to, autocast or not."""
+
+    def forward(self, hidden_states, residual=None, **options):
+        x, weight = hidden_states, self.weight
+        dtype, device = torch.promote_types(x.dtype, weight.dtype), x.device.type
+        off = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+        with off:
+            return ops.rms_norm(x.to(dtype), weight, eps=self.variance_epsilon, residual=residual, **options)
+
+
+class T5LayerNorm(RMSNorm):
+    """T5's: the result has the weight's dtype."""
+
+    def forward(self, hidden_states):
+        return super().forward(hidden_states).to(self.weight.dtype)
+
+
+def add_norm(norm, x, residual, dropout=None, return_residual=False):
+    """norm(h) with h = residual + dropout(x), or (norm(h), h); one pass where norm and dropout are as they were."""
+    if isinstance(norm, FusedNorm) and (dropout is None or bare(dropout, torch.nn.Dropout)):
+        p = dropout.p if dropout is not None and dropout.training else 0.0
+        return norm(x, residual, dropout_p=p, return_residual=return_residual)
+    h = residual + (x if dropout is None else dropout(x))
+    return (norm(h), h) if return_residual else norm(h)
+
+
+# ---- activations
+
+
+class GELU(Patched):
+    """GELU by the error function."""
+
+    approximate = "none"
+
+    def forward(self, input):
+        return ops.gelu(input, approximate=self.approximate)
+
+
+class TanhGELU(GELU):
+    """GELU by tanh."""
+
+    approximate = "tanh"
+
+
+def dense_gelu(dense, x, activation):
+    """activation(dense(x)); a GELU adds the bias of a plain Linear or Conv1D as it reads the product."""
+    if not isinstance(activation, GELU):
+        return activation(dense(x))
+    from transformers.pytorch_utils import Conv1D
+
+    if bare(dense, torch.nn.Linear):
+        h, bias = F.linear(x, dense.weight), dense.bias
+    elif bare(dense, Conv1D):  # GPT-2's: a Linear with its weight transposed
+        h, bias = x @ dense.weight, dense.bias
+    else:
+        h, bias = dense(x), None
+    return ops.gelu(h, bias, approximate=activation.approximate)
+
+
+def gated(activation, x, gate):
+    """activation(x) * gate."""
+    return ops.gelu(x, gate=gate, approximate=activation.approximate)
+
+
+# ---- BERT, RoBERTa
+
+
+class DenseAddNorm(Patched):
+    """BertSelfOutput, BertOutput: LN(input + dropout(dense(x)))."""
+
+    def forward(self, hidden_states, input_tensor):
+        return add_norm(self.LayerNorm, self.dense(hidden_states), input_tensor, self.dropout)
+
+
+class Intermediate(Patched):
+    """BertIntermediate: gelu(dense(x))."""
+
+    act_name = "intermediate_act_fn"
+
+    def forward(self, hidden_states):
+        return dense_gelu(self.dense, hidden_states, self.intermediate_act_fn)
+
+
+class HeadTransform(Patched):
+    """BertPredictionHeadTransform: LN(gelu(dense(x)))."""
+
+    act_name = "transform_act_fn"
+
+    def forward(self, hidden_states):
+        return self.LayerNorm(dense_gelu(self.dense, hidden_states, self.transform_act_fn))
+
+
+class RobertaLMHead(Patched):
+    """decoder(LN(gelu(dense(x)))); the GELU is a function in Transformers."""
+
+    def forward(self, features, **kwargs):
+        if bare(self.dense, torch.nn.Linear):
+            x = ops.gelu(F.linear(features, self.dense.weight), self.dense.bias)
+        else:
+            x = ops.gelu(self.dense(features))
+        return self.decoder(self.layer_norm(x))
+
+
+# ---- DistilBERT
+
+
+class DistilBertFFN(Patched):
+    """dropout(lin2(gelu(lin1(x)))), in chunks of the sequence where the configuration asks for them."""
+
+    act_name = "activation"
+
+    def ff_chunk(self, input):
+        return self.dropout(self.lin2(dense_gelu(self.lin1, input, self.activation)))
+
+
+class DistilBertBlock(Patched):
+    """Post-LN: each addition and the LN after it are one pass."""
+
+    def forward(self, hidden_states, attention_mask=None, **kwargs):
+        attended, _ = self.attention(hidden_states, attention_mask=attention_mask, **kwargs)
+        hidden_states = add_norm(self.sa_layer_norm, attended, hidden_states)
+        return add_norm(self.output_layer_norm, self.ffn(hidden_states), hidden_states)
+
+
+# ---- ModernBERT
+
+
+class ModernBertMLP(Patched):
+    """Wo(dropout(gelu(a) * b)) with (a, b) the halves of Wi(x)."""
+
+    act_name = "act"
+
+    def forward(self, hidden_states):
+        x, gate = self.Wi(hidden_states).chunk(2, dim=-1)
+        return self.Wo(self.drop(gated(self.act, x, gate)))
+
+
+class ModernBertLayer(Patched):
+    """Pre-LN: the addition after attention and the second LN are one pass."""
+
+    def forward(self, hidden_states, attention_mask=None, position_embeddings=None, **kwargs):
+        attended, _ = self.attn(
+            self.attn_norm(hidden_states),
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            **kwargs,
+        )
+        normed, hidden_states = add_norm(self.mlp_norm, attended, hidden_states, return_residual=True)
+        return hidden_states + self.mlp(normed)
+
+
+class ModernBertHead(Patched):
+    """LN(gelu(dense(x)))."""
+
+    act_name = "act"
+
+    def forward(self, hidden_states):
+        return self.norm(dense_gelu(self.dense, hidden_states, self.act))
+
+
+# ---- GPT-2
+
+
+class GPT2MLP(Patched):
+    """dropout(c_proj(gelu(c_fc(x))))."""
+
+    act_name = "act"
+
+    def forward(self, hidden_states):
+        return self.dropout(self.c_proj(dense_gelu(self.c_fc, hidden_states, self.act)))
+
+
+class GPT2Block(Patched):
+    """Pre-LN: the addition after attention and the second LN are one pass. With cross-attention, Transformers' own."""
+
+    def forward(
+        self,
+        hidden_states,
+        past_key_values=None,
+        attention_mask=None,
+        encoder_hidden_states=None,
+        encoder_attention_mask=None,
+        use_cache=False,
+        **kwargs,
+    ):
+        if encoder_hidden_states is not None:
+            return super().forward(
+                hidden_states, past_key_values, attention_mask, encoder_hidden_states, encoder_attention_mask,
+                use_cache, **kwargs,
+            )  # fmt: skip
+        attended, _ = self.attn(
+            self.ln_1(hidden_states),
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        normed, hidden_states = add_norm(self.ln_2, attended, hidden_states, return_residual=True)
+        return hidden_states + self.mlp(normed)
+
+
+# ---- T5
+
+
+class T5GatedDense(Patched):
+    """wo(dropout(gelu(wi_0(x)) * wi_1(x)))."""
+
+    act_name = "act"
+
+    def forward(self, hidden_states):
+        x = self.dropout(gated(self.act, self.wi_0(hidden_states), self.wi_1(hidden_states)))
+        weight = self.wo.weight  # float32 in a half-precision model; int8 where quantised, which takes x as it is
+        if isinstance(weight, torch.Tensor) and weight.dtype not in (x.dtype, torch.int8):
+            x = x.to(weight.dtype)
+        return self.wo(x)
+
+
+# ---- Llama
+
+
+class LlamaLayer(Patched):
+    """Pre-norm: the addition after attention and the second norm are one pass."""
+
+    def forward(self, hidden_states, attention_mask=None, **kwargs):
+        attended, _ = self.self_attn(
+            hidden_states=self.input_layernorm(hidden_states), attention_mask=attention_mask, **kwargs
+        )
+        normed, hidden_states = add_norm(self.post_attention_layernorm, attended, hidden_states, return_residual=True)
+        return hidden_states + self.mlp(normed)
