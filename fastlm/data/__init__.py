@@ -4,7 +4,8 @@
     batches = Batches(dataset, batch_rows=64, seed=0)
     batch = batches.at(step)
 
-sources -> cleaning -> tokenizer -> packing -> shards -> order -> batches, a file each; collator: for Transformers' Trainer.
+sources -> cleaning -> tokenizer -> packing -> shards -> order -> batches, a file each.
+DataCollatorForLanguageModeling is for Transformers' Trainer.
 """
 
 from fastlm.data.batches import Batch, Batches

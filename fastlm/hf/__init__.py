@@ -19,6 +19,7 @@ from fastlm.hf.attention import NAME, register
 __all__ = ["Report", "patch", "register", "unpatch"]
 
 _FAMILIES = ", ".join(sorted(_families.MODULES))
+_INSTANCE = "its forward was replaced on the instance (accelerate does that); patch before"
 _BEFORE = "_fastlm_attention_before"  # on a model whose configuration was changed: its attention implementation
 
 
@@ -40,7 +41,7 @@ class Report:
 
 
 def _models(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The outermost models of a known family: `model` itself, or inside of it (DDP, PEFT, an encoder-decoder of two)."""
+    """The outermost models of a known family: `model`, or what is inside of it (DDP, PEFT, an encoder-decoder of two)."""
     config = getattr(model, "config", None)
     if getattr(config, "model_type", None) in _families.MODULES and hasattr(model, "set_attn_implementation"):
         return [model]
@@ -66,7 +67,8 @@ def patch(model: torch.nn.Module, *, fused_loss: bool = False) -> Report:
     models = _models(model)
     if not models:
         kind = getattr(getattr(model, "config", None), "model_type", None)
-        note = f"nothing was replaced: {kind or type(model).__name__} is not of a family that fastlm knows ({_FAMILIES})"
+        kind = kind or type(model).__name__
+        note = f"nothing was replaced: {kind} is not of a family that fastlm knows ({_FAMILIES})"
         report.notes.append(note)
         warnings.warn(f"fastlm.patch: {note}", stacklevel=2)
         return report
@@ -90,7 +92,7 @@ def _patch_modules(model, report):
             continue
         mixin, text = entry
         if mixin is not None and "forward" in module.__dict__:
-            mixin, text = None, "its forward was replaced on the instance (accelerate does that); patch before"
+            mixin, text = None, _INSTANCE
         if mixin is None:
             report.left[name, text] += 1
         else:
@@ -123,7 +125,7 @@ def _patch_loss(model, fused_loss, report):
     elif not fused_loss:
         report.left[name, "its loss: fastlm.patch(model, fused_loss=True) computes it with the head"] += 1
     elif "forward" in model.__dict__:
-        report.left[name, "its loss: its forward was replaced on the instance (accelerate does that); patch before"] += 1
+        report.left[name, f"its loss: {_INSTANCE}"] += 1
     else:
         swap(model, mixin)
         report.replaced[name, "head and loss in one, in training"] += 1

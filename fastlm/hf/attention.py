@@ -1,9 +1,9 @@
 """attn_implementation="fastlm": Transformers' attention interface on fastlm.ops.attention, and T5's attention module.
 
-Transformers asks a mask function for a mask once a forward, and hands it to the attention function of every layer. Ours
-gives what the op takes: None, or the key mask (B, keys), bool, True for a real token. Causality and window come with the
-module (`is_causal`, `sliding_window`); both are aligned bottom right, so a key mask shorter than the cache cuts it to
-the tokens seen so far (a static cache holds room for more).
+Transformers asks a mask function for a mask once a forward, and hands it to the attention function of every layer.
+Ours gives what the op takes: None, or the key mask (B, keys), bool, True for a real token. Causality and window come
+with the module (`is_causal`, `sliding_window`); both are aligned bottom right, so a key mask shorter than the cache
+cuts it to the tokens seen so far (a static cache holds room for more).
 
 Any other mask (4-D ones that the user made, packed position_ids, masks with functions laid over them) is 4-D, and that
 call runs on Transformers' "sdpa", with a warning.
@@ -189,7 +189,8 @@ class T5Attention(Patched):
             k, v = (x.transpose(1, 2) for x in self._cached(hidden_states, key_value_states, past_key_values, heads))
 
         if self.has_relative_attention_bias:
-            position_bias = self.relative_attention_bias.weight
+            # A copy: reentrant checkpointing makes what a layer returns its own result, never a parameter.
+            position_bias = self.relative_attention_bias.weight.clone()
         q, k, v = _autocast(q, k, v)
         options = {"softmax_scale": self.scaling, "dropout_p": self.dropout if self.training else 0.0}
         causal = _is_causal(self, None)

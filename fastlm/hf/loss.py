@@ -48,7 +48,7 @@ def _cross_entropy(hidden, decoder, target, *, ignore_index=-100, num_items=None
 class FusedLoss(Patched):
     """A model whose loss is the mean cross-entropy of its logits, whatever num_items_in_batch is; not shifted."""
 
-    positions: dict[str, int]  # of the arguments of the model's forward
+    names: list[str]  # of the arguments of the model's forward
 
     @classmethod
     def members(cls, base):
@@ -56,34 +56,23 @@ class FusedLoss(Patched):
 
         @functools.wraps(base.forward)
         def forward(self, *args, **kwargs):
-            return cls.forward(self, *args, **kwargs)
+            return cls.forward(self, **dict(zip(self.names, args)), **kwargs)
 
-        names = list(inspect.signature(base.forward).parameters)[1:]
-        return {"forward": forward, "positions": {name: i for i, name in enumerate(names)}}
+        return {"forward": forward, "names": list(inspect.signature(base.forward).parameters)[1:]}
 
-    def forward(self, *args, **kwargs):
-        labels = self._argument("labels", args, kwargs)
+    def forward(self, labels=None, return_dict=None, **kwargs):
         decoder = self.get_output_embeddings()
         if labels is None or not (self.training and torch.is_grad_enabled() and self._fuses(decoder)):
-            return super().forward(*args, **kwargs)
-        return_dict, position = kwargs.get("return_dict"), self.positions["labels"]
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        args = tuple(None if i == position else a for i, a in enumerate(args))
-        kwargs = {name: value for name, value in kwargs.items() if name not in ("labels", "return_dict")} | (
-            self._instead_of_labels(labels, args, kwargs)
-        )
+            return super().forward(labels=labels, return_dict=return_dict, **kwargs)
         decoder.deferred = True
         try:
-            outputs = super().forward(*args, return_dict=True, **kwargs)
+            outputs = super().forward(return_dict=True, **{**kwargs, **self._instead_of_labels(labels, kwargs)})
         finally:
             decoder.deferred = False
         loss = self._loss(outputs.logits, decoder, labels, kwargs)
         outputs = type(outputs)(**{**outputs, "loss": loss, "logits": None})
+        return_dict = self.config.return_dict if return_dict is None else return_dict
         return outputs if return_dict else outputs.to_tuple()
-
-    def _argument(self, name, args, kwargs):
-        position = self.positions[name]
-        return args[position] if position < len(args) else kwargs.get(name)
 
     def _fuses(self, decoder) -> bool:
         """Whether the decoder is a Linear that may be bypassed, which resize_token_embeddings makes anew."""
@@ -98,7 +87,7 @@ class FusedLoss(Patched):
         )
         return False
 
-    def _instead_of_labels(self, labels, args, kwargs) -> dict:
+    def _instead_of_labels(self, labels, options) -> dict:
         """Arguments that the model would make of the labels."""
         return {}
 
@@ -109,21 +98,27 @@ class FusedLoss(Patched):
 class T5FusedLoss(FusedLoss):
     """The decoder's input is made of the labels."""
 
-    def _instead_of_labels(self, labels, args, kwargs):
-        given = (self._argument(name, args, kwargs) for name in ("decoder_input_ids", "decoder_inputs_embeds"))
+    def _instead_of_labels(self, labels, options):
+        given = (options.get(name) for name in ("decoder_input_ids", "decoder_inputs_embeds"))
         return {} if any(x is not None for x in given) else {"decoder_input_ids": self._shift_right(labels)}
 
 
 class FusedLossFunction(FusedLoss):
     """A model that calls its `loss_function`: Transformers' for causal or masked language models, and no other."""
 
+    def _kind(self) -> str | None:
+        """What `self.loss_function` would be; reading that logs a warning for some models, which no graph may hold."""
+        own = getattr(self, "_loss_function", None)
+        if own is not None:
+            return getattr(own, "__name__", "").removesuffix("Loss")
+        return getattr(self, "loss_type", None) or "ForCausalLM"  # Transformers' own default
+
     def _fuses(self, decoder):
-        name = getattr(self.loss_function, "__name__", None)
-        return name in ("ForCausalLMLoss", "ForMaskedLMLoss") and super()._fuses(decoder)
+        return self._kind() in ("ForCausalLM", "ForMaskedLM") and super()._fuses(decoder)
 
     def _loss(self, hidden, decoder, labels, options):
         ignore_index = options.get("ignore_index", -100)
-        if self.loss_function.__name__ == "ForCausalLMLoss":
+        if self._kind() == "ForCausalLM":
             shifted = options.get("shift_labels")
             labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:] if shifted is None else shifted
         num_items = options.get("num_items_in_batch")
