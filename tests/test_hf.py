@@ -82,14 +82,14 @@ def _seed():
     torch.manual_seed(0)
 
 
-def make(name, seed=0, attention="eager", **changes):
-    """A tiny random model, every parameter drawn wide, so that none hides behind its initial 0 or 1."""
+def make(name, seed=0, attention="eager", wide=True, **changes):
+    """A tiny random model; wide: every parameter drawn so that none hides behind its initial 0 or 1."""
     model, config, arguments = MODELS[name]
     config = getattr(transformers, config)(**{**arguments, **changes}, attn_implementation=attention)
     torch.manual_seed(seed)
     model = getattr(transformers, model)(config)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in model.parameters() if wide else ():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     return model.train()
 
@@ -218,13 +218,12 @@ def test_equals_transformers_in_bfloat16(name, autocast):
 def test_loss_curves_coincide(name):
     """Fifty steps from one seed, dropout off: the losses of both models lie on one curve, and fall."""
     curves = []
-    # T5 does not scale its scores: at 0.02 an ulp on its weights grows to 5e-4 of eager's own loss in these steps
-    lr = 0.005 if name == "t5-gated" else 0.02
     for fused in (None, False, True):
-        model = make(name)
+        # From Transformers' initialisation: with wide weights an ulp on T5's grows to 1e-3 of its own loss.
+        model = make(name, wide=False)
         if fused is not None:
             fastlm.patch(model, fused_loss=fused)
-        optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+        optimizer = torch.optim.SGD(model.parameters(), lr={"t5-gated": 0.02, "llama": 0.05}.get(name, 0.2))
         losses = []
         for step in range(50):
             batch = Batch(name, step % 2)
@@ -453,7 +452,6 @@ def test_fused_loss_leaves_other_losses():
     with pytest.warns(UserWarning, match="the loss is not fused, since the head's last layer is a Sequential"):
         out = model(**batch.inputs, labels=batch.labels)
     assert out.logits is not None
-    assert type(model.lm_head[0]) is torch.nn.Linear
 
 
 def test_num_items_in_bfloat16():
@@ -832,6 +830,7 @@ def test_peft(name, order, tmp_path):
     ours = adapt(model)
     if order == "adapt first":
         fastlm.patch(ours, fused_loss=True)
+    assert ours.train()(**batch.inputs, labels=batch.labels).logits is None
     got = run(ours, batch)
     for key in want:
         torch.testing.assert_close(got[key], want[key], rtol=1e-3, atol=1e-5, msg=key)
@@ -849,14 +848,14 @@ def test_compile(name):
     inputs = {**batch.inputs, "labels": batch.labels, "use_cache": False}
     if name == "bert":
         inputs.pop("use_cache")
-    want = model(**inputs)
-    want.loss.backward()
-    eager = gradients(model)
-    model.zero_grad()
+    twin = copy.deepcopy(model)
     out = torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs)
     assert out.logits is None
     out.loss.backward()
+    want = twin(**inputs)
+    want.loss.backward()
     torch.testing.assert_close(out.loss, want.loss)
+    eager = gradients(twin)
     for key, grad in gradients(model).items():
         torch.testing.assert_close(grad, eager[key], rtol=1e-4, atol=1e-6, msg=key)
 

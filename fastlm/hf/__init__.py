@@ -41,9 +41,10 @@ class Report:
 
 
 def _models(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The outermost models of a known family: `model`, or what is inside of it (DDP, PEFT, an encoder-decoder of two)."""
-    config = getattr(model, "config", None)
-    if getattr(config, "model_type", None) in _families.MODULES and hasattr(model, "set_attn_implementation"):
+    """The outermost models of a known family: `model`, or what it holds (DDP, PEFT, an encoder-decoder of two)."""
+    from transformers import PreTrainedModel
+
+    if isinstance(model, PreTrainedModel) and model.config.model_type in _families.MODULES:
         return [model]
     return [found for child in model.children() for found in _models(child)]
 
@@ -128,6 +129,7 @@ def _patch_loss(model, fused_loss, report):
         report.left[name, f"its loss: {_INSTANCE}"] += 1
     else:
         swap(model, mixin)
+        model.prepare()
         report.replaced[name, "head and loss in one, in training"] += 1
 
 

@@ -85,8 +85,8 @@ def _refuse(options):
         if options.get(name) is not None and options[name] is not False:
             why = why or "the fused kernel has no such thing"
             raise ValueError(
-                f'{name}: expected none with attn_implementation="fastlm"; {why}. '
-                'fastlm.unpatch(model), or model.set_attn_implementation("eager") where it is not T5, has it'
+                f'{name}: expected none with attn_implementation="fastlm"; {why}. Use fastlm.unpatch(model), or for '
+                'all families but T5 model.set_attn_implementation("eager")'
             )
 
 

@@ -61,8 +61,8 @@ class FusedLoss(Patched):
         return {"forward": forward, "names": list(inspect.signature(base.forward).parameters)[1:]}
 
     def forward(self, labels=None, return_dict=None, **kwargs):
-        decoder = self.get_output_embeddings()
-        if labels is None or not (self.training and torch.is_grad_enabled() and self._fuses(decoder)):
+        decoder = self.prepare() if labels is not None and self.training and torch.is_grad_enabled() else None
+        if decoder is None or not self._fuses(decoder):
             return super().forward(labels=labels, return_dict=return_dict, **kwargs)
         decoder.deferred = True
         try:
@@ -74,10 +74,14 @@ class FusedLoss(Patched):
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return outputs if return_dict else outputs.to_tuple()
 
-    def _fuses(self, decoder) -> bool:
-        """Whether the decoder is a Linear that may be bypassed, which resize_token_embeddings makes anew."""
+    def prepare(self) -> torch.nn.Module:
+        """The head's last layer, made a Decoder where it is a plain Linear; resize_token_embeddings puts a new one."""
+        decoder = self.get_output_embeddings()
         if bare(decoder, torch.nn.Linear):
             swap(decoder, Decoder)
+        return decoder
+
+    def _fuses(self, decoder) -> bool:
         if isinstance(decoder, Decoder) and not decoder._forward_hooks:
             return True
         warnings.warn(
