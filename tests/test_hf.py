@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from torch.distributed.fsdp import fully_shard
 from transformers.models.llama import modeling_llama
 from transformers.models.modernbert import modeling_modernbert
 from transformers.models.t5 import modeling_t5
@@ -103,7 +104,7 @@ def patched(model, **arguments):
 class Batch:
     """Padded rows with labels, and how the logits of the real tokens and the loss come from a model's logits."""
 
-    def __init__(self, name, seed=0, side="right", lengths=(9, 4, 12, 1)):
+    def __init__(self, name, seed=0, side="right", lengths=(9, 4, 12, 1), device="cpu"):
         generator = torch.Generator().manual_seed(seed)
         self.causal, self.t5 = name in CAUSAL, name.startswith("t5")
         longest = max(lengths)
@@ -123,7 +124,8 @@ class Batch:
             labels[-1, 4:] = -100
         elif name != "distilbert":
             self.inputs["position_ids"] = positions + (name == "roberta")
-        self.labels = labels
+        self.inputs = {key: value.to(device) for key, value in self.inputs.items()}
+        self.labels, self.real = labels.to(device), self.real.to(device)
 
     def real_logits(self, logits):
         return logits if self.t5 else logits[self.real]
@@ -182,12 +184,12 @@ def run(model, batch):
 
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 @pytest.mark.parametrize("name", MODELS)
-def test_equals_transformers(name, fused):
+def test_equals_transformers(name, fused, device):
     """Loss, logits and every gradient: error against float64 at most four times that of the untouched eager model."""
     comparison = ModelComparison()
     for seed in range(3):
-        model = make(name, seed)
-        batch = Batch(name, seed, side=("right", "left")[seed % 2])
+        model = make(name, seed).to(device)
+        batch = Batch(name, seed, side=("right", "left")[seed % 2], device=device)
         exact, eager = run_exact(model, batch), run(model, batch)
         ours = run(patched(model, fused_loss=fused), batch)
         assert ours.keys() == exact.keys()
@@ -198,15 +200,15 @@ def test_equals_transformers(name, fused):
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "t5-gated", "llama"])
 @pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "parameters"])
-def test_equals_transformers_in_bfloat16(name, autocast):
+def test_equals_transformers_in_bfloat16(name, autocast, device):
     """The same bound in bfloat16, and the same dtypes of loss, logits and gradients."""
     comparison = ModelComparison()
     for seed in range(3):
-        model, batch = make(name, seed), Batch(name, seed)
+        model, batch = make(name, seed).to(device), Batch(name, seed, device=device)
         if not autocast:
             model.to(torch.bfloat16)
         exact = run_exact(model, batch)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=autocast):
             eager, ours = run(model, batch), run(patched(model, fused_loss=True), batch)
         for key in exact:
             assert ours[key].dtype == eager[key].dtype, key
@@ -378,6 +380,7 @@ def test_class_changed_again():
     layer.__class__ = type("Sharded", (type(layer),), {})
     with pytest.raises(ValueError, match="got a Sharded whose class was changed again"):
         fastlm.unpatch(model)
+    assert isinstance(model.bert.embeddings.LayerNorm, Patched)  # nothing was taken back
 
 
 @pytest.mark.parametrize("name", ["bert", "t5-gated", "llama"])
@@ -606,9 +609,9 @@ def test_refused():
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("name", ["bert-causal", "gpt2", "t5-gated", "llama"])
-def test_generate(name, cache):
+def test_generate(name, cache, device):
     """The same tokens with a cache as the untouched model, greedily and by beams, from rows padded on the left."""
-    model, batch = make(name).eval(), Batch(name, side="left", lengths=(5, 3, 8))
+    model, batch = make(name).eval().to(device), Batch(name, side="left", lengths=(5, 3, 8), device=device)
     batch.inputs.pop("position_ids", None)
     ours = patched(model, fused_loss=True)
     settings = {"max_new_tokens": 9, "do_sample": False, "cache_implementation": cache if cache == "static" else None}
@@ -687,7 +690,7 @@ assert "fastlm" not in repr(model) and model.config._attn_implementation == "eag
 
 @pytest.mark.parametrize("name", ["bert", "t5-gated"])
 def test_deepcopy_and_pickle(name, tmp_path):
-    """Copies are patched, and unpatch by themselves; a pickle works in a process that has patched nothing."""
+    """Copies are patched, and unpatch by themselves."""
     model, batch = make(name), Batch(name)
     before = state(model)
     fastlm.patch(model, fused_loss=True)
@@ -703,6 +706,13 @@ def test_deepcopy_and_pickle(name, tmp_path):
     assert model.config._attn_implementation == "fastlm"
     torch.save(model, tmp_path / "model.pt")
     assert torch.equal(torch.load(tmp_path / "model.pt", weights_only=False)(**inputs).loss, want)
+
+
+def test_pickle_in_another_process(tmp_path):
+    """One that has patched nothing."""
+    model, batch = patched(make("t5-gated"), fused_loss=True), Batch("t5-gated")
+    inputs = {**batch.inputs, "labels": batch.labels}
+    want = model(**inputs).loss.detach()
     (tmp_path / "model.pickle").write_bytes(pickle.dumps((model, inputs, want)))
     subprocess.run([sys.executable, "-c", LOAD, tmp_path / "model.pickle"], check=True, timeout=120)
 
@@ -746,6 +756,21 @@ def group(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
+
+
+def test_fully_shard(group):
+    """FSDP2 around each layer and the rest, the loss fused: the same loss and gradients."""
+    model, batch = make("llama"), Batch("llama")
+    want, mesh = run(model, batch), torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    model = patched(model, fused_loss=True).train()
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    out = model(**batch.inputs, labels=batch.labels)
+    assert out.logits is None
+    out.loss.backward()
+    for key, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad.full_tensor(), want[key], rtol=1e-3, atol=1e-5, msg=key)
 
 
 @pytest.mark.parametrize("order", ["patch first", "wrap first"])

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from fastlm.hf import _families
-from fastlm.hf._swap import Patched, restore, swap
+from fastlm.hf._swap import Patched, class_before, swap
 from fastlm.hf.attention import NAME, register
 
 __all__ = ["Report", "patch", "register", "unpatch"]
@@ -137,9 +137,10 @@ def unpatch(model: torch.nn.Module) -> None:
     """Undoes `patch`, also of a copy or of an unpickled model: every class and attention implementation as before."""
     if not isinstance(model, torch.nn.Module):
         raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    classes = [(module, class_before(module)) for module in model.modules() if isinstance(module, Patched)]
+    for module, cls in classes:
+        module.__class__ = cls
+        module.__dict__.pop("deferred", None)
     for module in model.modules():
-        if isinstance(module, Patched):
-            restore(module)
-            module.__dict__.pop("deferred", None)
         if _BEFORE in module.__dict__:
             module.config._attn_implementation_internal = module.__dict__.pop(_BEFORE)

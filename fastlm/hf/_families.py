@@ -66,9 +66,11 @@ LOSSES = {
     "LlamaForCausalLM": FusedLossFunction,
 }
 
+_EMBEDDINGS = "its lookups and their sum; its LayerNorm is replaced by itself"
 # What is seen and left, with the reason: class name -> reason
 LEFT = {
-    "T5DenseActDense": "fastlm has no op for its activation alone with a matrix product",
+    **dict.fromkeys(("BertEmbeddings", "RobertaEmbeddings", "Embeddings", "ModernBertEmbeddings"), _EMBEDDINGS),
+    "T5DenseActDense": "no bias or gate to fuse; a GELU in it is replaced by itself",
     "LlamaMLP": "fastlm has no SiLU",
     "LlamaRotaryEmbedding": "fastlm has no rotary embedding",
     "ModernBertRotaryEmbedding": "fastlm has no rotary embedding",

@@ -48,15 +48,15 @@ def swap(module: torch.nn.Module, mixin: type) -> None:
     module.__class__ = _class(mixin, type(module))
 
 
-def restore(module: torch.nn.Module) -> None:
-    """The class as it was. ValueError where something else has changed the class since."""
+def class_before(module: torch.nn.Module) -> type:
+    """The class that `swap` found. ValueError where something else has changed the class since."""
     cls = type(module)
     if "parts" not in vars(cls):
         raise ValueError(
             f"model: expected its modules as fastlm.patch left them, got a {cls.__name__} whose class was changed "
             "again (fully_shard does that); unpatch before it"
         )
-    module.__class__ = cls.parts[1]
+    return cls.parts[1]
 
 
 def bare(module: torch.nn.Module | None, kind: type) -> bool:

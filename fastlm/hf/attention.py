@@ -101,8 +101,9 @@ def _warn_other_mask():
 
 
 def _is_causal(module, is_causal):
-    is_causal = module.is_causal if is_causal is None else is_causal
-    return is_causal and getattr(module.config, "is_causal", True)  # the configuration can make a decoder an encoder
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    # A configuration can make a decoder an encoder.
+    return is_causal and getattr(getattr(module, "config", None), "is_causal", True)
 
 
 def _autocast(*tensors):
