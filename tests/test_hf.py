@@ -452,6 +452,12 @@ def test_fused_loss_leaves_other_losses():
     assert out.logits is not None
 
     model = patched(make("gpt2", tie_word_embeddings=False), fused_loss=True)
+    with pytest.raises(TypeError, match=r"GPT2LMHeadModel.forward takes 11 arguments, got 12"):
+        model(*[None] * 12)
+    hook = model.lm_head.register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match="is a Linear, not a plain torch.nn.Linear without hooks"):
+        assert model(**batch.inputs, labels=batch.labels).logits is not None
+    hook.remove()
     model.lm_head = torch.nn.Sequential(model.lm_head)
     with pytest.warns(UserWarning, match="the loss is not fused, since the head's last layer is a Sequential"):
         out = model(**batch.inputs, labels=batch.labels)

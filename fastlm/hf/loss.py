@@ -48,17 +48,20 @@ def _cross_entropy(hidden, decoder, target, *, ignore_index=-100, num_items=None
 class FusedLoss(Patched):
     """A model whose loss is the mean cross-entropy of its logits, whatever num_items_in_batch is; not shifted."""
 
-    names: list[str]  # of the arguments of the model's forward
-
     @classmethod
     def members(cls, base):
         """A forward with the signature of the model's: Trainer and generate read it."""
 
+        parameters = list(inspect.signature(base.forward).parameters.values())[1:]
+        names = [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD]
+
         @functools.wraps(base.forward)
         def forward(self, *args, **kwargs):
-            return cls.forward(self, **dict(zip(self.names, args)), **kwargs)
+            if len(args) > len(names):
+                raise TypeError(f"{base.__name__}.forward takes {len(names)} arguments, got {len(args)}")
+            return cls.forward(self, **dict(zip(names, args)), **kwargs)
 
-        return {"forward": forward, "names": list(inspect.signature(base.forward).parameters)[1:]}
+        return {"forward": forward}
 
     def forward(self, labels=None, return_dict=None, **kwargs):
         decoder = self.prepare() if labels is not None and self.training and torch.is_grad_enabled() else None
@@ -82,11 +85,11 @@ class FusedLoss(Patched):
         return decoder
 
     def _fuses(self, decoder) -> bool:
-        if isinstance(decoder, Decoder) and not decoder._forward_hooks:
+        if isinstance(decoder, Decoder) and not (decoder._forward_hooks or decoder._forward_pre_hooks):
             return True
         warnings.warn(
             f"fastlm: the loss is not fused, since the head's last layer is a {type(decoder).__name__}, not a plain "
-            "torch.nn.Linear; leave the head out of target_modules to have it fused",
+            "torch.nn.Linear without hooks; leave adapters and sharding of its own away from it to have it fused",
             stacklevel=3,
         )
         return False
