@@ -49,13 +49,10 @@ def bounds(cu_ptr, s, size, PACKED: tl.constexpr):
 
 
 @triton.jit
-def window(centre, start, end, before, after, HAS_BEFORE: tl.constexpr, HAS_AFTER: tl.constexpr):
+def window(centre, start, end, before, after):
     """[centre - before, centre + after] of [start, end), as [lo, hi) inside of it, empty where lo >= hi."""
-    lo, hi = centre * 0 + start, centre * 0 + end
-    if HAS_BEFORE:
-        lo = tl.minimum(tl.maximum(lo, centre - before), end)
-    if HAS_AFTER:
-        hi = tl.maximum(tl.minimum(hi, centre + after + 1), start)
+    lo = tl.minimum(tl.maximum(centre - before, start), end)
+    hi = tl.maximum(tl.minimum(centre + after + 1, end), start)
     return lo, hi
 
 
