@@ -91,8 +91,9 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 def _strides(x):
-    """(sequence, row, head); a packed tensor is one sequence."""
-    return (0, *x.stride()[:2]) if x.dim() == 3 else x.stride()[:3]
+    """(sequence, row, head); a packed tensor is one sequence. 0 where there is one alone: to compile for one number."""
+    strides = [stride if size > 1 and x.numel() else 0 for size, stride in zip(x.shape[:-1], x.stride())]
+    return (0, *strides) if x.dim() == 3 else tuple(strides)
 
 
 def _named_strides(**tensors):

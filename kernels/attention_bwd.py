@@ -13,6 +13,7 @@ import triton.language as tl
 
 from .attention_tile import (
     PLAIN_NUMBERS,
+    accumulate,
     bounds,
     bucket_of,
     exp,
@@ -120,10 +121,12 @@ def _dkdv(
         a0, a1 = plain_run(begin, all_lo, all_hi, BLOCK_M)
         b0, b1 = a1, a1
 
-    k0, k1, zero = 0, 0, 0.0
+    k0, k1 = 0, 0
     if DROPOUT:
         k0, k1 = dropout_key(rng_ptr, site)
-        zero = scale * 0.0  # no constant: behind one LLVM selects after it has rounded p, three instructions more a pair
+    zero = (
+        scale * 0.0
+    )  # no constant: before one, LLVM selects after it has rounded p, in three instructions more a pair
     m = tl.arange(0, BLOCK_M)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -168,9 +171,9 @@ def _dkdv(
                     not PACKED, True,
                 )  # fmt: skip
                 kept, dp = tl.where(keep, p, zero), tl.where(keep, dp * dropout_scale, 0.0)
-            dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision=PRECISION)
+            dv = accumulate(dv, kept.to(dout.dtype), dout, zero, PRECISION)
             ds = p * (dp - delta[None, :])
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+            dk = accumulate(dk, ds.to(q.dtype), q, zero, PRECISION)
 
         for t in range(0, count - (a1 - a0) - (b1 - b0)):
             m0 = begin + general_block(t, a0, a1, b0, b1) * BLOCK_M
@@ -202,9 +205,9 @@ def _dkdv(
                     query, sequence_head = row - tl.load(cu_q_ptr + sequence), sequence * heads + head
                 keep = keep_tile(position, query, sequence_head, k0, k1, threshold, BLOCK_M, BLOCK_N, not PACKED, True)
                 kept, dp = tl.where(keep, p, zero), tl.where(keep, dp * dropout_scale, 0.0)
-            dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision=PRECISION)
+            dv = accumulate(dv, kept.to(dout.dtype), dout, zero, PRECISION)
             ds = p * (dp - delta[None, :])
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+            dk = accumulate(dk, ds.to(q.dtype), q, zero, PRECISION)
 
     at = ((b * sk + key) * kv_heads + kv_head)[:, None] * D + col[None, :]
     if not FLOAT32:  # else q had it
@@ -291,6 +294,7 @@ def _dq(
     v_ptrs = v_ptr + n.to(tl.int64)[:, None] * stride_vn + col[None, :]
     q, qk_scale, unit = scaled(q, scale, FLOAT32)
     lse *= unit
+    zero = scale * 0.0
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     if HAS_DTABLE:
         sum_left, sum_right = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
@@ -316,7 +320,7 @@ def _dq(
             keep = keep_tile(position, row - start_q, sequence_head, k0, k1, threshold, BLOCK_M, BLOCK_N, True, False)
             dp = tl.where(keep, dp * dropout_scale, 0.0)
         ds = p * (dp - delta[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+        dq = accumulate(dq, ds.to(k.dtype), k, zero, PRECISION)
         if HAS_DTABLE:
             total = tl.sum(ds, axis=1)
             sum_left += tl.where(block < a1, total, 0.0)
@@ -352,7 +356,7 @@ def _dq(
             )
             dp = tl.where(keep, dp * dropout_scale, 0.0)
         ds = p * (dp - delta[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+        dq = accumulate(dq, ds.to(k.dtype), k, zero, PRECISION)
         if HAS_DTABLE:
             sum_left += tl.sum(tl.where(rel <= -far, ds, 0.0), axis=1)
             sum_right += tl.sum(tl.where(rel >= far_right, ds, 0.0), axis=1)

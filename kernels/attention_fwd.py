@@ -9,6 +9,7 @@ import triton.language as tl
 from .attention_tile import (
     LN2,
     PLAIN_NUMBERS,
+    accumulate,
     bounds,
     exp,
     find_sequence,
@@ -103,6 +104,7 @@ def _fwd(
     q, qk_scale, _ = scaled(q, scale, FLOAT32)
     if not FLOAT32:  # positive: then the largest score is so before it is scaled, and what is masked is -inf after
         q, qk_scale = tl.where(scale < 0.0, -q, q), tl.maximum(tl.abs(qk_scale), SMALLEST)
+    zero = scale * 0.0
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -132,7 +134,7 @@ def _fwd(
             v = tl.load(v_ptrs + at * stride_vn)
         else:
             v = tl.load(v_ptrs + at * stride_vn, mask=in_col[None, :], other=0.0)
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+        acc = accumulate(acc * alpha[:, None], p.to(v.dtype), v, zero, PRECISION)
         m = m_new
 
     for t in range(0, count - (a1 - a0) - (b1 - b0)):
@@ -168,7 +170,7 @@ def _fwd(
             )
             p = tl.where(keep, p, 0.0)
         v = tl.load(v_ptrs + at * stride_vn, mask=in_tile, other=0.0)
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+        acc = accumulate(acc * alpha[:, None], p.to(v.dtype), v, zero, PRECISION)
         m = m_new
 
     empty = total == 0.0

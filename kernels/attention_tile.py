@@ -107,6 +107,18 @@ def product(x, y, PRECISION: tl.constexpr):
         return tl.dot(x, tl.trans(y), input_precision=PRECISION)
 
 
+@triton.jit
+def accumulate(acc, x, y, zero, PRECISION: tl.constexpr):
+    """acc + x y. In float32 a block's terms add up by themselves: all of them in order, in one sum, would lose more.
+
+    zero: 0, but no constant, or the compiler would make one sum of it.
+    """
+    if x.dtype == tl.float32:
+        return acc + tl.dot(x, y, tl.zeros_like(acc) + zero, input_precision=PRECISION)
+    else:
+        return tl.dot(x, y, acc, input_precision=PRECISION)
+
+
 # ---- which blocks
 #
 # A tile visits the blocks of [lo, hi), cut from lo in steps of BLOCK. In up to two runs of them, [a0, a1) and [b0, b1)

@@ -86,14 +86,15 @@ def test_dropout_bits_are_the_cpus(layout, causal):
 # of 16, and, with a bias, far from the diagonal on either side.
 LONG = (
     Variant({"h": 1, "d": 16, "lengths": (30, 300)}, {"dropout_p": 0.1}),
-    Variant({"h": 2, "kv": 1, "d": 16, "lengths": (30, 300)}, {"causal": True}),
+    Variant({"h": 1, "d": 16, "lengths": (30, 300)}, {"causal": True}),
     Variant({"h": 1, "d": 16, "lengths": (30, 300), "buckets": 8}, {"max_distance": 8, "dropout_p": 0.1}),
     Variant({"b": 1, "s": 300, "h": 1, "d": 16, "padding": "both", "buckets": 8}, {"max_distance": 8}),
     Variant(
         {"b": 1, "s": 300, "h": 1, "d": 16, "buckets": 8}, {"max_distance": 8, "causal": True, "bidirectional": False}
     ),
     Variant({"b": 1, "s": 300, "h": 1, "d": 16, "padding": "left"}, {"window_size": (200, 30), "dropout_p": 0.1}),
-    Variant({"b": 1, "s": 300, "sk": 200, "h": 1, "d": 16}, {"softmax_scale": -0.3}),
+    Variant({"b": 1, "s": 300, "sk": 200, "h": 1, "d": 8}, {"softmax_scale": -0.3}),
+    Variant({"b": 1, "s": 70, "h": 1, "d": 8}, {"softmax_scale": 0.0, "causal": True}),
 )  # fmt: skip
 
 
@@ -102,17 +103,22 @@ def test_blocks_without_a_mask(variant):
     error_bound(variant, torch.bfloat16)
 
 
-@pytest.mark.parametrize(("d", "dtype"), [*((d, torch.bfloat16) for d in (1, 24, 96, 160, 256)), (256, torch.float32)])
-def test_head_dims(d, dtype):
+@pytest.mark.parametrize(
+    ("d", "buckets", "dtype"),
+    [*((d, 0, torch.bfloat16) for d in (1, 96, 160)), (256, 8, torch.bfloat16), (256, 0, torch.float32)],
+)
+def test_head_dims(d, buckets, dtype):
+    """Both sides of the OpCase's; 256 with the bias's gradient too, whose tiles are smaller there."""
     error_bound(
-        Variant({"h": 1, "d": d, "lengths": (20, 40), "buckets": 8}, {"max_distance": 9, "dropout_p": 0.1}), dtype
+        Variant({"h": 1, "d": d, "lengths": (20, 40), "buckets": buckets}, {"max_distance": 9} if buckets else {}),
+        dtype,
     )
 
 
 def test_combinations():
     """Random combinations of features; the plain blocks and most of the OpCase's shapes are above."""
     draw = random.Random(5)
-    for _ in range(4):
+    for _ in range(2):
         error_bound(random_variant(draw), torch.float16)
 
 
@@ -193,8 +199,7 @@ def test_a_philox_call_serves_sixteen_keys(packed):
     Two loops. Where blocks of sixteen keys may start anywhere three calls serve thirty-two keys: in all loops of packed
     input but those of a query tile over blocks without a mask.
     """
-    shape = {"h": 1, "d": 64, "lengths": (16,)} if packed else {"b": 1, "s": 16, "h": 1, "d": 64}
-    variant = Variant(shape, {"dropout_p": 0.1})
+    variant = CASE.production[1 if packed else 0]  # BERT's: the static report compiles them too
     with compile_for(90) as compiled:
         CASE.everything(CASE.function, variant, CASE.inputs(variant, 0, torch.bfloat16), 0, backend="triton")
         for name in ("fwd", "dkdv", "dq"):

@@ -244,9 +244,7 @@ def _check_cu_seqlens(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen
                 f"got {cu}"
             )
         if max(lengths, default=0) > limit:
-            raise ValueError(
-                f"max_seqlen{name}: expected at least the longest sequence's {max(lengths)}, got {limit}"
-            )
+            raise ValueError(f"max_seqlen{name}: expected at least the longest sequence's {max(lengths)}, got {limit}")
 
 
 def _strides(x):
@@ -320,7 +318,8 @@ def _aligned(x):
 
     It sees it of strides that 16 divides. Else a load takes two bytes: slower than the copy, and a kernel of its own.
     """
-    seen = x.stride(-1) == 1 and not any(n % 16 for n in (*x.stride()[:-1], x.data_ptr()))
+    strides = [stride for size, stride in zip(x.shape[:-1], x.stride()) if size > 1]
+    seen = x.stride(-1) == 1 and not any(n % 16 for n in (*strides, x.data_ptr()))
     return x if seen else x.contiguous()
 
 

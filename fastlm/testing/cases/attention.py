@@ -97,7 +97,7 @@ _TESTS = (
     Variant({"b": 3, "s": 70, "h": 2, "d": 16, "padding": "both"}, {"dropout_p": 0.1}),
     Variant({"b": 3, "s": 40, "h": 2, "d": 16, "padding": "left"}, {"causal": True}),
     Variant({"b": 2, "s": 66, "h": 1, "d": 16, "padding": "holes"}),
-    Variant({"h": 4, "kv": 1, "d": 32, "lengths": (5, 0, 70, 1, 0)}, {"dropout_p": 0.1}),
+    Variant({"h": 4, "kv": 1, "d": 16, "lengths": (5, 0, 70, 1, 0)}, {"dropout_p": 0.1}),
     Variant({"h": 2, "d": 16, "lengths": (3, 70, 0, 9), "lengths_k": (65, 7, 4, 0)}, {"causal": True}),
     Variant({"b": 2, "s": 150, "h": 2, "d": 16, "buckets": 32}, {"max_distance": 50, "softmax_scale": 0.5}, ("table",)),
     Variant(
