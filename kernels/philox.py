@@ -10,8 +10,8 @@ import triton.language as tl
 MASK_DOMAIN = tl.constexpr(0x4B53414D)
 DROPOUT_DOMAIN = tl.constexpr(0x504F5244)
 
-# Ten rounds in PTX: a hundred operations fewer to compile at each call, where a pass of Triton's (coalescing) takes time
-# with their square. Triton's interpreter has no PTX, and computes them one by one.
+# Ten rounds in PTX: a hundred operations fewer to compile at each call, where a pass of Triton's, coalescing, takes
+# time with their square. Triton's interpreter has no PTX, and computes them one by one.
 _ROUND = """
 mul.wide.u32 p, c0, 0xD2511F53; mul.wide.u32 q, c2, 0xCD9E8D57;
 xor.b32 c0, c1, k0; xor.b32 c2, c3, k1;
