@@ -72,6 +72,11 @@ def _others(kernel: str, itemsize: int) -> list[Config]:
 _NO_LIMIT = 2**30  # of a window: past any sequence, and its sums with an index stay in 32 bits
 
 
+def _limit(before_or_after: int) -> int:
+    """A side of the window as the kernels take it; -1: no limit."""
+    return min(before_or_after, _NO_LIMIT) if before_or_after >= 0 else _NO_LIMIT
+
+
 def _block_d(d: int) -> int:
     return max(16, triton.next_power_of_2(d))
 
@@ -86,8 +91,9 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 def _strides(x):
-    """(sequence, row, head); a packed tensor is one sequence."""
-    return (0, *x.stride()[:2]) if x.dim() == 3 else x.stride()[:3]
+    """(sequence, row, head); a packed tensor is one sequence. 0 where there is one alone: to compile for one number."""
+    strides = [stride if size > 1 and x.numel() else 0 for size, stride in zip(x.shape[:-1], x.stride())]
+    return (0, *strides) if x.dim() == 3 else tuple(strides)
 
 
 def _named_strides(**tensors):
@@ -111,8 +117,7 @@ def _arguments(
         "cu_q_ptr": cu_seqlens_q, "cu_k_ptr": cu_seqlens_k, "mask_ptr": key_mask, "bias_ptr": bias, "rng_ptr": rng,
         "sequences": cu_seqlens_q.numel() - 1 if packed else q.shape[0],
         "sq": q.shape[-3], "sk": k.shape[-3], "heads": q.shape[-2], "group": q.shape[-2] // k.shape[-2],
-        "left": min(left, _NO_LIMIT), "HAS_LEFT": 0 <= left < _NO_LIMIT,
-        "right": min(right, _NO_LIMIT), "HAS_RIGHT": 0 <= right < _NO_LIMIT,
+        "left": _limit(left), "right": _limit(right),
         "scale": scale, "far": far, "far_right": far if bidirectional else 0,
         "site": stream, "threshold": threshold, "dropout_scale": dropout_scale,
         "PACKED": packed, "HAS_MASK": key_mask is not None, "DROPOUT": threshold > 0,
@@ -228,8 +233,7 @@ def attention_bwd(
     far_right = arguments["far_right"]
     # The relative positions that are near and can occur, and the diagonals of tiles that hold one of them.
     low, high = 1 - min(starts[-1], longest_k), min(far_right, longest_q) - 1
-    low = max(low, -left) if arguments["HAS_LEFT"] else low
-    high = min(high, right) if arguments["HAS_RIGHT"] else high
+    low, high = max(low, -arguments["left"]), min(high, arguments["right"])
     first_tile, last_tile = low // c.block_m, (high + c.block_m - 1) // c.block_m
     diagonals = max(1, last_tile - first_tile + 1)
     tiles = triton.cdiv(longest_q, c.block_m)

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from .attention_tile import (
     PLAIN_NUMBERS,
+    accumulate,
     bounds,
     bucket_of,
     exp,
@@ -67,9 +68,8 @@ def _dkdv(
     bias_ptr, rng_ptr, stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn,
     stride_vh, stride_dob, stride_dom, stride_doh,
     sequences, sq, sk, heads, group, tiles, left, right, scale, far, far_right, site, threshold, dropout_scale,
-    PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk, dv (b, sk, heads / group, D), contiguous, of BLOCK_N keys: over all queries of the heads that share them.
 
@@ -107,9 +107,9 @@ def _dkdv(
     _, last_end_k = bounds(cu_k_ptr, last, sk, PACKED)
     diagonal = key - end_k + end_q
     first_diagonal, last_diagonal = n0 - first_end_k + first_end_q, last_key - last_end_k + last_end_q
-    lo, hi = window(diagonal, start_q, end_q, right, left, HAS_RIGHT, HAS_LEFT)
-    begin, first_hi = window(first_diagonal, first_start_q, first_end_q, right, left, HAS_RIGHT, HAS_LEFT)
-    all_lo, last_hi = window(last_diagonal, last_start_q, last_end_q, right, left, HAS_RIGHT, HAS_LEFT)
+    lo, hi = window(diagonal, start_q, end_q, right, left)
+    begin, first_hi = window(first_diagonal, first_start_q, first_end_q, right, left)
+    all_lo, last_hi = window(last_diagonal, last_start_q, last_end_q, right, left)
     if HAS_MASK:
         last_hi = tl.where(tl.max(real.to(tl.int32), axis=0) > 0, last_hi, begin)
     count = tl.maximum(last_hi - begin + BLOCK_M - 1, 0) // BLOCK_M
@@ -124,6 +124,9 @@ def _dkdv(
     k0, k1 = 0, 0
     if DROPOUT:
         k0, k1 = dropout_key(rng_ptr, site)
+    zero = (
+        scale * 0.0
+    )  # no constant: before one, LLVM selects after it has rounded p, in three instructions more a pair
     m = tl.arange(0, BLOCK_M)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -140,7 +143,7 @@ def _dkdv(
             bias_left, bias_right = tl.load(head_bias_ptr), tl.load(head_bias_ptr + 2 * far)
 
         for t in range(0, a1 - a0 + b1 - b0):
-            block = plain_block(t, a0, a1, b0)
+            block = plain_block(t, a0, a1, b0) if HAS_BIAS else a0 + t
             m0 = begin + block * BLOCK_M
             at = tl.cast(m0, tl.int64)
             if D == BLOCK_D:
@@ -167,10 +170,10 @@ def _dkdv(
                     position, m0 + m - first_start_q, sequence_head, k0, k1, threshold, BLOCK_M, BLOCK_N,
                     not PACKED, True,
                 )  # fmt: skip
-                kept, dp = tl.where(keep, p, 0.0), tl.where(keep, dp * dropout_scale, 0.0)
-            dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision=PRECISION)
+                kept, dp = tl.where(keep, p, zero), tl.where(keep, dp * dropout_scale, 0.0)
+            dv = accumulate(dv, kept.to(dout.dtype), dout, zero, PRECISION)
             ds = p * (dp - delta[None, :])
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+            dk = accumulate(dk, ds.to(q.dtype), q, zero, PRECISION)
 
         for t in range(0, count - (a1 - a0) - (b1 - b0)):
             m0 = begin + general_block(t, a0, a1, b0, b1) * BLOCK_M
@@ -201,10 +204,10 @@ def _dkdv(
                     position = n0 - tl.load(cu_k_ptr + sequence)
                     query, sequence_head = row - tl.load(cu_q_ptr + sequence), sequence * heads + head
                 keep = keep_tile(position, query, sequence_head, k0, k1, threshold, BLOCK_M, BLOCK_N, not PACKED, True)
-                kept, dp = tl.where(keep, p, 0.0), tl.where(keep, dp * dropout_scale, 0.0)
-            dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision=PRECISION)
+                kept, dp = tl.where(keep, p, zero), tl.where(keep, dp * dropout_scale, 0.0)
+            dv = accumulate(dv, kept.to(dout.dtype), dout, zero, PRECISION)
             ds = p * (dp - delta[None, :])
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+            dk = accumulate(dk, ds.to(q.dtype), q, zero, PRECISION)
 
     at = ((b * sk + key) * kv_heads + kv_head)[:, None] * D + col[None, :]
     if not FLOAT32:  # else q had it
@@ -215,24 +218,22 @@ def _dkdv(
     tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=stored)
 
 
-@triton.jit(do_not_specialize=PLAIN_NUMBERS)
+@triton.jit(do_not_specialize=(*PLAIN_NUMBERS, "group"))
 def _dq(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, far_ptr, cu_q_ptr, cu_k_ptr, mask_ptr, bias_ptr,
     rng_ptr, stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     stride_dob, stride_dom, stride_doh,
     sequences, sq, sk, heads, group, tiles, left, right, scale, far, far_right, site, threshold, dropout_scale,
     PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DTABLE: tl.constexpr,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq like out. far_ptr (heads, b tiles, 2): where HAS_DTABLE, the sums of ds at rel <= -far and rel >= far_right.
 
     A tile of queries finds its keys as in the forward pass; a row whose lse is -inf sees none.
     """
     pid = tl.program_id(0)
-    tile, head, b = pid % tiles, (pid // tiles) % heads, (pid // tiles // heads).to(tl.int64)
-    if HAS_RIGHT:
-        tile = tiles - 1 - tile
+    tile, head, b = tiles - 1 - pid % tiles, (pid // tiles) % heads, (pid // tiles // heads).to(tl.int64)
     m0 = tile * BLOCK_M
     row, last_row = m0 + tl.arange(0, BLOCK_M), tl.minimum(m0 + BLOCK_M, sq) - 1
     col = tl.arange(0, BLOCK_D)
@@ -269,9 +270,9 @@ def _dq(
         first_start_k, first_end_k, holes = real_keys(mask_ptr, sk, BLOCK=1024)
         last_start_k, last_end_k = first_start_k, first_end_k
         start_k, end_k = row * 0 + first_start_k, row * 0 + first_end_k
-    lo, hi = window(diagonal, start_k, end_k, left, right, HAS_LEFT, HAS_RIGHT)
-    first_lo, first_hi = window(first_diagonal, first_start_k, first_end_k, left, right, HAS_LEFT, HAS_RIGHT)
-    all_lo, last_hi = window(last_diagonal, last_start_k, last_end_k, left, right, HAS_LEFT, HAS_RIGHT)
+    lo, hi = window(diagonal, start_k, end_k, left, right)
+    first_lo, first_hi = window(first_diagonal, first_start_k, first_end_k, left, right)
+    all_lo, last_hi = window(last_diagonal, last_start_k, last_end_k, left, right)
     begin = origin + ((first_lo - origin) // 16) * 16
     count = tl.maximum(last_hi - begin + BLOCK_N - 1, 0) // BLOCK_N
     all_hi = tl.where(holes, all_lo, first_hi)
@@ -293,12 +294,13 @@ def _dq(
     v_ptrs = v_ptr + n.to(tl.int64)[:, None] * stride_vn + col[None, :]
     q, qk_scale, unit = scaled(q, scale, FLOAT32)
     lse *= unit
+    zero = scale * 0.0
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     if HAS_DTABLE:
         sum_left, sum_right = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
 
     for t in range(0, a1 - a0 + b1 - b0):
-        block = plain_block(t, a0, a1, b0)
+        block = plain_block(t, a0, a1, b0) if HAS_BIAS else a0 + t
         n0 = begin + block * BLOCK_N
         at = tl.cast(n0, tl.int64)
         if D == BLOCK_D:
@@ -318,7 +320,7 @@ def _dq(
             keep = keep_tile(position, row - start_q, sequence_head, k0, k1, threshold, BLOCK_M, BLOCK_N, True, False)
             dp = tl.where(keep, dp * dropout_scale, 0.0)
         ds = p * (dp - delta[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+        dq = accumulate(dq, ds.to(k.dtype), k, zero, PRECISION)
         if HAS_DTABLE:
             total = tl.sum(ds, axis=1)
             sum_left += tl.where(block < a1, total, 0.0)
@@ -354,7 +356,7 @@ def _dq(
             )
             dp = tl.where(keep, dp * dropout_scale, 0.0)
         ds = p * (dp - delta[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+        dq = accumulate(dq, ds.to(k.dtype), k, zero, PRECISION)
         if HAS_DTABLE:
             sum_left += tl.sum(tl.where(rel <= -far, ds, 0.0), axis=1)
             sum_right += tl.sum(tl.where(rel >= far_right, ds, 0.0), axis=1)
@@ -383,16 +385,16 @@ def _expand_bias(
     tl.store(bias_ptr + head * (2 * far + 1) + i, bias.to(tl.float32) * unit, mask=mask)
 
 
-@triton.jit(do_not_specialize=PLAIN_NUMBERS)
+@triton.jit(do_not_specialize=(*PLAIN_NUMBERS, "group"))
 def _dtable(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, partial_ptr, cu_q_ptr, cu_k_ptr, mask_ptr, bias_ptr, rng_ptr,
     stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     stride_dob, stride_dom, stride_doh,
     items, first_tile, sequences, sq, sk, heads, group, tiles, left, right, scale, far, far_right, site, threshold,
     dropout_scale,
-    PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-    DROPOUT: tl.constexpr, STARTS: tl.constexpr, BIDIRECTIONAL: tl.constexpr, BUCKETS: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr, STARTS: tl.constexpr,
+    BIDIRECTIONAL: tl.constexpr, BUCKETS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """partial (programs, diagonals of tiles, heads, BUCKETS): sums of ds at -far < rel < far_right.
 
@@ -435,7 +437,7 @@ def _dtable(
             at = (b * heads + head) * sq + row
             lse = tl.load(lse_ptr + at, mask=in_row, other=0.0)
             delta = tl.load(delta_ptr + at, mask=in_row, other=0.0)
-            lo, hi = window(row + end_k - end_q, start_k, end_k, left, right, HAS_LEFT, HAS_RIGHT)
+            lo, hi = window(row + end_k - end_q, start_k, end_k, left, right)
             visible = (key[None, :] >= lo[:, None]) & (key[None, :] < hi[:, None]) & in_key[None, :]
             visible &= near & in_row[:, None]
             q, qk_scale, unit = scaled(q, scale, FLOAT32)

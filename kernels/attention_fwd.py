@@ -9,6 +9,7 @@ import triton.language as tl
 from .attention_tile import (
     LN2,
     PLAIN_NUMBERS,
+    accumulate,
     bounds,
     exp,
     find_sequence,
@@ -24,24 +25,24 @@ from .attention_tile import (
 )
 from .philox import dropout_key
 
+SMALLEST = tl.constexpr(2.0**-126)
 
-@triton.jit(do_not_specialize=PLAIN_NUMBERS)
+
+@triton.jit(do_not_specialize=(*PLAIN_NUMBERS, "group"))
 def _fwd(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_q_ptr, cu_k_ptr, mask_ptr, bias_ptr, rng_ptr,
     stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     sequences, sq, sk, heads, group, tiles, left, right, scale, far, far_right, site, threshold, dropout_scale,
-    PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out like q, lse (b, heads, sq). q (b, sq, heads, D), k, v (b, sk, heads / group, D); packed: b 1, all rows.
 
     far, far_right: the bias is constant for rel <= -far, and for rel >= far_right.
     """
     pid = tl.program_id(0)
-    tile, head, b = pid % tiles, (pid // tiles) % heads, (pid // tiles // heads).to(tl.int64)
-    if HAS_RIGHT:  # where causal, the last tiles see most keys: they start first
-        tile = tiles - 1 - tile
+    # Where causal, the last tiles see most keys: they start first.
+    tile, head, b = tiles - 1 - pid % tiles, (pid // tiles) % heads, (pid // tiles // heads).to(tl.int64)
     m0 = tile * BLOCK_M
     row, last_row = m0 + tl.arange(0, BLOCK_M), tl.minimum(m0 + BLOCK_M, sq) - 1
     col = tl.arange(0, BLOCK_D)
@@ -74,15 +75,14 @@ def _fwd(
         first_start_k, first_end_k, holes = real_keys(mask_ptr, sk, BLOCK=1024)
         last_start_k, last_end_k = first_start_k, first_end_k
         start_k, end_k = row * 0 + first_start_k, row * 0 + first_end_k
-    lo, hi = window(diagonal, start_k, end_k, left, right, HAS_LEFT, HAS_RIGHT)
-    first_lo, first_hi = window(first_diagonal, first_start_k, first_end_k, left, right, HAS_LEFT, HAS_RIGHT)
-    last_lo, last_hi = window(last_diagonal, last_start_k, last_end_k, left, right, HAS_LEFT, HAS_RIGHT)
+    lo, hi = window(diagonal, start_k, end_k, left, right)
+    first_lo, first_hi = window(first_diagonal, first_start_k, first_end_k, left, right)
+    last_lo, last_hi = window(last_diagonal, last_start_k, last_end_k, left, right)
 
     # The blocks start at a multiple of 16 in the first sequence, for dropout's sake.
     begin = origin + ((first_lo - origin) // 16) * 16
     count = tl.maximum(last_hi - begin + BLOCK_N - 1, 0) // BLOCK_N
-    # What all rows see; the plain loop takes its maximum before it scales, so a scale of 0 or less has no plain block.
-    all_lo, all_hi = last_lo, tl.where(holes | (scale <= 0.0), last_lo, first_hi)
+    all_lo, all_hi = last_lo, tl.where(holes, last_lo, first_hi)  # what all rows see
     if HAS_BIAS:
         a0, a1 = plain_run(begin, all_lo, tl.minimum(all_hi, first_diagonal - far + 1), BLOCK_N)
         b0, b1 = plain_run(begin, tl.maximum(all_lo, last_diagonal + far_right), all_hi, BLOCK_N)
@@ -102,12 +102,15 @@ def _fwd(
     v_ptrs = v_ptr + n.to(tl.int64)[:, None] * stride_vn + col[None, :]
     FLOAT32: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
     q, qk_scale, _ = scaled(q, scale, FLOAT32)
+    if not FLOAT32:  # positive: then the largest score is so before it is scaled, and what is masked is -inf after
+        q, qk_scale = tl.where(scale < 0.0, -q, q), tl.maximum(tl.abs(qk_scale), SMALLEST)
+    zero = scale * 0.0
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
 
     for t in range(0, a1 - a0 + b1 - b0):
-        block = plain_block(t, a0, a1, b0)
+        block = plain_block(t, a0, a1, b0) if HAS_BIAS else a0 + t
         n0 = begin + block * BLOCK_N
         at = tl.cast(n0, tl.int64)
         if D == BLOCK_D:
@@ -131,7 +134,7 @@ def _fwd(
             v = tl.load(v_ptrs + at * stride_vn)
         else:
             v = tl.load(v_ptrs + at * stride_vn, mask=in_col[None, :], other=0.0)
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+        acc = accumulate(acc * alpha[:, None], p.to(v.dtype), v, zero, PRECISION)
         m = m_new
 
     for t in range(0, count - (a1 - a0) - (b1 - b0)):
@@ -146,17 +149,18 @@ def _fwd(
         visible = (key[None, :] >= lo[:, None]) & (key[None, :] < hi[:, None])
         if HAS_MASK:
             visible &= in_key[None, :]
-        scores = product(q, k, PRECISION) * qk_scale
+        scores, still = product(q, k, PRECISION), qk_scale
         if HAS_BIAS:
+            scores, still = scores * qk_scale, 1.0
             left_of, right_of = n0 + BLOCK_N - 1 - first_diagonal, n0 - last_diagonal
             if (first == last) & ((left_of <= -far) | (right_of >= far_right)):
                 scores += tl.where(left_of <= -far, bias_left, bias_right)
             else:
                 scores += near_bias(bias_ptr, key[None, :] - diagonal[:, None], far)
         scores = tl.where(visible, scores, float("-inf"))
-        m_new = tl.maximum(m, tl.max(scores, axis=1))
+        m_new = tl.maximum(m, tl.max(scores, axis=1) * still)
         shift = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen no key yet
-        p = exp(scores - shift[:, None], FLOAT32)
+        p = exp(scores * still - shift[:, None], FLOAT32)
         alpha = exp(m - shift, FLOAT32)
         total = total * alpha + tl.sum(p, axis=1)
         if DROPOUT:
@@ -166,7 +170,7 @@ def _fwd(
             )
             p = tl.where(keep, p, 0.0)
         v = tl.load(v_ptrs + at * stride_vn, mask=in_tile, other=0.0)
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+        acc = accumulate(acc * alpha[:, None], p.to(v.dtype), v, zero, PRECISION)
         m = m_new
 
     empty = total == 0.0

@@ -49,13 +49,10 @@ def bounds(cu_ptr, s, size, PACKED: tl.constexpr):
 
 
 @triton.jit
-def window(centre, start, end, before, after, HAS_BEFORE: tl.constexpr, HAS_AFTER: tl.constexpr):
+def window(centre, start, end, before, after):
     """[centre - before, centre + after] of [start, end), as [lo, hi) inside of it, empty where lo >= hi."""
-    lo, hi = centre * 0 + start, centre * 0 + end
-    if HAS_BEFORE:
-        lo = tl.minimum(tl.maximum(lo, centre - before), end)
-    if HAS_AFTER:
-        hi = tl.maximum(tl.minimum(hi, centre + after + 1), start)
+    lo = tl.minimum(tl.maximum(centre - before, start), end)
+    hi = tl.maximum(tl.minimum(centre + after + 1, end), start)
     return lo, hi
 
 
@@ -108,6 +105,18 @@ def product(x, y, PRECISION: tl.constexpr):
         return tl.sum(tl.dot(x, y, input_precision=PRECISION), axis=0)
     else:
         return tl.dot(x, tl.trans(y), input_precision=PRECISION)
+
+
+@triton.jit
+def accumulate(acc, x, y, zero, PRECISION: tl.constexpr):
+    """acc + x y. In float32 a block's terms add up by themselves: all of them in order, in one sum, would lose more.
+
+    zero: 0, but no constant, or the compiler would make one sum of it.
+    """
+    if x.dtype == tl.float32:
+        return acc + tl.dot(x, y, tl.zeros_like(acc) + zero, input_precision=PRECISION)
+    else:
+        return tl.dot(x, y, acc, input_precision=PRECISION)
 
 
 # ---- which blocks

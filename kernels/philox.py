@@ -10,6 +10,23 @@ import triton.language as tl
 MASK_DOMAIN = tl.constexpr(0x4B53414D)
 DROPOUT_DOMAIN = tl.constexpr(0x504F5244)
 
+# Ten rounds in PTX: a hundred operations fewer to compile at each call, where a pass of Triton's, coalescing, takes
+# time with their square. Triton's interpreter has no PTX, and computes them one by one.
+_ROUND = """
+mul.wide.u32 p, c0, 0xD2511F53; mul.wide.u32 q, c2, 0xCD9E8D57;
+xor.b32 c0, c1, k0; xor.b32 c2, c3, k1;
+mov.b64 {c3, h0}, p; mov.b64 {c1, h1}, q;
+xor.b32 c0, c0, h1; xor.b32 c2, c2, h0;
+"""
+_NEXT_KEY = "add.u32 k0, k0, 0x9E3779B9; add.u32 k1, k1, 0xBB67AE85;"
+_ROUNDS = tl.constexpr(f"""{{
+.reg .b32 c0, c1, c2, c3, k0, k1, h0, h1; .reg .b64 p, q;
+mov.b32 c0, $4; mov.b32 c1, $5; mov.b32 c2, $6; mov.b32 c3, $7; mov.b32 k0, $8; mov.b32 k1, $9;
+{_NEXT_KEY.join([_ROUND] * 10)}
+mov.b32 $0, c0; mov.b32 $1, c1; mov.b32 $2, c2; mov.b32 $3, c3;
+}}""")
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
 
 @triton.jit
 def philox4x32(c0, c1, c2, c3, k0, k1):
@@ -19,15 +36,21 @@ def philox4x32(c0, c1, c2, c3, k0, k1):
     """
     c0, c1, c2, c3 = tl.cast(c0, tl.uint32), tl.cast(c1, tl.uint32), tl.cast(c2, tl.uint32), tl.cast(c3, tl.uint32)
     k0, k1 = tl.cast(k0, tl.uint32), tl.cast(k1, tl.uint32)
-    m0 = tl.full((), 0xD2511F53, tl.uint32)
-    m1 = tl.full((), 0xCD9E8D57, tl.uint32)
-    for _ in tl.static_range(10):
-        h0, l0 = tl.umulhi(c0, m0), c0 * m0
-        h1, l1 = tl.umulhi(c2, m1), c2 * m1
-        c0, c1, c2, c3 = h1 ^ c1 ^ k0, l1, h0 ^ c3 ^ k1, l0
-        k0 += 0x9E3779B9
-        k1 += 0xBB67AE85
-    return c0, c1, c2, c3
+    if _INTERPRETED:
+        m0 = tl.full((), 0xD2511F53, tl.uint32)
+        m1 = tl.full((), 0xCD9E8D57, tl.uint32)
+        for _ in tl.static_range(10):
+            h0, l0 = tl.umulhi(c0, m0), c0 * m0
+            h1, l1 = tl.umulhi(c2, m1), c2 * m1
+            c0, c1, c2, c3 = h1 ^ c1 ^ k0, l1, h0 ^ c3 ^ k1, l0
+            k0 += 0x9E3779B9
+            k1 += 0xBB67AE85
+        return c0, c1, c2, c3
+    else:
+        return tl.inline_asm_elementwise(
+            _ROUNDS, "=r,=r,=r,=r,r,r,r,r,r,r", (c0, c1, c2, c3, k0, k1),
+            dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32), is_pure=True, pack=1,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -1,10 +1,12 @@
 """The compiled modules in a process: one OpenMP pool, torch's; no hang after a fork; what dispatch says."""
 
+import contextlib
 import json
 import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -139,6 +141,40 @@ def test_explicit_backend_never_falls_back(case, backend):
     assert f'backend="{backend}" cannot run {case.op} here' in str(error.value)
     assert 'Use backend="auto"' in str(error.value)
     case.run(case.function, case.tests[0], inputs, backend="auto")
+
+
+def test_triton_launches_on_the_device_of_its_tensors(monkeypatch):
+    """An implementation in Triton finds the device of its first argument current; afterwards it is what it was."""
+    current, switches, seen = [0], [], []
+
+    @contextlib.contextmanager
+    def device(x):
+        before, current[0] = current[0], x.index
+        switches.append(x.index)
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(_registry, "_implementations", {})
+    for backend in ("triton", "cuda"):
+        _registry.implement("an_op", backend)(lambda x, y: seen.append((current[0], y)))
+    run, run_cuda = (_registry._implementations["an_op", backend] for backend in ("triton", "cuda"))
+    on = {name: SimpleNamespace(device=torch.device(name)) for name in ("cuda:0", "cuda:1")}
+    run(on["cuda:0"], "a")
+    run(on["cuda:1"], "b")
+    run_cuda(on["cuda:1"], "c")
+    assert (seen, switches, current) == ([(0, "a"), (1, "b"), (0, "c")], [1], [0])
+    monkeypatch.setattr(torch.cuda, "current_device", None)  # an interpreter's tensors ask for no device
+    run(torch.zeros(1), "d")
+    assert seen[-1] == (0, "d")
+
+
+def test_triton_implementations_take_a_tensor_first():
+    """Whose device is the one to launch on."""
+    for name in {name for name, backend in _registry._implementations if backend == "triton"}:
+        first = getattr(torch.ops.fastlm, name).default._schema.arguments[0]
+        assert str(first.type) == "Tensor", name
 
 
 def test_a_missing_module_is_named_with_the_remedy(monkeypatch):

@@ -82,6 +82,16 @@ def test_report_reads_machine_code():
     assert static_report.block_sizes(ptx) == {name: 128}
 
 
+@pytest.mark.parametrize("d", [64, 128])
+def test_attention_multiplies_with_the_instructions_of_each_architecture(d):
+    """Forward and backward, in bfloat16: wgmma on Hopper, whose tiles have the 64 rows that it takes."""
+    rows = [row for row in ROWS if row["op"] == "attention" and f"-d{d}-" in row["variant"]]
+    for arch, matrix in (("sm_80", "mma"), ("sm_90", "wgmma"), ("sm_100", "tcgen05"), ("sm_120", "mma")):
+        for kernel in ("_fwd", "_dkdv", "_dq"):
+            used = {row["matrix"] for row in rows if (row["arch"], row["kernel"]) == (arch, kernel)}
+            assert used == {matrix}, f"{kernel}, {arch}"
+
+
 def test_report_reads_ptx():
     ptx = """ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [%rd1]; @%p1 ld.global.L1::evict_last.b16 %rs1, [%rd2];
     cp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10, %r2; wgmma.mma_async.sync.aligned.m64n64k16 x;"""

@@ -23,6 +23,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SEEDS = {torch.float32: 1} if INTERPRETED else {torch.float32: 2, torch.bfloat16: 5, torch.float16: 2}
 DEVICE = nullcontext if INTERPRETED else ptx.triton_on_ptx
 HAVE = [case for case in CASES.values() if "triton" in _registry.backends(case.op)]
+# What compiles for seconds is tested in float16, which differs from bfloat16 in one cast, where it has dropout alone:
+# that only adds to a kernel, and attention's variants with it reach every kernel and all of its loops.
+FLOAT16 = {"attention": "dropout_p"}
 EVERY = [pytest.param(case, variant, id=f"{case.op}-{variant}") for case in HAVE for variant in case.tests]
 
 
@@ -31,6 +34,8 @@ EVERY = [pytest.param(case, variant, id=f"{case.op}-{variant}") for case in HAVE
 def test_error_bound(case, variant, dtype):
     if dtype not in case.dtypes and dtype != torch.float16:
         pytest.skip(f"{case.op} is tested in {case.dtypes}")
+    if dtype == torch.float16 and case.op in FLOAT16 and FLOAT16[case.op] not in variant.options:
+        pytest.skip("float16 is tested with dropout")
     checks.error_bound(case, variant, dtype, "cpu", ["triton"], range(SEEDS[dtype]), DEVICE)
 
 

@@ -6,16 +6,13 @@ import random
 import ptx
 import pytest
 import torch
-from test_attention import RNG, cu_seqlens, gradients, randn, random_variant
+from test_attention import BAD, RNG, cu_seqlens, gradients, randn, random_variant
 
 from fastlm import ops
-from fastlm.ops import _registry
 from fastlm.testing import checks
 from fastlm.testing.cases import CASES, Variant
 
 pytest.importorskip("triton", reason="triton is not installed")
-if "triton" not in _registry.backends("attention"):
-    pytest.skip("attention does not offer its Triton kernels yet (LOG.md)", allow_module_level=True)
 
 from fastlm.kernels import attention as kernels
 from fastlm.testing.ahead_of_time import compile_for
@@ -89,14 +86,15 @@ def test_dropout_bits_are_the_cpus(layout, causal):
 # of 16, and, with a bias, far from the diagonal on either side.
 LONG = (
     Variant({"h": 1, "d": 16, "lengths": (30, 300)}, {"dropout_p": 0.1}),
-    Variant({"h": 2, "kv": 1, "d": 16, "lengths": (30, 300)}, {"causal": True}),
+    Variant({"h": 1, "d": 16, "lengths": (30, 300)}, {"causal": True}),
     Variant({"h": 1, "d": 16, "lengths": (30, 300), "buckets": 8}, {"max_distance": 8, "dropout_p": 0.1}),
     Variant({"b": 1, "s": 300, "h": 1, "d": 16, "padding": "both", "buckets": 8}, {"max_distance": 8}),
     Variant(
         {"b": 1, "s": 300, "h": 1, "d": 16, "buckets": 8}, {"max_distance": 8, "causal": True, "bidirectional": False}
     ),
     Variant({"b": 1, "s": 300, "h": 1, "d": 16, "padding": "left"}, {"window_size": (200, 30), "dropout_p": 0.1}),
-    Variant({"b": 1, "s": 300, "sk": 200, "h": 1, "d": 16}, {"softmax_scale": -0.3}),
+    Variant({"b": 1, "s": 300, "sk": 200, "h": 1, "d": 8}, {"softmax_scale": -0.3}),
+    Variant({"b": 1, "s": 70, "h": 1, "d": 8}, {"softmax_scale": 0.0, "causal": True}),
 )  # fmt: skip
 
 
@@ -105,17 +103,22 @@ def test_blocks_without_a_mask(variant):
     error_bound(variant, torch.bfloat16)
 
 
-@pytest.mark.parametrize(("d", "dtype"), [*((d, torch.bfloat16) for d in (1, 24, 96, 160, 256)), (256, torch.float32)])
-def test_head_dims(d, dtype):
+@pytest.mark.parametrize(
+    ("d", "buckets", "dtype"),
+    [*((d, 0, torch.bfloat16) for d in (1, 96, 160)), (256, 8, torch.bfloat16), (256, 0, torch.float32)],
+)
+def test_head_dims(d, buckets, dtype):
+    """Both sides of the OpCase's; 256 with the bias's gradient too, whose tiles are smaller there."""
     error_bound(
-        Variant({"h": 1, "d": d, "lengths": (20, 40), "buckets": 8}, {"max_distance": 9, "dropout_p": 0.1}), dtype
+        Variant({"h": 1, "d": d, "lengths": (20, 40), "buckets": buckets}, {"max_distance": 9} if buckets else {}),
+        dtype,
     )
 
 
 def test_combinations():
     """Random combinations of features; the plain blocks and most of the OpCase's shapes are above."""
     draw = random.Random(5)
-    for _ in range(4):
+    for _ in range(2):
         error_bound(random_variant(draw), torch.float16)
 
 
@@ -148,6 +151,37 @@ def test_limits():
         ops.attention(q, q, q, backend="triton")
 
 
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_raises_before_any_launch(message):
+    q, options = BAD[message]
+    with ptx.triton_on_ptx() as launches, pytest.raises(ValueError) as error:
+        ops.attention(q, **{"k": q, "v": q, "backend": "triton", **options})
+    assert str(error.value).startswith(message)
+    assert launches.kernels() == []
+
+
+@pytest.mark.parametrize(("width", "copied"), [(16, False), (17, True)])
+def test_slices_of_one_tensor(width, copied, monkeypatch):
+    """q, k and v as a fused projection leaves them are not copied, but where rows begin off 16 bytes. The same bits."""
+    seen, launch = [], kernels.attention_fwd
+
+    def attention_fwd(*args, **options):
+        seen.append([x.data_ptr() for x in args[:3]])
+        launch(*args, **options)
+
+    monkeypatch.setattr(kernels, "attention_fwd", attention_fwd)
+    views = randn(1, 40, 3, 2, width).bfloat16()[..., :16].unbind(2)
+    dout = randn(1, 40, 2, 16, seed=1).bfloat16()
+    results = []
+    for inputs in (views, [x.clone(memory_format=torch.contiguous_format) for x in views]):
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        with ptx.triton_on_ptx():
+            out = ops.attention(*inputs, backend="triton")
+            results.append([out, *gradients(out, dout, *inputs)])
+    assert all(map(torch.equal, *results))
+    assert (seen[0] != [x.data_ptr() for x in views]) == copied
+
+
 def test_float32_products_follow_torchs_switch():
     assert kernels._precision(torch.float32) == "ieee"
     torch.backends.cuda.matmul.allow_tf32 = True
@@ -165,8 +199,7 @@ def test_a_philox_call_serves_sixteen_keys(packed):
     Two loops. Where blocks of sixteen keys may start anywhere three calls serve thirty-two keys: in all loops of packed
     input but those of a query tile over blocks without a mask.
     """
-    shape = {"h": 1, "d": 64, "lengths": (16,)} if packed else {"b": 1, "s": 16, "h": 1, "d": 64}
-    variant = Variant(shape, {"dropout_p": 0.1})
+    variant = CASE.production[1 if packed else 0]  # BERT's: the static report compiles them too
     with compile_for(90) as compiled:
         CASE.everything(CASE.function, variant, CASE.inputs(variant, 0, torch.bfloat16), 0, backend="triton")
         for name in ("fwd", "dkdv", "dq"):
@@ -174,5 +207,4 @@ def test_a_philox_call_serves_sixteen_keys(packed):
             calls = c.block_m * c.block_n // 16 // (32 * c.num_warps)
             calls *= (1 if name != "dkdv" else 1.5) + 1.5 if packed else 2
             text = next(kernel.ptx for kernel in compiled if kernel.name == f"_{name}")
-            products = text.count("mul.hi.u32") + text.count("mul.wide.u32")
-            assert products <= 20 * (calls + 1) + 10, name  # one for the call's key, and a few addresses
+            assert text.count("mul.wide.u32") <= 20 * (calls + 1) + 10, name  # the call's key, and a few addresses

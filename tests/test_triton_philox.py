@@ -49,10 +49,10 @@ def test_words_of_the_interpreter():
 
 
 def test_ptx_multiplies_32_bits():
-    """Ten rounds of two high products, and no 64-bit one, which would be Philox4x64's."""
+    """Ten rounds of two products of 32 bits by 32, and no 64-bit one, which would be Philox4x64's."""
     listings = run("compile", "80", "90", "100", interpret=False).split(".target sm_")[1:]
     assert [listing[:2] for listing in listings] == ["80", "90", "10"]
     for ptx in listings:
-        assert ptx.count("mul.hi.u32") >= 20
+        assert ptx.count("mul.wide.u32") >= 2 * 20  # the words, and the key of a call
         assert "mul.hi.u64" not in ptx
         assert "mul.lo.s64" not in ptx

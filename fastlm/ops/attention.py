@@ -231,18 +231,20 @@ _registry.differentiable("attention_fwd", _setup_context, _backward)
 # ---- CPU C++: csrc/cpu/attention_fwd.cpp, attention_bwd.cpp
 
 
-def _check_cu_seqlens(name, cu_seqlens, total, max_seqlen):
+def _check_cu_seqlens(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
     """On the CPU, where looking costs nothing: starts at 0, never falls, ends at the tokens' number."""
-    cu = cu_seqlens.tolist()
-    lengths = [end - start for start, end in itertools.pairwise(cu)]
-    if cu[0] != 0 or cu[-1] != total or min(lengths, default=0) < 0:
-        raise ValueError(
-            f"{name}: expected to start at 0, never to fall, and to end at the number of tokens {total}, got {cu}"
-        )
-    if max(lengths, default=0) > max_seqlen:
-        raise ValueError(
-            f"max_seqlen{name[-2:]}: expected at least the longest sequence's {max(lengths)}, got {max_seqlen}"
-        )
+    if cu_seqlens_q is None or q.device.type != "cpu":
+        return
+    for name, x, cu, limit in (("_q", q, cu_seqlens_q, max_seqlen_q), ("_k", k, cu_seqlens_k, max_seqlen_k)):
+        total, cu = x.shape[0], cu.tolist()
+        lengths = [end - start for start, end in itertools.pairwise(cu)]
+        if cu[0] != 0 or cu[-1] != total or min(lengths, default=0) < 0:
+            raise ValueError(
+                f"cu_seqlens{name}: expected to start at 0, never to fall, and to end at the number of tokens {total}, "
+                f"got {cu}"
+            )
+        if max(lengths, default=0) > limit:
+            raise ValueError(f"max_seqlen{name}: expected at least the longest sequence's {max(lengths)}, got {limit}")
 
 
 def _strides(x):
@@ -255,10 +257,9 @@ def _arguments_cpu(
     window_right, softmax_scale, bidirectional, max_distance, dropout_p, stream,
 ):  # fmt: skip
     """The C++ struct, and the tensors it points to."""
+    _check_cu_seqlens(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     packed = cu_seqlens_q is not None
     if packed:
-        _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q)
-        _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)
         cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     starts = None
     if table is not None:
@@ -309,14 +310,25 @@ def _bwd_cpu(dout, dlse, q, k, v, out, lse, *rest):
     return dq, dk, dv, dtable
 
 
-# ---- Triton: kernels/attention.py, attention_fwd.py, attention_bwd.py. Not offered yet: LOG.md says why.
+# ---- Triton: kernels/attention.py, attention_fwd.py, attention_bwd.py
+
+
+def _aligned(x):
+    """x, or a contiguous copy where Triton would not see that its rows and heads begin on 16 bytes.
+
+    It sees it of strides that 16 divides. Else a load takes two bytes: slower than the copy, and a kernel of its own.
+    """
+    strides = [stride for size, stride in zip(x.shape[:-1], x.stride()) if size > 1]
+    seen = x.stride(-1) == 1 and not any(n % 16 for n in (*strides, x.data_ptr()))
+    return x if seen else x.contiguous()
 
 
 def _arguments_triton(
-    cu_seqlens_q, cu_seqlens_k, key_mask, table, rng, max_seqlen_q, max_seqlen_k, window_left, window_right,
+    q, k, cu_seqlens_q, cu_seqlens_k, key_mask, table, rng, max_seqlen_q, max_seqlen_k, window_left, window_right,
     softmax_scale, bidirectional, max_distance, dropout_p, stream,
 ):  # fmt: skip
     """The launchers' keyword arguments, but for max_seqlen."""
+    _check_cu_seqlens(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     starts = () if table is None else bucket_starts(table.shape[0], bidirectional, max_distance)
     cu_seqlens_q, cu_seqlens_k, key_mask, table = (
         None if x is None else x.contiguous() for x in (cu_seqlens_q, cu_seqlens_k, key_mask, table)
@@ -333,8 +345,9 @@ def _arguments_triton(
 def _fwd_triton(q, k, v, *rest):
     from fastlm.kernels import attention as kernels
 
+    arguments = _arguments_triton(q, k, *rest)
     out, lse = _fake_fwd(q, k, v, *rest, "triton")
-    kernels.attention_fwd(*(unit_stride(x) for x in (q, k, v)), out, lse, **_arguments_triton(*rest))
+    kernels.attention_fwd(*(_aligned(x) for x in (q, k, v)), out, lse, **arguments)
     return out, lse
 
 
@@ -342,18 +355,24 @@ def _fwd_triton(q, k, v, *rest):
 def _bwd_triton(dout, dlse, q, k, v, out, lse, *rest):
     from fastlm.kernels import attention as kernels
 
+    *options, table_gradient = rest
+    arguments = _arguments_triton(q, k, *options)
     dq, dk, dv, dtable = _fake_bwd(dout, dlse, q, k, v, out, lse, *rest, "triton")
-    *rest, table_gradient = rest
-    dout, q, k, v = (unit_stride(x) for x in (dout, q, k, v))
+    dout, q, k, v = (_aligned(x) for x in (dout, q, k, v))
     dlse = None if dlse is None else dlse.contiguous()
     kernels.attention_bwd(
         dout, dlse, q, k, v, out.contiguous(), lse.contiguous(), dq, dk, dv, dtable if table_gradient else None,
-        max_seqlen_q=rest[5], max_seqlen_k=rest[6], **_arguments_triton(*rest),
+        max_seqlen_q=options[5], max_seqlen_k=options[6], **arguments,
     )  # fmt: skip
     return dq, dk, dv, dtable
 
 
 _registry.offer("attention", "cpu")
+
+
+@_registry.limit("attention", "triton")
+def _triton_limit(q, **features):
+    return None if q.shape[-1] <= 256 else f"it takes head dimensions up to 256, not {q.shape[-1]}"
 
 
 # ---- torch's fused kernel
@@ -480,7 +499,7 @@ def attention(
         rng: int64 (2,), (seed, step), on q's device; None draws from torch's generator. See fastlm.ops._random.
         stream: number of this call site, so that two dropouts of one step differ.
         return_lse: return (out, lse); gradients through lse are added.
-        backend: "auto", "reference", "cpu", "sdpa".
+        backend: "auto", "reference", "cpu", "triton" (D up to 256), "sdpa".
 
     Returns out, like q; with `return_lse` also lse, the logarithm of the softmax's denominator, (B, H, Sq) or packed
     (H, Tq), float32 (float64 for float64 input). A query with no keys returns 0 and lse -inf, and has zero gradients.
@@ -528,9 +547,8 @@ def attention(
     if backend == "sdpa":
         return _attention_sdpa(q, k, v, window_size, softmax_scale, key_mask, relative_bias)
     if backend == "reference":
-        if packed and q.device.type == "cpu" and not torch.compiler.is_compiling():
-            _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q)
-            _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)
+        if not torch.compiler.is_compiling():
+            _check_cu_seqlens(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         out, lse = attention_reference(
             q, k, v, window_size=window_size, softmax_scale=softmax_scale, cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, key_mask=key_mask,
