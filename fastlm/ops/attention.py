@@ -219,8 +219,8 @@ def _backward(ctx, dout, dlse):
     if dout is None:  # only lse was used
         dout = torch.zeros_like(out)
     table_gradient = table is not None and table.requires_grad
-    dq, dk, dv, dtable = torch.ops.fastlm.attention_bwd(
-        dout, dlse, q, k, v, out, lse, *tensors, *ctx.rest, table_gradient, ctx.backend
+    dq, dk, dv, dtable = _registry.call(
+        "attention_bwd", dout, dlse, q, k, v, out, lse, *tensors, *ctx.rest, table_gradient, ctx.backend
     )
     return dq, dk, dv, None, None, None, dtable.to(table.dtype) if table_gradient else None, *(None,) * 11
 
@@ -560,8 +560,8 @@ def attention(
             table, bidirectional, max_distance = (
                 relative_bias.table, relative_bias.bidirectional, relative_bias.max_distance,
             )  # fmt: skip
-        out, lse = torch.ops.fastlm.attention_fwd(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask, table, rng, max_seqlen_q or 0, max_seqlen_k or 0,
-            *window_size, softmax_scale, bidirectional, max_distance, dropout_p, stream, backend,
+        out, lse = _registry.call(
+            "attention_fwd", q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask, table, rng, max_seqlen_q or 0,
+            max_seqlen_k or 0, *window_size, softmax_scale, bidirectional, max_distance, dropout_p, stream, backend,
         )  # fmt: skip
     return (out, lse) if return_lse else out
