@@ -190,8 +190,28 @@ def _recipe(rows: int, length: int) -> Recipe:
     return Recipe(data=DataTable(row_tokens=length), train=TrainTable(batch_tokens=rows * length))
 
 
-# Steps of models that no recipe trains yet, by the names that benchmarks/bench_train.py knows them by.
+def bert_step(name: str, rows: int, length: int) -> tuple[Recipe, StepInputs]:
+    """A step of a recipe's BERT in float32, with dropout, on rows of BERT's vocabulary."""
+    tokens = rows * length
+    recipe = load_recipe(name).with_values(
+        {
+            "model.hidden_dropout_prob": 0.1,
+            "model.attention_probs_dropout_prob": 0.1,
+            "data.row_tokens": length,
+            "train.batch_tokens": tokens,
+            "train.micro_batch_tokens": tokens,
+            "train.dtype": "float32",
+        }
+    )
+    return recipe, drawn(recipe, 30522)
+
+
+# Fixed steps, and those of models that no recipe trains yet, by the names that benchmarks know them by.
 STEPS: dict[str, Callable[[], tuple[Recipe, StepInputs]]] = {
+    "bert-mini-16x128": lambda: bert_step("bert-mini", 16, 128),
+    "bert-small-8x128": lambda: bert_step("bert-small", 8, 128),
+    "bert-small-32x128": lambda: bert_step("bert-small", 32, 128),
+    "bert-base-4x128": lambda: bert_step("bert-base", 4, 128),
     "gpt2-small4x512": lambda: gpt2_step(n_embd=512, n_layer=4, n_head=8),
     "t5-small": t5_step,
 }

@@ -1,0 +1,66 @@
+"""benchmarks/report.py: pages and README.md are what the recorded results say."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def report(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import report
+
+    return report
+
+
+def op(contender, ms, which="fwd", op="gelu", **more):
+    return {
+        "op": op, "shape": "rows8", "dtype": "float32", "pass": which, "contender": contender, "ms": ms, "ms_iqr": 0.2,
+        "gbps": 10.0, "tflops": 0.0, "of_ceiling": 0.5, "peak_mb": 1.0, **more,
+    }  # fmt: skip
+
+
+def step(contender, ms):
+    return {
+        "op": "training step", "recipe": "bert-mini", "shape": "8x128", "dtype": "float32", "pass": "step",
+        "contender": contender, "ms": ms, "ms_iqr": 1.0, "tokens_per_s": 1024e3 / ms, "mfu": None, "of_bound": 0.7,
+        "peak_mb": 700.0, "threads": 2,
+    }  # fmt: skip
+
+
+ROWS = [
+    op("fastlm:cpu", 3.0), op("fastlm:cpu+malloc", 2.0), op("eager", 8.0), op("eager+malloc", 5.0),
+    op("fastlm:cpu", 4.0, shape="rows9"), op("compile", 2.0, shape="rows9"),
+]  # fmt: skip
+STEPS = [step("fastlm", 100.0), step("transformers", 250.0)]
+
+
+def test_the_best_of_each_side_counts(report):
+    pairs = report.against_peers(ROWS)
+    assert [(ours["ms"], peer["ms"]) for ours, peer in pairs] == [(2.0, 5.0), (4.0, 2.0)]
+    assert "| `gelu` | cpu | 1.12 (0.50 to 2.50) |  |" in report.ops_summary(ROWS)
+    table = report.ops_table(ROWS)
+    assert "| gelu rows8 | fwd | cpu+malloc | 2.000 ±5% | 10 GB/s | 50% | 2.50 eager+malloc |" in table
+    assert "0.50 compile" in table  # a row in which fastlm loses is there like any other
+
+
+def test_a_page_of_a_directory(report, tmp_path):
+    provenance = {"cpu": "Some CPU", "cores": 2, "torch": "2.13.0", "commit": "0123456789", "command": "python x.py"}
+    for name, rows in (("ops.json", ROWS), ("train.json", STEPS)):
+        (tmp_path / name).write_text(json.dumps({"provenance": provenance, "rows": rows}))
+    page = report.page(tmp_path)
+    assert "Some CPU, 2 cores; torch 2.13.0; commit 0123456" in page
+    assert "| bert-mini 8x128 float32, 2 threads | transformers | 4,096 | 250.0 ±0% | n/a | 70% | 700 | 2.50 |" in page
+    report.plots(tmp_path, ROWS, STEPS)
+    assert all((tmp_path / name).stat().st_size > 1000 for name in ("ops.png", "train.png"))
+    assert report.with_summary(f"a\n{report.BEGIN}old\n{report.END}b\n", "new\n").split("\n")[2] == "new"
+    with pytest.raises(ValueError, match="expected the lines <!-- results -->"):
+        report.with_summary("no such lines", "new")
+
+
+def test_pages_and_readme_are_what_the_results_say(report, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["report.py", "--check"])
+    assert report.main() == 0, capsys.readouterr().out + "python benchmarks/report.py writes them"
