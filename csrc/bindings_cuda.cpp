@@ -71,10 +71,10 @@ void bind_attention(py::module_& m) {
       [](const Attention& args, Address dout, RowStrides dout_stride, Address out, Address lse, Address dlse,
          Address delta, Address sequence, Address dq, Address dk, Address dv, Address partial, int dtype, int device,
          Address queue) {
-        attention_bwd({args, rows(dout, dout_stride), input(out), input<float>(lse), input<float>(dlse),
-                       pointer<float>(delta), pointer<int32_t>(sequence), pointer(dq), pointer(dk), pointer(dv),
-                       pointer<float>(partial), false},
-                      DType(dtype), place(device, queue));
+        attention_bwd(
+            {args, rows(dout, dout_stride), input(out), input<float>(lse), input<float>(dlse), pointer<float>(delta),
+             pointer<int32_t>(sequence), pointer(dq), pointer(dk), pointer(dv), pointer<float>(partial), false},
+            DType(dtype), place(device, queue));
       },
       py::call_guard<py::gil_scoped_release>());
   m.def(

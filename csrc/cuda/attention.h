@@ -17,9 +17,9 @@ struct Rows {
 // q (.., sq, heads, d); k, v (.., sk, heads / group, d). Packed, with cu_q and cu_k (sequences + 1,), sq and sk count
 // the rows of all sequences. key_mask (sequences, sk), 1 = real, or null; never with cu_k.
 // left, right: the window around a query's own position, aligned bottom-right; -1: no limit.
-// bias (heads, 2 far + 1), or null: what is added to the scores, by relative position, as attention_bias makes it. It is
-// constant for relative positions <= -far, and for those >= far_right.
-// dropout: threshold is t = round(256 p), scale 256/(256-t).
+// bias (heads, 2 far + 1), or null: what is added to the scores, by relative position, as attention_bias makes it. It
+// is constant for relative positions <= -far, and for those >= far_right. dropout: threshold is t = round(256 p), scale
+// 256/(256-t).
 struct Attention {
   Rows q, k, v;
   const int32_t *cu_q, *cu_k;

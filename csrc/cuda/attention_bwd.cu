@@ -42,9 +42,8 @@ __global__ void __launch_bounds__(kDeltaLanes* kDeltaRows) attention_delta_kerne
 template <class T>
 static void delta(const AttentionBackward& f, Place place) {
   const Attention& a = f.attention;
-  launch(attention_delta_kernel<T>,
-         unsigned(blocks_of(a.sq, kDeltaRows) * a.heads * (a.cu_q ? 1 : a.sequences)), kDeltaLanes * kDeltaRows, 0,
-         place.stream, f);
+  launch(attention_delta_kernel<T>, unsigned(blocks_of(a.sq, kDeltaRows) * a.heads * (a.cu_q ? 1 : a.sequences)),
+         kDeltaLanes * kDeltaRows, 0, place.stream, f);
 }
 
 void attention_bwd(AttentionBackward f, DType dtype, Place place) {

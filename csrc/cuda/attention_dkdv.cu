@@ -11,9 +11,13 @@ namespace fastlm::cuda {
 
 // SPLIT: so many warps share their rows, and have a part of the gradients' columns each; scores they all compute.
 template <class T, int D>
-struct KeysShape : Shape<D <= 64 ? 2 : 1, D <= 128 ? 4 : 2, D <= 64 ? 4 : 8, 2> {};
+struct KeysShape : Shape<D <= 64 ? 2 : 1, D <= 128 ? 4 : 2, D <= 64 ? 4 : 8, 2, D <= 64 ? 2 : 1> {};
 template <int D>
-struct KeysShape<float, D> : Shape<1, D <= 64 ? 4 : 2, D <= 64 ? 4 : D <= 128 ? 2 : 4, D <= 128 ? 2 : 1> {};
+struct KeysShape<float, D> : Shape<1, D <= 64 ? 4 : 2,
+                                   D <= 64    ? 4
+                                   : D <= 128 ? 2
+                                              : 4,
+                                   D <= 128 ? 2 : 1, 2> {};
 
 template <class T, int D>
 struct KeysShared {
@@ -24,15 +28,16 @@ struct KeysShared {
   RowSight<M> sight;
 };
 
-template <class T, int D, int FEATURES>
-__global__ void __launch_bounds__(KeysShape<T, D>::THREADS) attention_dkdv_kernel(const AttentionBackward f) {
+template <class T, int D, bool EXTRAS>
+__global__ void __launch_bounds__(KeysShape<T, D>::THREADS, KeysShape<T, D>::BLOCKS)
+    attention_dkdv_kernel(const AttentionBackward f) {
   using S = KeysShape<T, D>;
   using Shared = KeysShared<T, D>;
   constexpr int MT = S::MT, NT = S::NT, M = Shared::M, N = S::N, DT = D / 8 / Shared::SPLIT;
   extern __shared__ __align__(1024) unsigned char memory[];
   auto& shared = *reinterpret_cast<Shared*>(memory);
   const Attention& a = f.attention;
-  const bool drops = FEATURES >= kDrops && a.dropout.threshold, biased = FEATURES >= kAll && a.bias;
+  const bool drops = EXTRAS && a.dropout.threshold, biased = EXTRAS && a.bias;
   const int warp = threadIdx.x / 32, warp_row = warp / Shared::SPLIT * 16 * MT, g = threadIdx.x % 32 / 4,
             t = threadIdx.x % 4;
   const int chunk0 = warp % Shared::SPLIT * (Tile<T, D>::kChunks / Shared::SPLIT);
@@ -48,8 +53,7 @@ __global__ void __launch_bounds__(KeysShape<T, D>::THREADS) attention_dkdv_kerne
   Plan plan = make_plan<N>(sight, a.sequences, row0, last_row, true, biased);
   if (threadIdx.x < M) {
     const int row = min(row0 + int(threadIdx.x), last_row);
-    shared.sight.set(threadIdx.x, sight, row,
-                     a.cu_k ? find_sequence(a.cu_k, row, plan.first, plan.last) : 0);
+    shared.sight.set(threadIdx.x, sight, row, a.cu_k ? find_sequence(a.cu_k, row, plan.first, plan.last) : 0);
   }
   // A masked key spoils its own row alone, which is set to 0 at the end.
   if (mask) {
@@ -109,40 +113,25 @@ __global__ void __launch_bounds__(KeysShape<T, D>::THREADS) attention_dkdv_kerne
         }
       }
     }
-
     product(dp, v, shared.dout[stage]);
     if (drops) {
-      float kept[MT][NT][4];
-#pragma unroll
-      for (int m = 0; m < MT; ++m) {
-#pragma unroll
-        for (int n = 0; n < NT; ++n) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) kept[m][n][e] = s[m][n][e];
-        }
-      }
-      KeptQueries<MT, NT>(bytes, a.cu_q, [&](int i) {
+      const KeptQueries<MT, NT> stays(bytes, a.cu_q, [&](int i) {
         const int query = col0 + i;
         if (!a.cu_q) return Draw{row0 + warp_row, query, int(b) * a.heads + head};
-        const int q_sequence = plain ? plan.first : query < plan.hi ? f.sequence[query] : plan.last;
-        return Draw{row0 + warp_row - a.cu_k[q_sequence], query - a.cu_q[q_sequence], q_sequence * a.heads + head};
-      }).apply(kept, dp, a.dropout.scale);
+        const int of = plain ? plan.first : query < plan.hi ? f.sequence[query] : plan.last;
+        return Draw{row0 + warp_row - a.cu_k[of], query - a.cu_q[of], of * a.heads + head};
+      });
+      float kept[MT][NT][4];
+      each<MT, NT>([&](int m, int n, int e) {
+        kept[m][n][e] = stays.has(m, n, e) ? s[m][n][e] : 0.0f;
+        dp[m][n][e] = stays.has(m, n, e) ? dp[m][n][e] * a.dropout.scale : 0.0f;
+      });
       accumulate<T, D>(dv, kept, shared.dout[stage], chunk0);
     } else {
       accumulate<T, D>(dv, s, shared.dout[stage], chunk0);
     }
-#pragma unroll
-    for (int n = 0; n < NT; ++n) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const float delta = shared.delta[stage][8 * n + 2 * t + e];
-#pragma unroll
-        for (int m = 0; m < MT; ++m) {
-#pragma unroll
-          for (int h = 0; h < 2; ++h) s[m][n][2 * h + e] *= dp[m][n][2 * h + e] - delta;
-        }
-      }
-    }
+    const float* delta = shared.delta[stage];
+    each<MT, NT>([&](int m, int n, int e) { s[m][n][e] *= dp[m][n][e] - delta[8 * n + 2 * t + e % 2]; });
     accumulate<T, D>(dk, s, shared.q[stage], chunk0);
   }
 
@@ -175,21 +164,21 @@ __global__ void __launch_bounds__(KeysShape<T, D>::THREADS) attention_dkdv_kerne
 
 namespace {
 
-template <class T, int D, int FEATURES>
+template <class T, int D, bool EXTRAS>
 void run(const AttentionBackward& f, Place place) {
   using Shared = KeysShared<T, D>;
   static_assert(sizeof(Shared) <= kMostShared);
   const Attention& a = f.attention;
   const int64_t batch = a.cu_q ? 1 : a.sequences;
-  launch(attention_dkdv_kernel<T, D, FEATURES>, unsigned(blocks_of(a.sk, Shared::M) * (a.heads / a.group) * batch),
+  launch(attention_dkdv_kernel<T, D, EXTRAS>, unsigned(blocks_of(a.sk, Shared::M) * (a.heads / a.group) * batch),
          KeysShape<T, D>::THREADS, sizeof(Shared), place.stream, f);
 }
 
 }  // namespace
 
 void attention_dkdv(const AttentionBackward& f, DType dtype, Place place) {
-  choose(f.attention, dtype, [&](auto type, auto d, auto features) {
-    run<decltype(type), decltype(d)::value, decltype(features)::value>(f, place);
+  choose(f.attention, dtype, [&](auto type, auto d, auto extras) {
+    run<decltype(type), decltype(d)::value, decltype(extras)::value>(f, place);
   });
 }
 

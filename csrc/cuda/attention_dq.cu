@@ -11,9 +11,9 @@
 namespace fastlm::cuda {
 
 template <class T, int D>
-struct QueriesShape : Shape<D <= 64 ? 2 : 1, D <= 128 ? 4 : 2, D <= 128 ? 4 : 2, 2> {};
+struct QueriesShape : Shape<D <= 64 ? 2 : 1, D <= 128 ? 4 : 2, D <= 128 ? 4 : 2, 2, D == 128 ? 3 : 2> {};
 template <int D>
-struct QueriesShape<float, D> : Shape<1, D <= 64 ? 4 : 2, D <= 64 ? 4 : 2, D <= 128 ? 2 : 1> {};
+struct QueriesShape<float, D> : Shape<1, D <= 64 ? 4 : 2, D <= 64 ? 4 : 2, D <= 128 ? 2 : 1, 2> {};
 
 template <class T, int D>
 struct QueriesShared {
@@ -47,15 +47,16 @@ __device__ __forceinline__ void add_near(const float (&ds)[S::M][S::N + 1], cons
   }
 }
 
-template <class T, int D, int FEATURES>
-__global__ void __launch_bounds__(QueriesShape<T, D>::THREADS) attention_dq_kernel(const AttentionBackward f) {
+template <class T, int D, bool EXTRAS>
+__global__ void __launch_bounds__(QueriesShape<T, D>::THREADS, QueriesShape<T, D>::BLOCKS)
+    attention_dq_kernel(const AttentionBackward f) {
   using S = QueriesShape<T, D>;
   constexpr int MT = S::MT, NT = S::NT, M = S::M, N = S::N;
   extern __shared__ __align__(1024) unsigned char memory[];
   auto& shared = *reinterpret_cast<QueriesShared<T, D>*>(memory);
   const Attention& a = f.attention;
-  const bool drops = FEATURES >= kDrops && a.dropout.threshold, biased = FEATURES >= kAll && a.bias;
-  const bool summed = FEATURES >= kAll && f.partial;
+  const bool drops = EXTRAS && a.dropout.threshold, biased = EXTRAS && a.bias;
+  const bool summed = EXTRAS && f.partial;
   const int warp_row = threadIdx.x / 32 * 16 * MT, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 
   const int tiles = (a.sq + M - 1) / M, head = blockIdx.x / tiles % a.heads;
@@ -121,51 +122,25 @@ __global__ void __launch_bounds__(QueriesShape<T, D>::THREADS) attention_dq_kern
       shift = bias[plan.before(step) ? 0 : 2 * a.far];
     }
     product(dp, dout, shared.v[stage]);
-    if (drops)
-      KeptKeys<MT, NT>(bytes, shared.dropout, warp_row, col0, straddles && !plain).apply(dp, a.dropout.scale);
-#pragma unroll
-    for (int m = 0; m < MT; ++m) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-#pragma unroll
-        for (int n = 0; n < NT; ++n) {
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            float& ds = s[m][n][2 * h + e];
-            ds = power<T>(fmaf(ds, factor, less[m][h] + shift)) * (dp[m][n][2 * h + e] - delta[m][h]);
-          }
-        }
-      }
-    }
+    if (drops) KeptKeys<MT, NT>(bytes, shared.dropout, warp_row, col0, straddles && !plain).apply(dp, a.dropout.scale);
+    each<MT, NT>([&](int m, int n, int e) {
+      s[m][n][e] = power<T>(fmaf(s[m][n][e], factor, less[m][e / 2] + shift)) * (dp[m][n][e] - delta[m][e / 2]);
+    });
     accumulate<T, D>(dq, s, shared.k[stage], 0);
     if (!summed) continue;
 
-    float total = 0.0f;
-#pragma unroll
-    for (int m = 0; m < MT; ++m) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int row = warp_row + 16 * m + 8 * h + g, diagonal = shared.sight.diagonal[row];
-#pragma unroll
-        for (int n = 0; n < NT; ++n) {
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const float ds = s[m][n][2 * h + e];
-            if (plain) {
-              total += ds;
-            } else {
-              const int col = 8 * n + 2 * t + e, rel = col0 + col - diagonal;
-              sum_left += rel <= -a.far ? ds : 0.0f;
-              sum_right += rel >= a.far_right ? ds : 0.0f;
-              shared.ds[row][col] = ds;
-            }
-          }
-        }
-      }
-    }
     if (plain) {
+      float total = 0.0f;
+      each<MT, NT>([&](int m, int n, int e) { total += s[m][n][e]; });
       (plan.before(step) ? sum_left : sum_right) += total;
     } else {
+      each<MT, NT>([&](int m, int n, int e) {
+        const int row = warp_row + 16 * m + 8 * (e / 2) + g, col = 8 * n + 2 * t + e % 2;
+        const int rel = col0 + col - shared.sight.diagonal[row];
+        sum_left += rel <= -a.far ? s[m][n][e] : 0.0f;
+        sum_right += rel >= a.far_right ? s[m][n][e] : 0.0f;
+        shared.ds[row][col] = s[m][n][e];
+      });
       __syncthreads();
       add_near<S>(shared.ds, shared.sight, plan.first == plan.last, col0, a.far, a.far_right, partial);
       __syncthreads();
@@ -201,22 +176,22 @@ __global__ void __launch_bounds__(QueriesShape<T, D>::THREADS) attention_dq_kern
 
 namespace {
 
-template <class T, int D, int FEATURES>
+template <class T, int D, bool EXTRAS>
 void run(const AttentionBackward& f, Place place) {
   using S = QueriesShape<T, D>;
   using Shared = QueriesShared<T, D>;
   static_assert(sizeof(Shared) <= kMostShared);
   const Attention& a = f.attention;
   const int64_t batch = a.cu_q ? 1 : a.sequences;
-  launch(attention_dq_kernel<T, D, FEATURES>, unsigned(blocks_of(a.sq, S::M) * a.heads * batch), S::THREADS,
+  launch(attention_dq_kernel<T, D, EXTRAS>, unsigned(blocks_of(a.sq, S::M) * a.heads * batch), S::THREADS,
          f.partial ? sizeof(Shared) : offsetof(Shared, ds), place.stream, f);
 }
 
 }  // namespace
 
 void attention_dq(const AttentionBackward& f, DType dtype, Place place) {
-  choose(f.attention, dtype, [&](auto type, auto d, auto features) {
-    run<decltype(type), decltype(d)::value, decltype(features)::value>(f, place);
+  choose(f.attention, dtype, [&](auto type, auto d, auto extras) {
+    run<decltype(type), decltype(d)::value, decltype(extras)::value>(f, place);
   });
 }
 

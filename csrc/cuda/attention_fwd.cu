@@ -8,11 +8,12 @@
 
 namespace fastlm::cuda {
 
-// Two tiles of sixteen rows a warp halve what is read of k and v from shared memory; at d 256 registers do not hold two.
+// Two tiles of sixteen rows a warp halve what is read of k and v from shared memory; at d 256 registers do not hold
+// two.
 template <class T, int D>
-struct ForwardShape : Shape<D <= 128 ? 2 : 1, D <= 64 ? 8 : 4, 4, 2> {};
+struct ForwardShape : Shape<D <= 128 ? 2 : 1, D <= 64 ? 8 : 4, 4, 2, 2> {};
 template <int D>
-struct ForwardShape<float, D> : Shape<1, D <= 128 ? 4 : 2, D <= 128 ? 4 : 2, 2> {};
+struct ForwardShape<float, D> : Shape<1, D <= 128 ? 4 : 2, D <= 128 ? 4 : 2, 2, 2> {};
 
 template <class T, int D>
 struct ForwardShared {
@@ -23,14 +24,15 @@ struct ForwardShared {
   int buffer[3 * S::WARPS];
 };
 
-template <class T, int D, int FEATURES>
-__global__ void __launch_bounds__(ForwardShape<T, D>::THREADS) attention_fwd_kernel(const AttentionForward f) {
+template <class T, int D, bool EXTRAS>
+__global__ void __launch_bounds__(ForwardShape<T, D>::THREADS, ForwardShape<T, D>::BLOCKS)
+    attention_fwd_kernel(const AttentionForward f) {
   using S = ForwardShape<T, D>;
   constexpr int MT = S::MT, NT = S::NT, M = S::M, N = S::N;
   extern __shared__ __align__(1024) unsigned char memory[];
   auto& shared = *reinterpret_cast<ForwardShared<T, D>*>(memory);
   const Attention& a = f.attention;
-  const bool drops = FEATURES >= kDrops && a.dropout.threshold, biased = FEATURES >= kAll && a.bias;
+  const bool drops = EXTRAS && a.dropout.threshold, biased = EXTRAS && a.bias;
   const int warp_row = threadIdx.x / 32 * 16 * MT, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 
   // Where causal, the last tiles see most keys: they start first.
@@ -115,7 +117,8 @@ __global__ void __launch_bounds__(ForwardShape<T, D>::THREADS) attention_fwd_ker
         }
       }
     }
-    if (drops) KeptKeys<MT, NT>(bytes, shared.dropout, warp_row, col0, straddles && step >= plan.plain()).apply(s, 1.0f);
+    if (drops)
+      KeptKeys<MT, NT>(bytes, shared.dropout, warp_row, col0, straddles && step >= plan.plain()).apply(s, 1.0f);
     accumulate<T, D>(acc, s, shared.v[step % S::STAGES], 0);
   }
 
@@ -137,19 +140,19 @@ __global__ void __launch_bounds__(ForwardShape<T, D>::THREADS) attention_fwd_ker
   }
   const int first = row0 + warp_row;
   T* out = static_cast<T*>(f.out) + ((b * a.sq + first) * a.heads + head) * a.d;
-  store_rows<T, D>(out, int64_t(a.heads) * a.d, last_row + 1 - first, a.d, f.wide, acc, total,
-                   shared.q + warp_row * D, 0);
+  store_rows<T, D>(out, int64_t(a.heads) * a.d, last_row + 1 - first, a.d, f.wide, acc, total, shared.q + warp_row * D,
+                   0);
 }
 
 namespace {
 
-template <class T, int D, int FEATURES>
+template <class T, int D, bool EXTRAS>
 void forward(const AttentionForward& f, Place place) {
   using S = ForwardShape<T, D>;
   static_assert(sizeof(ForwardShared<T, D>) <= kMostShared);
   const Attention& a = f.attention;
   const int64_t batch = a.cu_q ? 1 : a.sequences;
-  launch(attention_fwd_kernel<T, D, FEATURES>, unsigned(blocks_of(a.sq, S::M) * a.heads * batch), S::THREADS,
+  launch(attention_fwd_kernel<T, D, EXTRAS>, unsigned(blocks_of(a.sq, S::M) * a.heads * batch), S::THREADS,
          sizeof(ForwardShared<T, D>), place.stream, f);
 }
 
@@ -162,8 +165,8 @@ void attention_fwd(AttentionForward f, DType dtype, Place place) {
   const size_t item = dtype == DType::f32 ? 4 : 2;
   for (Rows* x : {&a.q, &a.k, &a.v}) x->wide = is_wide(*x, a.d, item);
   f.wide = is_wide(f.out, int64_t(a.d), item);
-  choose(a, dtype, [&](auto type, auto d, auto features) {
-    forward<decltype(type), decltype(d)::value, decltype(features)::value>(f, place);
+  choose(a, dtype, [&](auto type, auto d, auto extras) {
+    forward<decltype(type), decltype(d)::value, decltype(extras)::value>(f, place);
   });
 }
 

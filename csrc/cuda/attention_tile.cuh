@@ -11,6 +11,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "attention.h"
 #include "launch.h"
@@ -33,13 +34,11 @@ __device__ __forceinline__ float power(float x) {
   return y;
 }
 
-// The features that a kernel is compiled with; it asks at run time whether they are there.
-enum Features { kPlain, kDrops, kAll };  // neither; dropout; dropout and bias
-
-// 16·MT rows for each of WARPS warps, blocks of 8·NT columns, of which STAGES are in shared memory at a time.
-template <int MT_, int NT_, int WARPS_, int STAGES_>
+// 16·MT rows for each of WARPS warps, blocks of 8·NT columns, of which STAGES are in shared memory at a time. BLOCKS of
+// a multiprocessor are what registers are handed out for.
+template <int MT_, int NT_, int WARPS_, int STAGES_, int BLOCKS_>
 struct Shape {
-  static constexpr int MT = MT_, NT = NT_, WARPS = WARPS_, STAGES = STAGES_;
+  static constexpr int MT = MT_, NT = NT_, WARPS = WARPS_, STAGES = STAGES_, BLOCKS = BLOCKS_;
   static constexpr int M = 16 * MT * WARPS, N = 8 * NT, THREADS = 32 * WARPS;
 };
 
@@ -376,7 +375,8 @@ struct KeptKeys {
     if (straddles) {
       const uint32_t last = bytes.sixteen(block + kEach, query, sequence_head);
 #pragma unroll
-      for (int i = 0; i < kEach; ++i) bits[i] = (bits[i] | (i + 1 < kEach ? bits[i + 1] : last) << 16) >> (position & 15);
+      for (int i = 0; i < kEach; ++i)
+        bits[i] = (bits[i] | (i + 1 < kEach ? bits[i + 1] : last) << 16) >> (position & 15);
     }
   }
 
@@ -411,14 +411,16 @@ struct Draw {
 template <int MT, int NT>
 struct KeptQueries {
   static constexpr int kCols = 8 * NT, kEach = kCols > 32 ? kCols / 32 : 1;
-  uint32_t bits[MT][kEach];
+  uint32_t stays[MT];  // bit 4 n + e: of the thread's element [m][n][e]
 
   // of(column) gives the Draw of a column 0..8·NT-1, for the warp's first key.
   template <class F>
   __device__ __forceinline__ KeptQueries(const Bytes& bytes, bool straddles, F of) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    uint32_t bits[MT][kEach];
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      const auto [position, query, sequence_head] = of(int(32 * i + threadIdx.x % 32 % kCols));
+      const auto [position, query, sequence_head] = of(32 * i + lane % kCols);
       const int block = position >> 4;
 #pragma unroll
       for (int m = 0; m < MT; ++m) bits[m][i] = bytes.sixteen(block + m, query, sequence_head);
@@ -429,29 +431,21 @@ struct KeptQueries {
           bits[m][i] = (bits[m][i] | (m + 1 < MT ? bits[m + 1][i] : last) << 16) >> (position & 15);
       }
     }
-  }
-
-  // kept: p where it stays, else 0; dp: times factor, or 0.
-  __device__ __forceinline__ void apply(float (&kept)[MT][NT][4], float (&dp)[MT][NT][4], float factor) const {
-    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
     for (int m = 0; m < MT; ++m) {
+      stays[m] = 0;
 #pragma unroll
       for (int n = 0; n < NT; ++n) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const uint32_t mine = __shfl_sync(0xFFFFFFFFu, bits[m][n / 4], (8 * n + 2 * t + e) % 32) >> g;
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const bool stays = mine >> (8 * h) & 1;
-            float &p = kept[m][n][2 * h + e], &d = dp[m][n][2 * h + e];
-            p = stays ? p : 0.0f;
-            d = stays ? d * factor : 0.0f;
-          }
+          stays[m] |= ((mine & 1) | (mine >> 8 & 1) << 2) << (4 * n + e);
         }
       }
     }
   }
+
+  __device__ __forceinline__ bool has(int m, int n, int e) const { return stays[m] >> (4 * n + e) & 1; }
 };
 
 // ---- what is launched
@@ -463,24 +457,24 @@ inline bool is_wide(const Rows& x, int d, size_t item) {
 
 inline int64_t blocks_of(int64_t rows, int size) { return (rows + size - 1) / size; }
 
-// f<T, D, FEATURES> for the head dimension's class and the features of a call. What is common, heads of 64 and 128 in 16
-// bits, has kernels without dropout and bias.
+// f(T, D, EXTRAS) for the head dimension's class. EXTRAS: the kernel asks whether there is dropout or a bias. Only what
+// most models are trained in, heads of 64 and 128 in bfloat16, has kernels without: they take fewer registers.
 template <class F>
 void choose(const Attention& a, DType dtype, F f) {
-  auto features = [&](auto type, auto d) {
-    using T = decltype(type);
+  auto extras = [&](auto type, auto d) {
     constexpr int D = decltype(d)::value;
-    if constexpr (sizeof(T) == 2 && (D == 64 || D == 128)) {
-      if (!a.bias && !a.dropout.threshold) return f(type, d, std::integral_constant<int, kPlain>());
-      if (!a.bias) return f(type, d, std::integral_constant<int, kDrops>());
+    if constexpr (std::is_same_v<decltype(type), __nv_bfloat16> && (D == 64 || D == 128)) {
+      if (!a.bias && !a.dropout.threshold) return f(type, d, std::false_type());
     }
-    f(type, d, std::integral_constant<int, kAll>());
+    f(type, d, std::true_type());
   };
   auto width = [&](auto type) {
-    if (a.d <= 32) return features(type, std::integral_constant<int, 32>());
-    if (a.d <= 64) return features(type, std::integral_constant<int, 64>());
-    if (a.d <= 128) return features(type, std::integral_constant<int, 128>());
-    features(type, std::integral_constant<int, 256>());
+    if constexpr (sizeof(type) == 2) {
+      if (a.d <= 32) return extras(type, std::integral_constant<int, 32>());
+    }
+    if (a.d <= 64) return extras(type, std::integral_constant<int, 64>());
+    if (a.d <= 128) return extras(type, std::integral_constant<int, 128>());
+    extras(type, std::integral_constant<int, 256>());
   };
   if (dtype == DType::f32) return width(float());
   dtype == DType::bf16 ? width(__nv_bfloat16()) : width(__half());

@@ -85,13 +85,22 @@ __device__ __forceinline__ uint32_t pack(__half, float low, float high) {
 
 // ---- the two products
 
-template <int MT, int NT>
-__device__ __forceinline__ void clear(float (&x)[MT][NT][4]) {
+// f(m, n, e) for every element of a thread's fragment.
+template <int MT, int NT, class F>
+__device__ __forceinline__ void each(F f) {
 #pragma unroll
   for (int m = 0; m < MT; ++m) {
 #pragma unroll
-    for (int n = 0; n < NT; ++n) x[m][n][0] = x[m][n][1] = x[m][n][2] = x[m][n][3] = 0.0f;
+    for (int n = 0; n < NT; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) f(m, n, e);
+    }
   }
+}
+
+template <int MT, int NT>
+__device__ __forceinline__ void clear(float (&x)[MT][NT][4]) {
+  each<MT, NT>([&](int m, int n, int e) { x[m][n][e] = 0.0f; });
 }
 
 // A warp's 16·MT rows of a tile, the left side of a product. KEEP: in registers, loaded once.
@@ -145,8 +154,7 @@ __device__ __forceinline__ void product_float(float (&s)[MT][NT][4], const float
 #pragma unroll
       for (int m = 0; m < MT; ++m) {
 #pragma unroll
-        for (int h = 0; h < 2; ++h)
-          a[m][h] = *reinterpret_cast<const float4*>(x + At::at(16 * m + g + 8 * h, chunk));
+        for (int h = 0; h < 2; ++h) a[m][h] = *reinterpret_cast<const float4*>(x + At::at(16 * m + g + 8 * h, chunk));
       }
 #pragma unroll
       for (int n = 0; n < NT; ++n) {
@@ -167,14 +175,7 @@ __device__ __forceinline__ void product_float(float (&s)[MT][NT][4], const float
         }
       }
     }
-#pragma unroll
-    for (int m = 0; m < MT; ++m) {
-#pragma unroll
-      for (int n = 0; n < NT; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) s[m][n][e] += part[m][n][e];
-      }
-    }
+    each<MT, NT>([&](int m, int n, int e) { s[m][n][e] += part[m][n][e]; });
   }
 }
 
