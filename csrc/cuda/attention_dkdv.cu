@@ -5,7 +5,7 @@
 // probability leaves a warp's registers. The probabilities are computed again from lse. Nothing is added to by two
 // blocks, so that every run gives the same bits; with dq in a pass of its own that is seven products where atomic
 // additions would need five.
-#include "attention_tile.cuh"
+#include "attention_dropout.cuh"
 
 namespace fastlm::cuda {
 
@@ -62,9 +62,8 @@ __global__ void __launch_bounds__(KeysShape<T, D>::THREADS, KeysShape<T, D>::BLO
   }
 
   const int count = plan.count * a.group;
-  auto fetch = [&](int step) {
-    const int head = kv_head * a.group + step / plan.count, stage = step % S::STAGES;
-    const int col0 = plan.column(step % plan.count, N);
+  auto fetch = [&](int stage, int head, int at) {
+    const int col0 = plan.column(at, N);
     load_rows<T, D, N, S::THREADS>(shared.q[stage], Slice<T>(a.q, b, head), col0, plan.hi, nullptr, a.d);
     load_rows<T, D, N, S::THREADS>(shared.dout[stage], Slice<T>(f.dout, b, head), col0, plan.hi, nullptr, a.d);
     for (int i = threadIdx.x; i < 2 * N; i += S::THREADS) {
@@ -74,7 +73,7 @@ __global__ void __launch_bounds__(KeysShape<T, D>::THREADS, KeysShape<T, D>::BLO
                   from + (col < plan.hi ? (b * a.heads + head) * a.sq + col : 0), col < plan.hi ? 4 : 0);
     }
   };
-  if (count > 0) fetch(0);
+  if (count > 0) fetch(0, kv_head * a.group, 0);
   copies_arrive();
   __syncthreads();
 
@@ -84,10 +83,13 @@ __global__ void __launch_bounds__(KeysShape<T, D>::THREADS, KeysShape<T, D>::BLO
   clear(dk);
   clear(dv);
 
-  for (int step = 0; step < count; ++step) {
-    if (step > 0) next_stage<S::STAGES>(step, fetch);
-    if (S::STAGES > 1 && step + 1 < count) fetch(step + 1);
-    const int stage = step % S::STAGES, head = kv_head * a.group + step / plan.count, at = step % plan.count;
+  int head = kv_head * a.group, at = 0, next_head = head, next = 0;
+  for (int step = 0; step < count; ++step, head = next_head, at = next) {
+    const int stage = step % S::STAGES;
+    if (step > 0) next_stage<S::STAGES>([&] { fetch(stage, head, at); });
+    next = at + 1 < plan.count ? at + 1 : 0;
+    next_head = head + (next == 0);
+    if (S::STAGES > 1 && step + 1 < count) fetch((step + 1) % S::STAGES, next_head, next);
     const int col0 = plan.column(at, N);
     const bool plain = at < plan.plain();
     const float* bias = biased ? a.bias + int64_t(head) * (2 * a.far + 1) : nullptr;

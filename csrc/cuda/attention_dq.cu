@@ -6,7 +6,7 @@
 // elements in order. What a tile has is a partial sum; attention_dtable adds those up by bucket.
 #include <cstddef>
 
-#include "attention_tile.cuh"
+#include "attention_dropout.cuh"
 
 namespace fastlm::cuda {
 
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(QueriesShape<T, D>::THREADS, QueriesShape<T, D
   clear(dq);
 
   for (int step = 0; step < plan.count; ++step) {
-    if (step > 0) next_stage<S::STAGES>(step, fetch);
+    if (step > 0) next_stage<S::STAGES>([&] { fetch(step); });
     if (S::STAGES > 1 && step + 1 < plan.count) fetch(step + 1);
     const int col0 = plan.column(step, N), stage = step % S::STAGES;
     const bool plain = step < plan.plain();

@@ -4,7 +4,7 @@
 // A warp has its rows to itself, all columns of them: scores, probabilities and output stay in its registers, and the
 // maximum of a row is taken over four lanes. Keys and values of the next block are on their way (cp.async) while one is
 // computed; the one barrier of a step is where they arrive.
-#include "attention_tile.cuh"
+#include "attention_dropout.cuh"
 
 namespace fastlm::cuda {
 
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(ForwardShape<T, D>::THREADS, ForwardShape<T, D
   }
 
   for (int step = 0; step < plan.count; ++step) {
-    if (step > 0) next_stage<S::STAGES>(step, fetch);
+    if (step > 0) next_stage<S::STAGES>([&] { fetch(step); });
     if (S::STAGES > 1 && step + 1 < plan.count) fetch(step + 1);
     const int col0 = plan.column(step, N);
     float s[MT][NT][4], factor = a.scale * kUnit<T>, shift = 0.0f;

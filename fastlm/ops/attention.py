@@ -577,7 +577,7 @@ def attention(
         rng: int64 (2,), (seed, step), on q's device; None draws from torch's generator. See fastlm.ops._random.
         stream: number of this call site, so that two dropouts of one step differ.
         return_lse: return (out, lse); gradients through lse are added.
-        backend: "auto", "reference", "cpu", "triton" (D up to 256), "sdpa".
+        backend: "auto", "reference", "cpu", "triton" and "cuda" (D up to 256), "sdpa".
 
     Returns out, like q; with `return_lse` also lse, the logarithm of the softmax's denominator, (B, H, Sq) or packed
     (H, Tq), float32 (float64 for float64 input). A query with no keys returns 0 and lse -inf, and has zero gradients.
