@@ -26,6 +26,8 @@ struct KeysShared {
   T k[M * D], v[M * D], q[STAGES][S::N * D], dout[STAGES][S::N * D];
   float lse[STAGES][S::N], delta[STAGES][S::N];
   RowSight<M> sight;
+  Plan plan;  // here, not in registers, which are few
+  Bytes bytes;
 };
 
 template <class T, int D, bool EXTRAS>
@@ -50,15 +52,19 @@ __global__ void __launch_bounds__(KeysShape<T, D>::THREADS, KeysShape<T, D>::BLO
   load_rows<T, D, M, S::THREADS>(shared.v, Slice<T>(a.v, b, kv_head), row0, last_row + 1, mask, a.d);
 
   const Sight sight{{a.cu_k, a.sk}, {a.cu_q, a.sq}, a.right, a.left, a.far_right, a.far, 0, a.sq};
-  Plan plan = make_plan<N>(sight, a.sequences, row0, last_row, true, biased);
-  if (threadIdx.x < M) {
-    const int row = min(row0 + int(threadIdx.x), last_row);
-    shared.sight.set(threadIdx.x, sight, row, a.cu_k ? find_sequence(a.cu_k, row, plan.first, plan.last) : 0);
+  // A masked key spoils its own row alone, which is set to 0 at the end; without a real one there is nothing to do.
+  const int own = row0 + threadIdx.x;
+  const bool real = __syncthreads_or(!mask || (threadIdx.x < M && own <= last_row && mask[own]));
+  if (threadIdx.x == 0) {
+    shared.plan = make_plan<N>(sight, a.sequences, row0, last_row, true, biased);
+    if (!real) shared.plan.count = 0;
+    if (drops) shared.bytes = Bytes(a.dropout);
   }
-  // A masked key spoils its own row alone, which is set to 0 at the end.
-  if (mask) {
-    const int row = row0 + threadIdx.x;
-    if (!__syncthreads_or(threadIdx.x < M && row <= last_row && mask[row])) plan.count = 0;
+  __syncthreads();
+  const Plan& plan = shared.plan;
+  if (threadIdx.x < M) {
+    const int row = min(own, last_row);
+    shared.sight.set(threadIdx.x, sight, row, a.cu_k ? find_sequence(a.cu_k, row, plan.first, plan.last) : 0);
   }
 
   const int count = plan.count * a.group;
@@ -78,7 +84,6 @@ __global__ void __launch_bounds__(KeysShape<T, D>::THREADS, KeysShape<T, D>::BLO
   __syncthreads();
 
   const Left<T, D, MT, false> k(shared.k + warp_row * D), v(shared.v + warp_row * D);
-  const Bytes bytes(a.dropout, drops);
   float dk[MT][DT][4], dv[MT][DT][4];
   clear(dk);
   clear(dv);
@@ -115,14 +120,17 @@ __global__ void __launch_bounds__(KeysShape<T, D>::THREADS, KeysShape<T, D>::BLO
         }
       }
     }
-    product(dp, v, shared.dout[stage]);
-    if (drops) {
-      const KeptQueries<MT, NT> stays(bytes, a.cu_q, [&](int i) {
+    KeptQueries<MT, NT> stays;
+    if (drops) {  // before there is dp: a draw takes registers
+      stays.draw(shared.bytes, a.cu_q, [&](int i) {
         const int query = col0 + i;
         if (!a.cu_q) return Draw{row0 + warp_row, query, int(b) * a.heads + head};
         const int of = plain ? plan.first : query < plan.hi ? f.sequence[query] : plan.last;
         return Draw{row0 + warp_row - a.cu_k[of], query - a.cu_q[of], of * a.heads + head};
       });
+    }
+    product(dp, v, shared.dout[stage]);
+    if (drops) {
       float kept[MT][NT][4];
       each<MT, NT>([&](int m, int n, int e) {
         kept[m][n][e] = stays.has(m, n, e) ? s[m][n][e] : 0.0f;
@@ -143,14 +151,14 @@ __global__ void __launch_bounds__(KeysShape<T, D>::THREADS, KeysShape<T, D>::BLO
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int row = row0 + warp_row + 16 * m + 8 * h + g;
-      const bool real = !mask || (row <= last_row && mask[row]);
-      factor_k[m][h] = real ? a.scale : 0.0f;
+      const bool is_real = !mask || (row <= last_row && mask[row]);
+      factor_k[m][h] = a.scale;
       factor_v[m][h] = drops ? a.dropout.scale : 1.0f;
 #pragma unroll
-      for (int n = 0; n < DT; ++n) {  // not by the factor: 0 times infinity
+      for (int n = 0; n < DT; ++n) {  // not by a factor: 0 times infinity
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          if (!real) dk[m][n][2 * h + e] = dv[m][n][2 * h + e] = 0.0f;
+          if (!is_real) dk[m][n][2 * h + e] = dv[m][n][2 * h + e] = 0.0f;
         }
       }
     }

@@ -21,6 +21,8 @@ struct QueriesShared {
   T q[S::M * D], dout[S::M * D], k[S::STAGES][S::N * D], v[S::STAGES][S::N * D];
   RowSight<S::M> sight;
   RowDropout<S::M> dropout;
+  Plan plan;  // here, not in registers, which are few
+  Bytes bytes;
   int buffer[3 * S::WARPS];
   float ds[S::M][S::N + 1];  // last: only with a dtable
 };
@@ -71,7 +73,12 @@ __global__ void __launch_bounds__(QueriesShape<T, D>::THREADS, QueriesShape<T, D
   RealKeys real{0, a.sk, false};
   if (mask) real = real_keys<S::WARPS>(mask, a.sk, shared.buffer);
   const Sight sight{{a.cu_q, a.sq}, {a.cu_k, a.sk}, a.left, a.right, a.far, a.far_right, real.first, real.end};
-  const Plan plan = make_plan<N>(sight, a.sequences, row0, last_row, !real.holes, biased);
+  if (threadIdx.x == 0) {
+    shared.plan = make_plan<N>(sight, a.sequences, row0, last_row, !real.holes, biased);
+    if (drops) shared.bytes = Bytes(a.dropout);
+  }
+  __syncthreads();
+  const Plan& plan = shared.plan;
   if (threadIdx.x < M) set_query(shared.sight, shared.dropout, sight, plan, int(b), head, a.heads, row0, last_row);
   const bool straddles = a.cu_q && plan.first != plan.last;
 
@@ -103,7 +110,6 @@ __global__ void __launch_bounds__(QueriesShape<T, D>::THREADS, QueriesShape<T, D
 
   const Left<T, D, MT, false> q(shared.q + warp_row * D), dout(shared.dout + warp_row * D);
   const float* bias = biased ? a.bias + int64_t(head) * (2 * a.far + 1) : nullptr;
-  const Bytes bytes(a.dropout, drops);
   float dq[MT][D / 8][4], sum_left = 0.0f, sum_right = 0.0f;
   clear(dq);
 
@@ -122,7 +128,8 @@ __global__ void __launch_bounds__(QueriesShape<T, D>::THREADS, QueriesShape<T, D
       shift = bias[plan.before(step) ? 0 : 2 * a.far];
     }
     product(dp, dout, shared.v[stage]);
-    if (drops) KeptKeys<MT, NT>(bytes, shared.dropout, warp_row, col0, straddles && !plain).apply(dp, a.dropout.scale);
+    if (drops)
+      KeptKeys<MT, NT>(shared.bytes, shared.dropout, warp_row, col0, straddles && !plain).apply(dp, a.dropout.scale);
     each<MT, NT>([&](int m, int n, int e) {
       s[m][n][e] = power<T>(fmaf(s[m][n][e], factor, less[m][e / 2] + shift)) * (dp[m][n][e] - delta[m][e / 2]);
     });

@@ -11,8 +11,8 @@ struct Bytes {
   Key key;
   uint32_t addend, either;
 
-  __device__ __forceinline__ Bytes(const Dropout& dropout, bool drops)
-      : key(drops ? dropout_key(dropout.rng, dropout.stream) : Key{0, 0}),
+  __device__ __forceinline__ explicit Bytes(const Dropout& dropout)
+      : key(dropout_key(dropout.rng, dropout.stream)),
         addend((dropout.threshold <= 128 ? 128 - uint32_t(dropout.threshold) : 256 - uint32_t(dropout.threshold)) *
                0x01010101u),
         either(dropout.threshold <= 128 ? 0xFFFFFFFFu : 0u) {}
@@ -110,7 +110,7 @@ struct KeptQueries {
 
   // of(column) gives the Draw of a column 0..8·NT-1, for the warp's first key.
   template <class F>
-  __device__ __forceinline__ KeptQueries(const Bytes& bytes, bool straddles, F of) {
+  __device__ __forceinline__ void draw(const Bytes& bytes, bool straddles, F of) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     uint32_t bits[MT][kEach];
 #pragma unroll

@@ -21,6 +21,8 @@ struct ForwardShared {
   T q[S::M * D], k[S::STAGES][S::N * D], v[S::STAGES][S::N * D];
   RowSight<S::M> sight;
   RowDropout<S::M> dropout;
+  Plan plan;  // here, not in registers, which are few
+  Bytes bytes;
   int buffer[3 * S::WARPS];
 };
 
@@ -48,7 +50,12 @@ __global__ void __launch_bounds__(ForwardShape<T, D>::THREADS, ForwardShape<T, D
   if (mask) real = real_keys<S::WARPS>(mask, a.sk, shared.buffer);
   const Sight sight{{a.cu_q, a.sq}, {a.cu_k, a.sk}, a.left, a.right, a.far, a.far_right, real.first, real.end};
   // The maximum is taken before scaling, so a scale of 0 or less has no plain block.
-  const Plan plan = make_plan<N>(sight, a.sequences, row0, last_row, !real.holes && a.scale > 0.0f, biased);
+  if (threadIdx.x == 0) {
+    shared.plan = make_plan<N>(sight, a.sequences, row0, last_row, !real.holes && a.scale > 0.0f, biased);
+    if (drops) shared.bytes = Bytes(a.dropout);
+  }
+  __syncthreads();
+  const Plan& plan = shared.plan;
   if (threadIdx.x < M) set_query(shared.sight, shared.dropout, sight, plan, int(b), head, a.heads, row0, last_row);
   const bool straddles = a.cu_q && plan.first != plan.last;
 
@@ -63,7 +70,6 @@ __global__ void __launch_bounds__(ForwardShape<T, D>::THREADS, ForwardShape<T, D
 
   const Left<T, D, MT, sizeof(T) == 2 && D <= 64> q(shared.q + warp_row * D);
   const float* bias = biased ? a.bias + int64_t(head) * (2 * a.far + 1) : nullptr;
-  const Bytes bytes(a.dropout, drops);
   float maximum[MT][2], total[MT][2], acc[MT][D / 8][4];
   clear(acc);
 #pragma unroll
@@ -118,7 +124,7 @@ __global__ void __launch_bounds__(ForwardShape<T, D>::THREADS, ForwardShape<T, D
       }
     }
     if (drops)
-      KeptKeys<MT, NT>(bytes, shared.dropout, warp_row, col0, straddles && step >= plan.plain()).apply(s, 1.0f);
+      KeptKeys<MT, NT>(shared.bytes, shared.dropout, warp_row, col0, straddles && step >= plan.plain()).apply(s, 1.0f);
     accumulate<T, D>(acc, s, shared.v[step % S::STAGES], 0);
   }
 
