@@ -13,11 +13,7 @@ namespace fastlm::cuda {
 template <class T, int D>
 struct KeysShape : Shape<D <= 64 ? 2 : 1, D <= 128 ? 4 : 2, D <= 64 ? 4 : 8, 2, D <= 64 ? 2 : 1> {};
 template <int D>
-struct KeysShape<float, D> : Shape<1, D <= 64 ? 4 : 2,
-                                   D <= 64    ? 4
-                                   : D <= 128 ? 2
-                                              : 4,
-                                   D <= 128 ? 2 : 1, 2> {};
+struct KeysShape<float, D> : Shape<1, D <= 64 ? 4 : 2, 4, D <= 128 ? 2 : 1, 2> {};
 
 template <class T, int D>
 struct KeysShared {
@@ -40,8 +36,8 @@ __global__ void __launch_bounds__(KeysShape<T, D>::THREADS, KeysShape<T, D>::BLO
   auto& shared = *reinterpret_cast<Shared*>(memory);
   const Attention& a = f.attention;
   const bool drops = EXTRAS && a.dropout.threshold, biased = EXTRAS && a.bias;
-  const int warp = threadIdx.x / 32, warp_row = warp / Shared::SPLIT * 16 * MT, g = threadIdx.x % 32 / 4,
-            t = threadIdx.x % 4;
+  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  const int warp_row = warp / Shared::SPLIT * 16 * MT;
   const int chunk0 = warp % Shared::SPLIT * (Tile<T, D>::kChunks / Shared::SPLIT);
 
   const int tiles = (a.sk + M - 1) / M, kv_heads = a.heads / a.group, kv_head = blockIdx.x / tiles % kv_heads;
