@@ -36,7 +36,7 @@ BARE = (
 )
 
 
-@pytest.mark.parametrize("variant", (*LONG, *BARE), ids=str)
+@pytest.mark.parametrize("variant", [*LONG, *BARE], ids=str)
 def test_blocks_without_a_mask(variant):
     error_bound(variant, torch.bfloat16)
 
