@@ -6,34 +6,42 @@ namespace fastlm::cuda {
 
 // ---- delta = dout·out - dlse
 
-constexpr int kDeltaLanes = 8, kDeltaRows = 16;  // lanes to a row, rows of a block
+// Lanes to a row. One for float32, in the order of the products dout·v: where out is one v, ds is then 0, as it should
+// be.
+template <class T>
+constexpr int kDeltaLanes = sizeof(T) == 4 ? 1 : 8;
+constexpr int kDeltaThreads = 128;
 
 template <class T>
-__global__ void __launch_bounds__(kDeltaLanes* kDeltaRows) attention_delta_kernel(const AttentionBackward f) {
+__global__ void __launch_bounds__(kDeltaThreads) attention_delta_kernel(const AttentionBackward f) {
+  constexpr int V = kVector<T>, kLanes = kDeltaLanes<T>, kRows = kDeltaThreads / kLanes;
   const Attention& a = f.attention;
-  const int blocks = (a.sq + kDeltaRows - 1) / kDeltaRows, head = blockIdx.x / blocks % a.heads;
-  const int row = blockIdx.x % blocks * kDeltaRows + threadIdx.x / kDeltaLanes, lane = threadIdx.x % kDeltaLanes;
+  const int blocks = (a.sq + kRows - 1) / kRows, head = blockIdx.x / blocks % a.heads;
+  const int row = blockIdx.x % blocks * kRows + threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
   const int64_t b = blockIdx.x / blocks / a.heads, at = (b * a.heads + head) * a.sq + row;
   float sum = 0.0f;
   if (row < a.sq) {
     const Slice<T> dout(f.dout, b, head);
     const T* x = dout.data + row * dout.stride;
     const T* y = static_cast<const T*>(f.out) + ((b * a.sq + row) * a.heads + head) * a.d;
-    constexpr int V = kVector<T>;
-    for (int col = lane * V; col < a.d; col += kDeltaLanes * V) {
-      if (dout.wide && f.wide) {
-        float u[V], v[V];
-        load(x + col, u);
-        load(y + col, v);
+    for (int first = 0; first < a.d; first += 64) {  // product_float's parts
+      float part = 0.0f;
+      for (int col = first + lane * V; col < min(first + 64, a.d); col += kLanes * V) {
+        if (dout.wide && f.wide) {
+          float u[V], v[V];
+          load(x + col, u);
+          load(y + col, v);
 #pragma unroll
-        for (int k = 0; k < V; ++k) sum = fmaf(u[k], v[k], sum);
-      } else {
-        for (int k = 0; k < V && col + k < a.d; ++k) sum = fmaf(to_float(x[col + k]), to_float(y[col + k]), sum);
+          for (int k = 0; k < V; ++k) part = fmaf(u[k], v[k], part);
+        } else {
+          for (int k = 0; k < V && col + k < a.d; ++k) part = fmaf(to_float(x[col + k]), to_float(y[col + k]), part);
+        }
       }
+      sum += part;
     }
   }
 #pragma unroll
-  for (int lanes = kDeltaLanes / 2; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, lanes);
+  for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, lanes);
   if (row >= a.sq || lane > 0) return;
   f.delta[at] = sum - (f.dlse ? f.dlse[at] : 0.0f);
   if (f.sequence && head == 0) f.sequence[row] = find_sequence(a.cu_q, row, 0, a.sequences - 1);
@@ -42,8 +50,8 @@ __global__ void __launch_bounds__(kDeltaLanes* kDeltaRows) attention_delta_kerne
 template <class T>
 static void delta(const AttentionBackward& f, Place place) {
   const Attention& a = f.attention;
-  launch(attention_delta_kernel<T>, unsigned(blocks_of(a.sq, kDeltaRows) * a.heads * (a.cu_q ? 1 : a.sequences)),
-         kDeltaLanes * kDeltaRows, 0, place.stream, f);
+  const int64_t blocks = blocks_of(a.sq, kDeltaThreads / kDeltaLanes<T>) * a.heads * (a.cu_q ? 1 : a.sequences);
+  launch(attention_delta_kernel<T>, unsigned(blocks), kDeltaThreads, 0, place.stream, f);
 }
 
 void attention_bwd(AttentionBackward f, DType dtype, Place place) {
