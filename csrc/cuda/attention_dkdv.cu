@@ -98,8 +98,7 @@ __global__ void __launch_bounds__(KeysShape<T, D>::THREADS, KeysShape<T, D>::BLO
     product(s, k, shared.q[stage]);
     if (!plain) {
       const RealColumns<NT> columns(nullptr, col0, plan.hi);
-      finish_scores(s, factor, shared.sight, warp_row, col0, columns, bias, a.far, -1);
-      factor = 1.0f;
+      factor = finish_scores(s, factor, shared.sight, warp_row, col0, columns, bias, a.far, -1);
     } else if (biased) {  // before a key's diagonal, keys are after the query
       shift = bias[plan.before(at) ? 2 * a.far : 0];
     }

@@ -86,8 +86,7 @@ __global__ void __launch_bounds__(ForwardShape<T, D>::THREADS, ForwardShape<T, D
     product(s, q, shared.k[step % S::STAGES]);
     if (step >= plan.plain()) {
       const RealColumns<NT> columns(mask, col0, plan.hi);
-      finish_scores(s, factor, shared.sight, warp_row, col0, columns, bias, a.far, 1);
-      factor = 1.0f;
+      factor = finish_scores(s, factor, shared.sight, warp_row, col0, columns, bias, a.far, 1);
     } else if (biased) {
       shift = bias[plan.before(step) ? 0 : 2 * a.far];
     }

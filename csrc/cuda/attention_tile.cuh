@@ -285,12 +285,13 @@ struct RealColumns {
   }
 };
 
-// Scores in their unit: factor·s, with bias (2 far + 1,), if any; -inf where a row does not see a column. row0: the
-// warp's first in `sight`. sign: 1 where columns are keys, -1 where rows are.
+// Scores with bias (2 far + 1,), if any; -inf where a row does not see a column. row0: the warp's first in `sight`.
+// sign: 1 where columns are keys, -1 where rows are. Returns what they are still to be multiplied by to be in their
+// unit: the factor, left for an FMA that rounds once, where it is positive and there is no bias; else 1.
 template <int MT, int NT, int M>
-__device__ __forceinline__ void finish_scores(float (&s)[MT][NT][4], float factor, const RowSight<M>& sight, int row0,
-                                              int col0, const RealColumns<NT>& real, const float* bias, int far,
-                                              int sign) {
+__device__ __forceinline__ float finish_scores(float (&s)[MT][NT][4], float factor, const RowSight<M>& sight, int row0,
+                                               int col0, const RealColumns<NT>& real, const float* bias, int far,
+                                               int sign) {
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
   for (int m = 0; m < MT; ++m) {
@@ -304,13 +305,15 @@ __device__ __forceinline__ void finish_scores(float (&s)[MT][NT][4], float facto
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int col = col0 + 8 * n + 2 * t + e;
-          float x = s[m][n][2 * h + e] * factor;
-          if (bias) x += bias[min(max(sign * (col - diagonal), -far), far) + far];
+          float x = s[m][n][2 * h + e];
+          if (bias) x = fmaf(x, factor, bias[min(max(sign * (col - diagonal), -far), far) + far]);
+          if (!bias && factor <= 0.0f) x *= factor;
           s[m][n][2 * h + e] = unsigned(col - lo) < width && real.has(n, e) ? x : -kInf;
         }
       }
     }
   }
+  return bias || factor <= 0.0f ? 1.0f : factor;
 }
 
 // ---- what is launched
