@@ -79,6 +79,11 @@ __global__ void __launch_bounds__(KeysShape<T, D>::THREADS, KeysShape<T, D>::BLO
   copies_arrive();
   __syncthreads();
 
+  if (sizeof(T) == 4 && drops) {  // as in dq, dropout's scale is v's
+    for (int i = threadIdx.x; i < M * D; i += S::THREADS)
+      shared.v[i] = from_float<T>(to_float(shared.v[i]) * a.dropout.scale);
+    __syncthreads();
+  }
   const Left<T, D, MT, false> k(shared.k + warp_row * D), v(shared.v + warp_row * D);
   float dk[MT][DT][4], dv[MT][DT][4];
   clear(dk);
@@ -129,7 +134,7 @@ __global__ void __launch_bounds__(KeysShape<T, D>::THREADS, KeysShape<T, D>::BLO
       float kept[MT][NT][4];
       each<MT, NT>([&](int m, int n, int e) {
         kept[m][n][e] = stays.has(m, n, e) ? s[m][n][e] : 0.0f;
-        dp[m][n][e] = stays.has(m, n, e) ? dp[m][n][e] * a.dropout.scale : 0.0f;
+        dp[m][n][e] = stays.has(m, n, e) ? dp[m][n][e] * (sizeof(T) == 4 ? 1.0f : a.dropout.scale) : 0.0f;
       });
       accumulate<T, D>(dv, kept, shared.dout[stage], chunk0);
     } else {

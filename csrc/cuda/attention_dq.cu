@@ -126,9 +126,10 @@ __global__ void __launch_bounds__(QueriesShape<T, D>::THREADS, QueriesShape<T, D
     } else if (biased) {
       shift = bias[plan.before(step) ? 0 : 2 * a.far];
     }
-    product(dp, dout, shared.v[stage]);
+    product(dp, dout, shared.v[stage], drops ? a.dropout.scale : 1.0f);
     if (drops)
-      KeptKeys<MT, NT>(shared.bytes, shared.dropout, warp_row, col0, straddles && !plain).apply(dp, a.dropout.scale);
+      KeptKeys<MT, NT>(shared.bytes, shared.dropout, warp_row, col0, straddles && !plain)
+          .apply(dp, sizeof(T) == 4 ? 1.0f : a.dropout.scale);
     each<MT, NT>([&](int m, int n, int e) {
       s[m][n][e] = power<T>(fmaf(s[m][n][e], factor, less[m][e / 2] + shift)) * (dp[m][n][e] - delta[m][e / 2]);
     });

@@ -139,7 +139,7 @@ struct Left {
 
 // In parts of 64 columns: a float32 sum in order grows its error with its length, and eager's sums are shorter.
 template <int D, int MT, int NT>
-__device__ __forceinline__ void product_float(float (&s)[MT][NT][4], const float* x, const float* y) {
+__device__ __forceinline__ void product_float(float (&s)[MT][NT][4], const float* x, const float* y, float factor) {
   using At = Tile<float, D>;
   constexpr int kPart = D < 64 ? D / 4 : 16;
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
@@ -160,7 +160,8 @@ __device__ __forceinline__ void product_float(float (&s)[MT][NT][4], const float
       for (int n = 0; n < NT; ++n) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const float4 b = *reinterpret_cast<const float4*>(y + At::at(8 * n + 2 * t + e, chunk));
+          float4 b = *reinterpret_cast<const float4*>(y + At::at(8 * n + 2 * t + e, chunk));
+          b.x *= factor, b.y *= factor, b.z *= factor, b.w *= factor;
 #pragma unroll
           for (int m = 0; m < MT; ++m) {
 #pragma unroll
@@ -179,11 +180,13 @@ __device__ __forceinline__ void product_float(float (&s)[MT][NT][4], const float
   }
 }
 
-// s = x yᵀ (16·MT, 8·NT) of a warp's rows x and a tile y (8·NT, D).
+// s = x yᵀ (16·MT, 8·NT) of a warp's rows x and a tile y (8·NT, D). float32: of factor·y, rounded,
+// which is dropout's scale and v: then do·out, where out is one v, is do·v to the bit.
 template <class T, int D, int MT, int NT, bool KEEP>
-__device__ __forceinline__ void product(float (&s)[MT][NT][4], const Left<T, D, MT, KEEP>& x, const T* y) {
+__device__ __forceinline__ void product(float (&s)[MT][NT][4], const Left<T, D, MT, KEEP>& x, const T* y,
+                                        float factor = 1.0f) {
   if constexpr (sizeof(T) == 4) {
-    product_float<D>(s, x.rows, y);
+    product_float<D>(s, x.rows, y, factor);
   } else {
     clear(s);
     const int lane = threadIdx.x % 32;
@@ -207,39 +210,46 @@ __device__ __forceinline__ void product(float (&s)[MT][NT][4], const Left<T, D, 
   }
 }
 
+// A step's sum by itself, before it is added to those before it: as above. 32 columns at a time, for registers.
 template <int D, int MT, int NT, int DT>
 __device__ __forceinline__ void accumulate_float(float (&acc)[MT][DT][4], const float (&p)[MT][NT][4], const float* z,
                                                  int chunk0) {
   const int t = threadIdx.x % 4;
+#pragma unroll
+  for (int first = 0; first < DT; first += 4) {
+    float part[MT][4][4];
+    clear(part);
 #pragma unroll 1
-  for (int lane = 0; lane < 4; ++lane) {  // of the four that share a row, whose columns are taken
+    for (int lane = 0; lane < 4; ++lane) {  // of the four that share a row, whose columns are taken
 #pragma unroll
-    for (int n = 0; n < NT; ++n) {
+      for (int n = 0; n < NT; ++n) {
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        float a[MT][2];
-#pragma unroll
-        for (int m = 0; m < MT; ++m) {
-#pragma unroll
-          for (int h = 0; h < 2; ++h) a[m][h] = __shfl_sync(0xFFFFFFFFu, p[m][n][2 * h + e], lane, 4);
-        }
-#pragma unroll
-        for (int j = 0; j < DT; j += 2) {
-          const float4 b =
-              *reinterpret_cast<const float4*>(z + Tile<float, D>::at(8 * n + 2 * lane + e, chunk0 + 2 * j + t));
+        for (int e = 0; e < 2; ++e) {
+          float a[MT][2];
 #pragma unroll
           for (int m = 0; m < MT; ++m) {
 #pragma unroll
-            for (int h = 0; h < 2; ++h) {
-              acc[m][j][2 * h] = fmaf(a[m][h], b.x, acc[m][j][2 * h]);
-              acc[m][j][2 * h + 1] = fmaf(a[m][h], b.y, acc[m][j][2 * h + 1]);
-              acc[m][j + 1][2 * h] = fmaf(a[m][h], b.z, acc[m][j + 1][2 * h]);
-              acc[m][j + 1][2 * h + 1] = fmaf(a[m][h], b.w, acc[m][j + 1][2 * h + 1]);
+            for (int h = 0; h < 2; ++h) a[m][h] = __shfl_sync(0xFFFFFFFFu, p[m][n][2 * h + e], lane, 4);
+          }
+#pragma unroll
+          for (int j = 0; j < 4; j += 2) {
+            const int chunk = chunk0 + 2 * (first + j) + t;
+            const float4 b = *reinterpret_cast<const float4*>(z + Tile<float, D>::at(8 * n + 2 * lane + e, chunk));
+#pragma unroll
+            for (int m = 0; m < MT; ++m) {
+#pragma unroll
+              for (int h = 0; h < 2; ++h) {
+                part[m][j][2 * h] = fmaf(a[m][h], b.x, part[m][j][2 * h]);
+                part[m][j][2 * h + 1] = fmaf(a[m][h], b.y, part[m][j][2 * h + 1]);
+                part[m][j + 1][2 * h] = fmaf(a[m][h], b.z, part[m][j + 1][2 * h]);
+                part[m][j + 1][2 * h + 1] = fmaf(a[m][h], b.w, part[m][j + 1][2 * h + 1]);
+              }
             }
           }
         }
       }
     }
+    each<MT, 4>([&](int m, int n, int e) { acc[m][first + n][e] += part[m][n][e]; });
   }
 }
 
