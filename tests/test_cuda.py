@@ -5,7 +5,9 @@ executes them, and checks memory, races and barriers on the way.
 """
 
 import functools
+import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
@@ -34,7 +36,9 @@ pytestmark = pytest.mark.skipif(
 @functools.cache
 def kernels() -> str:
     """The PTX of all kernels."""
-    return "\n".join(ptx.compile_cuda(file, includes=INCLUDES) for file in sorted(CSRC.glob("cuda/*.cu")))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        files = sorted(CSRC.glob("cuda/*.cu"), key=lambda file: -file.stat().st_size)
+        return "\n".join(pool.map(functools.partial(ptx.compile_cuda, includes=INCLUDES), files))
 
 
 @contextmanager

@@ -171,6 +171,29 @@ def test_all_findings_are_collected_on_request():
     assert {f.instruction.split(".")[0] for f in report.findings} >= {"ld", "st"}
 
 
+def test_modules_in_a_row_keep_their_files():
+    """As tests/test_cuda.py joins those of all sources: each numbers its files from 1."""
+    module = """.version 8.0
+.target sm_80
+.address_size 64
+.visible .entry {name}(.param .u64 p0)
+{{
+.reg .b64 %d<2>;
+.reg .b32 %r<2>;
+ld.param.u64 %d1, [p0];
+mov.b32 %r1, 1;
+.loc 1 7 0
+st.global.b32 [%d1+400], %r1;
+ret;
+}}
+.file 1 "{name}.cu"
+"""
+    text = "".join(module.format(name=name) for name in ("first", "second"))
+    for name in ("first", "second"):
+        with pytest.raises(ptx.KernelFault, match=rf"at {name}\.cu:7"):
+            ptx.run(text, name, 1, 1, [np.zeros(1, np.uint32)])
+
+
 def test_bank_conflicts_are_counted():
     body = """.shared .align 4 .b32 s[1024]; mov.u32 %r0, %tid.x; ld.param.u32 %r1, [n]; mul.lo.u32 %r2, %r0, %r1;
     mov.u32 %r3, s; mad.lo.u32 %r2, %r2, 4, %r3; st.shared.b32 [%r2], %r0;"""

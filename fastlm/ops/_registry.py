@@ -29,8 +29,8 @@ AUTO: dict[str, dict[str, tuple[str, ...]]] = {
     for op in ("layer_norm", "rms_norm", "cross_entropy", "linear_cross_entropy", "mlm_mask")
 }
 AUTO |= {op: {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")} for op in ("gelu", "embedding")}
-# The order on cuda is not measured yet: no GPU has run the Triton kernels.
-AUTO["attention"] = {"cpu": ("cpu", "sdpa", "reference"), "cuda": ("triton", "sdpa", "reference")}
+# The order on cuda is not measured yet: no GPU has run these kernels.
+AUTO["attention"] = {"cpu": ("cpu", "sdpa", "reference"), "cuda": ("triton", "cuda", "sdpa", "reference")}
 
 _FLOATS = {
     "cpu": (torch.float32, torch.bfloat16),

@@ -367,6 +367,84 @@ def _bwd_triton(dout, dlse, q, k, v, out, lse, *rest):
     return dq, dk, dv, dtable
 
 
+# ---- CUDA C++: csrc/cuda/attention_fwd.cu, attention_bwd.cu
+
+_NO_LIMIT = 2**30  # of a window: past any sequence, and its sums with an index stay in 32 bits
+
+
+@_registry.limit("attention", "cuda")
+def _cuda_limit(q, **features):
+    d = q.shape[-1]
+    return None if d <= 256 else f"its kernels take head dimensions up to 256, not {d}"
+
+
+def _arguments_cuda(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask, table, rng, max_seqlen_q, max_seqlen_k, window_left, window_right,
+    softmax_scale, bidirectional, max_distance, dropout_p, stream,
+):  # fmt: skip
+    """The C++ struct, the tensors it points to, and starts."""
+    packed = cu_seqlens_q is not None
+    cu_seqlens_q, cu_seqlens_k, key_mask = (
+        None if x is None else x.contiguous() for x in (cu_seqlens_q, cu_seqlens_k, key_mask)
+    )
+    at, module = _native.address, _native.cuda()
+    heads, bias, far, starts = q.shape[-2], None, 0, ()
+    if table is not None:
+        starts = bucket_starts(table.shape[0], bidirectional, max_distance)
+        far, table = starts[-1], table.float().contiguous()
+        bias = table.new_empty(heads, 2 * far + 1)
+        module.attention_bias(
+            at(table), at(bias), starts, heads, bidirectional, _native.DTYPE_CODES[q.dtype], *_native.cuda_place(q)
+        )
+    arguments = module.Attention(
+        at(q), at(k), at(v), _strides(q), _strides(k), _strides(v), at(cu_seqlens_q), at(cu_seqlens_k), at(key_mask),
+        at(bias), cu_seqlens_q.numel() - 1 if packed else q.shape[0], heads, heads // k.shape[-2], q.shape[-1],
+        q.shape[-3], k.shape[-3], *(x if x < _NO_LIMIT else -1 for x in (window_left, window_right)), far,
+        far if bidirectional else 0, softmax_scale, _random.attention_threshold(dropout_p),
+        _random.attention_scale(dropout_p), at(rng), stream,
+    )  # fmt: skip
+    return arguments, (cu_seqlens_q, cu_seqlens_k, key_mask, table, bias), starts
+
+
+@_registry.implement("attention_fwd", "cuda")
+def _fwd_cuda(q, k, v, *rest):
+    out, lse = _fake_fwd(q, k, v, *rest, "cuda")
+    if out.numel() == 0:
+        return out, lse
+    q, k, v = (unit_stride(x) for x in (q, k, v))
+    arguments, _alive, _ = _arguments_cuda(q, k, v, *rest)
+    at = _native.address
+    _native.cuda().attention_fwd(arguments, at(out), at(lse), _native.DTYPE_CODES[q.dtype], *_native.cuda_place(q))
+    return out, lse
+
+
+@_registry.implement("attention_bwd", "cuda")
+def _bwd_cuda(dout, dlse, q, k, v, out, lse, *rest):
+    dq, dk, dv, dtable = gradients = _fake_bwd(dout, dlse, q, k, v, out, lse, *rest, "cuda")
+    if q.numel() == 0:  # nothing that a gradient could come from
+        return tuple(x.zero_() for x in gradients)
+    *rest, table_gradient = rest
+    bidirectional = rest[10]
+    dout, q, k, v = (unit_stride(x) for x in (dout, q, k, v))
+    out, lse, dlse = out.contiguous(), lse.contiguous(), None if dlse is None else dlse.contiguous()
+    arguments, _alive, starts = _arguments_cuda(q, k, v, *rest)
+    at, module, code, place = _native.address, _native.cuda(), _native.DTYPE_CODES[q.dtype], _native.cuda_place(q)
+    delta, sequence, partial = torch.empty_like(lse), None, None
+    if rest[0] is not None and rest[-2] > 0.0:
+        sequence = q.new_empty(q.shape[0], dtype=torch.int32)
+    tiles = module.attention_tiles(arguments, code)
+    if table_gradient:
+        width = (2 if bidirectional else 1) * starts[-1] + 1
+        partial = q.new_empty(tiles, q.shape[-2], width, dtype=torch.float32)
+    module.attention_bwd(
+        arguments, at(dout), _strides(dout), at(out), at(lse), at(dlse), at(delta), at(sequence), at(dq), at(dk),
+        at(dv), at(partial), code, *place,
+    )  # fmt: skip
+    if table_gradient:
+        module.attention_dtable(at(partial), at(dtable), tiles, starts, q.shape[-2], bidirectional, *place)
+    return gradients
+
+
 _registry.offer("attention", "cpu")
 
 
@@ -499,7 +577,7 @@ def attention(
         rng: int64 (2,), (seed, step), on q's device; None draws from torch's generator. See fastlm.ops._random.
         stream: number of this call site, so that two dropouts of one step differ.
         return_lse: return (out, lse); gradients through lse are added.
-        backend: "auto", "reference", "cpu", "triton" (D up to 256), "sdpa".
+        backend: "auto", "reference", "cpu", "triton" and "cuda" (D up to 256), "sdpa".
 
     Returns out, like q; with `return_lse` also lse, the logarithm of the softmax's denominator, (B, H, Sq) or packed
     (H, Tq), float32 (float64 for float64 input). A query with no keys returns 0 and lse -inf, and has zero gradients.

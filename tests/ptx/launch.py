@@ -261,10 +261,15 @@ _ENTRY = re.compile(r"^(?:\.(?:visible|weak)\s+)?\.entry\s+([\w$]+).*?^\}$", re.
 
 
 def _without_others(ptx: str, entry: str) -> str:
-    """A module less its other kernels: those of a file with a hundred instantiations take seconds to parse."""
-    if not any(match[1] == entry for match in _ENTRY.finditer(ptx)):
-        return ptx
-    return _ENTRY.sub(lambda match: match[0] if match[1] == entry else "", ptx)
+    """Of several modules, one after the other, that of a kernel, less its other kernels.
+
+    Those of a file with a hundred instantiations take seconds to parse, and every module numbers its files anew.
+    """
+    head, *modules = re.split(r"^(?=\.version)", ptx, flags=re.MULTILINE)
+    for module in [head + "".join(modules[:1]), *modules[1:]]:
+        if any(match[1] == entry for match in _ENTRY.finditer(module)):
+            return _ENTRY.sub(lambda match: match[0] if match[1] == entry else "", module)
+    return ptx
 
 
 @functools.lru_cache(maxsize=256)
