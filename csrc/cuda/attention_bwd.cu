@@ -13,7 +13,7 @@ constexpr int kDeltaLanes = sizeof(T) == 4 ? 1 : 8;
 constexpr int kDeltaThreads = 128;
 
 template <class T>
-__global__ void __launch_bounds__(kDeltaThreads) attention_delta_kernel(const AttentionBackward f) {
+__global__ void __launch_bounds__(kDeltaThreads, 8) attention_delta_kernel(const AttentionBackward f) {
   constexpr int V = kVector<T>, kLanes = kDeltaLanes<T>, kRows = kDeltaThreads / kLanes;
   const Attention& a = f.attention;
   const int blocks = (a.sq + kRows - 1) / kRows, head = blockIdx.x / blocks % a.heads;
