@@ -572,6 +572,19 @@ def test_packed_rows(name):
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="expected with one packed row, got a batch of 2"):
         model(**{**batch, "input_ids": batch["input_ids"].repeat(2, 1)})
+    with pytest.raises(ValueError, match="max_length_k: expected with cu_seq_lens_q, got none"):
+        model(**{name: value for name, value in batch.items() if name != "max_length_k"})
+
+
+@pytest.mark.parametrize("wrong", ["columns", "rows", "logits_to_keep"])
+def test_fused_loss_wants_a_label_for_each_position(wrong):
+    """As untouched models do; labels of another size would slide from row to row."""
+    model = patched(make("gpt2"), fused_loss=True).train()
+    ids = torch.randint(5, VOCABULARY, (2, 8))
+    labels = {"columns": ids[:, :6], "rows": ids[:1], "logits_to_keep": ids}[wrong]
+    options = {"logits_to_keep": 4} if wrong == "logits_to_keep" else {}
+    with pytest.raises(ValueError, match="labels: expected one for each of the"):
+        model(input_ids=ids, labels=labels, **options)
 
 
 def test_cross_attention():

@@ -96,6 +96,15 @@ def test_attention_multiplies_with_the_instructions_of_each_architecture(d):
             assert used == {matrix}, f"{kernel}, {arch}"
 
 
+def test_differences_allow_for_ptxas_and_nothing_else():
+    header = "# nvcc 13\nkernel,arch,registers,spill_bytes,occupancy\n"
+    row = header + '"k<1, 2>",sm_80,{},{},{}\n'
+    same = row.format(146, 0, 0.19)
+    assert static_report.differences(same, row.format(154, 0, 0.25)) == []
+    for other in (row.format(155, 0, 0.19), row.format(146, 8, 0.19), header, same + "k,sm_90,1,0,1\n"):
+        assert static_report.differences(same, other)
+
+
 def test_report_reads_ptx():
     ptx = """ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [%rd1]; @%p1 ld.global.L1::evict_last.b16 %rs1, [%rd2];
     cp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10, %r2; wgmma.mma_async.sync.aligned.m64n64k16 x;"""

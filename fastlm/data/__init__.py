@@ -9,7 +9,6 @@ DataCollatorForLanguageModeling is for Transformers' Trainer.
 """
 
 from fastlm.data.batches import Batch, Batches
-from fastlm.data.collator import DataCollatorForLanguageModeling
 from fastlm.data.corpus import python_documentation
 from fastlm.data.preparation import prepare
 from fastlm.data.shards import Dataset, open_dataset
@@ -27,3 +26,11 @@ __all__ = [
     "prepare",
     "python_documentation",
 ]
+
+
+def __getattr__(name):
+    if name == "DataCollatorForLanguageModeling":  # it brings fastlm.ops, which preparing text has no need of
+        from fastlm.data.collator import DataCollatorForLanguageModeling
+
+        return DataCollatorForLanguageModeling
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

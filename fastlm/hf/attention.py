@@ -140,7 +140,16 @@ def attention(
     cu_seqlens = kwargs.get("cu_seq_lens_q")
     if cu_seqlens is not None:
         if query.shape[0] != 1:
-            raise ValueError(f"cu_seq_lens_q: expected with one packed row, got a batch of {query.shape[0]}")
+            raise ValueError(
+                f"cu_seq_lens_q: expected with one packed row, got a batch of {query.shape[0]}; pack all sequences "
+                "into one row, or leave cu_seq_lens_q out and pass an attention_mask"
+            )
+        for name in ("cu_seq_lens_k", "max_length_q", "max_length_k"):
+            if kwargs.get(name) is None:
+                raise ValueError(
+                    f"{name}: expected with cu_seq_lens_q, got none; "
+                    "DataCollatorWithFlattening(return_flash_attn_kwargs=True) makes all four"
+                )
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         out = ops.attention(
             q, k, v, cu_seqlens_q=cu_seqlens.int(), cu_seqlens_k=kwargs["cu_seq_lens_k"].int(),

@@ -30,6 +30,11 @@ class Decoder(Patched):
 
 def _cross_entropy(hidden, decoder, target, *, ignore_index=-100, num_items=None, wide=False):
     """Mean over the targets that are not ignore_index, or with num_items their sum over it; wide: in float32."""
+    if target.numel() != hidden.shape[:-1].numel():
+        raise ValueError(
+            f"labels: expected one for each of the {tuple(hidden.shape[:-1])} positions, got {tuple(target.shape)}; "
+            "pass labels (or shift_labels) of input_ids' shape, and no logits_to_keep"
+        )
     hidden, target = hidden.flatten(0, -2), target.to(hidden.device).flatten()
     # Rows without a target take part in no product. On a device this reads their number, once a step.
     if not torch.compiler.is_compiling():
