@@ -4,6 +4,7 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -107,6 +108,18 @@ def test_what_is_no_plain_tensor_takes_the_dispatcher(raw):
     assert took_it()
     with pytest.raises(ValueError, match=r"fastlm::gelu_fwd: backend is one of .*'nonsense'"):
         _registry.call("gelu_fwd", X, BIAS, None, False, "nonsense")
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_forward_mode_is_refused(requires_grad):
+    """Not answered with a derivative of 0; without tangents, a dual level is nothing to the op."""
+    x = X.clone().requires_grad_(requires_grad)
+    with forward_ad.dual_level():
+        assert torch.equal(gelu(x), gelu(X))
+        with pytest.raises(NotImplementedError, match=r"fastlm::gelu_fwd has no forward-mode derivative"):
+            gelu(forward_ad.make_dual(x, torch.ones_like(X)))
+    with pytest.raises(NotImplementedError, match=r"fastlm::gelu_fwd has no forward-mode derivative"):
+        torch.func.jvp(gelu, (x,), (torch.ones_like(X),))
 
 
 def test_compiled_graphs_hold_the_op():

@@ -18,6 +18,7 @@ import os
 import sys
 
 import torch
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from fastlm import _native
@@ -185,12 +186,21 @@ def implement(name: str, backend: str):
     return register
 
 
+def _refuse_tangents(name: str, args) -> None:
+    """Forward-mode AD: an op that knows no tangent would give a derivative of 0, and say nothing."""
+    for a in args:
+        if isinstance(a, torch.Tensor) and forward_ad.unpack_dual(a).tangent is not None:
+            raise NotImplementedError(
+                f'fastlm::{name} has no forward-mode derivative (jvp). Use reverse mode, or backend="reference".'
+            )
+
+
 def differentiable(name: str, setup_context, backward) -> None:
     """Registers the Autograd-key function of fastlm::name.
 
     setup_context(ctx, args, outputs) saves what backward needs; `args` are all of the op's.
     backward(ctx, *grads) returns a gradient, or None, for each argument; a gradient may come as None.
-    Double backward is refused.
+    Double backward and forward mode are refused.
     """
     op = getattr(torch.ops.fastlm, name).default
     below = torch._C._after_autograd_keyset
@@ -212,6 +222,9 @@ def differentiable(name: str, setup_context, backward) -> None:
     _functions[name] = Function
 
     def run(keyset, *args):
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(name, args)
+
         def redispatch(*args):
             with torch._C._AutoDispatchBelowAutograd():
                 return op.redispatch(keyset & below, *args)
@@ -252,7 +265,7 @@ def call(name: str, *args):
     see the call (a compiler, a mode, a transform, a tensor subclass, a profiler), the implementation is called at once,
     within the same autograd function where there is something to differentiate.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
         return getattr(torch.ops.fastlm, name)(*args)
     implementation = _implementations.get((name, args[-1]))
     if implementation is None or _included().raw_repr() not in _NO_MODE or _function_mode() or _profiled():
