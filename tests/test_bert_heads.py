@@ -393,6 +393,7 @@ IDS, CU = torch.ones(6, dtype=torch.long), torch.tensor([0, 2, 6], dtype=torch.i
     ("name", "arguments", "message"),
     [
         ("classes", {"labels": IDS}, r"labels: expected shape \(2,\), got \(6,\)"),
+        ("classes", {"labels": [0, 1]}, "labels: expected a tensor, got list"),
         ("classes", {"labels": IDS[:2] + 2}, "target: expected class indices"),
         ("classes", {"labels": floats(2)}, r"labels: expected shape \(2, 3\), got \(2,\)"),
         ("number", {"labels": IDS[:2]}, "labels: expected a floating-point tensor, got torch.int64"),

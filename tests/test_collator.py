@@ -79,7 +79,10 @@ def test_probabilities(tokenizer):
 
 def test_sample_ids_decide(tokenizer):
     """With the column: the op's masks, the same in any batch, order and padding; another epoch or seed, others."""
-    examples = [{**row, "sample_id": 1000 + i} for i, row in enumerate(rows(tokenizer, [30, 12, 25, 30]))]
+    examples = [
+        {**row, "sample_id": torch.tensor(1000 + i) if i % 2 else 1000 + i}
+        for i, row in enumerate(rows(tokenizer, [30, 12, 25, 30]))
+    ]
     collate = DataCollatorForLanguageModeling(tokenizer, seed=7)
     whole = collate(examples)
     assert "sample_id" not in whole
@@ -209,6 +212,19 @@ def test_errors(tokenizer):
     mixed[0]["sample_id"] = 1
     with pytest.raises(ValueError, match="sample_id: expected in every row or in none, got it in 1 of 3"):
         collate(mixed)
+    for wrong in (1.5, "a", 2**63, torch.tensor(1.5)):
+        with pytest.raises(ValueError, match="sample_id: expected an integer from"):
+            collate([{**row, "sample_id": wrong} for row in rows(tokenizer)])
+    with pytest.raises(ValueError, match="examples: expected a column input_ids in every row, got text"):
+        collate([{"text": "w1x"}])
+    words = DataCollatorForLanguageModeling(tokenizer, whole_word_mask=True)
+    for name, short in (("word_ids", [None, 0]), ("offset_mapping", [(0, 0), (0, 1)])):
+        with pytest.raises(ValueError, match=f"{name}: expected one for each of 4 tokens, got 2"):
+            words([{"input_ids": [2, 7, 8, 3], name: short}])
+    with pytest.raises(
+        ValueError, match=r"input_ids: expected ids in \[0, 55\), the tokenizer's vocabulary, got .* 99"
+    ):
+        words([[2, 99, 3]])
     gpt2 = transformers.GPT2Tokenizer(vocab={"a": 0, "b": 1, "<|endoftext|>": 2}, merges=[])
     with pytest.raises(ValueError, match=r"tokenizer: expected one with a mask token.*pass mlm=False"):
         DataCollatorForLanguageModeling(gpt2)

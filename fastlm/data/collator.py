@@ -81,8 +81,11 @@ class DataCollatorForLanguageModeling:
         if return_tensors not in (None, "pt"):
             raise ValueError(f'return_tensors: expected "pt", got {return_tensors!r}')
         rows = [dict(e) if isinstance(e, Mapping) else {"input_ids": e} for e in examples]
+        for row in rows:
+            if "input_ids" not in row:
+                raise ValueError(f"examples: expected a column input_ids in every row, got {', '.join(row) or 'none'}")
         words = self._words(examples, rows)
-        sample_ids = _column(rows, "sample_id")
+        sample_ids = _sample_ids(rows)
         batch = self._pad(rows)
         special = batch.pop("special_tokens_mask", None)
         ids = batch["input_ids"]
@@ -102,7 +105,7 @@ class DataCollatorForLanguageModeling:
             special_ids=special_ids,
             seed=self.seed,
             epoch=int(self._epoch),
-            sample_ids=torch.as_tensor(sample_ids, dtype=torch.int64),
+            sample_ids=sample_ids,
             positions=_positions(batch.get("attention_mask")) if left_padded else None,
             special_tokens_mask=special,
             mlm_probability=self.mlm_probability,
@@ -140,6 +143,12 @@ class DataCollatorForLanguageModeling:
             return None
         if word_ids is None and all(getattr(example, "encodings", None) for example in examples):
             word_ids = [example.word_ids() for example in examples]
+        for name, column in (("word_ids", word_ids), ("offset_mapping", offsets)):
+            for row, values in zip(rows, column or ()):
+                if len(values) != len(row["input_ids"]):
+                    raise ValueError(
+                        f"{name}: expected one for each of {len(row['input_ids'])} tokens, got {len(values)}"
+                    )
         if word_ids is not None:
             return [[i == 0 or row[i] != row[i - 1] for i in range(len(row))] for row in word_ids]
         if offsets is not None:
@@ -149,7 +158,13 @@ class DataCollatorForLanguageModeling:
     def _word_starts(self, ids, words) -> torch.Tensor:
         """(B, S) bool. A special token ends a word by itself: the op sees to that."""
         if words is None:
-            return ~self._continues()[ids]
+            continues = self._continues()
+            if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < len(continues):
+                raise ValueError(
+                    f"input_ids: expected ids in [0, {len(continues)}), the tokenizer's vocabulary, got from "
+                    f"{int(ids.min())} to {int(ids.max())}"
+                )
+            return ~continues[ids]
         starts = torch.ones(ids.shape, dtype=torch.bool)
         for row, flags in zip(starts, words):
             where = slice(-len(flags), None) if self.tokenizer.padding_side == "left" else slice(len(flags))
@@ -177,6 +192,15 @@ def _column(rows, name) -> list | None:
     if 0 < there < len(rows):
         raise ValueError(f"{name}: expected in every row or in none, got it in {there} of {len(rows)}")
     return values if there else None
+
+
+def _sample_ids(rows) -> torch.Tensor | None:
+    """The column `sample_id`, int64; a float would lose what tells two samples apart."""
+    column = _column(rows, "sample_id")
+    if column is None:
+        return None
+    values = [value.item() if hasattr(value, "item") else value for value in column]
+    return torch.tensor([integer("sample_id", value, -(2**63), 2**63 - 1) for value in values], dtype=torch.int64)
 
 
 def _positions(attention_mask) -> torch.Tensor | None:

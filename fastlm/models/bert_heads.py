@@ -98,6 +98,7 @@ class BertForSequenceClassification(BertEncoder):
         x = self.dropout(torch.tanh(self.pooler(x)), rng)
         if labels is None:
             return self.classifier(x)
+        _checks.is_tensor("labels", labels)
         problem = self._problem(labels)
         real = given.lengths() > 0
         if problem == "single_label_classification":
