@@ -275,7 +275,7 @@ def _scale(
     """y = x dloss. Few programs that loop: where dloss is 1, as it mostly is, they only have to see that."""
     dloss = tl.load(dloss_ptr)
     group, tile = _tile(BLOCK_N, VEC)
-    blocks = tl.cdiv(cols, BLOCK_N)
+    blocks = (cols - 1) // BLOCK_N + 1  # cdiv's sum overflows just below 2^31 elements
     tiles = rows * blocks
     if IN_PLACE and not PER_ROW:
         tiles = tl.where(dloss == 1.0, 0, tiles)

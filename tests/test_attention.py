@@ -296,6 +296,7 @@ BAD = {
     "max_seqlen_q: expected with": (PACKED, {"cu_seqlens_q": CU}),
     "max_seqlen_k: expected with": (PACKED, {"cu_seqlens_q": CU, "cu_seqlens_k": CU, "max_seqlen_q": 6}),
     "max_seqlen_q: expected at least": (PACKED, {"cu_seqlens_q": CU, "max_seqlen_q": 5}),
+    "cu_seqlens_q: expected a sequence": (PACKED.to("meta"), {"cu_seqlens_q": CU[:1].to("meta"), "max_seqlen_q": 6}),
     "cu_seqlens_q: expected to start": (PACKED, {"cu_seqlens_q": CU + 1, "max_seqlen_q": 9}),
     "cu_seqlens_q: expected to start at 0, never": (PACKED, {"cu_seqlens_q": CU[[0, 2, 1, 2]], "max_seqlen_q": 12}),
     "cu_seqlens_q: expected to start at 0, never to fall": (PACKED, {"cu_seqlens_q": CU[:2], "max_seqlen_q": 6}),

@@ -1,10 +1,12 @@
 """gelu: its contract beyond what every op's tests ask (tests/test_ops.py)."""
 
+import ptx
 import pytest
 import torch
 import torch.nn.functional as F
 
 from fastlm import ops
+from fastlm.ops import _registry
 
 BACKENDS = ("cpu", "reference")
 
@@ -59,3 +61,13 @@ def test_halves_of_one_matrix():
 def test_bad_input(backend, wrong, message):
     with pytest.raises(ValueError, match=message):
         ops.gelu(**{"x": torch.ones(2, 3), "backend": backend, **wrong})
+
+
+def test_rows_that_tritons_grid_does_not_hold():
+    """A launch that the device would refuse; `auto` goes on to the next backend."""
+    x = torch.zeros(1).expand(65535 * 256 + 1)
+    with ptx.triton_on_ptx() as launches:
+        with pytest.raises(ValueError, match="its rows have at most 16776960 columns, x has 16776961"):
+            ops.gelu(x, backend="triton")
+        assert _registry.reason("gelu", "triton", "cpu", x.dtype, x[:-1]) is None
+    assert launches.kernels() == []

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from fastlm.testing.cases import CASES
+
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "benchmarks" / "run_gpu.sh"
 PARTS = ("tests", "sanitizer", "ops", "train")
@@ -38,6 +40,32 @@ def test_dry_run_of_one_part_names_a_failing_import(tmp_path):
     assert done.returncode == 1
     assert "triton: ImportError: planted" in done.stdout
     assert "train, at most" not in done.stdout
+
+
+def test_the_tests_of_a_failing_op_stop_no_others(tmp_path):
+    """The part as a GPU would run it, in a tree of its own, with a PYTHON that notes what it is to do."""
+    for folder in ("benchmarks", "tests", "bin"):
+        (tmp_path / folder).mkdir()
+    shutil.copy(SCRIPT, tmp_path / "benchmarks")
+    notes, python = tmp_path / "notes", tmp_path / "bin" / "python"
+    (tmp_path / "bin" / "nvidia-smi").write_text("#!/bin/sh\necho 'NVIDIA H200'\n")
+    python.write_text(f'#!/bin/sh\necho "$*" >>{notes}\ncase "$*" in *\'[gelu\') exit 1 ;; esac\n')
+    for program in (tmp_path / "bin").iterdir():
+        program.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(python), "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    command = ["bash", str(tmp_path / "benchmarks" / "run_gpu.sh"), "tests"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1, done.stdout + done.stderr
+    results = tmp_path / "benchmarks" / "results" / "nvidia-h200"
+    assert "tests: exit 1 after" in (results / "status.txt").read_text()
+    assert len(list(results.glob("tests-*.log"))) == len(CASES)
+    noted = notes.read_text().splitlines()
+    assert {line.split("[")[1] for line in noted if "test_ops.py -k [" in line} == set(CASES)
+    # The rest of the tests are not those of the ops once more, one after the other.
+    rest = [sys.executable, *noted[-1].split(), "--collect-only"]
+    collected = subprocess.run(rest, cwd=ROOT / "tests", capture_output=True, text=True, timeout=200).stdout
+    assert "tests/test_bert.py::" in collected
+    assert "tests/test_ops.py::" not in collected
 
 
 def test_an_unknown_part_is_refused():

@@ -505,13 +505,15 @@ def _sdpa_limit(q, *, packed=False, dropout=False, return_lse=False, bias_gradie
 def _check_packed(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, key_mask):
     if key_mask is not None:
         raise ValueError("key_mask: packed input has no padding to mask; leave it out, or leave out cu_seqlens_q")
-    for name, cu, limit in (("_q", cu_seqlens_q, max_seqlen_q), ("_k", cu_seqlens_k, max_seqlen_k)):
+    for name, x, cu, limit in (("_q", q, cu_seqlens_q, max_seqlen_q), ("_k", k, cu_seqlens_k, max_seqlen_k)):
         _checks.is_tensor(f"cu_seqlens{name}", cu, device=q.device, dtypes=(torch.int32,), shape=(None,))
         if cu.shape[0] == 0 or cu.shape[0] != cu_seqlens_q.shape[0]:
             raise ValueError(
                 f"cu_seqlens{name}: expected one more entry than there are sequences, as many for keys as for queries, "
                 f"got shape {tuple(cu.shape)}"
             )
+        if cu.shape[0] == 1 and x.shape[0] > 0:  # of what the values may be, all that can be told on a device
+            raise ValueError(f"cu_seqlens{name}: expected a sequence for {x.shape[0]} tokens, got one entry")
         if not isinstance(limit, (int, torch.SymInt)) or limit < 0:
             raise ValueError(
                 f"max_seqlen{name}: expected with cu_seqlens{name}, an integer no sequence is longer than "

@@ -129,6 +129,13 @@ def _bwd_triton(dy, x, bias, gate, tanh, has_dbias):
 _registry.offer("gelu", "cpu", "triton")
 
 
+@_registry.limit("gelu", "triton")
+def _triton_limit(x):
+    """Columns are the second axis of its grid, 65535 programs of 256: a tensor of one dimension is a single row."""
+    most = 65535 * 256
+    return None if x.shape[-1] <= most else f"its rows have at most {most} columns, x has {x.shape[-1]}"
+
+
 # ---- public
 
 
