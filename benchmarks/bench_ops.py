@@ -505,7 +505,8 @@ def main(arguments=None) -> int:
         _report.write_json(args.json, rows, allocator=states, ceilings=ceilings, missing=absent, left_out=left_out)
     print()
     for op in args.op:
-        print("\n".join(summary(op, [row for row in rows if row["op"] == op])), flush=True)
+        for line in summary(op, [row for row in rows if row["op"] == op]):
+            print(line, flush=True)
     for step in left_out:
         print(f"left out after {args.seconds:g} s: {step['op']} {step['shape']}", flush=True)
     for process in processes.values():
