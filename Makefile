@@ -5,6 +5,7 @@
 #   make lint       ruff and clang-format
 #   make test-gpu   the op and model tests on a CUDA device, with PYTHON's own torch if that sees one
 #   make bench      ops and training steps beside their peers (benchmarks/results/cpu)
+#   make bench-check   whether they are as fast beside their peers as was recorded there
 #
 # VENV     where the environment lies (default .venv)
 # PYTHON   the interpreter that it is made with, 3.10 or newer (default python3)
@@ -25,7 +26,7 @@ SOURCES := setup.py fastlm kernels tests benchmarks
 # An environment that could not be made (Debian without python3-venv leaves one without pip) is made again.
 .DELETE_ON_ERROR:
 
-.PHONY: setup demo test lint test-gpu bench
+.PHONY: setup demo test lint test-gpu bench bench-check
 
 setup: $(VENV)/.installed
 	@$(PY) setup.py --quiet build_ext --inplace
@@ -54,6 +55,9 @@ bench: setup
 	$(PY) benchmarks/bench_ops.py --op all --device cpu --json $(OUT)/ops.json --plot $(OUT)/ops.png
 	$(PY) benchmarks/bench_train.py --device cpu --recipe $(STEPS) --json $(OUT)/train.json --plot $(OUT)/train.png
 	$(PY) benchmarks/report.py
+
+bench-check: setup
+	$(PY) benchmarks/bench_check.py --results $(OUT)
 
 $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fastlm needs Python 3.10 or newer: make PYTHON=...")'

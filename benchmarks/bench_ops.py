@@ -1,11 +1,13 @@
 """Every op beside what a user would run instead.
 
     python benchmarks/bench_ops.py --op all --device cpu --json ops.json --plot ops.png
+    python benchmarks/bench_ops.py --op attention --device cuda --vs sdpa-flash,sdpa-cudnn,flash_attn
 
 All contenders of a shape are timed in turn, round by round, on fresh inputs larger than the cache, and with them the
 ceilings: a large copy and a large matrix product. Before the clock every contender's results are held against eager's
 in float32. On a CPU the contenders run in two processes, one with glibc's allocator as shipped and one ("+malloc") that
 keeps freed memory, as fastlm's command line does; the best time of all peers counts. What cannot run is named with why.
+Memory is measured after the clock, in a call of its own.
 
 "fwd" is a forward with autograd on, "fwd+bwd" adds the gradients of all that has one. GB/s and TFLOP/s count what the
 maths must read, write and multiply, not what a contender does.
@@ -16,19 +18,25 @@ from __future__ import annotations
 import argparse
 import ctypes
 import dataclasses
+import gc
 import itertools
 import math
 import multiprocessing
 import os
 import sys
+import time
 import traceback
+import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import _report
+import peers
 import torch
-from peers import PEERS, Peer, Unsupported
+from libraries import LIBRARIES
+from peers import Peer, Unsupported
 
 from fastlm import _malloc
 from fastlm.ops import _registry
@@ -37,12 +45,17 @@ from fastlm.testing.cases import CASES, OpCase, Variant
 
 ALLOCATORS = {"default": "", "tuned": "+malloc"}  # and what a contender's name gets for it
 PASSES = ("fwd", "fwd+bwd")
-VS = ("eager", "compile", "sdpa", "chunked")
+PEERS = {op: {**torchs, **LIBRARIES.get(op, {})} for op, torchs in peers.PEERS.items()}
+# By the first word of a contender's name; the first four by default on a CPU, on a GPU all.
+VS = (
+    *("eager", "compile", "sdpa", "chunked"),
+    *("sdpa-flash", "sdpa-cudnn", "liger", "flash_attn", "apex", "te", "quack"),
+)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # RMS difference from eager in float32, relative to its RMS: room for rounding and none for skipped work.
 AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 # Beside the ops' own shapes, one so small that only the cost of a call is left.
-OVERHEAD = dataclasses.replace(CASES["layer_norm"], benchmarks=(Variant({"rows": 1, "cols": 8}),))
+OVERHEAD = dataclasses.replace(CASES["layer_norm"], benchmarks=(Variant({"rows": 1, "cols": 8}),), benchmarks_cuda=())
 OURS = ("cpu", "triton", "cuda")
 MATMUL = {"cpu": 1024, "cuda": 8192}  # rows and columns of the square matrices
 WRONG = "WRONG: "
@@ -55,13 +68,20 @@ BENCHMARKS: dict[str, OpCase] = {**CASES, "call overhead": OVERHEAD}
 class Contender:
     """A function with its options over sets of inputs; every call takes the next set."""
 
-    def __init__(self, function: Callable, sets: list[dict], options: dict, outputs: int | None = None, real=None):
-        """`outputs`: how many leading outputs count (all); `real`: as of peers.Peer."""
-        self.function, self.sets, self.options, self.real = function, sets, options, real
+    def __init__(
+        self, function: Callable, sets: list[dict], options: dict, outputs: int | None = None, real=None,
+        around: Callable = nullcontext,
+    ):  # fmt: skip
+        """`outputs`: how many leading outputs count (all); `real`, `around`: as of peers.Peer."""
+        self.function, self.sets, self.options, self.real, self.around = function, sets, options, real, around
         self.count = outputs
-        first = self.outputs(sets[0])
+        with around():
+            first = self.outputs(sets[0])
         self.count = len(first)
-        self.cotangents = [torch.randn_like(out) for out in first if out.requires_grad]
+        # Of a loss 1, as training has it.
+        self.cotangents = [
+            (torch.randn_like if out.ndim else torch.ones_like)(out) for out in first if out.requires_grad
+        ]
         self.next_set = itertools.cycle(sets).__next__
 
     def outputs(self, inputs: dict, **options) -> tuple[torch.Tensor, ...]:
@@ -83,13 +103,14 @@ class Contender:
     def results(self, **options) -> dict[str, torch.Tensor]:
         """Outputs, and gradients for the outputs themselves as cotangents, by name, in the op's own form."""
         inputs = self.sets[0]
-        outputs = self.outputs(inputs, **options)
-        named = {f"output {i}": out.detach() for i, out in enumerate(outputs)}
-        if self.cotangents:
-            cotangents = [out.detach() for out in outputs if out.requires_grad]
-            if self.real is not None:
-                cotangents = [c * self.real[..., None, None] for c in cotangents]
-            named |= {f"d{name}": grad for name, grad in self.gradients(inputs, outputs, cotangents).items()}
+        with self.around():
+            outputs = self.outputs(inputs, **options)
+            named = {f"output {i}": out.detach() for i, out in enumerate(outputs)}
+            if self.cotangents:
+                cotangents = [out.detach() for out in outputs if out.requires_grad]
+                if self.real is not None:
+                    cotangents = [c * self.real[..., None, None] for c in cotangents]
+                named |= {f"d{name}": grad for name, grad in self.gradients(inputs, outputs, cotangents).items()}
         return {name: x if self.real is None else x[self.real] for name, x in named.items()}
 
 
@@ -106,8 +127,21 @@ def disagreement(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], bo
     return None
 
 
-def reason(error: Exception) -> str:
-    """The first line of what went wrong."""
+def restore(inputs: dict, kept: dict[str, torch.Tensor]) -> list[str]:
+    """Puts back what a contender has overwritten of its inputs, and names it."""
+    changed = [name for name, value in kept.items() if not torch.equal(inputs[name], value)]
+    for name in changed:
+        inputs[name].detach().copy_(kept[name])
+    return changed
+
+
+def reason(error: Exception, said: list[warnings.WarningMessage] = ()) -> str:
+    """The first line of what went wrong. Of SDPA, what torch warned of: why the one kernel it may take cannot be."""
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error.name} is not installed"
+    if "No available kernel" in str(error):
+        reasons = [str(warning.message).partition(" (Triggered")[0] for warning in said]
+        return "; ".join(dict.fromkeys(text for text in reasons if not text.endswith("because:"))) or str(error)
     expected = isinstance(error, (Unsupported, ValueError))
     return (str(error) if expected else f"{type(error).__name__}: {error}").partition("\n")[0]
 
@@ -130,49 +164,70 @@ class Bench:
 
     def prepare(self, op: str, index: int, dtype: torch.dtype, device: str, vs: tuple[str, ...]):
         """({contender: its passes}, {contender: why it is missing}) of benchmark shape `index` of `op`."""
-        self.functions: dict[tuple[str, str], Callable] = {}
+        self.contenders: dict[str, Contender] = {}
         self.device = torch.device(device)
         torch.manual_seed(0)
         torch._dynamo.reset()
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
         case = BENCHMARKS[op]
-        variant = case.benchmarks[index]
-        peers = PEERS[case.op]
-        compiled = Peer(torch.compile(peers["eager"].function, dynamic=False), peers["eager"].adapt)
-        peers = {**peers, "compile": compiled}
-        exact_sets = [case.inputs(variant, 0, torch.float32, device)]
-        try:
-            exact = adapted(peers["eager"], exact_sets, variant.options)
-        except Unsupported:
-            exact = Contender(case.reference, exact_sets, variant.options)
+        variant = shapes(case, device)[index]
+        eager = PEERS[case.op]["eager"]
+        known = {**PEERS[case.op], "compile": Peer(torch.compile(eager.function, dynamic=False), eager.adapt)}
         no_dropout = {"dropout_p": 0.0} if "dropout_p" in variant.options else {}
-        want = exact.results(**no_dropout)
+        want, count = self.exact(case, variant, eager, no_dropout)
 
         sets = self.input_sets(case, variant, dtype)
-        builders = {name: partial(adapted, peers[name], sets, variant.options) for name in vs if name in peers}
+        kept = {name: x.detach().clone() for name, x in sets[0].items() if isinstance(x, torch.Tensor)}
+        missing = {name: f"has no {case.op}" for name in vs if not any(family(peer) == name for peer in known)}
+        builders = {}
+        for name, peer in known.items():
+            if family(name) in vs:
+                builders[name] = partial(adapted, peer, sets, variant.options)
+                if peer.cuda and self.device.type != "cuda":
+                    missing[name] = f"needs CUDA, the device is {device}"
+                    del builders[name]
         for backend in self.backends(case.op, sets[0]):
             function = partial(case.function, backend=backend)
-            builders[f"fastlm:{backend}"] = partial(Contender, function, sets, variant.options, exact.count)
-        passes, missing = {}, {}
+            builders[f"fastlm:{backend}"] = partial(Contender, function, sets, variant.options, count)
         for name, build in builders.items():
-            try:
-                contender = build()
-                wrong = disagreement(contender.results(**no_dropout), want, AGREEMENT[dtype])
-            except Exception as error:  # whatever it is, this one is named and the others run
-                missing[name] = reason(error)
-                continue
-            if wrong:
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                try:
+                    contender = build()
+                    wrong = disagreement(contender.results(**no_dropout), want, AGREEMENT[dtype])
+                except Exception as error:  # whatever it is, this one is named and the others run
+                    missing[name] = reason(error, said)
+                    continue
+                finally:
+                    changed = restore(sets[0], kept)
+            if changed:
+                missing[name] = f"overwrites its {', '.join(changed)}"
+            elif wrong:
                 missing[name] = f"{WRONG}{wrong}"
-                continue
-            passes[name] = PASSES if contender.cotangents else PASSES[:1]
-            self.functions |= {(name, which): partial(contender.run, which) for which in passes[name]}
-        return passes, missing
+            else:
+                self.contenders[name] = contender
+        return {name: PASSES if c.cotangents else PASSES[:1] for name, c in self.contenders.items()}, missing
+
+    def exact(self, case: OpCase, variant: Variant, eager: Peer, no_dropout: dict) -> tuple[dict, int]:
+        """Eager's results in float32, the reference's where torch has no such form, and the number of outputs."""
+        sets = [self.draw(case, variant, 0, torch.float32)]
+        try:
+            contender = adapted(eager, sets, variant.options)
+        except Unsupported:
+            contender = Contender(case.reference, sets, variant.options)
+        return contender.results(**no_dropout), contender.count
+
+    def draw(self, case: OpCase, variant: Variant, seed: int, dtype: torch.dtype) -> dict:
+        return case.inputs(variant, seed, dtype, self.device.type, draw_on=self.device.type)
 
     def input_sets(self, case: OpCase, variant: Variant, dtype: torch.dtype) -> list[dict]:
         """As many inputs as it takes to fill the cache twice."""
-        first = case.inputs(variant, 0, dtype, self.device.type)
+        first = self.draw(case, variant, 0, dtype)
         size = sum(x.numel() * x.element_size() for x in first.values() if isinstance(x, torch.Tensor))
         count = min(32, math.ceil(2 * cache_bytes(self.device) / size))
-        return [first, *(case.inputs(variant, seed, dtype, self.device.type) for seed in range(1, count))]
+        return [first, *(self.draw(case, variant, seed, dtype) for seed in range(1, count))]
 
     def backends(self, op: str, inputs: dict) -> list[str]:
         """fastlm's own that can run here; where there is none, whatever `auto` runs."""
@@ -196,33 +251,47 @@ class Bench:
 
     def time(self, name: str, which: str, calls: int) -> float:
         """Milliseconds a call."""
-        return timing.time_calls(self.functions[name, which], calls, self.device)
+        contender = self.contenders[name]
+        with contender.around():
+            return timing.time_calls(partial(contender.run, which), calls, self.device)
 
     def time_ceiling(self, name: str, calls: int) -> float:
         return timing.time_calls(self.ceilings[name], calls, self.device)
 
     def peak_mb(self, name: str, which: str) -> float | None:
         """Memory that one call takes at its peak beyond its inputs; on a CPU resident memory, on Linux alone."""
-        function = self.functions[name, which]
+        contender = self.contenders[name]
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            function()
+            with contender.around():
+                contender.run(which)
             return (torch.cuda.max_memory_allocated() - before) / 2**20
         if not Path("/proc/self/clear_refs").exists():
             return None
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
         before = resident_mb("VmRSS")
-        function()
+        with contender.around():
+            contender.run(which)
         return max(0.0, resident_mb("VmHWM") - before)
+
+
+def family(name: str) -> str:
+    """What --vs calls a peer."""
+    return name.partition(" ")[0]
+
+
+def shapes(case: OpCase, device: str) -> tuple[Variant, ...]:
+    return (case.benchmarks_cuda if device == "cuda" else ()) or case.benchmarks
 
 
 def adapted(peer: Peer, sets: list[dict], options: dict) -> Contender:
     if peer.adapt is None:
-        return Contender(peer.function, sets, options)
+        return Contender(peer.function, sets, options, around=peer.around)
     triples = [peer.adapt(inputs, options) for inputs in sets]
-    return Contender(peer.function, [inputs for inputs, _, _ in triples], triples[0][1], real=triples[0][2])
+    own = [inputs for inputs, _, _ in triples]
+    return Contender(peer.function, own, triples[0][1], real=triples[0][2], around=peer.around)
 
 
 def serve(connection, allocator: str) -> None:
@@ -273,7 +342,8 @@ def label(case: OpCase, variant: Variant) -> str:
         long = isinstance(value, tuple) and len(value) > 4
         return f"{name}{joint}{f'{len(value)}of{sum(value)}' if long else value}"
 
-    common = set.intersection(*({(k, str(v)) for k, v in other.options.items()} for other in case.benchmarks))
+    same = next(group for group in (case.benchmarks, case.benchmarks_cuda) if variant in group)
+    common = set.intersection(*({(k, str(v)) for k, v in other.options.items()} for other in same))
     options = [word(k, v, "=") for k, v in variant.options.items() if (k, str(v)) not in common]
     return "-".join([*(word(k, v) for k, v in variant.shape.items()), *options])
 
@@ -281,14 +351,14 @@ def label(case: OpCase, variant: Variant) -> str:
 def bench_shape(processes, op, index, dtype, args) -> tuple[list[dict], dict[str, str], list[dict]]:
     """(rows of one shape, {contender: why it is missing}, the ceilings as measured beside each pass)."""
     case = BENCHMARKS[op]
-    variant = case.benchmarks[index]
+    variant = shapes(case, args.device)[index]
     missing: dict[str, str] = {}
     contenders: dict[str, dict[str, tuple[Process, str]]] = {which: {} for which in PASSES}
     for suffix, process in processes.items():
         passes, absent = process("prepare", op, index, DTYPES[dtype], args.device, args.vs)
         missing |= {name + suffix: why for name, why in absent.items()}
         for name, its in passes.items():
-            for which in its:
+            for which in its[-1:] if args.whole else its:
                 contenders[which][name + suffix] = process, name
     first = next(iter(processes.values()))
     amounts = first("prepare_ceilings", DTYPES[dtype], args.device)
@@ -355,6 +425,14 @@ def lines(rows: list[dict]) -> list[str]:
     return out
 
 
+def missing_lines(missing: dict[str, str]) -> list[str]:
+    """A line for each reason, behind those that it holds for."""
+    names: dict[str, list[str]] = {}
+    for name, why in missing.items():
+        names.setdefault(why, []).append(name)
+    return [f"{'':<44} {', '.join(those)}: {why}" for why, those in names.items()]
+
+
 def summary(op: str, rows: list[dict]) -> list[str]:
     """The geometric mean over an op's shapes of (best peer / fastlm), for each of fastlm's contenders and passes."""
     out = []
@@ -375,16 +453,22 @@ def parse(arguments=None) -> argparse.Namespace:
     parser.add_argument("--op", default="all", help=f"all, or of {', '.join(BENCHMARKS)}; several with commas")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; default float32 on cpu, bfloat16 on cuda")
-    parser.add_argument("--vs", default=",".join(VS), help=f"peers, of {','.join(VS)}")
+    parser.add_argument("--vs", help=f"peers, of {','.join(VS)}; default {','.join(VS[:4])} on cpu, all on cuda")
     parser.add_argument("--malloc", default="both", choices=("both", "default", "tuned"), help="allocator, cpu only")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--min-ms", type=float, default=20.0, help="a contender's time in one round")
     parser.add_argument("--quick", action="store_true", help="the first shape of every op")
+    parser.add_argument("--whole", action="store_true", help="fwd+bwd alone, and fwd of what has no gradient")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        help="the first shapes of all ops first, and none begun later; what is left out is named",
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args(arguments)
     args.op = list(BENCHMARKS) if args.op == "all" else args.op.split(",")
-    args.vs = tuple(args.vs.split(","))
+    args.vs = tuple(args.vs.split(",")) if args.vs else VS[: 4 if args.device == "cpu" else None]
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     for what, given, known in (("--op", args.op, BENCHMARKS), ("--vs", args.vs, VS), ("--dtype", [args.dtype], DTYPES)):
         if unknown := set(given) - set(known):
@@ -399,19 +483,32 @@ def main(arguments=None) -> int:
     allocators = list(ALLOCATORS) if args.malloc == "both" else [args.malloc]
     processes = {ALLOCATORS[name]: Process(name) for name in (allocators if args.device == "cpu" else ["default"])}
     states = {name: process("allocator") for name, process in processes.items()}
-    rows, ceilings, wrong = [], [], False
+    plan = [(op, i) for op in args.op for i in range(1 if args.quick else len(shapes(BENCHMARKS[op], args.device)))]
+    if args.seconds is not None:
+        plan.sort(key=lambda step: step[1])
+    rows, ceilings, absent, left_out, began, last = [], [], [], [], time.monotonic(), None
+    for op, index in plan:
+        shape = label(BENCHMARKS[op], shapes(BENCHMARKS[op], args.device)[index])
+        if args.seconds is not None and time.monotonic() - began > args.seconds:
+            left_out.append({"op": op, "shape": shape})
+            continue
+        if op != last:
+            print(f"\n{op}, {args.dtype} on {args.device}", flush=True)
+        last = op
+        new, missing, beside = bench_shape(processes, op, index, args.dtype, args)
+        rows, ceilings = rows + new, ceilings + beside
+        print("\n".join([*lines(new), *missing_lines(missing)]), flush=True)
+        absent += [{"op": op, "shape": shape, "contender": name, "reason": why} for name, why in missing.items()]
+        if args.json:
+            _report.write_json(args.json, rows, allocator=states, ceilings=ceilings, missing=absent, left_out=[])
+    if args.json and left_out:
+        _report.write_json(args.json, rows, allocator=states, ceilings=ceilings, missing=absent, left_out=left_out)
+    print()
     for op in args.op:
-        print(f"\n{op}, {args.dtype} on {args.device}", flush=True)
-        for index in range(1 if args.quick else len(BENCHMARKS[op].benchmarks)):
-            new, missing, beside = bench_shape(processes, op, index, args.dtype, args)
-            rows, ceilings = rows + new, ceilings + beside
-            print("\n".join(lines(new)), flush=True)
-            for name, why in missing.items():
-                wrong |= why.startswith(WRONG)
-                print(f"{'':<44} {name}: {why}", flush=True)
-            if args.json:
-                _report.write_json(args.json, rows, allocator=states, ceilings=ceilings)
-        print("\n".join(summary(op, [row for row in rows if row["op"] == op])), flush=True)
+        for line in summary(op, [row for row in rows if row["op"] == op]):
+            print(line, flush=True)
+    for step in left_out:
+        print(f"left out after {args.seconds:g} s: {step['op']} {step['shape']}", flush=True)
     for process in processes.values():
         process.close()
     if args.plot:
@@ -419,7 +516,7 @@ def main(arguments=None) -> int:
         for row in rows:
             groups.setdefault(f"{row['op']} {row['shape'][:44]} {row['pass']}", {})[row["contender"]] = row["ms"]
         _report.plot(args.plot, groups, title=f"ops, {args.dtype} on {args.device}", unit="ms, median")
-    return int(wrong)
+    return int(any(one["reason"].startswith(WRONG) for one in absent))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,20 @@
 """What a user would run instead of each op: plain torch, as a model's author writes it, torch's own random numbers.
 
-A peer takes the inputs and options of its OpCase and returns the leading outputs of the op. Where it wants its inputs
-in another form (padded, say), `adapt` gives them that form outside of the clock.
+Libraries that a user may have installed are in libraries.py. A peer takes the inputs and options of its OpCase and
+returns the leading outputs of the op. Where it wants its inputs in another form (padded, say), `adapt` gives them that
+form outside of the clock.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastlm.ops.attention import relative_buckets
 
@@ -24,21 +28,27 @@ class Peer:
     """function(**inputs, **options) -> outputs; adapt(inputs, options) -> (inputs, options, real).
 
     real (B, S), bool, says which places of padded inputs hold a row of the packed ones; None where nothing is padded.
+    cuda: needs a CUDA device; around(): a context that it runs in, entered outside of the clock.
     """
 
     function: Callable
     adapt: Callable | None = None
+    cuda: bool = False
+    around: Callable[[], AbstractContextManager] = nullcontext
+
+
+def residual_stream(x, residual, dropout_p):
+    h = F.dropout(x, dropout_p) if dropout_p else x
+    return h if residual is None else residual + h
 
 
 def layer_norm(x, weight=None, bias=None, *, eps=1e-5, residual=None, dropout_p=0.0, rng=None, stream=0):
-    h = F.dropout(x, dropout_p) if dropout_p else x
-    h = h if residual is None else residual + h
+    h = residual_stream(x, residual, dropout_p)
     return F.layer_norm(h, h.shape[-1:], weight, bias, eps), h
 
 
 def rms_norm(x, weight=None, *, eps=1e-5, residual=None, dropout_p=0.0, rng=None, stream=0):
-    h = F.dropout(x, dropout_p) if dropout_p else x
-    h = h if residual is None else residual + h
+    h = residual_stream(x, residual, dropout_p)
     return F.rms_norm(h, h.shape[-1:], weight, eps), h
 
 
@@ -116,6 +126,8 @@ def mlm_mask(
 def attention_scores(q, k, v, *, key_mask=None, bias=None, causal=False, dropout_p=0.0, softmax_scale=None, stream=0):
     """The scores in memory, (B, H, S, S)."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if q.shape[1] != k.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale)
     mask = _mask(q, key_mask, bias, causal)
     weights = torch.softmax(scores if mask is None else scores + mask, -1)
@@ -127,6 +139,7 @@ def attention_sdpa(q, k, v, *, key_mask=None, bias=None, causal=False, dropout_p
     alone = key_mask is None and bias is None
     mask = None if alone else _mask(q, key_mask, bias, causal)
     options = {"dropout_p": dropout_p, "is_causal": causal and alone, "scale": softmax_scale}
+    options["enable_gqa"] = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, mask, **options).transpose(1, 2)
 
 
@@ -143,18 +156,34 @@ def _mask(q, key_mask, bias, causal):
     return mask
 
 
-def adapt_attention(inputs, options):
-    """Packed rows become padded ones with a key mask, T5's table the bias that all of its layers share."""
-    inputs, options = dict(inputs), dict(options)
-    if "window_size" in options or inputs["q"].shape[-2] != inputs["k"].shape[-2]:
-        raise Unsupported("windows and grouped heads are not written here")
-    table, cu_seqlens = inputs.pop("table"), inputs.pop("cu_seqlens_q", None)
+def relative_bias(inputs, options):
+    """T5's table, taken out of the inputs with its options, as the bias that all of its layers share, or None."""
+    table = inputs.pop("table")
     bidirectional, max_distance = options.pop("bidirectional", True), options.pop("max_distance", 128)
+    if table is None:
+        return None
+    place = torch.arange(inputs["q"].shape[1], device=table.device)
+    buckets = relative_buckets(place - place[:, None], table.shape[0], bidirectional, max_distance)
+    bias = F.embedding(buckets, table.detach()).permute(2, 0, 1)[None].to(inputs["q"].dtype).contiguous()
+    return bias.requires_grad_()
+
+
+def adapt_attention(inputs, options, biased=True):
+    """Packed rows become padded ones with a key mask, T5's table a bias. biased: whether the peer takes what is added.
+
+    Unsupported for what torch has no form of, and, with biased=False, for all that needs a mask.
+    """
+    inputs, options = dict(inputs), dict(options)
+    if "window_size" in options:
+        raise Unsupported("windows are not written here")
+    cu_seqlens = inputs.pop("cu_seqlens_q", None)
     for name in ("rng", "cu_seqlens_k", "max_seqlen_k"):
         inputs.pop(name, None)
     real = None
-    if cu_seqlens is not None and table is not None:
+    if cu_seqlens is not None and inputs["table"] is not None:
         raise Unsupported("a bias over packed rows is not written here")
+    if not biased and any(x is not None for x in (cu_seqlens, inputs["table"], inputs["key_mask"])):
+        raise Unsupported("takes no mask for padding and no bias")
     if cu_seqlens is not None:
         real = torch.arange(inputs.pop("max_seqlen_q"), device=cu_seqlens.device) < cu_seqlens.diff()[:, None]
         for name in ("q", "k", "v"):
@@ -162,12 +191,8 @@ def adapt_attention(inputs, options):
             padded[real] = inputs[name].detach()
             inputs[name] = padded.requires_grad_()
         inputs["key_mask"] = real
-    if table is not None:
-        place = torch.arange(inputs["q"].shape[1], device=table.device)
-        buckets = relative_buckets(place - place[:, None], table.shape[0], bidirectional, max_distance)
-        bias = F.embedding(buckets, table.detach()).permute(2, 0, 1)[None].to(inputs["q"].dtype).contiguous()
-        inputs["bias"] = bias.requires_grad_()
-    return inputs, options, real
+    bias = relative_bias(inputs, options)
+    return (inputs if bias is None else {**inputs, "bias": bias}), options, real
 
 
 PEERS: dict[str, dict[str, Peer]] = {
@@ -184,5 +209,13 @@ PEERS: dict[str, dict[str, Peer]] = {
     "attention": {
         "eager": Peer(attention_scores, adapt_attention),
         "sdpa": Peer(attention_sdpa, adapt_attention),
+        "sdpa-flash": Peer(
+            attention_sdpa,
+            partial(adapt_attention, biased=False),
+            around=partial(sdpa_kernel, SDPBackend.FLASH_ATTENTION),
+        ),
+        "sdpa-cudnn": Peer(
+            attention_sdpa, adapt_attention, cuda=True, around=partial(sdpa_kernel, SDPBackend.CUDNN_ATTENTION)
+        ),
     },
 }

@@ -1,26 +1,28 @@
 #!/usr/bin/env bash
 # What a CUDA machine can tell of fastlm, a part at a time, with the torch and triton that it has and no network:
 #
-#   benchmarks/run_gpu.sh                build, then every part; results in benchmarks/results/<gpu>/
-#   benchmarks/run_gpu.sh tests ops      these parts alone, of: tests sanitizer ops train
+#   benchmarks/run_gpu.sh                build, then tests ops train profile report; results in benchmarks/results/<gpu>/
+#   benchmarks/run_gpu.sh tests ops      these parts alone, of: tests ops train profile report sanitizer
 #   benchmarks/run_gpu.sh --dry-run      prints the plan and checks the imports; needs no GPU and writes nothing
 #
 # PYTHON          the interpreter that has torch (default python3)
 # FASTLM_COMMIT   what the results call the commit, where the tree comes without git
-# Each part writes as it goes, <part>.log above all; a part that fails or runs out of time stops no other.
+# Each part writes as it goes, <part>.log above all; a part that fails or runs out of time stops no other. The parts that
+# run by themselves take less than ten minutes together; sanitizer, five minutes more, is run by its name.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 PYTHON=${PYTHON:-python3}
-PARTS=(tests sanitizer ops train)
+PARTS=(tests ops train profile report)
+EVERY=("${PARTS[@]}" sanitizer)
 OPS="attention layer_norm rms_norm cross_entropy linear_cross_entropy mlm_mask gelu embedding"
 dry=0
 chosen=()
 for argument in "$@"; do
   case $argument in
     --dry-run) dry=1 ;;
-    tests | sanitizer | ops | train) chosen+=("$argument") ;;
-    *) echo "run_gpu.sh: expected --dry-run or of: ${PARTS[*]}; got $argument" >&2 && exit 2 ;;
+    tests | ops | train | profile | report | sanitizer) chosen+=("$argument") ;;
+    *) echo "run_gpu.sh: expected --dry-run or of: ${EVERY[*]}; got $argument" >&2 && exit 2 ;;
   esac
 done
 [ ${#chosen[@]} -gt 0 ] || chosen=("${PARTS[@]}")
@@ -54,16 +56,31 @@ command_of() {
         "; timeout 90 $check --tool racecheck --kernel-name kns=fastlm $pytest 'error_bound and bfloat16' || failed=1" \
         "; timeout 90 $check --tool initcheck $pytest 'error_bound and bfloat16' || failed=1; } && exit \$failed"
       ;;
-    ops) echo "$PYTHON benchmarks/bench_ops.py --op all --device cuda --json $out/ops.json --plot $out/ops.png" ;;
-    train) echo "$PYTHON benchmarks/bench_train.py --device cuda --json $out/train.json" ;;
+    # The first shapes of all ops first, and none begun in the last seconds.
+    ops)
+      echo "$PYTHON benchmarks/bench_ops.py --op all --device cuda --rounds 5 --min-ms 10 --seconds 100" \
+        "--json $out/ops.json --plot $out/ops.png"
+      ;;
+    # BERT-base at 512 tokens. Few steps: one is 32768 tokens.
+    train)
+      echo "$PYTHON benchmarks/bench_train.py --device cuda --recipe bert-base --rounds 5 --seconds 0.5" \
+        "--json $out/train.json --plot $out/train.png"
+      ;;
+    # torch's tables and trace; then nsys and ncu where they are installed, and their command lines where not. From
+    # benchmarks/, so that it is the fastlm that was installed.
+    profile) echo "cd benchmarks && $PYTHON -m fastlm profile bert-base --device cuda --steps 2 --out $out/profile" ;;
+    # The page of what there is, from the JSON of this run or an earlier one.
+    report) echo "$PYTHON benchmarks/report.py" ;;
   esac
 }
 seconds_of() {
   case $1 in
-    tests) echo 300 ;;
+    tests) echo 240 ;;
+    ops) echo 140 ;;
+    train) echo 110 ;;
+    profile) echo 70 ;;
+    report) echo 20 ;;
     sanitizer) echo 280 ;;
-    ops) echo 150 ;;
-    train) echo 100 ;;
   esac
 }
 
@@ -71,13 +88,22 @@ INSTALL="$PYTHON -m pip install --quiet --no-deps --no-build-isolation --force-r
 if [ $dry -eq 1 ]; then
   echo "plan, results in $out:"
   echo "  install: $INSTALL"
-  for part in "${chosen[@]}"; do echo "  $part, at most $(seconds_of "$part") s: $(command_of "$part")"; done
+  total=0
+  for part in "${chosen[@]}"; do
+    echo "  $part, at most $(seconds_of "$part") s: $(command_of "$part")"
+    total=$((total + $(seconds_of "$part")))
+  done
+  echo "  together at most $total s"
+  for tool in nsys ncu compute-sanitizer; do
+    command -v $tool >/dev/null && echo "  $tool: installed" || echo "  $tool: not installed, and left out"
+  done
   echo "imports, with $($PYTHON --version):"
   failed=0
   $PYTHON - <<'PY' || failed=1
 import importlib, sys
 failed = False
-for module in ("torch", "triton", "setuptools", "pybind11", "pytest", "fastlm.ops", "fastlm.models", "fastlm.train"):
+for module in ("torch", "triton", "setuptools", "pybind11", "pytest", "fastlm.ops", "fastlm.models", "fastlm.train",
+               "fastlm.profile"):
     try:
         importlib.import_module(module)
         print(f"  {module}: ok")
@@ -86,7 +112,7 @@ for module in ("torch", "triton", "setuptools", "pybind11", "pytest", "fastlm.op
         print(f"  {module}: {type(error).__name__}: {error}")
 sys.exit(failed)
 PY
-  for script in bench_ops bench_train; do
+  for script in bench_ops bench_train report; do
     if error=$($PYTHON benchmarks/$script.py --help 2>&1); then
       echo "  benchmarks/$script.py: ok"
     else

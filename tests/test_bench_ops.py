@@ -4,10 +4,13 @@ import json
 import os
 import subprocess
 import sys
+import time
+import types
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 KEYS = {"op", "shape", "dtype", "pass", "contender", "ms", "ms_iqr", "gbps", "tflops", "of_ceiling", "peak_mb"}
@@ -61,9 +64,334 @@ def test_attention_peers_agree_with_the_op(bench_ops, lengths):
         assert bench_ops.disagreement(got, want, 1e-5) is None
 
 
+def in_this_process(bench_ops):
+    """What bench_shape asks a process of its own for, asked here."""
+    bench = bench_ops.Bench()
+    return {"": lambda method, *arguments: getattr(bench, method)(*arguments)}
+
+
+def ceilings(bench, dtype, device):
+    """None that take time."""
+    bench.ceilings = {"copy": lambda: None, "matmul": lambda: None}
+    return {"copy": 1, "matmul": 1}
+
+
+def peers_of_layer_norm(bench_ops, monkeypatch, **functions):
+    """Puts these beside eager, on a shape of 1200 rows, and returns what bench_shape needs."""
+    peers = {name: bench_ops.Peer(function) for name, function in functions.items()}
+    monkeypatch.setitem(bench_ops.PEERS, "layer_norm", {"eager": bench_ops.PEERS["layer_norm"]["eager"], **peers})
+    case = bench_ops.dataclasses.replace(
+        bench_ops.CASES["layer_norm"], benchmarks=(bench_ops.Variant({"rows": 1200, "cols": 256}),)
+    )
+    monkeypatch.setitem(bench_ops.BENCHMARKS, "layer_norm", case)
+    monkeypatch.setattr(bench_ops.Bench, "prepare_ceilings", ceilings)
+    monkeypatch.setattr(bench_ops.torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(bench_ops, "cache_bytes", lambda device: 1 << 20)
+    monkeypatch.setattr(bench_ops, "OURS", ("reference",))
+    args = bench_ops.parse(["--rounds", "41", "--min-ms", "0.1"])
+    args.vs = tuple(functions)
+    return args
+
+
+def test_an_op_that_is_a_fifth_slower_shows_as_that(bench_ops, monkeypatch):
+    """A call that waits for a fifth of its own time, through all that a shape goes through."""
+    even = bench_ops.PEERS["layer_norm"]["eager"].function
+
+    def slower(x, weight=None, bias=None, residual=None, rng=None):
+        began = time.perf_counter()
+        out = even(x, weight, bias)
+        until = time.perf_counter() + 0.2 * (time.perf_counter() - began)
+        while time.perf_counter() < until:
+            pass
+        return out
+
+    args = peers_of_layer_norm(bench_ops, monkeypatch, even=even, slower=slower)
+    rows, missing, _ = bench_ops.bench_shape(in_this_process(bench_ops), "layer_norm", 0, "float32", args)
+    assert not missing
+    ms = {row["contender"]: row["ms"] for row in rows if row["pass"] == "fwd"}
+    assert ms["slower"] / ms["even"] == pytest.approx(1.2, abs=0.06)
+
+
+def test_who_skips_work_or_overwrites_is_not_timed(bench_ops, monkeypatch):
+    eager = bench_ops.PEERS["layer_norm"]["eager"].function
+
+    def skips(x, weight=None, bias=None, residual=None, rng=None):
+        y, h = eager(x, weight, bias)
+        return torch.cat([y[:-100], torch.zeros_like(y[-100:])]), h
+
+    def overwrites(x, weight=None, bias=None, residual=None, rng=None):
+        out = eager(x, weight, bias)
+        x.data.zero_()  # unseen by autograd, as a kernel's writes are
+        return out
+
+    args = peers_of_layer_norm(bench_ops, monkeypatch, overwrites=overwrites, skips=skips, honest=eager)
+    args.vs += ("sdpa",)
+    rows, missing, _ = bench_ops.bench_shape(in_this_process(bench_ops), "layer_norm", 0, "float32", args)
+    assert missing["skips"].startswith(bench_ops.WRONG)
+    assert missing["overwrites"] == "overwrites its x"
+    assert missing["sdpa"] == "has no layer_norm"
+    assert {row["contender"] for row in rows} == {"honest", "fastlm:reference"}
+
+
+def test_who_cannot_run_is_named_with_the_reason(bench_ops):
+    sets = [bench_ops.CASES["attention"].inputs(bench_ops.Variant({"b": 2, "s": 9, "h": 2, "d": 8}), 0, torch.float32)]
+    masked = [{**sets[0], "key_mask": torch.ones(2, 9, dtype=torch.bool)}]
+    table = [{**sets[0], "table": torch.randn(8, 2)}]
+    peers = bench_ops.PEERS["attention"]
+    expected = {
+        ("flash_attn", "installed"): (sets, "flash_attn is not installed"),
+        ("te", "installed"): (sets, "transformer_engine is not installed"),
+        ("sdpa-flash", "mask"): (masked, "takes no mask for padding and no bias"),
+        ("flash_attn", "mask"): (masked, "takes no key_mask"),
+        ("flash_attn", "bias"): (table, "takes no relative_bias"),
+        ("te", "mask"): (masked, "takes no key_mask"),
+    }
+    for (name, _), (given, why) in expected.items():
+        with pytest.raises((bench_ops.Unsupported, ImportError)) as caught:
+            bench_ops.adapted(peers[name], given, {})
+        assert bench_ops.reason(caught.value) == why
+    lines = bench_ops.missing_lines({"te": "is missing", "apex": "is missing", "sdpa": "has no gelu"})
+    assert [line.strip() for line in lines] == ["te, apex: is missing", "sdpa: has no gelu"]
+
+
+# ---- the libraries: modules of theirs, with their signatures, that torch computes
+
+
+def _norm_reference(h, weight, bias, eps, rms):
+    shape = h.shape[-1:]
+    return F.rms_norm(h, shape, weight, eps) if rms else F.layer_norm(h, shape, weight, bias, eps)
+
+
+def _prenorm(rms):
+    def norm(x, weight, bias, residual=None, x1=None, weight1=None, bias1=None, eps=1e-6, dropout_p=0.0, rowscale=None,
+             prenorm=False, residual_in_fp32=False):  # fmt: skip
+        h = x if residual is None else residual + x
+        y = _norm_reference(h, weight, bias, eps, rms)
+        return (y, h) if prenorm else y
+
+    return norm
+
+
+def _flash(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1)):
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    options = {"is_causal": causal, "scale": softmax_scale, "enable_gqa": True}
+    return F.scaled_dot_product_attention(q, k, v, None, dropout_p, **options).transpose(1, 2)
+
+
+def _flash_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
+                  causal=False, window_size=(-1, -1)):  # fmt: skip
+    assert cu_seqlens_q.dtype == torch.int32
+    assert max_seqlen_q == cu_seqlens_q.diff().max()
+    parts = zip(*(x.split(cu_seqlens_q.diff().tolist()) for x in (q, k, v)))
+    outs = [_flash(*(x[None] for x in part), dropout_p, softmax_scale, causal)[0] for part in parts]
+    return torch.cat(outs)
+
+
+class _TENorm(torch.nn.Module):
+    def __init__(self, normalized_shape, eps=1e-5, device=None, dtype=None):
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(normalized_shape, device=device, dtype=dtype))
+        if not self.rms:
+            self.bias = torch.nn.Parameter(torch.zeros(normalized_shape, device=device, dtype=dtype))
+
+    def forward(self, x):
+        return _norm_reference(x, self.weight, None if self.rms else self.bias, self.eps, self.rms)
+
+
+class _TEAttention(torch.nn.Module):
+    def __init__(self, num_attention_heads, kv_channels, num_gqa_groups=None, attention_dropout=0.0,
+                 qkv_format="sbhd", attn_mask_type="causal", softmax_scale=None):  # fmt: skip
+        super().__init__()
+        self.format, self.mask, self.scale = qkv_format, attn_mask_type, softmax_scale
+
+    def forward(self, query_layer, key_layer, value_layer, cu_seqlens_q=None, cu_seqlens_kv=None, max_seqlen_q=None,
+                max_seqlen_kv=None, core_attention_bias_type="no_bias", core_attention_bias=None):  # fmt: skip
+        q, k, v, causal = query_layer, key_layer, value_layer, "causal" in self.mask
+        if self.format == "thd":
+            assert self.mask.startswith("padding")
+            lengths = cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv
+            return _flash_varlen(q, k, v, *lengths, 0.0, self.scale, causal).flatten(-2)
+        if core_attention_bias_type == "no_bias":
+            return _flash(q, k, v, 0.0, self.scale, causal).flatten(-2)
+        assert core_attention_bias_type == "post_scale_bias"
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, core_attention_bias, scale=self.scale)
+        return out.transpose(1, 2).flatten(-2)
+
+
+def _losses(logits, labels, smoothing, z_loss=0.0, ignore_index=-100):
+    return F.cross_entropy(
+        logits.float(), labels, reduction="none", label_smoothing=smoothing, ignore_index=ignore_index
+    )
+
+
+class _Xentropy:
+    @staticmethod
+    def apply(logits, labels, smoothing=0.0, padding_idx=0, half_to_float=False):
+        assert half_to_float == (logits.dtype != torch.float32)
+        return _losses(logits, labels, smoothing, ignore_index=padding_idx)
+
+
+def _liger_ce(input, target, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean",
+              label_smoothing=0.0, lse_square_scale=0.0):  # fmt: skip
+    return F.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
+
+
+def _liger_flce(input, weight, target, bias=None, ce_weight=None, ignore_index=-100, lse_square_scale=0.0,
+                label_smoothing=0.0, reduction="mean"):  # fmt: skip
+    return F.cross_entropy(
+        F.linear(input, weight, bias), target, ce_weight, reduction=reduction, label_smoothing=label_smoothing
+    )
+
+
+def _flash_ce(logits, labels, precomputed_lse=None, label_smoothing=0.0, logit_scale=1.0, lse_square_scale=0.0,
+              ignore_index=-100, inplace_backward=False):  # fmt: skip
+    return _losses(logits, labels, label_smoothing, ignore_index=ignore_index), None
+
+
+def _te_ce(inp, target, label_smoothing=0.0, reduce_loss=False, dist_process_group=None, ignore_idx=-100):
+    assert inp.ndim == 3
+    assert inp.shape[:2] == target.shape
+    losses = _losses(inp[0], target[0], label_smoothing, ignore_index=ignore_idx)
+    return losses.sum() / (target != ignore_idx).sum() if reduce_loss else losses[None]
+
+
+def _quack_ce(x, target, lse_partial=None, weight=None, ignore_index=-100, reduction="mean", inplace_backward=False):
+    return F.cross_entropy(x, target, weight, ignore_index=ignore_index, reduction=reduction)
+
+
+def _quack_lce(x, weight, target, chunk_size=4096, ignore_index=-100, reduction="mean", tuned=True):
+    return F.cross_entropy(F.linear(x, weight), target, ignore_index=ignore_index, reduction=reduction)
+
+
+def _quack_rms(x, weight=None, bias=None, residual=None, out_dtype=None, residual_dtype=None, eps=1e-6, prenorm=False):
+    h = x if residual is None else x + residual
+    y = _norm_reference(h, weight, bias, eps, True)
+    return (y, h) if prenorm else y
+
+
+def _quack_ln(x, weight, bias=None, eps=1e-6, return_rstd=False, return_mean=False):
+    assert weight.dtype == bias.dtype == torch.float32
+    assert return_rstd
+    assert return_mean
+    y = _norm_reference(x.float(), weight, bias, eps, False).to(x.dtype)
+    return y, y.new_zeros(len(x)), y.new_zeros(len(x))
+
+
+FAKES = {
+    "liger_kernel.transformers.functional": {
+        "liger_layer_norm": lambda X, W, B, eps: _norm_reference(X, W, B, eps, False),
+        "liger_rms_norm": lambda X, W, eps, offset=0.0, casting_mode="llama", in_place=True: _norm_reference(
+            X, W, None, eps, True
+        ),
+        "liger_fused_add_rms_norm": lambda X, R, W, eps, offset=0.0, casting_mode="llama", in_place=True: (
+            _norm_reference(X + R, W, None, eps, True),
+            X + R,
+        ),
+        "liger_cross_entropy": _liger_ce,
+        "liger_fused_linear_cross_entropy": _liger_flce,
+        "liger_geglu": lambda a, b: F.gelu(a, approximate="tanh") * b,
+    },
+    "flash_attn": {"flash_attn_func": _flash, "flash_attn_varlen_func": _flash_varlen},
+    "flash_attn.ops.triton.layer_norm": {"layer_norm_fn": _prenorm(False), "rms_norm_fn": _prenorm(True)},
+    "flash_attn.ops.triton.cross_entropy": {"cross_entropy_loss": _flash_ce},
+    "apex.normalization.fused_layer_norm": {
+        "fused_layer_norm_affine": lambda input, weight, bias, normalized_shape, eps=1e-6: F.layer_norm(
+            input, normalized_shape, weight, bias, eps
+        ),
+        "fused_rms_norm_affine": lambda input, weight, normalized_shape, eps=1e-6: F.rms_norm(
+            input, normalized_shape, weight, eps
+        ),
+    },
+    "apex.contrib.layer_norm.layer_norm": {
+        "FastLayerNormFN": types.SimpleNamespace(
+            apply=lambda x, gamma, beta, epsilon, memory_efficient: _norm_reference(x, gamma, beta, epsilon, False)
+        )
+    },
+    "apex.contrib.xentropy": {"SoftmaxCrossEntropyLoss": _Xentropy},
+    "transformer_engine.pytorch": {
+        "LayerNorm": type("LayerNorm", (_TENorm,), {"rms": False}),
+        "RMSNorm": type("RMSNorm", (_TENorm,), {"rms": True}),
+        "DotProductAttention": _TEAttention,
+        "parallel_cross_entropy": _te_ce,
+        "ops": types.SimpleNamespace(GELU=lambda: torch.nn.GELU("tanh")),
+    },
+    "quack.rmsnorm": {"rmsnorm": _quack_rms, "layernorm_fwd": _quack_ln},
+    "quack.cross_entropy": {"cross_entropy": _quack_ce},
+    "quack.linear_cross_entropy": {"chunked_linear_cross_entropy": _quack_lce},
+}
+# Small shapes with what the libraries differ in, and who refuses which, with a word of the reason.
+LIBRARY_SHAPES = [
+    ("layer_norm", {"rows": 6, "cols": 32}, {}, {}),
+    ("layer_norm", {"rows": 6, "cols": 32, "residual": 1}, {}, {"quack": "residual"}),
+    ("rms_norm", {"rows": 6, "cols": 32, "bias": 0}, {}, {}),
+    ("rms_norm", {"rows": 6, "cols": 32, "bias": 0, "residual": 1}, {}, {}),
+    ("cross_entropy", {"rows": 6, "vocabulary": 40, "ignored": 1}, {}, {}),
+    ("cross_entropy", {"rows": 6, "vocabulary": 40, "ignored": 1}, {"inplace": True, "reduction": "sum"}, {}),
+    ("cross_entropy", {"rows": 6, "vocabulary": 40}, {"label_smoothing": 0.1}, {"quack": "label_smoothing"}),
+    ("linear_cross_entropy", {"rows": 6, "features": 8, "vocabulary": 40}, {}, {}),
+    ("linear_cross_entropy", {"rows": 6, "features": 8, "vocabulary": 40, "bias": 1}, {}, {"quack": "bias"}),
+    ("gelu", {"rows": 6, "cols": 32, "bias": 0, "gate": 1}, {"approximate": "tanh"}, {"te": "one tensor"}),
+    ("gelu", {"rows": 6, "cols": 32}, {"approximate": "tanh"}, {"liger": "gated"}),
+    ("attention", {"b": 2, "s": 11, "h": 4, "kv": 2, "d": 8}, {"causal": True}, {}),
+    ("attention", {"h": 2, "d": 8, "lengths": (5, 9, 1)}, {"causal": True}, {}),
+    ("attention", {"b": 2, "s": 11, "h": 2, "d": 8, "buckets": 8}, {"softmax_scale": 1.0}, {"flash_attn": "bias"}),
+]  # fmt: skip
+
+
+@pytest.fixture
+def fakes(bench_ops, monkeypatch):
+    import libraries
+
+    for name, members in FAKES.items():
+        parents = [name.rsplit(".", i)[0] for i in range(name.count(".") + 1)]
+        for parent in parents:
+            if parent not in sys.modules:
+                monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
+        for member, value in members.items():
+            monkeypatch.setattr(sys.modules[name], member, value, raising=False)
+    yield
+    libraries._te_gelu_module.cache_clear()
+    libraries._te_attention_module.cache_clear()
+
+
+@pytest.mark.parametrize(("op", "shape", "options", "refused"), LIBRARY_SHAPES)
+def test_libraries_agree_with_the_op(bench_ops, fakes, op, shape, options, refused):
+    """Outputs and gradients of every library, through modules that take their arguments as theirs do."""
+    case = bench_ops.CASES[op]
+    sets = [case.inputs(bench_ops.Variant(shape), 0, torch.float32)]
+    eager = bench_ops.PEERS[op]["eager"]
+    packed = "lengths" in shape
+    want = bench_ops.adapted(eager, sets, options).results()
+    if packed:
+        want = bench_ops.Contender(case.reference, sets, options, outputs=1).results()
+    ran, refusals = set(), {}
+    for name, peer in bench_ops.LIBRARIES[op].items():
+        try:
+            got = bench_ops.adapted(peer, sets, options).results()
+        except bench_ops.Unsupported as error:
+            refusals[name] = str(error)
+            continue
+        ran.add(name)
+        forward_alone = op == "layer_norm" and name == "quack"
+        assert got.keys() == ({"output 0"} if forward_alone else want.keys())
+        assert bench_ops.disagreement(got, want, 1e-5) is None, name
+    assert ran == bench_ops.LIBRARIES[op].keys() - refused.keys()
+    assert all(word in refusals[name] for name, word in refused.items())
+
+
+def test_a_gpu_has_shapes_of_its_own(bench_ops):
+    for name, case in bench_ops.CASES.items():
+        labels = [bench_ops.label(case, variant) for variant in bench_ops.shapes(case, "cuda")]
+        assert bench_ops.shapes(case, "cpu") == case.benchmarks != bench_ops.shapes(case, "cuda"), name
+        assert len(set(labels)) == len(labels) > 0
+    assert bench_ops.parse([]).vs == ("eager", "compile", "sdpa", "chunked")
+
+
 def test_a_run_writes_rows_with_their_provenance(tmp_path):
     """The smallest run there is, through the command line: rows in the fixed format, a plot, a line for each shape."""
-    options = ["--vs", "eager", "--malloc", "default", "--rounds", "2", "--min-ms", "1"]
+    options = ["--vs", "eager,liger,sdpa", "--malloc", "default", "--rounds", "2", "--min-ms", "1"]
     files = ["--json", tmp_path / "ops.json", "--plot", tmp_path / "ops.png"]
     command = [sys.executable, BENCHMARKS / "bench_ops.py", "--op", "call overhead", *options, *files]
     environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)}
@@ -71,6 +399,8 @@ def test_a_run_writes_rows_with_their_provenance(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "of the best peer, geometric mean of 1 shapes" in done.stdout
     written = json.loads((tmp_path / "ops.json").read_text())
+    reasons = {one["contender"]: one["reason"] for one in written["provenance"]["missing"]}
+    assert reasons == {"liger": "needs CUDA, the device is cpu", "sdpa": "has no layer_norm"}
     assert {"torch", "cpu", "commit", "dirty", "allocator", "ceilings", "command"} <= written["provenance"].keys()
     assert {(row["contender"], row["pass"]) for row in written["rows"]} >= {("eager", "fwd"), ("eager", "fwd+bwd")}
     for row in written["rows"]:

@@ -1,6 +1,7 @@
 """benchmarks/run_gpu.sh on a machine without a GPU: its plan, its imports, its refusals."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from fastlm.testing.cases import CASES
+from fastlm.train import load_recipe
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "benchmarks" / "run_gpu.sh"
-PARTS = ("tests", "sanitizer", "ops", "train")
+PARTS = ("tests", "ops", "train", "profile", "report")
 
 
 def run(*arguments, path=ROOT):
@@ -30,7 +32,14 @@ def test_dry_run_prints_the_plan_and_checks_the_imports():
     done = run("--dry-run")
     assert done.returncode == 0, done.stdout + done.stderr
     assert all(f"  {part}, at most" in done.stdout for part in PARTS)
-    assert done.stdout.count(": ok") == 10
+    assert done.stdout.count(": ok") == 12
+    assert "sanitizer, at most" not in done.stdout
+    # What is planned is what the programs take, and less than ten minutes.
+    assert int(re.search("together at most (\\d+) s", done.stdout)[1]) < 600
+    plan = dict(re.findall(r"  (\w+), at most \d+ s: (.*)", done.stdout))
+    assert "fastlm profile bert-base --device cuda" in plan["profile"]
+    assert "--recipe bert-base" in plan["train"]
+    assert load_recipe("bert-base").data.row_tokens == 512
     assert files() == before
 
 
@@ -68,10 +77,16 @@ def test_the_tests_of_a_failing_op_stop_no_others(tmp_path):
     assert "tests/test_ops.py::" not in collected
 
 
+def test_a_sanitizer_is_planned_by_its_name():
+    done = run("--dry-run", "sanitizer")
+    assert "  sanitizer, at most 280 s" in done.stdout
+    assert "  tests, at most" not in done.stdout
+
+
 def test_an_unknown_part_is_refused():
     done = run("speed")
     assert done.returncode == 2
-    assert "tests sanitizer ops train; got speed" in done.stderr
+    assert "tests ops train profile report sanitizer; got speed" in done.stderr
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")

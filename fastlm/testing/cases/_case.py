@@ -41,6 +41,7 @@ class OpCase:
     make(generator, **shape) returns the inputs; floating-point tensors in float64, cast by `inputs` below.
     bytes(shape, options, itemsize, backward) counts what must be read and written at least once;
     flops likewise, 0 for an op bound by memory.
+    benchmarks are for a CPU, benchmarks_cuda for a GPU, which the others would leave half idle.
     """
 
     op: str
@@ -52,6 +53,7 @@ class OpCase:
     benchmarks: tuple[Variant, ...]
     bytes: Callable[[dict, dict, int, bool], int]
     flops: Callable[[dict, dict, bool], int] = lambda shape, options, backward: 0
+    benchmarks_cuda: tuple[Variant, ...] = ()
     # Compiled ahead of time for every architecture, in bfloat16: widths and options of real models, in rows so few that
     # making them costs nothing. 16 rows, since Triton compiles for what 16 divides and for what it does not.
     production: tuple[Variant, ...] = ()
@@ -60,9 +62,15 @@ class OpCase:
     backends: tuple[str, ...] = ("cpu", "triton", "cuda", "reference")  # held to the bound where they can run
     thread_invariant: bool = True  # the bits do not depend on the number of threads (a BLAS does not promise that)
 
-    def inputs(self, variant: Variant, seed: int, dtype: torch.dtype, device: str = "cpu") -> Inputs:
-        """Inputs in `dtype`, requiring gradients where the op has them."""
-        made = self.make(torch.Generator().manual_seed(seed), **variant.shape)
+    def inputs(
+        self, variant: Variant, seed: int, dtype: torch.dtype, device: str = "cpu", *, draw_on: str = "cpu"
+    ) -> Inputs:
+        """Inputs in `dtype`, requiring gradients where the op has them.
+
+        draw_on: the device whose generator draws them; a CPU's draws the same for every device, and slowly.
+        """
+        with torch.device(draw_on):
+            made = self.make(torch.Generator(draw_on).manual_seed(seed), **variant.shape)
         out = {}
         for name, value in made.items():
             if isinstance(value, torch.Tensor):

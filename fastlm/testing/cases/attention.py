@@ -128,6 +128,20 @@ _BENCHMARKS = (
     Variant({"b": 8, "s": 512, "h": 8, "d": 64, "buckets": 32}, {"softmax_scale": 1.0}),
 )
 
+# BERT-base packed and as it is, GPT-2, T5-base; BERT-large; a decoder of 4096, and long rows. Of these few heads, since
+# eager's scores have to fit beside everything else.
+_CUDA = (
+    Variant({"h": 12, "d": 64, "lengths": 4 * _LENGTHS}, {"dropout_p": 0.1}),
+    Variant({"b": 32, "s": 512, "h": 12, "d": 64}),
+    Variant({"b": 16, "s": 1024, "h": 12, "d": 64}, {"causal": True}),
+    Variant({"b": 32, "s": 512, "h": 12, "d": 64, "buckets": 32}, {"softmax_scale": 1.0}),
+    Variant({"b": 32, "s": 512, "h": 12, "d": 64}, {"dropout_p": 0.1}),
+    Variant({"b": 1, "s": 16384, "h": 4, "d": 128}, {"causal": True}),
+    Variant({"b": 1, "s": 16384, "h": 4, "d": 64}),
+    Variant({"b": 1, "s": 4096, "h": 32, "kv": 8, "d": 128}, {"causal": True}),
+    Variant({"b": 32, "s": 512, "h": 16, "d": 64}, {"dropout_p": 0.1}),
+)
+
 ATTENTION = OpCase(
     op="attention",
     function=_return_lse(_bind(ops.attention)),
@@ -136,6 +150,7 @@ ATTENTION = OpCase(
     gradients=("q", "k", "v", "table"),
     tests=_TESTS,
     benchmarks=_BENCHMARKS,
+    benchmarks_cuda=_CUDA,
     production=_PRODUCTION,
     bytes=_bytes,
     flops=_flops,

@@ -73,6 +73,16 @@ CROSS_ENTROPY = OpCase(
         for rows, vocabulary in ((1024, 30522), (1024, 50257), (4096, 32128))
         for inplace in (False, True)
     ),
+    benchmarks_cuda=tuple(  # BERT; GPT-2; T5; Llama 3
+        Variant({"rows": rows, "vocabulary": vocabulary}, {"inplace": True} if inplace else {})
+        for rows, vocabulary, inplace in (
+            (8192, 30522, 1),
+            (8192, 30522, 0),
+            (8192, 50257, 1),
+            (8192, 32128, 1),
+            (4096, 128256, 1),
+        )
+    ),
     production=(
         Variant({"rows": 16, "vocabulary": 2}),  # a classifier
         *(Variant({"rows": 16, "vocabulary": n}) for n in (30522, 50257, 32128, 128256)),  # BERT, GPT-2, T5, Llama 3

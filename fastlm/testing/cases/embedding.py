@@ -64,6 +64,13 @@ EMBEDDING = OpCase(
         Variant({"rows": 8, "seq": 512, **_BERT, "packed": 1}, {"dropout_p": 0.1}),
         Variant({"rows": 4, "seq": 256, "cols": 512, "vocab": 50257, "places": 1024, "norm": 0}, {"dropout_p": 0.1}),
     ),
+    benchmarks_cuda=(
+        Variant({"rows": 64, "seq": 512, **_BERT, "packed": 1}, {"dropout_p": 0.1}),
+        Variant({"rows": 32, "seq": 1024, "cols": 768, "vocab": 50257, "places": 1024, "norm": 0}, {"dropout_p": 0.1}),
+        Variant({"rows": 64, "seq": 512, **_BERT, "cols": 1024, "packed": 1}, {"dropout_p": 0.1}),
+        Variant({"rows": 64, "seq": 512, "cols": 768, "vocab": 32128, "norm": 0}),  # T5-base
+        Variant({"rows": 8, "seq": 4096, "cols": 4096, "vocab": 128256, "norm": 0}),  # a decoder
+    ),
     production=(
         Variant({"rows": 2, "seq": 512, **_BERT, "packed": 1}, {"dropout_p": 0.1}, ("weight", "bias")),
         Variant({"rows": 2, "seq": 512, "cols": 768, "vocab": 50257, "places": 1024, "norm": 0}, {"dropout_p": 0.1}),

@@ -46,6 +46,13 @@ GELU = OpCase(
         for gate in ({}, {"bias": 0, "gate": 1})
         for options in ({}, _TANH)
     ),
+    benchmarks_cuda=(
+        Variant({"rows": 32768, "cols": 3072}),  # BERT-base
+        Variant({"rows": 32768, "cols": 2048, "bias": 0, "gate": 1}, _TANH),  # T5 v1.1-base
+        Variant({"rows": 32768, "cols": 3072}, _TANH),  # GPT-2
+        Variant({"rows": 32768, "cols": 4096}),  # BERT-large
+        Variant({"rows": 16384, "cols": 14336, "bias": 0, "gate": 1}, _TANH),  # a decoder of 4096
+    ),
     production=(
         Variant({"rows": 16, "cols": 3072}, float32=("bias",)),  # BERT
         Variant({"rows": 16, "cols": 3072}, _TANH, ("bias",)),  # GPT-2

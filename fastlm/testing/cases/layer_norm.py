@@ -44,6 +44,13 @@ _NORM_BENCHMARKS = tuple(
     for rows, cols in ((8192, 768), (8192, 1024), (4096, 4096))
     for residual, p in ((0, 0.0), (1, 0.0), (1, 0.1))
 )
+# T5-small, BERT-base and GPT-2 (whose norms take no dropout), BERT-large, and decoders.
+_NORM_CUDA = tuple(
+    Variant({"rows": 32768, "cols": cols, "residual": residual}, {"dropout_p": p} if p else {})
+    for cols, residual, p in (
+        (768, 1, 0.1), (768, 0, 0.0), (1024, 1, 0.1), (512, 1, 0.1), (4096, 1, 0.0), (8192, 1, 0.0),
+    )
+)  # fmt: skip
 _NORM_PRODUCTION = tuple(
     Variant({"rows": 16, "cols": cols, "residual": residual}, {"dropout_p": p} if p else {}, ("weight", "bias"))
     for cols, residual, p in (
@@ -72,6 +79,7 @@ LAYER_NORM = OpCase(
     gradients=("x", "weight", "bias", "residual"),
     tests=_NORM_TESTS,
     benchmarks=_NORM_BENCHMARKS,
+    benchmarks_cuda=_NORM_CUDA,
     production=_NORM_PRODUCTION,
     bytes=_norm_bytes,
     gradcheck=(Variant({"rows": 3, "cols": 6, "residual": 1}, {"dropout_p": 0.3}),),
@@ -84,6 +92,7 @@ RMS_NORM = dataclasses.replace(
     gradients=("x", "weight", "residual"),
     tests=_without_bias(_NORM_TESTS),
     benchmarks=_without_bias(_NORM_BENCHMARKS),
+    benchmarks_cuda=_without_bias(_NORM_CUDA),
     production=_without_bias(v for v in _NORM_PRODUCTION if v.shape["cols"] in (512, 1024, 4096)),
     gradcheck=_without_bias(LAYER_NORM.gradcheck),
 )

@@ -50,6 +50,13 @@ LINEAR_CROSS_ENTROPY = OpCase(
     benchmarks=tuple(
         Variant({"rows": 1024, "features": features, "vocabulary": 30522, "bias": 1}) for features in (256, 512, 768)
     ),
+    benchmarks_cuda=(
+        Variant({"rows": 8192, "features": 768, "vocabulary": 30522, "bias": 1}),  # BERT-base
+        Variant({"rows": 8192, "features": 768, "vocabulary": 50257}),  # GPT-2
+        Variant({"rows": 8192, "features": 1024, "vocabulary": 30522, "bias": 1}),  # BERT-large
+        Variant({"rows": 8192, "features": 768, "vocabulary": 32128}),  # T5-base
+        Variant({"rows": 8192, "features": 4096, "vocabulary": 128256}),  # a decoder
+    ),
     production=(
         Variant({"rows": 16, "features": 16, "vocabulary": 30522, "bias": 1}),
         Variant({"rows": 16, "features": 16, "vocabulary": 30522, "bias": 1}, {"reduction": "none"}),

@@ -54,6 +54,11 @@ MLM_MASK = OpCase(
         Variant({"rows": 256, "cols": 512, "vocab": 30522, "packed": 1, "epochs": 2}, _BERT),
         Variant({"rows": 256, "cols": 512, "vocab": 30522, "words": 1}, _BERT),
     ),
+    benchmarks_cuda=(
+        Variant({"rows": 2048, "cols": 512, "vocab": 30522}, _BERT),
+        Variant({"rows": 2048, "cols": 512, "vocab": 30522, "packed": 1, "epochs": 2}, _BERT),
+        Variant({"rows": 2048, "cols": 512, "vocab": 30522, "words": 1}, _BERT),
+    ),
     production=(
         Variant({"rows": 16, "cols": 512, "vocab": 30522}, _BERT),
         Variant({"rows": 16, "cols": 512, "vocab": 30522, "packed": 1, "epochs": 2}, _BERT),

@@ -1,0 +1,109 @@
+"""benchmarks/bench_check.py: what counts as slower than recorded, and what cannot be compared."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def bench_check(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import bench_check
+
+    return bench_check
+
+
+def op(contender, ms, iqr=0.0, **more):
+    row = {"op": "gelu", "shape": "rows8", "dtype": "float32", "pass": "fwd+bwd", "contender": contender}
+    return {**row, "ms": ms, "ms_iqr": iqr, **more}
+
+
+RECORDED = [op("fastlm:cpu", 2.0), op("fastlm:cpu+malloc", 1.0), op("eager", 9.0), op("compile+malloc", 2.0)]
+
+
+def run(bench_check, first, second=None):
+    """(lines but the heading, whether it is good, what was asked for)."""
+    asked, answers = [], iter([first, second])
+
+    def measure(names):
+        asked.append(names)
+        return next(answers)
+
+    lines, good = bench_check.check(RECORDED, measure)
+    return lines[1:], good, asked
+
+
+def test_a_slow_machine_is_no_regression(bench_check):
+    """All of it three times slower, another peer the best by a little, and the floor just kept."""
+    lines, good, asked = run(bench_check, [op("fastlm:cpu", 3.2), op("eager", 5.8), op("compile", 6.0)])
+    assert good
+    assert asked == [None]
+    assert "2.00" in lines[0]
+    assert "1.81" in lines[0]
+    assert "ok" in lines[0]
+
+
+def test_what_is_slower_once_is_measured_again(bench_check):
+    slow, fine = ([op("fastlm:cpu", ms), op("eager", 4.0)] for ms in (2.5, 2.0))
+    lines, good, asked = run(bench_check, slow, fine)
+    assert good
+    assert asked == [None, ["gelu"]]
+    assert "1.60" in lines[0]
+    assert "ok" in lines[0]
+    lines, good, _ = run(bench_check, slow, slow)
+    assert not good
+    assert "SLOWER" in lines[0]
+
+
+def test_the_spread_of_both_runs_widens_the_margin(bench_check):
+    noisy = [op("fastlm:cpu", 2.5, iqr=0.25), op("eager", 4.0, iqr=0.4)]  # 10% and 10%: 14% beside the floor
+    lines, good, asked = run(bench_check, noisy)
+    assert good
+    assert asked == [None]
+    assert "24%" in lines[0]
+
+
+def test_no_row_is_hidden(bench_check):
+    """One that is not recorded is shown as new; one that no longer runs fails, though its shape has other rows."""
+    other = [op("fastlm:triton", 1.0), op("eager", 4.0), op("fastlm:cpu", 1.0, op="new"), op("eager", 2.0, op="new")]
+    lines, good, _ = run(bench_check, other, other)
+    assert not good
+    verdicts = {line.split(" fastlm:")[0].split()[0] + line.split("fastlm:")[1].split()[0]: line for line in lines}
+    assert "new" in verdicts["gelutriton"]
+    assert "new" in verdicts["newcpu"].split("fastlm:cpu")[1]
+    assert "GONE" in verdicts["gelucpu"]
+    # Shapes that the quick form leaves out are not missed.
+    more = [*RECORDED, op("fastlm:cpu", 1.0, shape="rows9"), op("eager", 1.0, shape="rows9")]
+    assert [row.verdict for row in bench_check.compare(more, RECORDED)] == ["ok"]
+
+
+def test_steps_are_told_apart_by_threads(bench_check):
+    steps = [
+        {"recipe": "bert-mini-16x128", "shape": "16x128", "dtype": "float32", "threads": n, "contender": c, "ms": ms,
+         "ms_iqr": 0.0} for n, c, ms in ((1, "fastlm", 2.0), (1, "transformers", 6.0), (2, "fastlm", 1.0),
+                                         (2, "transformers", 4.0))
+    ]  # fmt: skip
+    assert sorted(ratio.times for ratio in bench_check.ratios(steps).values()) == [3.0, 4.0]
+
+
+def test_what_cannot_be_compared_says_why(bench_check, tmp_path, capsys):
+    assert bench_check.main(["--results", str(tmp_path)]) == 2
+    said = capsys.readouterr().out
+    assert "ops.json is not there: nothing is recorded yet; record it with `make bench`" in said
+    machine = bench_check.info.machine()
+    path = tmp_path / "ops.json"
+    path.write_text(json.dumps({"provenance": {**machine, "cpu": "Another CPU"}, "rows": RECORDED}))
+    assert bench_check.main(["--results", str(tmp_path), "--only", "ops"]) == 2
+    assert "was recorded with cpu = Another CPU" in capsys.readouterr().out
+
+
+def test_the_exit_status_says_slower(bench_check, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "ops.json"
+    path.write_text(json.dumps({"provenance": bench_check.info.machine(), "rows": RECORDED}))
+    for ms, status in ((1.0, 0), (3.0, 1)):
+        monkeypatch.setattr(bench_check, "measure_ops", lambda names, ms=ms: [op("fastlm:cpu", ms), op("eager", 2.0)])
+        assert bench_check.main(["--results", str(tmp_path), "--only", "ops"]) == status
+    assert "SLOWER than recorded, twice" in capsys.readouterr().out
