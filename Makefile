@@ -20,7 +20,8 @@ JOBS ?= 2
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check --quiet -c constraints.txt
 OUT := benchmarks/results/cpu
-STEPS := bert-mini-16x128 bert-small-8x128 bert-base-4x128 gpt2-small4x512 t5-small
+STEPS := bert-mini-16x128 bert-small-8x128 bert-small-32x128 bert-base-4x128 bert-mini-text bert-small-text
+STEPS += gpt2-small4x512 t5-small
 SOURCES := setup.py fastlm kernels tests benchmarks
 
 # An environment that could not be made (Debian without python3-venv leaves one without pip) is made again.
@@ -53,7 +54,8 @@ test-gpu:
 
 bench: setup
 	$(PY) benchmarks/bench_ops.py --op all --device cpu --json $(OUT)/ops.json --plot $(OUT)/ops.png
-	$(PY) benchmarks/bench_train.py --device cpu --recipe $(STEPS) --json $(OUT)/train.json --plot $(OUT)/train.png
+	$(PY) benchmarks/bench_train.py --device cpu --recipe $(STEPS) --json $(OUT)/train.json --plot $(OUT)/train.png \
+		--curve 20 --curve-plot $(OUT)/curves.png
 	$(PY) benchmarks/report.py
 
 bench-check: setup

@@ -4,30 +4,34 @@
     python benchmarks/bench_train.py --set model.hidden_dropout_prob=0.1 --curve 30 --curve-plot curve.png
     python benchmarks/bench_train.py --threads 1 2 --contenders fastlm
 
-What is timed and how, and who the contenders are: fastlm/testing/train_step.py. The step is one micro-batch of the
-recipe: forward, backward, clipping, AdamW. Ids are drawn with the frequencies of words; no row is padded, so every
-contender's tokens are real.
+What is timed and how: fastlm/testing/train_step.py; who the contenders are: step_contenders.py beside it; the fixed
+steps: steps.py. A step is one micro-batch of the recipe: forward, backward, clipping, AdamW. Ids are drawn with the
+frequencies of words. No row is padded but those of the -text steps, which are as long as sentences are: the others get
+them as their collators pad, fastlm packed. Tokens are real ones. With --curve the losses of the first steps have to be
+fastlm's within noise; the exit status is 1 where a contender's are not.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import sys
 from pathlib import Path
 
 import _report
 import torch
 from rich.console import Console
 
-from fastlm.testing.train_step import EVERY, STEPS, StepTime, compare_steps, find_step, table
+from fastlm.testing.steps import STEPS, StepInputs, find_step
+from fastlm.testing.train_step import EVERY, LEAST_CURVE, StepTime, compare_steps, table
 from fastlm.train import Recipe
 
 
-def row(recipe: Recipe, time: StepTime, threads: int | None) -> dict:
+def row(recipe: Recipe, inputs: StepInputs, time: StepTime, threads: int | None) -> dict:
     return {
         "op": "training step",
         "recipe": recipe.name,
-        "shape": f"{recipe.micro_batch_tokens // recipe.data.row_tokens}x{recipe.data.row_tokens}",
+        "shape": inputs.shape,
         "dtype": recipe.train.dtype,
         "pass": "step",
         "contender": time.contender,
@@ -40,31 +44,39 @@ def row(recipe: Recipe, time: StepTime, threads: int | None) -> dict:
         "step_mb": time.step_mb,
         "threads": threads or torch.get_num_threads(),
         "losses": time.losses,
+        "curve_off": time.curve_off,
+        "curve_noise": time.curve_noise,
     }
 
 
-def plot_curves(path: Path, times: list[StepTime], title: str) -> None:
-    """The losses of the first steps, a line a contender."""
+def plot_curves(path: Path, steps: dict[str, list[StepTime]]) -> None:
+    """The losses of the first steps: a panel for each title in `steps`, in it a line a contender."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
-    for time in times:
-        ours = time.contender == "fastlm"
-        axes.plot(range(1, 1 + len(time.losses)), time.losses, label=time.contender, lw=2.5 if ours else 1)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats a predicted token)")
-    axes.set_title(title)
-    axes.grid(alpha=0.3)
-    axes.legend()
+    columns = min(2, len(steps))
+    lines = -(-len(steps) // columns)
+    figure, _ = pyplot.subplots(lines, columns, figsize=(7 * columns, 4 * lines), layout="constrained")
+    panels = figure.axes
+    for axes, (title, times) in zip(panels, steps.items()):
+        for time in times:
+            ours = time.contender == "fastlm"
+            axes.plot(range(1, 1 + len(time.losses)), time.losses, label=time.contender, lw=2.5 if ours else 1)
+        axes.set_xlabel("step")
+        axes.set_ylabel("loss (nats a predicted token)")
+        axes.set_title(title, fontsize=9)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    for axes in panels[len(steps) :]:
+        axes.remove()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     names = f"names or TOML files, or {', '.join(STEPS)} (default bert-mini)"
     parser.add_argument("--recipe", nargs="+", default=["bert-mini"], help=names)
@@ -78,37 +90,45 @@ def main() -> None:
     parser.add_argument("--curve", type=int, default=0, metavar="N", help="keep the losses of N steps before the clock")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
-    parser.add_argument("--curve-plot", type=Path, help="PNG of the losses, of the last recipe")
+    parser.add_argument("--curve-plot", type=Path, help="PNG of the losses, a panel each recipe")
     args = parser.parse_args()
     if args.curve_plot and not args.curve:
         parser.error("--curve-plot: expected with --curve N, the number of steps to plot")
+    if 0 < args.curve < LEAST_CURVE:
+        parser.error(f"--curve: expected at least {LEAST_CURVE} steps, got {args.curve}")
 
     try:
         steps = {name: find_step(name, args.set, args.vocab) for name in args.recipe}
     except ValueError as error:
         parser.error(str(error))
-    console, rows, missing, title, times = Console(highlight=False), [], {}, "", []
+    console, rows, missing, curves = Console(highlight=False), [], [], {}
     for name, threads in itertools.product(args.recipe, args.threads):
         recipe, inputs = steps[name]
         times = compare_steps(
             recipe, inputs, device=args.device, contenders=args.contenders,
             rounds=args.rounds, seconds=args.seconds, threads=threads, curve=args.curve,
         )  # fmt: skip
-        title = f"{recipe.name}, {recipe.micro_batch_tokens} tokens a step, {recipe.train.dtype}, {args.device}"
+        title = f"{recipe.name} {inputs.shape}, {inputs.tokens} tokens, {recipe.train.dtype}, {args.device}"
         title += f", {threads} thread{'s'[: threads > 1]}" if threads else ""
         console.print(table(times, title=title))
-        rows += [row(recipe, time, threads) for time in times if not time.missing]
-        missing.update({time.contender: time.missing for time in times if time.missing})
+        curves[title] = [time for time in times if not time.missing]
+        rows += [row(recipe, inputs, time, threads) for time in curves[title]]
+        missing += [
+            {"recipe": recipe.name, "contender": time.contender, "reason": time.missing}
+            for time in times
+            if time.missing and threads == args.threads[0]
+        ]
         if args.json:
             _report.write_json(args.json, rows, missing=missing)
     if args.curve_plot:
-        plot_curves(args.curve_plot, [time for time in times if not time.missing], title)
+        plot_curves(args.curve_plot, curves)
     if args.plot:
         groups = {}
         for line in rows:
             groups.setdefault(f"{line['recipe']} {line['shape']}", {})[line["contender"]] = line["tokens_per_s"]
         _report.plot(args.plot, groups, title=f"Training steps on {args.device}", unit="tokens/s")
+    return 0 if all(time.learns_alike for times in curves.values() for time in times) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

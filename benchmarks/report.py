@@ -5,6 +5,7 @@
 
 For each directory with an ops.json (bench_ops.py) or a train.json (bench_train.py) it writes report.md, ops.png and
 train.png beside them, and a summary into README.md between the lines "<!-- results -->" and "<!-- /results -->".
+report.md shows curves.png (bench_train.py --curve-plot) where that is.
 """
 
 from __future__ import annotations
@@ -113,10 +114,34 @@ def train_table(rows: list[dict]) -> str:
                 "n/a" if mfu is None else f"{mfu:.0%}",
                 "n/a" if bound is None or math.isnan(bound) else f"{bound:.0%}",
                 f"{row['peak_mb']:,.0f}",
+                f"{row['step_mb']:,.0f}",
                 "" if row is ours or ours is None else f"{ours['tokens_per_s'] / row['tokens_per_s']:.2f}",
             ]
         )
-    return _table(["step", "contender", "tokens/s", "ms", "MFU", "of bound", "MB", "fastlm is ×"], out)
+    return _table(["step", "contender", "tokens/s", "ms", "MFU", "of bound", "MB", "of the step", "fastlm is ×"], out)
+
+
+def curves_note(rows: list[dict]) -> str:
+    """How far the losses of the first steps are from fastlm's; nothing where none were kept."""
+    rows = [row for row in rows if row.get("curve_off") is not None and not is_ours(row)]
+    if not rows:
+        return ""
+    far = max(rows, key=lambda row: row["curve_off"])
+    out = (
+        f"Losses of the first {len(far['losses'])} steps: at most {far['curve_off']:.2%} from fastlm's "
+        f"({far['recipe']}, {far['contender']}).\n"
+    )
+    for row in rows:
+        if not row["curve_off"] <= row["curve_noise"]:
+            out += (
+                f"\n**{row['contender']} learns otherwise** in {row['recipe']}: {row['curve_off']:.2%} off, "
+                f"noise {row['curve_noise']:.2%}.\n"
+            )
+    return out
+
+
+def not_run(missing: list[dict]) -> str:
+    return "".join(f"- not run in {entry['recipe']}: {entry['contender']}: {entry['reason']}\n" for entry in missing)
 
 
 def plots(directory: Path, ops: list[dict], train: list[dict]) -> None:
@@ -158,10 +183,15 @@ def page(directory: Path) -> str:
         out += [
             f"## Training steps\n\n{machine(train_from)}. `{train_from.get('command', '')}`\n\n"
             "of bound: the time of the step's matrix products alone (3 × forward, attention's included), at the rate "
-            "of one large product in the same rounds, over ms. Contenders: fastlm/testing/train_step.py.\n",
+            "of one large product in the same rounds, over ms. MB: the process's peak, and what of it came after the "
+            "model was loaded. Contenders: fastlm/testing/step_contenders.py.\n",
             train_table(train),
+            not_run(train_from.get("missing") or []),
             "![training steps](train.png)\n",
+            curves_note(train),
         ]
+        if (directory / "curves.png").exists():
+            out.append("![losses of the first steps](curves.png)\n")
     return "\n".join(out)
 
 

@@ -40,7 +40,8 @@ def demo(
     """
     from fastlm.data import open_dataset, python_documentation
     from fastlm.fill_mask import fill_mask
-    from fastlm.testing.train_step import compare_steps, from_dataset, table
+    from fastlm.testing.steps import from_dataset
+    from fastlm.testing.train_step import compare_steps, table
     from fastlm.train import pretrain
     from fastlm.train.progress import prepare_with_progress
     from fastlm.train.run import DATA, MODEL

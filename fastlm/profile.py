@@ -1,7 +1,7 @@
 """`fastlm profile`: where the time of a training step goes, by op and by layer.
 
-What is profiled is the step of a recipe on drawn ids (fastlm/testing/train_step.py): forward, backward, clipping,
-AdamW, after a warm-up. Modules have ranges by their names, "layers.3.attention", and in backward "layers.3 backward";
+What is profiled is the step of a recipe on drawn ids (fastlm/testing/steps.py): forward, backward, clipping, AdamW,
+after a warm-up. Modules have ranges by their names, "layers.3.attention", and in backward "layers.3 backward";
 ops those of torch, ours "fastlm::attention_fwd" and "attention_fwdBackward".
 
     torch    torch's profiler, on any device: a table of ops, one of modules, a Chrome trace
@@ -29,7 +29,8 @@ from rich import box
 from rich.table import Table
 from torch.autograd.profiler import record_function
 
-from fastlm.testing.train_step import fastlm_step, find_step
+from fastlm.testing.step_contenders import fastlm_step
+from fastlm.testing.steps import find_step
 
 TOOLS = ("torch", "nsys", "ncu")
 TRACE, OPS, MODULES = "trace.json", "ops.csv", "modules.csv"
@@ -79,7 +80,7 @@ def profile(
 ) -> list[Row]:
     """Profiles `steps` steps of a recipe with each tool, and writes what they find into the directory `out`.
 
-    recipe: a name, a TOML file, or one of train_step.STEPS; settings: as of `fastlm pretrain --set`. say: prints a
+    recipe: a name, a TOML file, or one of steps.STEPS; settings: as of `fastlm pretrain --set`. say: prints a
     string or a rich table. nsys and ncu run where they are installed and the device is a GPU; their command lines are
     said in any case. Returns the rows of ops, empty without the torch tool. ValueError for an unknown recipe or tool.
     """

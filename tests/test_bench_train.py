@@ -26,24 +26,32 @@ def test_a_run_writes_rows_and_curves(tmp_path):
     """fastlm beside Transformers: the same losses over the first steps, no dropout; rows, a bound, two pictures."""
     options = ["--rounds", "2", "--seconds", "0.01", "--curve", "5", "--threads", "1", *set_options()]
     files = {"--json": "train.json", "--plot": "train.png", "--curve-plot": "curve.png"}
-    contenders = ("fastlm", "transformers", "transformers tuned")
-    done = bench_train(
-        *options, "--contenders", *contenders, *(str(x) for k, v in files.items() for x in (k, tmp_path / v))
-    )
+    contenders = ("fastlm", "transformers", "transformers tuned", "transformers patched")
+    options += ["--contenders", *contenders, "transformers packed"]
+    done = bench_train(*options, *(str(x) for k, v in files.items() for x in (k, tmp_path / v)))
     assert done.returncode == 0, done.stderr
     assert all(len(line) <= 80 for line in done.stdout.splitlines())
-    rows = json.loads((tmp_path / "train.json").read_text())["rows"]
+    assert "not run: transformers packed: no row is padded" in done.stdout
+    assert "curves of 5 steps: at most" in done.stdout
+    content = json.loads((tmp_path / "train.json").read_text())
+    rows = content["rows"]
+    (missing,) = content["provenance"]["missing"]
+    assert (missing["recipe"], missing["contender"]) == ("bert-mini", "transformers packed")
     assert [row["contender"] for row in rows] == list(contenders)
     for row in rows:
         assert row["tokens_per_s"] == pytest.approx(256 / row["ms"] * 1e3)
         assert 0 < row["of_bound"] < 1
         assert row["threads"] == 1
         assert row["losses"] == pytest.approx(rows[0]["losses"], rel=2e-3)
+        assert row["curve_off"] <= row["curve_noise"]
+        assert 0 < row["step_mb"] < row["peak_mb"]
     assert rows[0]["losses"][-1] < rows[0]["losses"][0]
     assert all((tmp_path / name).stat().st_size > 1000 for name in ("train.png", "curve.png"))
 
 
 def test_curve_plot_wants_a_curve(tmp_path):
+    done = bench_train("--curve", "2")
+    assert "expected at least 3 steps, got 2" in done.stderr
     done = bench_train("--curve-plot", str(tmp_path / "curve.png"))
     assert done.returncode == 2
     assert "expected with --curve N" in done.stderr

@@ -1,17 +1,14 @@
-"""The demo, in small, and the comparison of training steps that it ends with."""
+"""The demo, in small."""
 
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from torch.utils.flop_counter import FlopCounterMode
 from training import small
 
 from fastlm import demo
 from fastlm.testing import train_step
-from fastlm.train import flops
 from fastlm.train.metrics import read_metrics
 
 
@@ -106,83 +103,3 @@ def test_demo_replaces_no_other_run(run_demo, tmp_path):
     with pytest.raises(ValueError, match="holds a run that is no demo"):
         run_demo()
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.json"]
-
-
-def test_a_contender_that_computes_something_else_is_an_error():
-    train_step._same_losses({"fastlm": 5.0, "other": 5.0001}, 1e-4)
-    for loss in (4.99, float("nan")):
-        with pytest.raises(RuntimeError, match="other computes"):
-            train_step._same_losses({"fastlm": 5.0, "other": loss}, 1e-4)
-
-
-def test_a_contender_that_cannot_run_is_named(monkeypatch):
-    times = [
-        train_step.StepTime("fastlm", 100, 10.0, 1.0),
-        train_step.StepTime("theirs", missing="it is not installed"),
-    ]
-    table = train_step.table(times, title="steps")
-    assert list(table.columns[1].cells) == ["10,000"]
-    assert "not run: theirs: it is not installed" in table.caption
-
-
-def test_drawn_inputs():
-    recipe = small()
-    inputs = train_step.drawn(recipe, 100)
-    for input_ids, labels in inputs.batches:
-        assert input_ids.shape == labels.shape == (8, 32)
-        assert torch.equal(labels != -100, input_ids == 4)
-        assert labels[labels != -100].min() >= 5
-        assert labels.max() < 100
-    assert 0 < inputs.predicted < inputs.tokens == 256
-
-
-@pytest.mark.parametrize(
-    "made",
-    [
-        lambda: train_step.gpt2_step(2, 16, vocab_size=100, n_embd=32, n_layer=1, n_head=2),
-        lambda: train_step.t5_step(2, 16, 8, vocab_size=100, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2),
-    ],
-    ids=["gpt2", "t5"],
-)
-def test_steps_of_other_models(made, tmp_path):
-    """fastlm and Transformers start from one loss, and take their steps."""
-    pytest.importorskip("transformers")
-    recipe, inputs = made()
-    train_step._write_inputs(recipe, inputs, tmp_path, "cpu", None)
-    cls, device = type(inputs.model), torch.device("cpu")
-    losses = {}
-    form = train_step._FORMS["transformers tuned"]
-    for name, built in (
-        ("fastlm", train_step.fastlm_step(cls.from_pretrained(tmp_path / "weights"), recipe.train, inputs.batches)),
-        (
-            "transformers",
-            train_step._build_transformers(cls, recipe.train, tmp_path, inputs.batches, device, form),
-        ),
-    ):
-        losses[name], step = built
-        for _ in range(3):
-            step(0)
-    train_step._same_losses(losses, 1e-4)
-
-
-def test_flops_of_other_models(tmp_path):
-    """Against torch's count of Transformers' products, which masks what is causal but multiplies all of it."""
-    transformers = pytest.importorskip("transformers")
-    sizes = {"vocab_size": 100, "n_embd": 32, "n_layer": 2, "n_head": 2, "attn_implementation": "eager"}
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
-    ids = torch.zeros(3, 16, dtype=torch.long)
-    with FlopCounterMode(display=False) as counter:
-        model(ids)
-    want = flops.gpt2_flops(48, 2 * 3 * 16**2, 48, layers=2, hidden=32, inner=128, vocab=100)
-    assert counter.get_total_flops() == want / 3
-
-    sizes = {"vocab_size": 100, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 1}
-    sizes |= {"num_heads": 3, "feed_forward_proj": "gated-gelu", "attn_implementation": "eager"}
-    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes))
-    with FlopCounterMode(display=False) as counter:
-        model(ids, decoder_input_ids=ids[:, :5])
-    want = flops.t5_flops(
-        48, 15, 3 * 16**2, 2 * 3 * 5**2, 3 * 16 * 5,
-        layers=2, decoder_layers=1, hidden=32, heads=24, inner=48, vocab=100, gated=True,
-    )  # fmt: skip
-    assert counter.get_total_flops() == want / 3

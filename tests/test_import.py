@@ -27,7 +27,7 @@ FLOORS = {
     "nn": {"ops"},
     "models": {"storage", "ops", "nn"},
     "hf": {"ops", "nn"},
-    "testing": MODELS | {"train"},
+    "testing": MODELS | {"train", "hf"},
     "info": LOW | {"ops"},
     "tune": LOW | {"ops", "kernels", "testing"},
     "train": MODELS,

@@ -27,7 +27,7 @@ def step(contender, ms):
     return {
         "op": "training step", "recipe": "bert-mini", "shape": "8x128", "dtype": "float32", "pass": "step",
         "contender": contender, "ms": ms, "ms_iqr": 1.0, "tokens_per_s": 1024e3 / ms, "mfu": None, "of_bound": 0.7,
-        "peak_mb": 700.0, "threads": 2,
+        "peak_mb": 700.0, "step_mb": 400.0, "threads": 2,
     }  # fmt: skip
 
 
@@ -53,12 +53,31 @@ def test_a_page_of_a_directory(report, tmp_path):
         (tmp_path / name).write_text(json.dumps({"provenance": provenance, "rows": rows}))
     page = report.page(tmp_path)
     assert "Some CPU, 2 cores; torch 2.13.0; commit 0123456" in page
-    assert "| bert-mini 8x128 float32, 2 threads | transformers | 4,096 | 250.0 ±0% | n/a | 70% | 700 | 2.50 |" in page
+    line = "| bert-mini 8x128 float32, 2 threads | transformers | 4,096 | 250.0 ±0% | n/a | 70% | 700 | 400 | 2.50 |"
+    assert line in page
     report.plots(tmp_path, ROWS, STEPS)
     assert all((tmp_path / name).stat().st_size > 1000 for name in ("ops.png", "train.png"))
     assert report.with_summary(f"a\n{report.BEGIN}old\n{report.END}b\n", "new\n").split("\n")[2] == "new"
     with pytest.raises(ValueError, match="expected the lines <!-- results -->"):
         report.with_summary("no such lines", "new")
+
+
+def test_curves_and_who_did_not_run(report, tmp_path):
+    curve = {"losses": [5.0] * 20, "curve_noise": 0.01}
+    rows = [
+        {**step("fastlm", 100.0), **curve, "curve_off": 0.0},
+        {**step("transformers", 250.0), **curve, "curve_off": 0.004},
+    ]
+    missing = [{"recipe": "bert-mini", "contender": "transformers packed", "reason": "no row is padded"}]
+    (tmp_path / "train.json").write_text(json.dumps({"provenance": {"missing": missing}, "rows": rows}))
+    (tmp_path / "curves.png").touch()
+    page = report.page(tmp_path)
+    assert "Losses of the first 20 steps: at most 0.40% from fastlm's (bert-mini, transformers)." in page
+    assert "- not run in bert-mini: transformers packed: no row is padded" in page
+    assert "](curves.png)" in page
+    assert "learns otherwise" not in page
+    rows[1]["curve_off"] = 0.05
+    assert "**transformers learns otherwise** in bert-mini: 5.00% off, noise 1.00%." in report.curves_note(rows)
 
 
 def test_pages_and_readme_are_what_the_results_say(report, monkeypatch, capsys):

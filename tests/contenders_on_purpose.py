@@ -1,0 +1,48 @@
+"""Contenders of a training step that are slower or wrong on purpose, for test_train_step.py: each fastlm, changed."""
+
+import time
+from dataclasses import replace
+
+import torch
+
+from fastlm.testing.step_contenders import FASTLM
+
+
+def _prepare_slower(job, model):
+    loss, step = FASTLM.prepare(job, model)
+
+    def slower(number):
+        began = time.perf_counter()
+        out = step(number)
+        end = began + 1.2 * (time.perf_counter() - began)
+        while time.perf_counter() < end:
+            pass
+        return out
+
+    return loss, slower
+
+
+def _load_shallow(job):
+    model = FASTLM.load(job)
+    model.layers = model.layers[:-1]
+    return model
+
+
+def _prepare_idle(job, model):
+    """Forward alone."""
+    loss, _ = FASTLM.prepare(job, model)
+    return loss, lambda number: torch.tensor(loss())
+
+
+def _with(**settings):
+    """The optimizer's table, changed."""
+    return replace(
+        FASTLM, prepare=lambda job, model: FASTLM.prepare(replace(job, table=replace(job.table, **settings)), model)
+    )
+
+
+slower = replace(FASTLM, prepare=_prepare_slower)
+shallow = replace(FASTLM, load=_load_shallow)
+idle = replace(FASTLM, prepare=_prepare_idle)
+halved = _with(lr=2.5e-3)
+reseeded = _with(seed=1)
