@@ -234,7 +234,8 @@ void bind_mlm_mask(py::module_& m) {
                        pointer<int32_t>(last),
                        rows,
                        cols,
-                       capacity};
+                       capacity,
+                       false};
     const py::gil_scoped_release release;
     mlm_mask(args, place(device, queue));
   });
@@ -271,5 +272,5 @@ PYBIND11_MODULE(_cuda, m) {
   bind_cross_entropy(m);
   bind_mlm_mask(m);
   m.def("compiler", &compiler, "The version of the nvcc that made this build, as '13.0.48'.");
-  m.def("architectures", &architectures, "Architectures with machine code in this build, as '80,90,100'.");
+  m.def("architectures", &architectures, "Architectures with machine code in this build, as '800,900,1000'.");
 }

@@ -51,7 +51,7 @@ template <class T>
 static void delta(const AttentionBackward& f, Place place) {
   const Attention& a = f.attention;
   const int64_t blocks = blocks_of(a.sq, kDeltaThreads / kDeltaLanes<T>) * a.heads * (a.cu_q ? 1 : a.sequences);
-  launch(attention_delta_kernel<T>, unsigned(blocks), kDeltaThreads, 0, place.stream, f);
+  launch(attention_delta_kernel<T>, grid_size(blocks), kDeltaThreads, 0, place.stream, f);
 }
 
 void attention_bwd(AttentionBackward f, DType dtype, Place place) {

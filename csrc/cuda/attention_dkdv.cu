@@ -180,7 +180,7 @@ void run(const AttentionBackward& f, Place place) {
   static_assert(sizeof(Shared) <= kMostShared);
   const Attention& a = f.attention;
   const int64_t batch = a.cu_q ? 1 : a.sequences;
-  launch(attention_dkdv_kernel<T, D, EXTRAS>, unsigned(blocks_of(a.sk, Shared::M) * (a.heads / a.group) * batch),
+  launch(attention_dkdv_kernel<T, D, EXTRAS>, grid_size(blocks_of(a.sk, Shared::M) * (a.heads / a.group) * batch),
          KeysShape<T, D>::THREADS, sizeof(Shared), place.stream, f);
 }
 

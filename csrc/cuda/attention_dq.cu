@@ -190,7 +190,7 @@ void run(const AttentionBackward& f, Place place) {
   static_assert(sizeof(Shared) <= kMostShared);
   const Attention& a = f.attention;
   const int64_t batch = a.cu_q ? 1 : a.sequences;
-  launch(attention_dq_kernel<T, D, EXTRAS>, unsigned(blocks_of(a.sq, S::M) * a.heads * batch), S::THREADS,
+  launch(attention_dq_kernel<T, D, EXTRAS>, grid_size(blocks_of(a.sq, S::M) * a.heads * batch), S::THREADS,
          f.partial ? sizeof(Shared) : offsetof(Shared, ds), place.stream, f);
 }
 

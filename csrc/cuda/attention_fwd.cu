@@ -157,7 +157,7 @@ void forward(const AttentionForward& f, Place place) {
   static_assert(sizeof(ForwardShared<T, D>) <= kMostShared);
   const Attention& a = f.attention;
   const int64_t batch = a.cu_q ? 1 : a.sequences;
-  launch(attention_fwd_kernel<T, D, EXTRAS>, unsigned(blocks_of(a.sq, S::M) * a.heads * batch), S::THREADS,
+  launch(attention_fwd_kernel<T, D, EXTRAS>, grid_size(blocks_of(a.sq, S::M) * a.heads * batch), S::THREADS,
          sizeof(ForwardShared<T, D>), place.stream, f);
 }
 

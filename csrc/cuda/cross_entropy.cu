@@ -406,7 +406,7 @@ void forward(CrossEntropyForward a, Place place) {
   const size_t shared = whole * (a.chunk * sizeof(T) + kPad) + (rest + 15) / 16 * 16;
   const auto kernel = a.label_smoothing > 0.0f ? cross_entropy_fwd_kernel<T, true, THREADS>
                                                : cross_entropy_fwd_kernel<T, false, THREADS>;
-  launch(kernel, unsigned(a.rows), THREADS, shared, place.stream, a);
+  launch(kernel, grid_size(a.rows), THREADS, shared, place.stream, a);
 }
 
 // A warp, or four, for a row of few batches, of 1 and 4 KB; a batch of 512 threads is 16 KB.

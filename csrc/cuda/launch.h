@@ -5,6 +5,8 @@
 #include <cuda_runtime.h>
 #include <dlfcn.h>
 
+#include <climits>
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 
@@ -44,6 +46,14 @@ size_t shared_memory(int device);
 
 // Lets a kernel have so much dynamic shared memory on the current device: past 48 KB it must be asked for.
 void allow_shared(const void* kernel, size_t bytes);
+
+// So many blocks along x, of which a grid has at most 2^31 - 1: more would lose high bits, and leave rows unwritten.
+inline unsigned grid_size(int64_t blocks) {
+  if (blocks > INT_MAX)
+    throw std::invalid_argument("expected an input of at most 2^31 - 1 blocks of a CUDA kernel, got one of " +
+                                std::to_string(blocks) + "; split it");
+  return unsigned(blocks);
+}
 
 // Appends a parameter where C puts it in a struct.
 template <class T>

@@ -317,7 +317,7 @@ namespace {
 template <class T, int VEC, int N, int THREADS>
 void run_fwd(const LayerNormForward& a, Place place) {
   constexpr int kRows = block_size(THREADS) / THREADS;
-  launch(layer_norm_fwd_kernel<T, VEC, N, THREADS>, unsigned((a.rows + kRows - 1) / kRows), block_size(THREADS), 0,
+  launch(layer_norm_fwd_kernel<T, VEC, N, THREADS>, grid_size((a.rows + kRows - 1) / kRows), block_size(THREADS), 0,
          place.stream, a);
 }
 
@@ -330,7 +330,7 @@ void forward(LayerNormForward a, Place place) {
   if (a.cols % V != 0) {
     if (a.cols <= 128 * 4) return run_fwd<T, 1, 4, 128>(a, place);
     if (a.cols <= 512 * 4) return run_fwd<T, 1, 4, 512>(a, place);
-    return launch(layer_norm_fwd_long_kernel<T, 1>, unsigned(a.rows), kLong, 0, place.stream, a);
+    return launch(layer_norm_fwd_long_kernel<T, 1>, grid_size(a.rows), kLong, 0, place.stream, a);
   }
   const int64_t packs = a.cols / V;
   if (packs <= 32) return run_fwd<T, V, 1, 32>(a, place);
@@ -341,7 +341,7 @@ void forward(LayerNormForward a, Place place) {
   if (packs <= 512) return run_fwd<T, V, 4, 128>(a, place);
   if (packs <= 1024) return run_fwd<T, V, 2, 512>(a, place);
   if (packs <= 2048) return run_fwd<T, V, 4, 512>(a, place);
-  launch(layer_norm_fwd_long_kernel<T, V>, unsigned(a.rows), kLong, 0, place.stream, a);
+  launch(layer_norm_fwd_long_kernel<T, V>, grid_size(a.rows), kLong, 0, place.stream, a);
 }
 
 template <class T>
@@ -363,7 +363,7 @@ void run_bwd(const LayerNormBackward& a, Place place) {
 
 template <class T, int VEC>
 void run_bwd_long(const LayerNormBackward& a, Place place) {
-  launch(layer_norm_bwd_long_kernel<T, VEC>, unsigned(a.rows), kLong, 0, place.stream, a);
+  launch(layer_norm_bwd_long_kernel<T, VEC>, grid_size(a.rows), kLong, 0, place.stream, a);
   if (!a.dweight && !a.dbias) return;
   const int64_t count = std::min<int64_t>(a.rows, std::min<int64_t>(64, partial_rows(place.device)));
   launch(layer_norm_weights_long_kernel<T>, dim3(unsigned((a.cols + kLongCols - 1) / kLongCols), unsigned(count)),

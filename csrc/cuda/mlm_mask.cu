@@ -5,7 +5,8 @@
 //   mlm_mask_select    ids and labels, a flag a token, and the number selected in a block
 //   mlm_mask_compact   a selected token's slot is the number selected before it
 // What crosses blocks, a word's first token and the numbers selected, a block takes from all blocks before its own: one
-// number each, which stays cheap up to many millions of tokens. A thread has kTokens neighbours: 32 bytes of ids.
+// number each, which stays cheap up to many millions of tokens. A thread has kTokens neighbours: 32 bytes of ids, which
+// move 16 bytes at a time.
 #include <algorithm>
 #include <limits>
 
@@ -61,6 +62,28 @@ __device__ int32_t join_all(const int32_t* from, int count, int32_t* buffer) {
   return total;
 }
 
+// Two neighbours of an array of which `left` elements are left: 16 bytes at once, or not `wide` or at the end, one by
+// one.
+__device__ __forceinline__ void load_pair(const int64_t* from, int64_t left, bool wide, int64_t* to) {
+  if (wide && left >= 2) {
+    const longlong2 pair = *reinterpret_cast<const longlong2*>(from);
+    to[0] = pair.x;
+    to[1] = pair.y;
+    return;
+  }
+  to[0] = left > 0 ? from[0] : 0;
+  to[1] = left > 1 ? from[1] : 0;
+}
+
+__device__ __forceinline__ void store_pair(int64_t* to, int64_t left, bool wide, const int64_t* from) {
+  if (wide && left >= 2) {
+    *reinterpret_cast<longlong2*>(to) = longlong2{from[0], from[1]};
+    return;
+  }
+  if (left > 0) to[0] = from[0];
+  if (left > 1) to[1] = from[1];
+}
+
 __device__ __forceinline__ int64_t number(const PerToken& of, int64_t row, int64_t col) {
   return of.data[row * of.stride_row + col * of.stride_col];
 }
@@ -107,6 +130,9 @@ __global__ void __launch_bounds__(kMaskThreads, 5) mlm_mask_select(const MlmMask
   __shared__ int32_t buffer[kMaskWarps];
   const int64_t tokens = a.rows * a.cols, begin = int64_t(blockIdx.x) * kMaskBlock + threadIdx.x * kTokens;
   const Key key = make_key(uint64_t(a.seed), kMaskDomain);
+  int64_t ids[kTokens];
+#pragma unroll
+  for (int k = 0; k < kTokens; k += 2) load_pair(a.input_ids + begin + k, tokens - begin - k, a.wide, ids + k);
 
   int32_t first[kTokens], total;  // of each token's word
   if (a.word_starts) {
@@ -129,25 +155,31 @@ __global__ void __launch_bounds__(kMaskThreads, 5) mlm_mask_select(const MlmMask
   }();
   int32_t selected = 0;
 #pragma unroll
-  for (int k = 0; k < kTokens; ++k) {
-    if (begin + k >= tokens) break;
-    const int32_t token = int32_t(begin + k);
-    const int64_t id = a.input_ids[token];
-    const Words w = words(a, token, key);
-    const uint32_t r0 = a.word_starts ? words(a, first[k], key).r0 : w.r0;
-    const bool hit = r0 < a.select_below && !is_special(a, token, id);
-    int64_t to = id;
-    if (w.r1 < a.mask_below) {
-      to = a.mask_token_id;
-    } else if (w.r1 < a.replace_below) {
-      // The j-th id that is left: j, and past every range left out its length more, in ascending order.
-      to = int64_t(uint64_t(w.r2) * choices >> 32);
-      for (int j = 0; j < a.left_out.count; ++j) to += to >= a.left_out.first[j] ? a.left_out.length[j] : 0;
+  for (int k = 0; k < kTokens; k += 2) {
+    int64_t out[2] = {}, labels[2] = {};
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      if (begin + k + j >= tokens) break;
+      const int32_t token = int32_t(begin + k + j);
+      const int64_t id = ids[k + j];
+      const Words w = words(a, token, key);
+      const uint32_t r0 = a.word_starts ? words(a, first[k + j], key).r0 : w.r0;
+      const bool hit = r0 < a.select_below && !is_special(a, token, id);
+      int64_t to = id;
+      if (w.r1 < a.mask_below) {
+        to = a.mask_token_id;
+      } else if (w.r1 < a.replace_below) {
+        // The j-th id that is left: j, and past every range left out its length more, in ascending order.
+        to = int64_t(uint64_t(w.r2) * choices >> 32);
+        for (int n = 0; n < a.left_out.count; ++n) to += to >= a.left_out.first[n] ? a.left_out.length[n] : 0;
+      }
+      out[j] = hit ? to : id;
+      labels[j] = hit ? id : kIgnore;
+      a.flags[token] = hit;
+      selected += hit;
     }
-    a.out[token] = hit ? to : id;
-    a.labels[token] = hit ? id : kIgnore;
-    a.flags[token] = hit;
-    selected += hit;
+    store_pair(a.out + begin + k, tokens - begin - k, a.wide, out);
+    store_pair(a.labels + begin + k, tokens - begin - k, a.wide, labels);
   }
   scan_before<Add>(selected, total, buffer);
   if (threadIdx.x == 0) a.counts[blockIdx.x] = total;
@@ -183,15 +215,21 @@ __global__ void __launch_bounds__(kMaskThreads) mlm_mask_compact(const MlmMask a
   }
 }
 
-void mlm_mask(const MlmMask& a, Place place) {
+void mlm_mask(const MlmMask& args, Place place) {
+  MlmMask a = args;
   const int64_t tokens = a.rows * a.cols;
-  if (tokens > std::numeric_limits<int32_t>::max()) throw std::invalid_argument("mlm_mask: 2^31 tokens or more");
+  if (tokens > std::numeric_limits<int32_t>::max())
+    throw std::invalid_argument("input_ids: expected fewer than 2^31 tokens, got " + std::to_string(tokens) +
+                                "; split them");
+  const uintptr_t addresses = reinterpret_cast<uintptr_t>(a.input_ids) | reinterpret_cast<uintptr_t>(a.out) |
+                              reinterpret_cast<uintptr_t>(a.labels);
+  a.wide = addresses % 16 == 0;
   const OnDevice here(place.device);
   const int blocks = int((tokens + kMaskBlock - 1) / kMaskBlock);
   if (blocks && a.word_starts) launch(mlm_mask_words, blocks, kMaskThreads, 0, place.stream, a);
   if (blocks) launch(mlm_mask_select, blocks, kMaskThreads, 0, place.stream, a);
   const int64_t slots = (a.capacity + kMaskBlock - 1) / kMaskBlock;
-  launch(mlm_mask_compact, unsigned(std::max<int64_t>({1, blocks, slots})), kMaskThreads, 0, place.stream, a, blocks);
+  launch(mlm_mask_compact, grid_size(std::max<int64_t>({1, blocks, slots})), kMaskThreads, 0, place.stream, a, blocks);
 }
 
 }  // namespace fastlm::cuda

@@ -34,6 +34,7 @@ struct MlmMask {
   uint8_t* flags;
   int32_t *counts, *last;
   int64_t rows, cols, capacity;
+  bool wide;  // set by mlm_mask: input_ids, out and labels lie on 16 bytes
 };
 
 void mlm_mask(const MlmMask& args, Place place);

@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kPartialThreads* kPartialCols)
 
 template <class T>
 void sum_partials(const float* partial, int64_t count, int64_t cols, void* out, bool is_float, Place place) {
-  launch(sum_partials_kernel<T>, unsigned((cols + kPartialCols - 1) / kPartialCols),
+  launch(sum_partials_kernel<T>, grid_size((cols + kPartialCols - 1) / kPartialCols),
          dim3(kPartialCols, kPartialThreads), 0, place.stream, partial, count, cols, out, is_float);
 }
 
