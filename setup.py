@@ -68,12 +68,21 @@ def cpu_extension():
     )
 
 
+def flags_file():
+    """A file as old as nvcc's flags, so that another FASTLM_CUDA_ARCHS compiles the kernels again."""
+    path, flags = Path("build/nvcc-flags"), " ".join([NVCC, *nvcc_flags()])
+    if not path.is_file() or path.read_text() != flags:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(flags)
+    return str(path)
+
+
 def cuda_extension():
     return Pybind11Extension(
         "fastlm._cuda",
         ["csrc/bindings_cuda.cpp", *sources("cuda/*.cu")],
         include_dirs=["csrc", "csrc/common"],
-        depends=["setup.py", *sources("**/*.h"), *sources("**/*.cuh")],
+        depends=["setup.py", *sources("**/*.h"), *sources("**/*.cuh"), flags_file()],
         extra_compile_args=CXX_FLAGS,
         cxx_std=17,
     )

@@ -70,9 +70,24 @@ def missing_cuda() -> str | None:
     if error is not None:
         return f"fastlm._cuda is not built ({error}); build fastlm where nvcc is on PATH"
     try:
-        return None if module.devices() else "there is no CUDA device"
+        devices = module.devices()
     except RuntimeError as reason:
         return f"no usable CUDA device ({reason})"
+    if not devices:
+        return "there is no CUDA device"
+    built = [int(code) // 10 for code in module.architectures().split(",")]
+    for device in devices:
+        if not _runs_on(device.capability, built):
+            return (
+                f"fastlm._cuda is built for {', '.join(f'sm_{arch}' for arch in built)}, {device.name} is "
+                f"sm_{device.capability}; build fastlm with FASTLM_CUDA_ARCHS={device.capability}"
+            )
+    return None
+
+
+def _runs_on(capability: int, built: list[int]) -> bool:
+    """Whether a device has machine code of its major version, or PTX, which is the last architecture's, to compile."""
+    return capability >= built[-1] or any(arch // 10 == capability // 10 and arch <= capability for arch in built)
 
 
 def threads() -> int:

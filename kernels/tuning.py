@@ -5,8 +5,8 @@
 A table is a JSON file for one GPU and one version of triton:
     {"gpu": "NVIDIA H200", "triton": "3.7.1", "configurations": {"layer_norm_fwd": {"1024": {"block_m": 4, ...}}}}
 Tables lie in `tables/` beside this file, committed with the measurement in LOG.md, and in the user's cache directory,
-where `fastlm tune` writes; the user's wins. Nothing is ever measured during a run. Where neither has a kernel, or an
-interpreter takes CPU tensors, the rule decides.
+where `fastlm tune` writes; the user's wins. Nothing is ever measured during a run. Where neither has a kernel, or no
+GPU is in use, the rule decides. The table is the current device's: two GPUs of one process may differ.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ Key = tuple[str, tuple[int, ...]]  # kernel and shape class
 
 SHIPPED = Path(__file__).parent / "tables"
 
-_chosen: dict[Key, object] = {}
+_chosen: dict[tuple[int | None, Key], object] = {}  # by device
+_overrides: dict[Key, object] = {}
 _tables: dict[str, dict[str, dict]] = {}  # GPU name -> kernel -> shape -> fields
 _observed: dict[Key, tuple[object, Callable[[], Iterable]]] | None = None
 
@@ -77,10 +78,11 @@ def choose(kernel: str, shape: tuple[int, ...], rule: Callable[[], C], candidate
     shape: what the rule looks at, the architecture too if it does. candidates: others for `fastlm tune` to measure.
     """
     key = kernel, shape
-    found = _chosen.get(key)
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    found = _overrides.get(key) or _chosen.get((device, key))
     if found is None:
         found = rule()
-        if torch.cuda.is_available():
+        if device is not None:
             fields = _table(torch.cuda.get_device_name()).get(kernel, {}).get(shape_name(shape))
             if fields is not None:
                 try:
@@ -90,7 +92,7 @@ def choose(kernel: str, shape: tuple[int, ...], rule: Callable[[], C], candidate
                         f"the table of {torch.cuda.get_device_name()} has a configuration of {kernel} that this "
                         f"version does not know ({error}); delete {user_directory()}, or tune again"
                     ) from error
-        _chosen[key] = found
+        _chosen[device, key] = found
     if _observed is not None:
         _observed[key] = found, candidates
     return found
@@ -110,12 +112,12 @@ def observe():
 @contextlib.contextmanager
 def override(key: Key, configuration):
     """`choose` gives `configuration` for one kernel and shape inside."""
-    before = _chosen.get(key)
-    _chosen[key] = configuration
+    before = _overrides.get(key)
+    _overrides[key] = configuration
     try:
         yield
     finally:
-        _chosen.pop(key) if before is None else _chosen.update({key: before})
+        _overrides.pop(key) if before is None else _overrides.update({key: before})
 
 
 def forget() -> None:

@@ -194,3 +194,25 @@ print(json.dumps([_native.missing_cuda(), _cuda.architectures()]))
     reason, architectures = fresh(program, CUDA_VISIBLE_DEVICES="")
     assert reason.startswith(("no usable CUDA device", "there is no CUDA device"))
     assert architectures
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "runs"),
+    [
+        (80, "800,900,1000", True),
+        (89, "800,900,1000", True),  # machine code of the same major version
+        (120, "800,900,1000", True),  # PTX of sm_100
+        (75, "800,900,1000", False),
+        (80, "860,900", False),
+        (80, "900", False),
+        (90, "900", True),
+    ],
+)
+def test_cuda_is_offered_where_its_build_has_code_for_the_device(capability, built, runs, monkeypatch):
+    device = SimpleNamespace(name="a GPU", capability=capability)
+    module = SimpleNamespace(devices=lambda: [device], architectures=lambda: built)
+    monkeypatch.setattr(_native, "_cuda", lambda: (module, None))
+    reason = _native.missing_cuda.__wrapped__()
+    assert (reason is None) == runs
+    if not runs:
+        assert f"a GPU is sm_{capability}; build fastlm with FASTLM_CUDA_ARCHS={capability}" in reason

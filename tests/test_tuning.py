@@ -24,9 +24,12 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """torch says that there is one."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: GPU)
+    """torch says that there are two, and the first one is current; returns what makes the other one so."""
+    current = [0]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: (GPU, "NVIDIA L4")[current[0]])
+    return lambda index: current.__setitem__(0, index)
 
 
 def write(configurations):
@@ -43,6 +46,13 @@ def test_a_table_goes_ahead_of_the_rule(gpu):
     assert layer_norm.config(1000, backward=False) == layer_norm.Config(1, 1024, 8)
     assert layer_norm.config(768, backward=True).num_warps == 4
     assert layer_norm.config(4096, backward=False).block_n == 4096
+
+
+def test_two_gpus_of_a_process_have_a_table_each(gpu):
+    write({"layer_norm_fwd": {"1024": {"block_m": 1}}})
+    for device, block_m in ((0, 1), (1, 4), (0, 1)):
+        gpu(device)
+        assert layer_norm.config(768, backward=False).block_m == block_m
 
 
 def test_tables_are_for_one_gpu_and_are_not_read_without_one():

@@ -259,7 +259,7 @@ def linear_cross_entropy(
 
     Gradients are computed in the forward, chunk by chunk, and scaled in backward ("none": computed in backward).
     Beyond them, at most a quarter of the logits' memory is taken (but that of 64 rows for N < 320, on a GPU that of
-    1024 for N < 4096), and for bfloat16 a float32 copy of the weight gradient.
+    1024 for N < 4096), and for bfloat16 a float32 copy of the weight gradient, on a CPU one of the chunk of logits too.
 
     Returns the loss, of target's shape for "none", else a scalar; in hidden's dtype, float32 for bfloat16 and float16
     under autocast, which casts hidden, weight and bias as it would for F.linear.
