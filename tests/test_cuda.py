@@ -16,7 +16,7 @@ import ptx
 import pytest
 import torch
 
-from fastlm import _native
+from fastlm import _native, ops
 from fastlm.ops import _registry
 from fastlm.testing import checks
 from fastlm.testing.cases import CASES
@@ -93,3 +93,30 @@ def test_mlm_mask_says_how_many_ranges_of_special_ids_it_takes():
             mlm_mask.mlm_mask(ids, special_ids=range(4, 4 + 2 * 65, 2), backend="cuda", **options)
     for got, want in zip(most, mlm_mask.mlm_mask(ids, special_ids=range(4, 4 + 2 * 64, 2), **options)):
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("cols", [31, 1030])
+def test_mlm_mask_of_ids_off_16_bytes(offset, cols):
+    """A view that begins between two 16-byte boundaries, and an odd number of tokens: the same bits."""
+    ids = torch.randint(5, 90, (3 * cols + 1,), generator=torch.Generator().manual_seed(0))[offset:][: 3 * cols]
+    assert (ids.data_ptr() % 16 == 0) == (offset == 0)
+    options = {"mask_token_id": 4, "vocab_size": 97, "special_ids": (0,), "seed": 1}
+    with device():
+        got = ops.mlm_mask(ids.view(3, cols), backend="cuda", **options)
+    for theirs, want in zip(got, ops.mlm_mask(ids.view(3, cols), backend="cpu", **options)):
+        assert torch.equal(theirs, want)
+
+
+def test_a_grid_past_what_a_device_takes_is_an_error():
+    """2^31 long rows, a block each, that lie nowhere: the error is the host's, before the launch."""
+    launched = []
+    _native.record_cuda(lambda *_: launched.append(_))
+    try:
+        with pytest.raises(ValueError, match=r"at most 2\^31 - 1 blocks of a CUDA kernel, got one of 2147483648"):
+            _native.cuda().layer_norm_fwd(
+                0, 0, 0, 0, 0, 0, 0, 0, 2**31, 1 << 16, 1 << 16, 0, 1e-5, True, True, 0, 1.0, 0, 0, 0, 0, 0
+            )
+    finally:
+        _native.record_cuda(None)
+    assert not launched

@@ -93,15 +93,7 @@ def test_compile(case, device, only):
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in CASES.items()])
 def test_cuda_graph(case, device, only):
-    """The op can be captured in a CUDA graph, and replay gives the eager bits."""
     if device != "cuda":
         pytest.skip("needs --device cuda")
-    variant = case.tests[0]
-    inputs = case.inputs(variant, 0, torch.float32, device)
-    for backend in backends(case, variant, torch.float32, device, only):
-        want = case.run(case.function, variant, inputs, backend=backend)
-        graph = torch.cuda.CUDAGraph()
-        with torch.no_grad(), torch.cuda.graph(graph):
-            got = case.run(case.function, variant, inputs, backend=backend)
-        graph.replay()
-        checks.assert_same_bits(dict(enumerate(want)), dict(enumerate(got)), backend)
+    for backend in kernels(case, case.tests[0], torch.float32, device, only):
+        checks.cuda_graph(case, case.tests[0], torch.float32, backend)

@@ -33,12 +33,13 @@ def compare(monkeypatch):
 
 
 def test_a_whole_step_that_is_a_fifth_slower_shows_as_that(compare):
-    """Twice, since a busy machine may slow one process's rounds more than the other's."""
+    """Within the noise of the run. Up to four times: a busy machine may slow one process more than the other."""
     ratios = []
-    for _ in range(2):
+    for _ in range(4):
         ours, slower = compare("fastlm", "slower", rounds=15, seconds=0.05)
         ratios.append(slower.ms / ours.ms)
-        if ratios[-1] == pytest.approx(1.2, abs=0.06):
+        noise = 0.5 * (ours.ms_iqr / ours.ms + slower.ms_iqr / slower.ms)
+        if ratios[-1] == pytest.approx(1.2, abs=min(0.1, 0.04 + noise)):
             return
     pytest.fail(f"expected 1.2 times as long, got {ratios}")
 
