@@ -10,16 +10,17 @@ For "mean" and "sum" the forward computes these, where they are needed, while a 
 backward multiplies them by dloss: three matrix products for a step, as without chunks. For "none", dloss differs from
 row to row: the forward keeps nothing but its inputs, and backward computes the logits again, a fourth product.
 
-Chunks are of equal size: a fifth of the rows, which bounds the memory, but at most 512, and at least 64. Fewer rows a
-chunk cost time, since each chunk reads and writes the whole weight gradient (at 256 rows about a twentieth of the
-time of the products, on two cores with 150 GFLOP/s and 15 GB/s), and more than 512 gain nothing.
+Chunks are of equal size: on a CPU half of the rows, in bfloat16 a quarter, but at most 512, and no fewer than 256 where
+there are as many. Fewer rows a chunk cost time, since each chunk packs the weight for the BLAS twice, and reads and
+writes the whole weight gradient: 1024 rows of BERT's head take, in one chunk, in two of 512, in four, in sixteen, 480,
+500, 541 and 792 ms in float32, and 304, 283, 311 and 517 in bfloat16 (two Sapphire Rapids cores).
 On a GPU they are a quarter of the rows, at most 4096 and at least 1024, in multiples of 128: at 600 TFLOP/s and 3 TB/s
 reading and writing the weight gradient in float32 takes the time of the products of 267 rows, a quarter of a chunk of
 1024 and 7% of one of 4096.
 The weight gradient is summed over the chunks in float32: on a GPU the product adds to it. With bfloat16 on the CPU,
 where torch has no product of bfloat16 matrices with a float32 result, G and the chunk's hidden are widened for that
 product, a few classes at a time; the other products stay bfloat16, as F.linear's. oneDNN computes those in a float32
-copy of the chunk, so that the chunks there are a sixteenth of the rows.
+copy of the chunk, hence the smaller chunks.
 
 Sources: Hsu et al. 2024 (arXiv:2410.10989, Liger Kernel) for gradients in the forward, chunk by chunk;
 Wijmans et al. 2024 (arXiv:2411.09009) for the memory that logits take.
@@ -79,8 +80,8 @@ def chunk_rows(rows: int, dtype: torch.dtype, device: str) -> int:
     if device == "cuda":
         parts = max(1, min(max(4, -(-rows // 4096)), rows // 1024))
         return min(rows, round_up(-(-rows // parts), 128))
-    parts = max(5 if dtype == torch.float32 else 16, -(-rows // 512))
-    return -(-rows // max(1, min(parts, rows // 64)))
+    parts = max(2 if dtype == torch.float32 else 4, -(-rows // 512))
+    return -(-rows // max(1, min(parts, rows // 256)))
 
 
 def round_up(n: int, multiple: int) -> int:
@@ -258,8 +259,9 @@ def linear_cross_entropy(
         backend: "auto", "reference" (the logits exist), "cpu", "triton", "cuda".
 
     Gradients are computed in the forward, chunk by chunk, and scaled in backward ("none": computed in backward).
-    Beyond them, at most a quarter of the logits' memory is taken (but that of 64 rows for N < 320, on a GPU that of
-    1024 for N < 4096), and for bfloat16 a float32 copy of the weight gradient, on a CPU one of the chunk of logits too.
+    Beyond them the memory of a chunk of logits is taken: on a CPU of half of the rows, in bfloat16 of a quarter, with a
+    float32 copy of it, but of 512 at most and 256 at least; on a GPU of a quarter of the rows, 4096 at most and 1024 at
+    least. For bfloat16 a float32 copy of the weight gradient comes to that.
 
     Returns the loss, of target's shape for "none", else a scalar; in hidden's dtype, float32 for bfloat16 and float16
     under autocast, which casts hidden, weight and bias as it would for F.linear.

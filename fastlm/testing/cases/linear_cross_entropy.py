@@ -43,9 +43,9 @@ LINEAR_CROSS_ENTROPY = OpCase(
         Variant({"rows": 0, "features": 4, "vocabulary": 3, "bias": 1}, {"reduction": "sum"}),
         Variant({"rows": 3, "features": 1, "vocabulary": 1}),
         Variant({"rows": 70, "features": 8, "vocabulary": 2100, "bias": 1, "ignored": 1}, {"label_smoothing": 0.1}),
-        Variant({"rows": 130, "features": 9, "vocabulary": 70, "bias": 1, "class_weight": 1}, {"reduction": "none"}),
+        Variant({"rows": 530, "features": 9, "vocabulary": 70, "bias": 1, "class_weight": 1}, {"reduction": "none"}),
         Variant({"rows": 70, "features": 16, "vocabulary": 40, "ignored": 2}, {"reduction": "sum"}),
-        Variant({"rows": 65, "features": 8, "vocabulary": 50, "bias": 1}, {"z_loss": 1e-3}),
+        Variant({"rows": 515, "features": 8, "vocabulary": 50, "bias": 1}, {"z_loss": 1e-3}),
     ),
     benchmarks=tuple(
         Variant({"rows": 1024, "features": features, "vocabulary": 30522, "bias": 1}) for features in (256, 512, 768)
