@@ -130,6 +130,14 @@ def test_an_error_comes_before_any_launch(op, backend, arguments, message):
         assert not launched()
 
 
+def test_triton_has_no_sparse_gradient():
+    good, _ = BAD["embedding"]
+    with launches("triton") as launched:
+        with pytest.raises(ValueError, match="sparse: expected False for backend triton, whose gradients are dense"):
+            ops.embedding(**good, sparse=True, backend="triton")
+        assert not launched()
+
+
 @pytest.mark.parametrize("op", BAD)
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_the_arguments_are_good_but_for_that(op, backend):

@@ -36,6 +36,18 @@ def test_padding_idx_gets_no_gradient(backend, padding_idx):
     assert gradient[:, 0].tolist() == [2, 1, 0, 0, 1]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("padding_idx", [None, 3, -2])
+def test_a_sparse_gradient_has_a_row_for_each_token(backend, padding_idx):
+    word, _, _ = tables()
+    given, dy = {"padding_idx": padding_idx, "backend": backend}, torch.randn(2, 3, 6)
+    (rows,) = torch.autograd.grad(ops.embedding(IDS, word, sparse=True, **given), word, dy)
+    (want,) = torch.autograd.grad(ops.embedding(IDS, word, **given), word, dy)
+    assert rows.layout == torch.sparse_coo
+    assert rows.shape == word.shape
+    torch.testing.assert_close(rows.to_dense(), want)
+
+
 def test_a_frozen_table_gets_no_gradient():
     word, position, token_type = tables()
     word.requires_grad_(False)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from fastlm.models import _checkpoint
@@ -108,6 +109,37 @@ class Model(torch.nn.Module):
             model.reset_parameters()
         model.load_state_dict(state, strict=False)
         return model
+
+
+class _Tied(torch.autograd.Function):
+    """A table for the embedding and for the head: the head's dense gradient takes in the rows of the embedding's."""
+
+    @staticmethod
+    def forward(ctx, word):
+        ctx.set_materialize_grads(False)
+        return word.view_as(word), word.view_as(word)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, rows, dense):
+        if rows is None:
+            return dense
+        # Nobody else has the head's gradient. torch's own sum of the two would make another dense one.
+        return rows.to_dense() if dense is None else dense.add_(rows)
+
+
+def tied(word: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """(for ops.embedding, for the head, its `sparse`), of a table that both read.
+
+    On a CPU the embedding's dense gradient would cost more than all of its sums: zeros, and an addition, of the table's
+    size. On a device torch sorts the rows of a sparse one, and waits for it. In other dtypes than float32 every row
+    that is added would be rounded.
+    """
+    if word.device.type != "cpu" or word.dtype != torch.float32 or torch.compiler.is_compiling():
+        return word, word, False
+    if not (torch.is_grad_enabled() and word.requires_grad):
+        return word, word, False
+    return *_Tied.apply(word), True
 
 
 def add_norm(norm, x, delta, *, dropout_p, rng, stream):

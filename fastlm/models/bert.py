@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from fastlm import nn, ops
 from fastlm.models import _checkpoint, _inputs
 from fastlm.models._config import GELUS, Config
-from fastlm.models._model import Model, as_stream
+from fastlm.models._model import Model, as_stream, tied
 from fastlm.ops import _checks
 
 _PROBLEMS = (None, "regression", "single_label_classification", "multi_label_classification")
@@ -113,11 +113,13 @@ class Embeddings(torch.nn.Module):
             self.register_parameter(name, torch.nn.Parameter(torch.empty(rows, config.hidden_size, **factory)))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, **factory)
 
-    def forward(self, input_ids, positions, token_type_ids, rng):
+    def forward(self, input_ids, positions, token_type_ids, rng, word=None, sparse=False):
+        """word, sparse: of `tied`, where a head reads the table too."""
+        word = self.word if word is None else word
         x = ops.embedding(
-            input_ids, self.word, self.position, self.token_type, positions=positions, token_type_ids=token_type_ids,
+            input_ids, word, self.position, self.token_type, positions=positions, token_type_ids=token_type_ids,
             weight=self.norm.weight, bias=self.norm.bias, eps=self.norm.eps, padding_idx=self.padding_idx,
-            dropout_p=self.dropout_p if self.training else 0.0, rng=rng, stream=self.stream,
+            dropout_p=self.dropout_p if self.training else 0.0, rng=rng, stream=self.stream, sparse=sparse,
         )  # fmt: skip
         return as_stream(x)
 
@@ -221,10 +223,12 @@ class BertEncoder(Model):
         given = self.sequences(input_ids, cu_seqlens, max_seqlen, attention_mask)
         return self._encode(given, positions, token_type_ids, rng, index)
 
-    def _encode(self, given: _inputs.Sequences, positions, token_type_ids, rng, index=None) -> torch.Tensor:
-        """`encode`, of checked inputs."""
+    def _encode(
+        self, given: _inputs.Sequences, positions, token_type_ids, rng, index=None, word=None, sparse=False
+    ) -> torch.Tensor:
+        """`encode`, of checked inputs; word, sparse: as of Embeddings."""
         positions = given.positions() if positions is None else positions
-        x, sequences = self.embeddings(given.ids, positions, token_type_ids, rng), given.attend()
+        x, sequences = self.embeddings(given.ids, positions, token_type_ids, rng, word, sparse), given.attend()
         for layer in self.layers[:-1]:
             x = self.run(layer, x, sequences, rng=rng)
         return self.run(self.layers[-1], x, sequences, index, rng=rng)
@@ -298,14 +302,12 @@ class Bert(BertEncoder):
             _checks.ids_inside("index", index, "the number of tokens", input_ids.numel())
         elif count is not None:
             raise ValueError(f"count: expected None without index, whose entries it counts, got {count}")
-        x = self.encode(
-            input_ids, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, positions=positions,
-            attention_mask=attention_mask, token_type_ids=token_type_ids, rng=rng, index=index,
-        )  # fmt: skip
-        x = self.head(x)
+        given = self.sequences(input_ids, cu_seqlens, max_seqlen, attention_mask)
+        word, decoder, sparse = tied(self.embeddings.word)
+        x = self.head(self._encode(given, positions, token_type_ids, rng, index, word, sparse))
         if targets is None:
-            return F.linear(x, self.embeddings.word, self.head.bias)
-        return ops.linear_cross_entropy(x, self.embeddings.word, targets, self.head.bias, reduction=reduction)
+            return F.linear(x, decoder, self.head.bias)
+        return ops.linear_cross_entropy(x, decoder, targets, self.head.bias, reduction=reduction)
 
     @classmethod
     def transformers_names(cls, config: BertConfig) -> _checkpoint.Names:

@@ -23,7 +23,7 @@ from fastlm import nn, ops
 from fastlm.models import _checkpoint, _inputs
 from fastlm.models._checkpoint import Transposed
 from fastlm.models._config import GELUS, Config
-from fastlm.models._model import Model, add_norm, as_stream
+from fastlm.models._model import Model, add_norm, as_stream, tied
 from fastlm.ops import _checks
 
 
@@ -147,7 +147,8 @@ class GPT2(Model):
         rng: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The last LN's output, input_ids.shape + (n_embd,). Arguments as of `forward`."""
-        return self._decode(self._sequences(input_ids, cu_seqlens, max_seqlen, attention_mask), positions, rng)
+        given = self._sequences(input_ids, cu_seqlens, max_seqlen, attention_mask)
+        return self._decode(given, positions, rng, self.word)
 
     def forward(
         self,
@@ -181,10 +182,11 @@ class GPT2(Model):
         given = self._sequences(input_ids, cu_seqlens, max_seqlen, attention_mask)
         if labels is not None:
             _inputs.check_labels("labels", labels, given)
-        x = self._decode(given, positions, rng)
+        word, head, sparse = tied(self.word)
+        x = self._decode(given, positions, rng, word, sparse)
         if labels is None:
-            return F.linear(x, self.word)
-        return ops.linear_cross_entropy(x, self.word, given.next_tokens(labels), reduction=reduction)
+            return F.linear(x, head)
+        return ops.linear_cross_entropy(x, head, given.next_tokens(labels), reduction=reduction)
 
     def _sequences(self, input_ids, cu_seqlens, max_seqlen, attention_mask) -> _inputs.Sequences:
         return _inputs.sequences(
@@ -192,12 +194,13 @@ class GPT2(Model):
             longest=("n_positions", self.config.n_positions),
         )  # fmt: skip
 
-    def _decode(self, given: _inputs.Sequences, positions, rng) -> torch.Tensor:
+    def _decode(self, given: _inputs.Sequences, positions, rng, word, sparse=False) -> torch.Tensor:
         config, drops = self.config, float(self.training)
         positions = given.positions() if positions is None else positions
         embedded = ops.embedding(
-            given.ids, self.word, self.position, positions=positions, dropout_p=drops * config.embd_pdrop, rng=rng
-        )
+            given.ids, word, self.position, positions=positions, dropout_p=drops * config.embd_pdrop, rng=rng,
+            sparse=sparse,
+        )  # fmt: skip
         x, delta, sequences = as_stream(embedded), None, given.attend()
         for layer in self.layers:
             x, delta = self.run(layer, x, delta, sequences, rng=rng)

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from fastlm import nn, ops
 from fastlm.models import _checkpoint, _inputs
 from fastlm.models._config import Config
-from fastlm.models._model import Model, add_norm, as_stream
+from fastlm.models._model import Model, add_norm, as_stream, tied
 from fastlm.ops import _checks
 
 _SITES = 6  # dropouts of a layer
@@ -188,10 +188,10 @@ class Stack(torch.nn.Module):
         self.norm = nn.RMSNorm(config.d_model, eps=config.layer_norm_epsilon, **factory, keep_dtype=True)
         self.dropout = nn.Dropout(config.dropout_rate, stream=self.last + 1)
 
-    def forward(self, ids, word, run, sequences, source=None, cross_sequences=None, *, rng):
-        """(..., d_model), of ids (...). run: Model.run."""
+    def forward(self, ids, word, run, sequences, source=None, cross_sequences=None, *, rng, sparse=False):
+        """(..., d_model), of ids (...). run: Model.run. word, sparse: as of ops.embedding."""
         dropout = {"dropout_p": self.dropout_p if self.training else 0.0, "rng": rng}
-        x, delta = as_stream(ops.embedding(ids, word, **dropout, stream=self.stream)), None
+        x, delta = as_stream(ops.embedding(ids, word, **dropout, stream=self.stream, sparse=sparse)), None
         for layer in self.layers:
             x, delta = run(layer, x, delta, self.relative, sequences, source, cross_sequences, rng=rng)
         return self.dropout(self.norm(delta, x, **dropout, stream=self.last), rng)
@@ -244,7 +244,7 @@ class T5(Model):
         rng: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The encoder's result, input_ids.shape + (d_model,). Arguments as of `forward`."""
-        return self._encode(self._sequences(input_ids, cu_seqlens, max_seqlen, attention_mask), rng)
+        return self._encode(self._sequences(input_ids, cu_seqlens, max_seqlen, attention_mask), rng, self.word)
 
     def forward(
         self,
@@ -295,11 +295,13 @@ class T5(Model):
             shifted = target.shift_right(labels, start, start if pad is None else pad)
             target = target._replace(ids=shifted)
         _checks.ids_inside(name, target.ids, "vocab_size", self.config.vocab_size)
-        source = self._encode(given, rng)
-        x = self.decoder(target.ids, self.word, self.run, target.attend(), source, target.attend(given), rng=rng)
+        word, head, sparse = tied(self.word) if self.head is None else (self.word, self.head, False)
+        source = self._encode(given, rng, word, sparse)
+        x = self.decoder(
+            target.ids, word, self.run, target.attend(), source, target.attend(given), rng=rng, sparse=sparse
+        )
         if self.config.scale_decoder_outputs:
             x = x * self.config.d_model**-0.5
-        head = self.word if self.head is None else self.head
         if labels is None:
             return F.linear(x, head)
         if target.real is not None:
@@ -317,8 +319,8 @@ class T5(Model):
         if ours != theirs:
             raise ValueError(f"decoder_input_ids: expected as many sequences as input_ids, {theirs}, got {ours}")
 
-    def _encode(self, given: _inputs.Sequences, rng) -> torch.Tensor:
-        return self.encoder(given.ids, self.word, self.run, given.attend(), rng=rng)
+    def _encode(self, given: _inputs.Sequences, rng, word, sparse=False) -> torch.Tensor:
+        return self.encoder(given.ids, word, self.run, given.attend(), rng=rng, sparse=sparse)
 
     def export_tensors(self) -> _checkpoint.Tensors:
         tensors = super().export_tensors()

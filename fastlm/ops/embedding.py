@@ -9,6 +9,7 @@ there is no weight (GPT-2, T5). Dropout comes last, as in BERT: after the norm, 
 Backward reads the tables again; with x̂ = (h - mean) rstd and g = dropout mask * dy * weight:
     dh = rstd (g - mean(g) - x̂ mean(g x̂));   dweight = Σ mask dy x̂;   dbias = Σ mask dy
     dword[v] = Σ dh over the tokens of id v, in the order of the tokens (0 for padding_idx); the other tables likewise
+With `sparse` dword is not summed: dh are its rows, the ids their places.
 Saved: the ids and the tables, mean and rstd, (tokens,) float32.
 
 Source: Devlin et al. 2018 (arXiv:1810.04805), figure 2.
@@ -26,10 +27,10 @@ from fastlm.ops._shapes import as_rows, contiguous
 
 def embedding_reference(
     input_ids, word, position=None, token_type=None, *, positions=None, token_type_ids=None, weight=None, bias=None,
-    eps=1e-12, dropout_p=0.0, rng=None, stream=0, padding_idx=None,
+    eps=1e-12, dropout_p=0.0, rng=None, stream=0, padding_idx=None, sparse=False,
 ):  # fmt: skip
     """y in plain differentiable torch, in the dtype of the tables. Arguments as of `embedding`."""
-    h = F.embedding(input_ids, word, padding_idx)
+    h = F.embedding(input_ids, word, padding_idx, sparse=sparse)
     if position is not None:
         h = h + (position[: input_ids.shape[-1]] if positions is None else F.embedding(positions, position))
     if token_type is not None:
@@ -40,12 +41,12 @@ def embedding_reference(
 
 
 # ---- the raw ops: tables (.., cols); ids int64, all of one shape; padding_idx -1 for none. `wanted`: which tables'
-# gradients; the others are empty.
+# gradients; the others are empty. sparse: dword is (tokens, cols), a row for each token, 0 for padding_idx's.
 
 
 def _fake_fwd(
     input_ids, word, position, token_type, positions, token_type_ids, weight, bias, eps, dropout_p, rng, stream,
-    padding_idx, backend,
+    padding_idx, sparse, backend,
 ):  # fmt: skip
     rows = 0 if weight is None else input_ids.numel()
     mean = word.new_empty(rows, dtype=torch.float32)
@@ -54,13 +55,15 @@ def _fake_fwd(
 
 def _fake_bwd(
     dy, input_ids, word, position, token_type, positions, token_type_ids, weight, mean, rstd, dropout_p, rng, stream,
-    padding_idx, has_bias, wanted, backend,
+    padding_idx, has_bias, wanted, sparse, backend,
 ):  # fmt: skip
+    dword, *others = (
+        torch.empty_like(table, memory_format=torch.contiguous_format) if want else word.new_empty(0)
+        for table, want in zip((word, position, token_type), wanted)
+    )
     return (
-        *(
-            torch.empty_like(table, memory_format=torch.contiguous_format) if want else word.new_empty(0)
-            for table, want in zip((word, position, token_type), wanted)
-        ),
+        word.new_empty(input_ids.numel(), word.shape[1]) if sparse and wanted[0] else dword,
+        *others,
         word.new_empty(0) if weight is None else weight.new_empty(weight.shape),
         word.new_empty(word.shape[1] if has_bias else 0, dtype=torch.float32),
     )
@@ -69,34 +72,37 @@ def _fake_bwd(
 _registry.define(
     "embedding_fwd(Tensor input_ids, Tensor word, Tensor? position, Tensor? token_type, Tensor? positions, "
     "Tensor? token_type_ids, Tensor? weight, Tensor? bias, float eps, float dropout_p, Tensor? rng, int stream, "
-    "int padding_idx, str backend) -> (Tensor y, Tensor mean, Tensor rstd)",
+    "int padding_idx, bool sparse, str backend) -> (Tensor y, Tensor mean, Tensor rstd)",
     _fake_fwd,
 )
 _registry.define(
     "embedding_bwd(Tensor dy, Tensor input_ids, Tensor word, Tensor? position, Tensor? token_type, Tensor? positions, "
     "Tensor? token_type_ids, Tensor? weight, Tensor mean, Tensor rstd, float dropout_p, Tensor? rng, int stream, "
-    "int padding_idx, bool has_bias, bool[] wanted, str backend) "
+    "int padding_idx, bool has_bias, bool[] wanted, bool sparse, str backend) "
     "-> (Tensor dword, Tensor dposition, Tensor dtoken_type, Tensor dweight, Tensor dbias)",
     _fake_bwd,
 )
 
 
 def _setup_context(ctx, args, outputs):
-    *tensors, bias, _eps, dropout_p, rng, stream, padding_idx, backend = args
+    *tensors, bias, _eps, dropout_p, rng, stream, padding_idx, sparse, backend = args
     _y, mean, rstd = outputs
     ctx.mark_non_differentiable(mean, rstd)
     ctx.save_for_backward(*tensors, mean, rstd, rng)
-    ctx.rest = dropout_p, stream, padding_idx, bias is not None and bias.dtype, backend
+    ctx.rest = dropout_p, stream, padding_idx, bias is not None and bias.dtype, sparse, backend
 
 
 def _backward(ctx, dy, _dmean, _drstd):
     *tensors, mean, rstd, rng = ctx.saved_tensors
-    dropout_p, stream, padding_idx, bias_dtype, backend = ctx.rest
+    dropout_p, stream, padding_idx, bias_dtype, sparse, backend = ctx.rest
     wanted = [bool(want) for want in ctx.needs_input_grad[2:5]]
     dword, dposition, dtoken_type, dweight, dbias = _registry.call(
         "embedding_bwd", dy, *tensors, mean, rstd, dropout_p, rng, stream, padding_idx, bool(bias_dtype), wanted,
-        backend,
+        sparse, backend,
     )  # fmt: skip
+    if sparse and wanted[0]:
+        ids, word = tensors[:2]
+        dword = torch.sparse_coo_tensor(ids.view(1, -1), dword, word.shape, check_invariants=False)
     return (
         None,
         *(d if want else None for d, want in zip((dword, dposition, dtoken_type), wanted)),
@@ -104,7 +110,7 @@ def _backward(ctx, dy, _dmean, _drstd):
         None,
         None if tensors[-1] is None else dweight,
         dbias.to(bias_dtype) if bias_dtype else None,
-        *(None,) * 6,
+        *(None,) * 7,
     )
 
 
@@ -141,12 +147,12 @@ def _check_ids(input_ids, word, position, token_type, positions, token_type_ids)
 @_registry.implement("embedding_fwd", "cpu")
 def _fwd_cpu(
     input_ids, word, position, token_type, positions, token_type_ids, weight, bias, eps, dropout_p, rng, stream,
-    padding_idx,
+    padding_idx, sparse,
 ):  # fmt: skip
     _check_ids(input_ids, word, position, token_type, positions, token_type_ids)
     y, mean, rstd = _fake_fwd(
         input_ids, word, position, token_type, positions, token_type_ids, weight, bias, eps, dropout_p, rng, stream,
-        padding_idx, "cpu",
+        padding_idx, sparse, "cpu",
     )  # fmt: skip
     lookups, _alive = _lookups(input_ids, word, position, token_type, positions, token_type_ids)
     weight, bias = _float(weight), _float(bias)
@@ -162,18 +168,18 @@ def _fwd_cpu(
 @_registry.implement("embedding_bwd", "cpu")
 def _bwd_cpu(
     dy, input_ids, word, position, token_type, positions, token_type_ids, weight, mean, rstd, dropout_p, rng, stream,
-    padding_idx, has_bias, wanted,
+    padding_idx, has_bias, wanted, sparse,
 ):  # fmt: skip
     lookups, _alive = _lookups(input_ids, word, position, token_type, positions, token_type_ids)
     tokens, cols, dy2, weight32 = input_ids.numel(), word.shape[1], as_rows(dy), _float(weight)
     float32 = {"dtype": torch.float32}
     gradients = [
         table.new_zeros(table.shape, **float32) if want else None
-        for table, want in zip((word, position, token_type), wanted)
+        for table, want in zip((word, position, token_type), (wanted[0] and not sparse, *wanted[1:]))
     ]
     dweight = None if weight is None else word.new_empty(cols, **float32)
     dbias = word.new_empty(cols if has_bias else 0, **float32)
-    dh = word.new_empty(tokens * cols, **float32)
+    dh = word.new_empty(tokens, cols, **float32)
     partial = word.new_empty(2 * _native.cpu().row_blocks(tokens) * cols, **float32)
     at = _native.address
     _native.cpu().embedding_bwd(
@@ -183,6 +189,8 @@ def _bwd_cpu(
         philox.threshold(dropout_p), _random.row_scale(dropout_p), at(rng), stream,
         _native.DTYPE_CODES[word.dtype], _native.threads(),
     )  # fmt: skip
+    if sparse and wanted[0]:
+        gradients[0] = dh if padding_idx < 0 else dh.masked_fill_(input_ids.view(-1, 1) == padding_idx, 0.0)
     return (
         *(word.new_empty(0) if g is None else g.to(word.dtype) for g in gradients),
         word.new_empty(0) if weight is None else dweight.to(weight.dtype),
@@ -204,13 +212,13 @@ def _triton_limit(word):
 @_registry.implement("embedding_fwd", "triton")
 def _fwd_triton(
     input_ids, word, position, token_type, positions, token_type_ids, weight, bias, eps, dropout_p, rng, stream,
-    padding_idx,
+    padding_idx, sparse,
 ):  # fmt: skip
     from fastlm.kernels import embedding as kernels
 
     y, mean, rstd = _fake_fwd(
         input_ids, word, position, token_type, positions, token_type_ids, weight, bias, eps, dropout_p, rng, stream,
-        padding_idx, "triton",
+        padding_idx, sparse, "triton",
     )  # fmt: skip
     kernels.embedding_fwd(
         *_triton_lookups(input_ids, word, position, token_type, positions, token_type_ids),
@@ -223,13 +231,13 @@ def _fwd_triton(
 @_registry.implement("embedding_bwd", "triton")
 def _bwd_triton(
     dy, input_ids, word, position, token_type, positions, token_type_ids, weight, mean, rstd, dropout_p, rng, stream,
-    padding_idx, has_bias, wanted,
+    padding_idx, has_bias, wanted, sparse,
 ):  # fmt: skip
     from fastlm.kernels import embedding as kernels
 
     *gradients, dweight, dbias = out = _fake_bwd(
         dy, input_ids, word, position, token_type, positions, token_type_ids, weight, mean, rstd, dropout_p, rng,
-        stream, padding_idx, has_bias, wanted, "triton",
+        stream, padding_idx, has_bias, wanted, sparse, "triton",
     )  # fmt: skip
     kernels.embedding_bwd(
         as_rows(dy), *_triton_lookups(input_ids, word, position, token_type, positions, token_type_ids),
@@ -265,6 +273,7 @@ def embedding(
     rng: torch.Tensor | None = None,
     stream: int = 0,
     padding_idx: int | None = None,
+    sparse: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
     """y = dropout(LN(word[input_ids] + position[positions] + token_type[token_type_ids])).
@@ -282,10 +291,12 @@ def embedding(
         rng: int64 (2,), (seed, step), on the device; None draws from torch's generator. See fastlm.ops._random.
         stream: number of this call site, so that two dropouts of one step differ.
         padding_idx: the id whose row of `word` gets no gradient, as in F.embedding; negative counts from the end.
+        sparse: the gradient of `word` is a sparse COO tensor, as F.embedding's: uncoalesced, a row for each token,
+            those of padding_idx zeros or left out. Not on backend "triton".
         backend: "auto", "reference", "cpu", "triton".
 
     Returns y, input_ids.shape + (cols,), in the tables' dtype (the promoted one where they differ).
-    The gradients of the tables are dense, and the same bits from run to run and for any number of threads.
+    The tables' gradients are dense but for `sparse`, and the same bits from run to run and for any number of threads.
     Raises ValueError for a wrong shape, dtype or device, and for a named backend that cannot run. An id outside its
     table is a ValueError on the CPU; on a device, where looking would stall, it is undefined, as in F.embedding.
     """
@@ -338,17 +349,19 @@ def embedding(
     position = None if position is None else position.to(dtype)
     token_type = None if token_type is None else token_type.to(dtype)
     backend = _registry.choose("embedding", backend, word)
+    if sparse and backend == "triton":
+        raise ValueError("sparse: expected False for backend triton, whose gradients are dense, got True")
     rng = _random.draw_rng(rng, dropout_p, word.device)
     if backend == "reference":
         _check_ids(input_ids, word, position, token_type, positions, token_type_ids)
         return embedding_reference(
             input_ids, word, position, token_type, positions=positions, token_type_ids=token_type_ids, weight=weight,
-            bias=bias, eps=eps, dropout_p=dropout_p, rng=rng, stream=stream, padding_idx=padding_idx,
+            bias=bias, eps=eps, dropout_p=dropout_p, rng=rng, stream=stream, padding_idx=padding_idx, sparse=sparse,
         )  # fmt: skip
     input_ids, positions, token_type_ids = (
         None if ids is None else ids.to(torch.int64) for ids in (input_ids, positions, token_type_ids)
     )
     return _registry.call(
         "embedding_fwd", input_ids, word, position, token_type, positions, token_type_ids, weight, bias, eps, dropout_p,
-        rng, stream, -1 if padding_idx is None else padding_idx, backend,
+        rng, stream, -1 if padding_idx is None else padding_idx, sparse, backend,
     )[0]  # fmt: skip
