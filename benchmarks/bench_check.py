@@ -6,7 +6,8 @@
 What is compared is a ratio, the best peer's time over fastlm's, both from one run: a machine that is slow today is slow
 for both. A ratio may fall below the recorded one by FLOOR and by the spread of both runs (the interquartile ranges of
 the four times, relative, squares added). A row that falls further is measured again, and fails if it does so twice.
-Exit status: 0 as recorded, 1 slower or missing, 2 where there is nothing to compare with.
+Who computes something else than eager, fastlm or peer, is named below the table and fails at once.
+Exit status: 0 as recorded, 1 slower, missing or wrong, 2 where there is nothing to compare with.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from fastlm import info
 HERE = Path(__file__).parent
 FLOOR = 0.10  # what the same code differs by from one day to another, on two virtual cores
 STEP = "bert-mini"  # the recorded recipe that begins so
+WRONG = "WRONG: "  # how bench_ops.py begins to say that a contender computes something else
 
 
 class Incomparable(Exception):
@@ -137,33 +139,46 @@ def table(rows: list[Row], again: dict[str, Row]) -> list[str]:
     return lines
 
 
-def check(recorded: list[dict], measure) -> tuple[list[str], bool]:
-    """(the table, whether all is as recorded); measure(None or the ops and recipes to measure again) -> rows."""
-    now = measure(None)
+def check(recorded: list[dict], measure) -> tuple[list[str], str]:
+    """(the table, the verdict, "" where all is as recorded).
+
+    measure(None or the ops and recipes to measure again) -> (rows, {who is wrong: how}).
+    """
+    now, wrong = measure(None)
     rows = compare(recorded, now)
     flagged = {row.name for row in rows if row.failed}
     again = {}
     if flagged:
         whats = {what for what, name in {**ratios(recorded), **ratios(now)} if name in flagged}
-        second = compare(recorded, measure(sorted(whats)))
+        rows_again, wrong_again = measure(sorted(whats))
+        second, wrong = compare(recorded, rows_again), wrong | wrong_again
         again = {row.name: row for row in second if row.name in flagged}
         again |= {name: next(row for row in rows if row.name == name) for name in flagged - again.keys()}
-    return table(rows, again), not any(row.failed for row in again.values())
+    verdicts = {row.verdict for row in again.values() if row.failed}
+    said = {"WRONG": "WRONG results", "SLOWER": "SLOWER than recorded, twice", "GONE": "GONE, twice"}
+    bad = [text for verdict, text in said.items() if verdict in verdicts or (verdict == "WRONG" and wrong)]
+    return table(rows, again) + [f"{name}  {how}" for name, how in wrong.items()], ", ".join(bad)
 
 
-def measure_ops(names: list[str] | None) -> list[dict]:
+def measure_ops(names: list[str] | None) -> tuple[list[dict], dict[str, str]]:
     return _run("bench_ops.py", "--quick", "--whole", "--op", ",".join(names) if names else "all")
 
 
-def _run(script: str, *arguments: str) -> list[dict]:
-    """The rows that a benchmark writes; what it prints is shown where it fails."""
+def _run(script: str, *arguments: str) -> tuple[list[dict], dict[str, str]]:
+    """(the rows that a benchmark writes, {who is wrong: how}); what it prints is shown where it fails otherwise."""
     with tempfile.TemporaryDirectory(prefix="fastlm-check-") as directory:
         path = Path(directory) / "out.json"
         command = [sys.executable, str(HERE / script), "--device", "cpu", *arguments, "--json", str(path)]
         done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
+        content = json.loads(path.read_text()) if path.exists() else {"provenance": {}, "rows": []}
+        wrong = {
+            " ".join([one.get("recipe") or one["op"], one.get("shape", ""), one["contender"]]): one["reason"]
+            for one in content["provenance"].get("missing", ())
+            if one["reason"].startswith(WRONG)
+        }
+        if done.returncode != 0 and (done.returncode != 1 or not wrong or "Traceback" in done.stderr):
             raise RuntimeError(f"{script} failed with {done.returncode}:\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
-        return json.loads(path.read_text())["rows"]
+        return content["rows"], wrong
 
 
 def main(arguments=None) -> int:
@@ -192,10 +207,10 @@ def main(arguments=None) -> int:
             print(f"{part}: {why}", flush=True)
             status = max(status, 2)
             continue
-        lines, good = check(recorded, measure)
+        lines, bad = check(recorded, measure)
         print("\n".join(lines), flush=True)
-        print(f"{part}: {'as recorded' if good else 'SLOWER than recorded, twice'}", flush=True)
-        status = status if good else 1
+        print(f"{part}: {bad or 'as recorded'}", flush=True)
+        status = 1 if bad else status
     return status
 
 

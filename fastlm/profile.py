@@ -152,8 +152,7 @@ def _build(recipe, settings, vocab_size, device):
     device = torch.device(device)
     model = inputs.model.to(device)
     batches = [tuple(x.to(device) for x in batch) for batch in inputs.batches]
-    _, step = fastlm_step(model, made.train, batches)
-    return model, lambda number: step(number % len(batches))
+    return model, fastlm_step(model, made.train, batches)[1]
 
 
 def _run(step, steps: int) -> None:

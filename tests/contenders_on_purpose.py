@@ -20,6 +20,21 @@ def _prepare_slower(job, model):
     return loss, slower
 
 
+def _prepare_cold(job, model):
+    """Where another process ran for a while, the step takes a second longer."""
+    loss, step = FASTLM.prepare(job, model)
+    last = [0.0]
+
+    def cold(number):
+        if time.perf_counter() - last[0] > 0.02:
+            time.sleep(1)
+        out = step(number)
+        last[0] = time.perf_counter()
+        return out
+
+    return loss, cold
+
+
 def _load_shallow(job):
     model = FASTLM.load(job)
     model.layers = model.layers[:-1]
@@ -40,6 +55,7 @@ def _with(**settings):
 
 
 slower = replace(FASTLM, prepare=_prepare_slower)
+cold = replace(FASTLM, prepare=_prepare_cold)
 shallow = replace(FASTLM, load=_load_shallow)
 idle = replace(FASTLM, prepare=_prepare_idle)
 halved = _with(lr=2.5e-3)

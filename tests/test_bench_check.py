@@ -26,14 +26,14 @@ RECORDED = [op("fastlm:cpu", 2.0), op("fastlm:cpu+malloc", 1.0), op("eager", 9.0
 
 def run(bench_check, first, second=None):
     """(lines but the heading, whether it is good, what was asked for)."""
-    asked, answers = [], iter([first, second])
+    asked, answers = [], iter([(first, {}), (second, {})])
 
     def measure(names):
         asked.append(names)
         return next(answers)
 
-    lines, good = bench_check.check(RECORDED, measure)
-    return lines[1:], good, asked
+    lines, bad = bench_check.check(RECORDED, measure)
+    return lines[1:], not bad, asked
 
 
 def test_a_slow_machine_is_no_regression(bench_check):
@@ -104,6 +104,34 @@ def test_the_exit_status_says_slower(bench_check, tmp_path, capsys, monkeypatch)
     path = tmp_path / "ops.json"
     path.write_text(json.dumps({"provenance": bench_check.info.machine(), "rows": RECORDED}))
     for ms, status in ((1.0, 0), (3.0, 1)):
-        monkeypatch.setattr(bench_check, "measure_ops", lambda names, ms=ms: [op("fastlm:cpu", ms), op("eager", 2.0)])
+        now = [op("fastlm:cpu", ms), op("eager", 2.0)]
+        monkeypatch.setattr(bench_check, "measure_ops", lambda names, now=now: (now, {}))
         assert bench_check.main(["--results", str(tmp_path), "--only", "ops"]) == status
     assert "SLOWER than recorded, twice" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("crash", [False, True])
+def test_who_is_wrong_is_named_in_the_table(crash, bench_check, tmp_path, capsys, monkeypatch):
+    """As bench_ops.py says it, by what it writes and exit status 1; a traceback is an error still."""
+    path = tmp_path / "ops.json"
+    path.write_text(json.dumps({"provenance": bench_check.info.machine(), "rows": RECORDED}))
+    missing = [{"op": "gelu", "shape": "rows8", "contender": "fastlm:cpu", "reason": "WRONG: output 0 is 1 away"}]
+    missing += [{"op": "gelu", "shape": "rows8", "contender": "liger", "reason": "it is not installed"}]
+    content = json.dumps({"provenance": {"missing": missing}, "rows": [op("eager", 2.0)]})
+    (tmp_path / "wrong.py").write_text(
+        "import sys\nfrom pathlib import Path\n"
+        f"Path(sys.argv[sys.argv.index('--json') + 1]).write_text({content!r})\n"
+        f"{'raise OSError' if crash else 'sys.exit(1)'}\n"
+    )
+    monkeypatch.setattr(bench_check, "HERE", tmp_path)
+    monkeypatch.setattr(bench_check, "measure_ops", lambda names: bench_check._run("wrong.py"))
+    arguments = ["--results", str(tmp_path), "--only", "ops"]
+    if crash:
+        with pytest.raises(RuntimeError, match=r"wrong\.py failed with 1:"):
+            bench_check.main(arguments)
+        return
+    assert bench_check.main(arguments) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert "gelu rows8 fastlm:cpu  WRONG: output 0 is 1 away" in said
+    assert any("GONE" in line and "fastlm:cpu" in line for line in said)
+    assert said[-1] == "ops: WRONG results, GONE, twice"

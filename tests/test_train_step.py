@@ -121,6 +121,29 @@ def first_losses(recipe, inputs, names, path, steps=0):
     return losses
 
 
+@pytest.mark.parametrize("name", ["fastlm", "transformers tuned", "transformers patched"])
+def test_a_batch_that_comes_again_draws_other_dropout(name, tmp_path):
+    """Of whoever has the same bits each time, the curve falls further. The rate is too small to change a loss."""
+    if name != "fastlm":
+        pytest.importorskip("transformers")
+    recipe = small(
+        model__hidden_dropout_prob=0.1, model__attention_probs_dropout_prob=0.1, train__lr=1e-12
+    )  # fmt: skip
+    job = job_of(recipe, steps.drawn(recipe, 100), tmp_path)
+    contender = step_contenders.CONTENDERS[name]
+    _, step = contender.prepare(job, contender.load(job))
+    losses = [float(torch.as_tensor(step(number)).flatten()[0]) for number in range(2 * steps.BATCHES)]
+    for first, second in zip(losses, losses[steps.BATCHES :], strict=False):
+        assert first != second
+        assert first == pytest.approx(second, rel=0.1)
+
+
+def test_a_round_s_first_step_is_before_its_clock(compare):
+    """A contender that is slow once a round is as fast as fastlm."""
+    ours, cold = compare("fastlm", "cold", seconds=0.05)
+    assert cold.ms < 200
+
+
 def test_drawn_inputs():
     recipe = small()
     inputs = steps.drawn(recipe, 100)

@@ -70,7 +70,9 @@ Step = Callable[[int], torch.Tensor]
 
 @dataclass(frozen=True)
 class Contender:
-    """load: the model on its device; prepare: (the loss of batch 0 without dropout, what trains on batch `number`).
+    """load: the model on its device; prepare: (the loss of batch 0 without dropout, what does training step `number`).
+
+    Steps count from 0 and take the batches in turn.
 
     What `load` leaves in memory is not the step's; everything later is. tuned: the allocator.
     """
@@ -96,10 +98,10 @@ def _real(rows: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     return torch.arange(rows.shape[1], device=rows.device) < lengths[:, None]
 
 
-def _micro(cls, table, number, input_ids, labels, lengths) -> Micro:
-    """A batch as `cls`, one of fastlm.models, takes it."""
+def _micro(cls, table, input_ids, labels, lengths) -> Micro:
+    """A batch as `cls`, one of fastlm.models, takes it, of step 0."""
     device, real = input_ids.device, _real(input_ids, lengths)
-    inputs = {**_pack("input_ids", input_ids, lengths), "rng": torch.tensor([table.seed, number], device=device)}
+    inputs = {**_pack("input_ids", input_ids, lengths), "rng": torch.tensor([table.seed, 0], device=device)}
     predicted = labels.numel()
     if cls is models.T5:
         inputs |= _pack("labels", labels, torch.full_like(lengths, labels.shape[1]), "decoder_")
@@ -125,7 +127,7 @@ def _load_fastlm(job: Job):
 def fastlm_step(model, table: TrainTable, batches: list[Batch]) -> tuple[Loss, Step]:
     """As Contender.prepare, of a model of ours."""
     device, dtype = next(model.parameters()).device, getattr(torch, table.dtype)
-    micros = [_micro(type(model), table, number, *batch) for number, batch in enumerate(batches)]
+    micros = [_micro(type(model), table, *batch) for batch in batches]
     optimizer = make_optimizer(model.train(), table)
 
     def loss():
@@ -135,8 +137,10 @@ def fastlm_step(model, table: TrainTable, batches: list[Batch]) -> tuple[Loss, S
         return total / micros[0].predicted
 
     def step(number):
+        micro = micros[number % len(micros)]
+        micro.inputs["rng"][1].fill_(number)  # other dropout when the batch comes round again
         arguments = {"lr": table.lr, "grad_clip": table.grad_clip, "dtype": dtype}
-        return train_step(model, optimizer, [micros[number]], **arguments)[0]
+        return train_step(model, optimizer, [micro], **arguments)[0]
 
     return loss, step
 
@@ -210,6 +214,7 @@ def _prepare_transformers(form: _Form, job: Job, model) -> tuple[Loss, Step]:
     table = job.table
     settings = {"lr": table.lr, "weight_decay": table.weight_decay, "betas": (table.beta1, table.beta2)}
     optimizer = torch.optim.AdamW(model.parameters(), eps=table.eps, fused=True if form.fused else None, **settings)
+    model.train()  # as fastlm_step has it; loaded, it is in evaluation
     batches = [(_packed if form.packed else _padded)(*batch) for batch in job.batches]
     indexes = [_predicted(batch["labels"]) for batch in batches]
     targets = [batch["labels"].flatten()[index] for batch, index in zip(batches, indexes)]
@@ -242,7 +247,7 @@ def _prepare_transformers(form: _Form, job: Job, model) -> tuple[Loss, Step]:
         return value
 
     def step(number):
-        loss = forward(number)
+        loss = forward(number % len(batches))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), table.grad_clip or math.inf)
         optimizer.step()
@@ -286,7 +291,10 @@ def _find(name: str) -> Contender:
 
 
 def work(name: str, directory: Path) -> None:
-    """Answers {"loss"} or {"missing"} at once, then every line of stdin, "time N" or "losses N", after N steps."""
+    """Answers {"loss"} or {"missing"} at once, then every line of stdin, "time N" or "losses N", after N steps.
+
+    "time" takes one step more, before its clock.
+    """
     answers, sys.stdout = sys.stdout, sys.stderr  # libraries may print
 
     def answer(**values) -> None:
@@ -317,12 +325,14 @@ def work(name: str, directory: Path) -> None:
     for line in sys.stdin:
         what, steps = line.split()
         losses = []
-        if device.type == "cuda" and what == "time":
-            step(done % BATCHES)  # memory is asked for again: it was given back for the other processes
+        if what == "time":
+            # Caches and TLBs hold what the other processes ran, and on CUDA memory was given back for them.
+            step(done)
+            done += 1
         _wait(device)
         began = time.perf_counter()
         for _ in range(int(steps)):
-            loss = step(done % BATCHES)
+            loss = step(done)
             if what == "losses":
                 losses.append(float(loss))
             done += 1

@@ -3,7 +3,8 @@
 The contenders (fastlm/testing/step_contenders.py) start from the same weights and take the same rows
 (fastlm/testing/steps.py). Before the clock starts each says its loss on the first batch, and one that computes
 something else is an error. Then every round runs each of them for a few steps, in turn: a slow moment of the machine
-meets them all, and an allocator's settings are one process's.
+meets them all, and an allocator's settings are one process's. The first step of a round is not measured: it finds the
+caches full of another process.
 
 Beside the contenders a large matrix product is timed, in the same rounds: a step that did nothing but its matrix
 products (fastlm/train/flops.py, attention's included), at the rate of that one, is the bound. Only real tokens count.
