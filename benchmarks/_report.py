@@ -64,18 +64,18 @@ def plot(path: str | Path, groups: dict[str, dict[str, float]], *, title: str, u
     names = sorted(
         {name for values in groups.values() for name in values}, key=lambda name: ("fastlm" not in name, name)
     )
-    figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.28 * len(groups)), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(10, 1.6 + 0.2 * len(groups)), layout="constrained")
     for name, marker in zip(names, "osD^vPX*<>pdh8" * len(names)):
         points = [(values[name], y) for y, values in enumerate(groups.values()) if name in values]
         filled = {} if "fastlm" in name else {"markerfacecolor": "none"}
         axes.plot(*zip(*points), marker, label=name, **filled)
     axes.set_yticks(range(len(groups)), list(groups), fontsize=7)
-    axes.invert_yaxis()
+    axes.set_ylim(len(groups) - 0.5, -0.5)  # the first on top, no empty lines
     axes.set_xscale("log")
     axes.grid(alpha=0.3)
     axes.set_xlabel(unit)
-    axes.set_title(title)
-    axes.legend(fontsize=7)
+    figure.suptitle(title)
+    figure.legend(fontsize=7, loc="outside upper center", ncols=5)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

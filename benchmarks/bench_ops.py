@@ -514,7 +514,7 @@ def main(arguments=None) -> int:
     if args.plot:
         groups: dict[str, dict[str, float]] = {}
         for row in rows:
-            groups.setdefault(f"{row['op']} {row['shape'][:44]} {row['pass']}", {})[row["contender"]] = row["ms"]
+            groups.setdefault(f"{row['op']} {row['shape']} {row['pass']}", {})[row["contender"]] = row["ms"]
         _report.plot(args.plot, groups, title=f"ops, {args.dtype} on {args.device}", unit="ms, median")
     return int(any(one["reason"].startswith(WRONG) for one in absent))
 

@@ -148,7 +148,7 @@ def plots(directory: Path, ops: list[dict], train: list[dict]) -> None:
     if ops:
         groups: dict[str, dict[str, float]] = {}
         for row in ops:
-            groups.setdefault(f"{row['op']} {row['shape'][:44]} {row['pass']}", {})[row["contender"]] = row["ms"]
+            groups.setdefault(f"{row['op']} {row['shape']} {row['pass']}", {})[row["contender"]] = row["ms"]
         _report.plot(directory / "ops.png", groups, title=f"ops, {directory.name}", unit="ms, median")
     if train:
         groups = {}

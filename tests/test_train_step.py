@@ -140,7 +140,7 @@ def test_a_batch_that_comes_again_draws_other_dropout(name, tmp_path):
 
 def test_a_round_s_first_step_is_before_its_clock(compare):
     """A contender that is slow once a round is as fast as fastlm."""
-    ours, cold = compare("fastlm", "cold", seconds=0.05)
+    _, cold = compare("fastlm", "cold", seconds=0.05)
     assert cold.ms < 200
 
 
