@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "bindings.h"
+#include "cpu/adamw.h"
 #include "cpu/attention.h"
 #include "cpu/cross_entropy.h"
 #include "cpu/embedding.h"
@@ -20,6 +21,28 @@ using namespace fastlm;
 using namespace fastlm::cpu;
 
 namespace {
+
+void bind_adamw(py::module_& m) {
+  m.def("squared_norm", [](const std::vector<std::pair<Address, int64_t>>& tensors, int threads) {  // (data, n)
+    const py::gil_scoped_release release;
+    std::vector<Span> spans;
+    for (const auto& [data, n] : tensors) spans.push_back({input<float>(data), n});
+    return squared_norm(spans, threads);
+  });
+  using Tensor = std::tuple<Address, Address, Address, Address, Address, int64_t, int64_t>;  // as AdamWTensor
+  m.def("adamw", [](const std::vector<Tensor>& tensors, const std::vector<std::array<double, 5>>& groups,
+                    double grad_scale, int threads) {
+    const py::gil_scoped_release release;
+    std::vector<AdamWTensor> all;
+    for (const auto& [w, g, m, v, step, n, group] : tensors) {
+      all.push_back(
+          {pointer<float>(w), input<float>(g), pointer<float>(m), pointer<float>(v), pointer<float>(step), n, group});
+    }
+    std::vector<AdamWGroup> settings;
+    for (const auto& [lr, beta1, beta2, eps, decay] : groups) settings.push_back({lr, beta1, beta2, eps, decay});
+    adamw(all, settings, grad_scale, threads);
+  });
+}
 
 void bind_attention(py::module_& m) {
   using StrideTuple = std::array<int64_t, 3>;  // sequence, row, head
@@ -298,6 +321,7 @@ PYBIND11_MODULE(_cpu, m) {
     const Words w = philox(c0, c1, c2, c3, {k0, k1});
     return py::make_tuple(w.r0, w.r1, w.r2, w.r3);
   });
+  bind_adamw(m);
   bind_attention(m);
   bind_cross_entropy(m);
   m.def("philox_many", [](Address counters, int64_t n, uint32_t k0, uint32_t k1) {  // (4, n), n <= 256, in place
