@@ -46,9 +46,9 @@ from fastlm.testing.cases import CASES, OpCase, Variant
 ALLOCATORS = {"default": "", "tuned": "+malloc"}  # and what a contender's name gets for it
 PASSES = ("fwd", "fwd+bwd")
 PEERS = {op: {**torchs, **LIBRARIES.get(op, {})} for op, torchs in peers.PEERS.items()}
-# By the first word of a contender's name; the first four by default on a CPU, on a GPU all.
+# By the first word of a contender's name; the first five by default on a CPU, on a GPU all.
 VS = (
-    *("eager", "compile", "sdpa", "chunked"),
+    *("eager", "compile", "sdpa", "chunked", "transformers"),
     *("sdpa-flash", "sdpa-cudnn", "liger", "flash_attn", "apex", "te", "quack"),
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -175,7 +175,7 @@ class Bench:
         variant = shapes(case, device)[index]
         eager = PEERS[case.op]["eager"]
         known = {**PEERS[case.op], "compile": Peer(torch.compile(eager.function, dynamic=False), eager.adapt)}
-        no_dropout = {"dropout_p": 0.0} if "dropout_p" in variant.options else {}
+        no_dropout = {name: 0.0 for name in ("dropout_p", "p") if name in variant.options}
         want, count = self.exact(case, variant, eager, no_dropout)
 
         sets = self.input_sets(case, variant, dtype)
@@ -453,7 +453,7 @@ def parse(arguments=None) -> argparse.Namespace:
     parser.add_argument("--op", default="all", help=f"all, or of {', '.join(BENCHMARKS)}; several with commas")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; default float32 on cpu, bfloat16 on cuda")
-    parser.add_argument("--vs", help=f"peers, of {','.join(VS)}; default {','.join(VS[:4])} on cpu, all on cuda")
+    parser.add_argument("--vs", help=f"peers, of {','.join(VS)}; default {','.join(VS[:5])} on cpu, all on cuda")
     parser.add_argument("--malloc", default="both", choices=("both", "default", "tuned"), help="allocator, cpu only")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--min-ms", type=float, default=20.0, help="a contender's time in one round")
@@ -468,7 +468,7 @@ def parse(arguments=None) -> argparse.Namespace:
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args(arguments)
     args.op = list(BENCHMARKS) if args.op == "all" else args.op.split(",")
-    args.vs = tuple(args.vs.split(",")) if args.vs else VS[: 4 if args.device == "cpu" else None]
+    args.vs = tuple(args.vs.split(",")) if args.vs else VS[: 5 if args.device == "cpu" else None]
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     for what, given, known in (("--op", args.op, BENCHMARKS), ("--vs", args.vs, VS), ("--dtype", [args.dtype], DTYPES)):
         if unknown := set(given) - set(known):

@@ -1,7 +1,9 @@
-"""Peers that a user may have installed beside us: Liger-Kernel, flash-attn, NVIDIA's apex, Transformer Engine, quack.
+"""Peers that a user may have installed beside us: Liger-Kernel, flash-attn, NVIDIA's apex, Transformer Engine, quack,
+and Transformers' collator.
 
 Each is called as its own documentation has it, imported when it first runs, and stands where it offers the op. What it
-does not fuse (a residual, a dropout, a bias) torch does around it, as a model's author would write it. All need CUDA.
+does not fuse (a residual, a dropout, a bias) torch does around it, as a model's author would write it. All need CUDA
+but the collator, which is for a CPU.
 Written against liger-kernel, flash-attn, apex and Transformer Engine of August 2026, and quack 0.6.4.
 """
 
@@ -293,6 +295,32 @@ def _adapt_te_attention(inputs, options):
     return {**inputs, "bias": bias}, options, None
 
 
+# ---- mlm_mask
+
+
+@functools.cache
+def _transformers_collator(vocab_size, special_ids, mask_token_id, mlm_probability):
+    """With a tokenizer that knows the ids."""
+    transformers, tokenizers = import_module("transformers"), import_module("tokenizers")
+    model = tokenizers.models.WordLevel({str(i): i for i in range(vocab_size)}, unk_token=str(special_ids[0]))
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(model), mask_token=str(mask_token_id), pad_token=str(special_ids[0]),
+        extra_special_tokens=[str(i) for i in special_ids[1:]],
+    )  # fmt: skip
+    return transformers.DataCollatorForLanguageModeling(tokenizer, mlm_probability=mlm_probability)
+
+
+def _transformers_mlm_mask(
+    input_ids, *, mask_token_id, vocab_size, special_ids, seed, epoch=0, sample_ids=None, positions=None,
+    special_tokens_mask=None, mlm_probability=0.15, word_starts=None,
+):  # fmt: skip
+    """Its masking alone, of a batch that is put together; without a special_tokens_mask it asks the tokenizer."""
+    _refuse(word_starts=word_starts)
+    collator = _transformers_collator(vocab_size, special_ids, mask_token_id, mlm_probability)
+    rows = input_ids.clone().reshape(-1, input_ids.shape[-1])
+    return tuple(x.view_as(input_ids) for x in collator.torch_mask_tokens(rows, special_tokens_mask))
+
+
 def _peer(function, adapt=None) -> Peer:
     return Peer(function, adapt, cuda=True)
 
@@ -324,6 +352,7 @@ LIBRARIES: dict[str, dict[str, Peer]] = {
         "liger": _peer(_liger_linear_cross_entropy),
         "quack": _peer(_quack_linear_cross_entropy),
     },
+    "mlm_mask": {"transformers": Peer(_transformers_mlm_mask)},
     "gelu": {
         "liger": _peer(_liger_gelu, _adapt_liger_gelu),
         "te": _peer(_te_gelu),

@@ -100,6 +100,10 @@ def embedding(
     return F.dropout(h, dropout_p) if dropout_p else h
 
 
+def dropout(x, p=0.5, *, rng=None, stream=0, relu=False):
+    return F.dropout(F.relu(x) if relu else x, p)
+
+
 def mlm_mask(
     input_ids, *, mask_token_id, vocab_size, special_ids, seed, epoch=0, sample_ids=None, positions=None,
     special_tokens_mask=None, mlm_probability=0.15, mask_replace_prob=0.8, random_replace_prob=0.1, word_starts=None,
@@ -206,6 +210,7 @@ PEERS: dict[str, dict[str, Peer]] = {
     "mlm_mask": {"eager": Peer(mlm_mask)},
     "gelu": {"eager": Peer(gelu)},
     "embedding": {"eager": Peer(embedding)},
+    "dropout": {"eager": Peer(dropout)},
     "attention": {
         "eager": Peer(attention_scores, adapt_attention),
         "sdpa": Peer(attention_sdpa, adapt_attention),

@@ -7,6 +7,7 @@
 #include "cpu/adamw.h"
 #include "cpu/attention.h"
 #include "cpu/cross_entropy.h"
+#include "cpu/dropout.h"
 #include "cpu/embedding.h"
 #include "cpu/gelu.h"
 #include "cpu/layer_norm.h"
@@ -158,6 +159,32 @@ void bind_embedding(py::module_& m) {
           for (int k = 0; k < 3; ++k) args.gradient[k] = {pointer<float>(gradients[k]), rows[k], skip[k]};
           embedding_bwd(args, DType(dtype), threads);
         });
+}
+
+void bind_dropout(py::module_& m) {
+  m.def(
+      "dropout_fwd",
+      [](Address x, Address y, int64_t rows, int64_t cols, int64_t stride_x, bool relu, uint64_t threshold, float scale,
+         Address rng, uint32_t stream, int dtype, int threads) {
+        dropout_fwd({input(x), pointer(y), rows, cols, stride_x, relu, {threshold, scale, input<int64_t>(rng), stream}},
+                    DType(dtype), threads);
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "dropout_bwd",
+      [](Address dy, Address y, Address dx, int64_t rows, int64_t cols, int64_t stride_dy, bool relu,
+         uint64_t threshold, float scale, Address rng, uint32_t stream, int dtype, int threads) {
+        dropout_bwd({input(dy),
+                     input(y),
+                     pointer(dx),
+                     rows,
+                     cols,
+                     stride_dy,
+                     relu,
+                     {threshold, scale, input<int64_t>(rng), stream}},
+                    DType(dtype), threads);
+      },
+      py::call_guard<py::gil_scoped_release>());
 }
 
 void bind_gelu(py::module_& m) {
@@ -331,6 +358,7 @@ PYBIND11_MODULE(_cpu, m) {
     for (int w = 0; w < 4; ++w) std::copy_n(lanes.word[w], n, pointer<uint32_t>(counters) + w * n);
   });
   m.def("row_blocks", &row_blocks);
+  bind_dropout(m);
   bind_embedding(m);
   bind_gelu(m);
   bind_layer_norm(m);

@@ -73,6 +73,16 @@ BAD = {
             ({"padding_idx": 4}, "padding_idx: expected an id of the 4 rows of word, got 4"),
         ],
     ),
+    "dropout": (
+        {"x": X, "p": 0.5, "rng": RNG},
+        [
+            ({"x": X.int()}, "x: expected a floating-point tensor"),
+            ({"x": X.sum()}, "x: expected at least one dimension, got a scalar"),
+            ({"p": 1.5}, "p: expected a probability in [0, 1], got 1.5"),
+            ({"rng": RNG[:1]}, "rng: expected shape (2,), got (1,)"),
+            ({"stream": -1}, "stream: "),
+        ],
+    ),
     "mlm_mask": (
         {"input_ids": IDS, **MASK},
         [

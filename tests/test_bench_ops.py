@@ -386,7 +386,24 @@ def test_a_gpu_has_shapes_of_its_own(bench_ops):
         labels = [bench_ops.label(case, variant) for variant in bench_ops.shapes(case, "cuda")]
         assert bench_ops.shapes(case, "cpu") == case.benchmarks != bench_ops.shapes(case, "cuda"), name
         assert len(set(labels)) == len(labels) > 0
-    assert bench_ops.parse([]).vs == ("eager", "compile", "sdpa", "chunked")
+    assert bench_ops.parse([]).vs == ("eager", "compile", "sdpa", "chunked", "transformers")
+
+
+def test_transformers_collator_masks_as_we_do(bench_ops):
+    """Its tokenizer tells the special tokens; a packed row is a row; whole words are refused."""
+    mask = bench_ops.LIBRARIES["mlm_mask"]["transformers"].function
+    options = {"mask_token_id": 4, "vocab_size": 97, "special_ids": (0, 1, 2, 3), "seed": 0}
+    ids = torch.randint(97, (40, 500))
+    masked, labels = mask(ids, **options)
+    selected = labels != -100
+    assert torch.equal(labels[selected], ids[selected])
+    assert torch.equal(masked[~selected], ids[~selected])
+    assert not selected[ids < 5].any()
+    assert selected[ids >= 5].float().mean() == pytest.approx(0.15, abs=0.02)
+    assert (masked[selected] == 4).float().mean() == pytest.approx(0.8, abs=0.05)
+    assert mask(ids.flatten(), **options)[0].shape == (20000,)
+    with pytest.raises(bench_ops.Unsupported, match="takes no word_starts"):
+        mask(ids, word_starts=ids > 50, **options)
 
 
 def test_a_run_writes_rows_with_their_provenance(tmp_path):

@@ -36,7 +36,17 @@ def embedding(rows, cols, **arguments):
     return y, torch.autograd.grad(y, word, torch.ones_like(y))[0]
 
 
-OPS = {op.__name__: op for op in (layer_norm, rms_norm, embedding)}
+def dropout(rows, cols, dropout_p, relu=False, **arguments):
+    x = torch.ones(rows, cols, requires_grad=True)
+    y = ops.dropout(x, dropout_p, relu=relu, **arguments)
+    return y, torch.autograd.grad(y, x, torch.ones_like(y))[0]
+
+
+def relu_dropout(*arguments, **options):
+    return dropout(*arguments, relu=True, **options)
+
+
+OPS = {op.__name__: op for op in (layer_norm, rms_norm, embedding, dropout, relu_dropout)}
 CALLS = [  # seed, step, stream, p
     (0, 0, 0, 0.5),
     (-1, 2**32 + 1, 3, 0.1),
@@ -89,7 +99,7 @@ def test_streams_steps_and_seeds_are_independent():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"dropout_p": 1.1}, "dropout_p: expected a probability"),
+        ({"dropout_p": 1.1}, "p: expected a probability"),
         ({"stream": -1}, "stream: expected an integer"),
         ({"rng": torch.zeros(3, dtype=torch.int64)}, r"rng: expected shape \(2,\), got \(3,\)"),
         ({"rng": torch.zeros(2)}, "rng: expected torch.int64"),

@@ -272,11 +272,11 @@ def test_every_dropout_is_at_work(monkeypatch):
     from fastlm import ops
 
     streams = []
-    for name in ("embedding", "attention", "rms_norm"):
+    for name in ("embedding", "attention", "rms_norm", "dropout"):
         op = getattr(ops, name)
 
         def spy(*args, op=op, **options):
-            if options.get("dropout_p", 0) > 0:
+            if options.get("dropout_p", 0) > 0 or op.__name__ == "dropout":
                 streams.append(options["stream"])
             return op(*args, **options)
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 
 from fastlm import ops
-from fastlm.ops import _checks
 
 
 class Dropout(torch.nn.Dropout):
     """torch.nn.Dropout, which can take its bits from (seed, step) like every dropout inside the ops.
 
     Without `rng` it is torch's own. With it, the mask is a pure function of (rng, stream) and of the element's row and
-    column. It is what rms_norm makes of its input before it norms it; that costs a pass more than dropout would.
+    column, `fastlm.ops.dropout`'s.
     """
 
     def __init__(self, p: float = 0.5, inplace: bool = False, *, stream: int = 0) -> None:
@@ -23,9 +22,4 @@ class Dropout(torch.nn.Dropout):
         """input (..., cols); rng int64 (2,), (seed, step), on its device, or None."""
         if rng is None or not self.training:
             return super().forward(input)
-        _checks.is_rng(rng, self.stream, input.device)
-        if self.p == 0.0 or input.numel() == 0:
-            return input
-        with torch.autocast(input.device.type, enabled=False):  # which would make it float32
-            _, dropped = ops.rms_norm(input, dropout_p=self.p, rng=rng, stream=self.stream, return_residual=True)
-        return dropped
+        return ops.dropout(input, self.p, rng=rng, stream=self.stream)

@@ -2,6 +2,7 @@
 
 from fastlm.ops.attention import RelativeBias, attention, attention_reference
 from fastlm.ops.cross_entropy import cross_entropy, cross_entropy_reference
+from fastlm.ops.dropout import dropout, dropout_reference
 from fastlm.ops.embedding import embedding, embedding_reference
 from fastlm.ops.gelu import gelu, gelu_reference
 from fastlm.ops.layer_norm import layer_norm, layer_norm_reference, rms_norm, rms_norm_reference
@@ -15,6 +16,8 @@ __all__ = [
     "attention_reference",
     "cross_entropy",
     "cross_entropy_reference",
+    "dropout",
+    "dropout_reference",
     "embedding",
     "embedding_reference",
     "gelu",

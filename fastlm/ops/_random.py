@@ -38,7 +38,7 @@ def keep_rows(rows: int, cols: int, p: float, rng: torch.Tensor, stream: int) ->
     quad = torch.arange((cols + 3) // 4, device=rng.device)[None, :]
     row = torch.arange(rows, device=rng.device)[:, None]
     words = philox.philox4x32(quad, row & _LOW32, row >> 32, 0, k0, k1)
-    return torch.stack(words, -1).reshape(rows, -1)[:, :cols] >= philox.threshold(p)
+    return torch.stack(words, -1).reshape(rows, 4 * quad.shape[1])[:, :cols] >= philox.threshold(p)
 
 
 def row_scale(p: float) -> float:

@@ -29,7 +29,7 @@ AUTO: dict[str, dict[str, tuple[str, ...]]] = {
     op: {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
     for op in ("layer_norm", "rms_norm", "cross_entropy", "linear_cross_entropy", "mlm_mask")
 }
-AUTO |= {op: {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")} for op in ("gelu", "embedding")}
+AUTO |= {op: {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")} for op in ("gelu", "embedding", "dropout")}
 # The order on cuda is not measured yet: no GPU has run these kernels.
 AUTO["attention"] = {"cpu": ("cpu", "sdpa", "reference"), "cuda": ("triton", "cuda", "sdpa", "reference")}
 

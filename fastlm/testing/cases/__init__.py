@@ -3,6 +3,7 @@
 from fastlm.testing.cases._case import OpCase, Variant
 from fastlm.testing.cases.attention import ATTENTION
 from fastlm.testing.cases.cross_entropy import CROSS_ENTROPY
+from fastlm.testing.cases.dropout import DROPOUT
 from fastlm.testing.cases.embedding import EMBEDDING
 from fastlm.testing.cases.gelu import GELU
 from fastlm.testing.cases.layer_norm import LAYER_NORM, RMS_NORM
@@ -20,6 +21,7 @@ CASES: dict[str, OpCase] = {
         MLM_MASK,
         GELU,
         EMBEDDING,
+        DROPOUT,
     )
 }
 
