@@ -24,25 +24,32 @@ using namespace fastlm::cpu;
 namespace {
 
 void bind_adamw(py::module_& m) {
-  m.def("squared_norm", [](const std::vector<std::pair<Address, int64_t>>& tensors, int threads) {  // (data, n)
-    const py::gil_scoped_release release;
-    std::vector<Span> spans;
-    for (const auto& [data, n] : tensors) spans.push_back({input<float>(data), n});
-    return squared_norm(spans, threads);
-  });
-  using Tensor = std::tuple<Address, Address, Address, Address, Address, int64_t, int64_t>;  // as AdamWTensor
-  m.def("adamw", [](const std::vector<Tensor>& tensors, const std::vector<std::array<double, 5>>& groups,
-                    double grad_scale, int threads) {
-    const py::gil_scoped_release release;
-    std::vector<AdamWTensor> all;
-    for (const auto& [w, g, m, v, step, n, group] : tensors) {
-      all.push_back(
-          {pointer<float>(w), input<float>(g), pointer<float>(m), pointer<float>(v), pointer<float>(step), n, group});
-    }
-    std::vector<AdamWGroup> settings;
-    for (const auto& [lr, beta1, beta2, eps, decay] : groups) settings.push_back({lr, beta1, beta2, eps, decay});
-    adamw(all, settings, grad_scale, threads);
-  });
+  // spans: (x, n) each -> Σ x²
+  m.def(
+      "squared_norm",
+      [](const std::vector<std::pair<Address, int64_t>>& spans, int threads) {
+        std::vector<Span> all;
+        for (const auto& [x, n] : spans) all.push_back({input<float>(x), n});
+        return squared_norm(all, threads);
+      },
+      py::call_guard<py::gil_scoped_release>());
+  // tensors: (w, g, m, v, step, n, group) each; groups: (lr, beta1, beta2, eps, weight_decay) each
+  m.def(
+      "adamw",
+      [](const std::vector<std::array<Address, 7>>& tensors, const std::vector<std::array<double, 5>>& groups,
+         double grad_scale, int threads) {
+        std::vector<AdamWTensor> all;
+        for (const auto& [w, g, m, v, step, n, group] : tensors) {
+          all.push_back({pointer<float>(w), input<float>(g), pointer<float>(m), pointer<float>(v), pointer<float>(step),
+                         int64_t(n), int64_t(group)});
+        }
+        std::vector<AdamWGroup> settings;
+        for (const auto& [lr, beta1, beta2, eps, weight_decay] : groups) {
+          settings.push_back({lr, beta1, beta2, eps, weight_decay});
+        }
+        adamw(all, settings, grad_scale, threads);
+      },
+      py::call_guard<py::gil_scoped_release>());
 }
 
 void bind_attention(py::module_& m) {

@@ -115,6 +115,7 @@ def report() -> str:
         "versions": f"Python {m['python']}, {versions}",
         "CPU": f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads",
         "CPU kernels": missing_cpu or f"built; they run {m['cpu_code']} code here",
+        "AdamW": "torch's fused one" if missing_cpu else "fastlm's for float32 on the CPU, else torch's fused one",
         "OpenMP": ", ".join(openmp) if openmp else "none mapped",
         "allocator": m["allocator"],
         "CUDA kernels": f"built for {_architectures(cuda)}" if cuda else missing_cuda,

@@ -28,6 +28,7 @@ def test_ops_are_ours_and_count_a_step(profiled):
     calls = {row.name: row.calls for row in rows}
     assert calls["fastlm::attention_bwd"] == 2  # layers
     assert calls["fastlm::layer_norm_bwd"] == 5
+    assert calls["fastlm::adamw"] == calls["fastlm::squared_norm"] == 1
     assert all(row.self_ms <= row.total_ms + 1e-6 for row in rows)
     with (out / profiler.OPS).open() as file:
         assert {row["name"] for row in csv.DictReader(file)} == calls.keys()

@@ -44,6 +44,16 @@ for case in CASES.values():
             outputs = case.run(case.function, variant, inputs, backend="cpu")
             case.run_backward(inputs, outputs, 0)
             count += 1
+
+from fastlm.train.adamw import AdamW, total_norm
+for n in (0, 1, 15, 17, 63, 65, 2049, 16384, 16385, 40000):
+    print("adamw", n, file=sys.stderr, flush=True)
+    parameters = [torch.nn.Parameter(torch.ones(n)), torch.nn.Parameter(torch.ones(3))]
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    assert total_norm(p.grad for p in parameters).isfinite()
+    AdamW(parameters).step()
+    count += 1
 print("sanitized calls:", count)
 """
 PLANTED = """

@@ -12,15 +12,14 @@ struct Span {
   int64_t n;
 };
 
-// Σ x² over all of `spans`.
+// Σ x² over all of them.
 double squared_norm(const std::vector<Span>& spans, int threads);
 
-// How a group of tensors is updated; the maths: fastlm/train/adamw.py.
 struct AdamWGroup {
   double lr, beta1, beta2, eps, weight_decay;
 };
 
-// w, g, m, v: n floats each, in one order. step: updates so far, raised here.
+// w, g, m, v: n floats each, in one order. step: the number of updates, raised here. group: index of its AdamWGroup.
 struct AdamWTensor {
   float* w;
   const float* g;
@@ -28,7 +27,7 @@ struct AdamWTensor {
   int64_t n, group;
 };
 
-// Gradients are divided by grad_scale as they are read; `g` stays as it is.
+// The gradient of every tensor is g / grad_scale; g stays as it is.
 void adamw(const std::vector<AdamWTensor>& tensors, const std::vector<AdamWGroup>& groups, double grad_scale,
            int threads);
 

@@ -3,8 +3,8 @@
     recipe = load_recipe("bert-mini").with_settings(["train.max_steps=500"])
     pretrain(recipe, "prepared/", "runs/first")
 
-recipe -> objective -> optimizer -> loop, a file each; beside them run (the directory), checkpoint, metrics, progress,
-flops.
+recipe -> objective -> optimizer -> loop, a file each; beside them adamw (on a CPU), run (the directory), checkpoint,
+metrics, progress, flops.
 """
 
 import importlib

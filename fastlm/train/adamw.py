@@ -1,79 +1,157 @@
-"""AdamW, on a CPU in one pass over the weights.
+"""AdamW on a CPU: torch's fused one, in one pass over memory.
 
-With the gradient g = p.grad / grad_scale and the update's number t, from 1, for every element:
-    m = m + (1 - beta1) (g - m),   v = beta2 v + (1 - beta2) g²
-    w = (1 - lr weight_decay) w - lr / (1 - beta1^t) · m / (√v / √(1 - beta2^t) + eps)
-Source: Loshchilov, Hutter 2019 (arXiv:1711.05101), algorithm 2, as torch.optim.AdamW computes it.
+For a weight w with gradient g at step t, from 1 (Loshchilov, Hutter 2019, arXiv:1711.05101):
+
+    m = β1 m + (1 - β1) g
+    v = β2 v + (1 - β2) g²
+    w = (1 - lr·decay) w - lr / (1 - β1^t) · m / (√v / √(1 - β2^t) + eps)
+
+where g is the gradient divided by `grad_scale`, as torch.amp.GradScaler has torch's fused AdamW do. torch writes the
+quotient back into the gradient, a fourth tensor to write; here it is never stored. What a step costs is then its bytes:
+a gradient is read once for the norm, and once for the update, which reads and writes w, m and v.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
+from torch import nn
+from torch.autograd.profiler import record_function
 
 from fastlm import _native
 
-_REFUSED = ("amsgrad", "maximize", "differentiable", "capturable")
+_REMEDY = "use torch.optim.AdamW(fused=True)"
 
 
-def gradient_norm(gradients: Iterable[torch.Tensor]) -> torch.Tensor:
-    """The 2-norm of all gradients together, a float32 scalar on their device.
+def runs_on(parameters: Iterable[torch.Tensor]) -> bool:
+    """Whether `AdamW` takes them all: dense float32 on a CPU, and the C++ kernels are built."""
+    return _native.missing_cpu() is None and all(_refusal(p) is None for p in parameters)
 
-    On a CPU each is read once, and the result has the same bits for any number of threads.
-    """
+
+def total_norm(gradients: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The 2-norm of all `gradients` together, a scalar; of float32 on a CPU the same bits for any number of threads."""
     gradients = list(gradients)
-    if _native.missing_cpu() or not all(_plain(g) for g in gradients):
+    if not gradients or not runs_on(gradients):
         return torch.nn.utils.get_total_norm(gradients)
-    square = _native.cpu().squared_norm([(g.data_ptr(), g.numel()) for g in gradients], _native.threads())
-    return torch.tensor(square, dtype=torch.float64).sqrt().float()
-
-
-def _plain(x: torch.Tensor) -> bool:
-    """Whether x is what the C++ reads: float32 on a CPU, one element behind the other."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and x.layout == torch.strided and x.is_contiguous()
+    dense = [g if _is_dense(g) else g.contiguous() for g in gradients]
+    spans = [(g.data_ptr(), g.numel()) for g in dense]
+    with record_function("fastlm::squared_norm"):
+        square = _native.cpu().squared_norm(spans, _native.threads())
+    return torch.tensor(math.sqrt(square), dtype=torch.float32)
 
 
 class AdamW(torch.optim.AdamW):
-    """torch.optim.AdamW(fused=True), with its state_dict and its `grad_scale` and `found_inf`.
+    """torch.optim.AdamW(fused=True) for dense float32 parameters on a CPU.
 
-    `step` divides gradients by the attribute `grad_scale`, where it is set, and does nothing where `found_inf` is 1:
-    scalars on the parameters' device, as torch.amp.GradScaler sets them. On a CPU all parameters go in one call of C++,
-    a read of each gradient and a read and a write of the rest; `.grad` stays as it is, not divided. Tensors that are
-    not contiguous float32, and amsgrad, maximize, differentiable and capturable, go torch's way.
+    Its state_dict is torch's, and loads there and here alike; `grad_scale` and `found_inf`, float32 scalars that
+    GradScaler or the caller sets, mean what they mean there: nothing is touched where found_inf is not 0, the number of
+    steps neither. A parameter's .grad is left as backward made it, not divided by grad_scale.
+
+    ValueError for other parameters or gradients, and for amsgrad, maximize, capturable or differentiable, which a
+    loaded state_dict may ask for.
     """
 
-    def __init__(self, params, **options) -> None:
-        super().__init__(params, **options, fused=True)
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2):
+        if (missing := _native.missing_cpu()) is not None:
+            raise ValueError(f"AdamW: {missing}, or {_REMEDY}")
+        super().__init__(params, lr, betas, eps, weight_decay, fused=True)
+
+    def add_param_group(self, param_group):
+        super().add_param_group(param_group)
+        try:
+            for parameter in self.param_groups[-1]["params"]:
+                _check("params", parameter)
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     @torch.no_grad()
     def step(self, closure=None):
-        native = self._native_arguments()
-        if closure is not None or native is None:
-            return super().step(closure)
-        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if found_inf is None or not found_inf.item():
-            _native.cpu().adamw(*native, 1.0 if scale is None else scale.item(), _native.threads())
-        return None
-
-    def _native_arguments(self):
-        """(tensors, groups) of the C++, or None where torch is to do it."""
-        if _native.missing_cpu() or any(group.get(name) for group in self.param_groups for name in _REFUSED):
-            return None
-        tensors, groups, at = [], [], _native.address
-        for index, group in enumerate(self.param_groups):
-            groups.append((float(group["lr"]), *map(float, group["betas"]), group["eps"], group["weight_decay"]))
-            for p in group["params"]:
-                if p.grad is None:
+        """One update of every parameter that has a gradient; the closure's loss, or None."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if found_inf is not None and found_inf.item():
+            return loss
+        tensors, groups, written, copies = [], [], [], []
+        for number, group in enumerate(self.param_groups):
+            beta1, beta2 = map(float, group["betas"])
+            groups.append((float(group["lr"]), beta1, beta2, float(group["eps"]), float(group["weight_decay"])))
+            for option in ("amsgrad", "maximize", "capturable", "differentiable"):
+                if group[option]:
+                    raise ValueError(f"{option}: expected False, got {group[option]}; {_REMEDY}")
+            for w in group["params"]:
+                if w.grad is None:
                     continue
-                if not (_plain(p) and _plain(p.grad)):
-                    return None
-                state = self.state[p]
-                if not state:  # as torch starts it
+                _check("params", w)
+                _check("grad", w.grad, w)
+                state = self.state[w]
+                if not state:
                     state["step"] = torch.zeros((), dtype=torch.float32)
-                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-                m, v, step = state["exp_avg"], state["exp_avg_sq"], state["step"]
-                if not (_plain(m) and _plain(v) and _plain(step)):
-                    return None
-                tensors.append((at(p), at(p.grad), at(m), at(v), at(step), p.numel(), index))
-        return tensors, groups
+                    state["exp_avg"] = torch.zeros_like(w, memory_format=torch.preserve_format)
+                    state["exp_avg_sq"] = torch.zeros_like(w, memory_format=torch.preserve_format)
+                # All four in one order: the weight's, where its elements lie one behind the other.
+                work = w if _is_dense(w) else torch.empty_like(w).copy_(w)
+                if work is not w:
+                    copies.append((w, work))
+                for name in ("exp_avg", "exp_avg_sq"):
+                    _check(name, state[name], w)
+                    state[name] = _ordered_as(work, state[name])
+                _check("step", state["step"])
+                gradient = _ordered_as(work, w.grad)
+                written += (w, state["exp_avg"], state["exp_avg_sq"], state["step"])
+                kept = work, gradient, state["exp_avg"], state["exp_avg_sq"], state["step"]
+                tensors.append((kept, w.numel(), number))
+        with record_function("fastlm::adamw"):
+            _native.cpu().adamw(
+                [(*(x.data_ptr() for x in kept), n, number) for kept, n, number in tensors],
+                groups,
+                1.0 if grad_scale is None else grad_scale.item(),
+                _native.threads(),
+            )
+        for w, work in copies:
+            w.copy_(work)
+        torch.autograd.graph.increment_version(written)
+        return loss
+
+
+def _refusal(x: torch.Tensor) -> str | None:
+    """Why the kernels cannot take x, or None."""
+    if x.dtype is not torch.float32 or x.layout is not torch.strided or x.device.type != "cpu":
+        return f"{x.dtype} {x.layout} on {x.device}"
+    if (type(x) is not torch.Tensor and type(x) is not nn.Parameter) or x.is_neg() or x._is_zerotensor():
+        return f"a {type(x).__name__} that is more, or less, than memory"
+    return None
+
+
+def _check(name: str, x: torch.Tensor, like: torch.Tensor | None = None) -> None:
+    if (why := _refusal(x)) is not None:
+        raise ValueError(f"{name}: expected dense torch.float32 on a cpu, got {why}; {_REMEDY}")
+    shape = () if name == "step" else x.shape if like is None else like.shape
+    if x.shape != shape:
+        raise ValueError(
+            f"{name}: expected shape {tuple(shape)}, got {tuple(x.shape)}; load the state of the same parameters"
+        )
+
+
+def _is_dense(x: torch.Tensor) -> bool:
+    """Whether the elements lie one behind the other, in whichever order of the dimensions."""
+    if x.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape) if size != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _ordered_as(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """x, or a copy of it, with the elements in the order that those of the dense w have."""
+    if x.stride() == w.stride() or (x.is_contiguous() and w.is_contiguous()):
+        return x
+    return torch.empty_like(w).copy_(x)

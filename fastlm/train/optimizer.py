@@ -1,9 +1,9 @@
 """AdamW, the learning rate, and one training step.
 
-The optimizer reads two scalars on the device that torch.amp.GradScaler made torch's fused AdamW read: gradients are
-divided by `grad_scale`, and nothing is updated where `found_inf` is 1. So neither the mean over the predicted tokens
-nor clipping costs a pass over the gradients, and a gradient that is not finite skips the step, without a device's host
-looking.
+A fused AdamW, fastlm's on a CPU and torch's elsewhere, reads two scalars on the device that torch.amp.GradScaler made
+it read: gradients are divided by `grad_scale`, and nothing is updated where `found_inf` is 1. So neither clipping nor
+the mean over the predicted tokens costs a pass over the gradients, and a gradient that is not finite skips the step,
+none of it with the host looking.
 """
 
 from __future__ import annotations
@@ -14,20 +14,25 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from fastlm.train.adamw import AdamW, gradient_norm
+from fastlm.train.adamw import AdamW, runs_on, total_norm
 from fastlm.train.objective import Micro
 from fastlm.train.recipe import TrainTable
 
 
-def make_optimizer(model: nn.Module, table: TrainTable) -> AdamW:
-    """AdamW; matrices decay, biases and norms (parameters of one dimension) do not."""
+def make_optimizer(model: nn.Module, table: TrainTable) -> torch.optim.AdamW:
+    """Fused AdamW; matrices decay, biases and norms (parameters of one dimension) do not.
+
+    fastlm.train.adamw's for float32 parameters on a CPU where the C++ kernels are built, else torch's: the state is the
+    same, and a checkpoint of either is one of the other.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": table.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    return AdamW(groups, lr=table.lr, betas=(table.beta1, table.beta2), eps=table.eps)
+    settings = {"lr": table.lr, "betas": (table.beta1, table.beta2), "eps": table.eps}
+    return AdamW(groups, **settings) if runs_on(parameters) else torch.optim.AdamW(groups, fused=True, **settings)
 
 
 def lr_at(step: int, table: TrainTable) -> float:
@@ -43,7 +48,7 @@ def lr_at(step: int, table: TrainTable) -> float:
 
 def train_step(
     model: nn.Module,
-    optimizer: AdamW,
+    optimizer: torch.optim.Optimizer,
     micros: Sequence[Micro],
     *,
     lr: float,
@@ -52,11 +57,12 @@ def train_step(
 ) -> torch.Tensor:
     """One update from the micro-batches of a global batch, on the model's device; nothing waits for the device.
 
-    The loss is the mean over the predicted tokens of all micro-batches together; each gives its sum, and the gradients
-    of the sum become the mean's as the optimizer reads them.
+    The loss is the mean over the predicted tokens of all micro-batches together. Backward runs on their sum: a loss
+    whose gradient is 1 has a fused cross-entropy leave its gradients as they are on a CPU, and the optimizer divides
+    by the number of tokens as it clips.
 
     Returns float32 (2,): that mean, and the norm of its gradient before clipping. Where either is not finite, the
-    parameters and the optimizer's state are as they were.
+    parameters and the optimizer's state are as they were. No parameter has a .grad afterwards.
     """
     device = micros[0].inputs["input_ids"].device
     predicted = max(1, sum(micro.predicted for micro in micros))
@@ -67,8 +73,8 @@ def train_step(
         loss.backward()
         losses.append(loss.detach().float())
     mean = torch.stack(losses).sum() / predicted
-    norm = gradient_norm(p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
-    norm = norm / predicted
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = total_norm(gradients) / predicted
     clip = (norm / grad_clip).clamp(min=1.0) if grad_clip else torch.ones_like(norm)
     optimizer.grad_scale = clip * predicted
     optimizer.found_inf = (~torch.isfinite(norm + mean)).float()
