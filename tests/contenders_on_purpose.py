@@ -8,16 +8,25 @@ import torch
 from fastlm.testing.step_contenders import FASTLM
 
 
-def _prepare_slower(job, model):
-    loss, step = FASTLM.prepare(job, model)
+def _paced(ms):
+    """A step of fastlm, and then nothing until so many milliseconds after it began.
 
-    def slower(number):
-        began = time.perf_counter()
-        out = step(number)
-        time.sleep(0.2 * (time.perf_counter() - began))  # not by computing, which a busy machine would slow once more
-        return out
+    What a busy machine adds to the step, in one process more than in another, is inside of them: from 11 ms on two idle
+    cores to 31 beside six busy threads, 51 at most. It lets a sleeper wait for 2 ms more, 8 at most.
+    """
 
-    return loss, slower
+    def prepare(job, model):
+        loss, step = FASTLM.prepare(job, model)
+
+        def paced(number):
+            end = time.perf_counter() + ms / 1e3
+            out = step(number)
+            time.sleep(max(0.0, end - time.perf_counter()))
+            return out
+
+        return loss, paced
+
+    return replace(FASTLM, prepare=prepare)
 
 
 def _prepare_cold(job, model):
@@ -54,7 +63,7 @@ def _with(**settings):
     )
 
 
-slower = replace(FASTLM, prepare=_prepare_slower)
+paced, slower = _paced(80), _paced(96)
 cold = replace(FASTLM, prepare=_prepare_cold)
 shallow = replace(FASTLM, load=_load_shallow)
 idle = replace(FASTLM, prepare=_prepare_idle)
