@@ -98,7 +98,7 @@ def _quack_layer_norm(x, weight, bias=None, *, eps=1e-5, residual=None, dropout_
     """Forward alone, with the statistics that a backward would read: it has no autograd function."""
     _refuse(residual=residual, dropout_p=dropout_p)
     forward = import_module("quack.rmsnorm").layernorm_fwd
-    return forward(x, weight, bias, eps=eps, return_rstd=True, return_mean=True)[0]
+    return forward(x, weight, bias, eps=eps, return_rstd=True, return_mean=True)[0], x
 
 
 def _adapt_quack_layer_norm(inputs, options):

@@ -31,23 +31,27 @@ def test_every_op_has_peers_and_distinct_labels(bench_ops):
         assert len(set(labels)) == len(labels)
 
 
-@pytest.mark.parametrize("skipped", ["rows", "gradient", "nothing"])
+@pytest.mark.parametrize("skipped", ["rows", "output", "gradient", "gradient of weight", "nothing"])
 def test_skipped_work_fails_the_check(bench_ops, skipped):
-    """A layer_norm that leaves rows out, or a gradient, is told from eager's; one that works is not."""
+    """A layer_norm that leaves rows out, or an output, or a gradient, is told from eager's; one that works is not."""
     case = bench_ops.CASES["layer_norm"]
     sets = [case.inputs(bench_ops.Variant({"rows": 64, "cols": 32}), 0, torch.float32)]
     eager = bench_ops.PEERS["layer_norm"]["eager"]
 
-    def contender(x, **arguments):
-        y, h = eager.function(x, **arguments)
+    def contender(x, weight, **arguments):
+        y, h = eager.function(x, weight.detach() if skipped == "gradient of weight" else weight, **arguments)
         if skipped == "rows":
             y = torch.cat([y[:-8], y[-8:] * 0])
+        if skipped == "output":
+            return y
         return y, h.detach().requires_grad_() if skipped == "gradient" else h
 
     got = bench_ops.Contender(contender, sets, {}).results()
     want = bench_ops.adapted(eager, sets, {}).results()
     wrong = bench_ops.disagreement(got, want, bench_ops.AGREEMENT[torch.float32])
     assert (wrong is None) == (skipped == "nothing")
+    if skipped in ("output", "gradient of weight"):
+        assert wrong == {"output": "output 1", "gradient of weight": "dweight"}[skipped] + " is missing"
 
 
 @pytest.mark.parametrize("lengths", [(), (5, 9, 1)], ids=["padded", "packed"])
@@ -375,7 +379,7 @@ def test_libraries_agree_with_the_op(bench_ops, fakes, op, shape, options, refus
             continue
         ran.add(name)
         forward_alone = op == "layer_norm" and name == "quack"
-        assert got.keys() == ({"output 0"} if forward_alone else want.keys())
+        assert got.keys() == ({"output 0", "output 1"} if forward_alone else want.keys())
         assert bench_ops.disagreement(got, want, 1e-5) is None, name
     assert ran == bench_ops.LIBRARIES[op].keys() - refused.keys()
     assert all(word in refusals[name] for name, word in refused.items())
