@@ -72,9 +72,12 @@ def plot(path: str | Path, groups: dict[str, dict[str, float]], *, title: str, u
     axes.set_yticks(range(len(groups)), list(groups), fontsize=7)
     axes.set_ylim(len(groups) - 0.5, -0.5)  # the first on top, no empty lines
     axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_formatter("{x:,.10g}")
+    axes.xaxis.set_minor_formatter("{x:,.10g}" if high < 10 * low else "")
     axes.grid(alpha=0.3)
     axes.set_xlabel(unit)
-    figure.suptitle(title)
+    axes.set_title(title)
     figure.legend(fontsize=7, loc="outside upper center", ncols=5)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

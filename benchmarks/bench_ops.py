@@ -485,6 +485,8 @@ def parse(arguments=None) -> argparse.Namespace:
     for what, given, known in (("--op", args.op, BENCHMARKS), ("--vs", args.vs, VS), ("--dtype", [args.dtype], DTYPES)):
         if unknown := set(given) - set(known):
             parser.error(f"{what}: expected {', '.join(known)}, got {', '.join(sorted(unknown))}")
+    if args.rounds < 1:
+        parser.error(f"--rounds: expected at least 1, got {args.rounds}")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device")
     return args

@@ -8,7 +8,7 @@ What is timed and how: fastlm/testing/train_step.py; who the contenders are: ste
 steps: steps.py. A step is one micro-batch of the recipe: forward, backward, clipping, AdamW. Ids are drawn with the
 frequencies of words. No row is padded but those of the -text steps, which are as long as sentences are: the others get
 them as their collators pad, fastlm packed. Tokens are real ones. With --curve the losses of the first steps have to be
-fastlm's within noise; the exit status is 1 where a contender's are not.
+fastlm's within noise. Exit status 1: a contender's are not, or already its first one is not (WRONG).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 
 from fastlm.testing.steps import STEPS, StepInputs, find_step
-from fastlm.testing.train_step import EVERY, LEAST_CURVE, StepTime, compare_steps, table
+from fastlm.testing.train_step import EVERY, LEAST_CURVE, WRONG, StepTime, compare_steps, table
 from fastlm.train import Recipe
 
 
@@ -63,7 +63,8 @@ def plot_curves(path: Path, steps: dict[str, list[StepTime]]) -> None:
     for axes, (title, times) in zip(panels, steps.items()):
         for time in times:
             ours = time.contender == "fastlm"
-            axes.plot(range(1, 1 + len(time.losses)), time.losses, label=time.contender, lw=2.5 if ours else 1)
+            style = {"lw": 4, "alpha": 0.4} if ours else {"lw": 1}  # seen behind those that lie on it
+            axes.plot(range(1, 1 + len(time.losses)), time.losses, label=time.contender, **style)
         axes.set_xlabel("step")
         axes.set_ylabel("loss (nats a predicted token)")
         axes.set_title(title, fontsize=9)
@@ -80,7 +81,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     names = f"names or TOML files, or {', '.join(STEPS)} (default bert-mini)"
     parser.add_argument("--recipe", nargs="+", default=["bert-mini"], help=names)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--vocab", type=int, default=30522, help="size of a BERT's vocabulary (default 30522)")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="as of `fastlm pretrain`")
     parser.add_argument("--contenders", nargs="+", default=EVERY, choices=EVERY)
@@ -96,6 +97,10 @@ def main() -> int:
         parser.error("--curve-plot: expected with --curve N, the number of steps to plot")
     if 0 < args.curve < LEAST_CURVE:
         parser.error(f"--curve: expected at least {LEAST_CURVE} steps, got {args.curve}")
+    if args.rounds < 1:
+        parser.error(f"--rounds: expected at least 1, got {args.rounds}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device")
 
     try:
         steps = {name: find_step(name, args.set, args.vocab) for name in args.recipe}
@@ -104,10 +109,11 @@ def main() -> int:
     console, rows, missing, curves = Console(highlight=False), [], [], {}
     for name, threads in itertools.product(args.recipe, args.threads):
         recipe, inputs = steps[name]
-        times = compare_steps(
-            recipe, inputs, device=args.device, contenders=args.contenders,
-            rounds=args.rounds, seconds=args.seconds, threads=threads, curve=args.curve,
-        )  # fmt: skip
+        with Console(stderr=True).status(f"{name}: {len(args.contenders)} contenders"):  # on a terminal
+            times = compare_steps(
+                recipe, inputs, device=args.device, contenders=args.contenders,
+                rounds=args.rounds, seconds=args.seconds, threads=threads, curve=args.curve,
+            )  # fmt: skip
         title = f"{recipe.name} {inputs.shape}, {inputs.tokens} tokens, {recipe.train.dtype}, {args.device}"
         title += f", {threads} thread{'s'[: threads > 1]}" if threads else ""
         console.print(table(times, title=title))
@@ -127,7 +133,8 @@ def main() -> int:
         for line in rows:
             groups.setdefault(f"{line['recipe']} {line['shape']}", {})[line["contender"]] = line["tokens_per_s"]
         _report.plot(args.plot, groups, title=f"Training steps on {args.device}", unit="tokens/s")
-    return 0 if all(time.learns_alike for times in curves.values() for time in times) else 1
+    wrong = any(one["reason"].startswith(WRONG) for one in missing)
+    return int(wrong or not all(time.learns_alike for times in curves.values() for time in times))
 
 
 if __name__ == "__main__":

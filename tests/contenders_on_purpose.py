@@ -1,5 +1,7 @@
-"""Contenders of a training step that are slower or wrong on purpose, for test_train_step.py: each fastlm, changed."""
+"""Contenders of a training step, for test_train_step.py: each fastlm, slower, wrong or broken on purpose."""
 
+import os
+import signal
 import time
 from dataclasses import replace
 
@@ -50,6 +52,18 @@ def _load_shallow(job):
     return model
 
 
+def _prepare_broken(job, model):
+    """Its first step works."""
+    loss, step = FASTLM.prepare(job, model)
+    return loss, lambda number: step(number) if number == 0 else step(1 / 0)
+
+
+def _prepare_killed(job, model):
+    """As the system kills a process that takes too much memory."""
+    loss, step = FASTLM.prepare(job, model)
+    return loss, lambda number: step(number) if number == 0 else os.kill(os.getpid(), signal.SIGKILL)
+
+
 def _prepare_idle(job, model):
     """Forward alone."""
     loss, _ = FASTLM.prepare(job, model)
@@ -66,6 +80,8 @@ def _with(**settings):
 paced, slower = _paced(80), _paced(96)
 cold = replace(FASTLM, prepare=_prepare_cold)
 shallow = replace(FASTLM, load=_load_shallow)
+broken = replace(FASTLM, prepare=_prepare_broken)
+killed = replace(FASTLM, prepare=_prepare_killed)
 idle = replace(FASTLM, prepare=_prepare_idle)
 halved = _with(lr=2.5e-3)
 reseeded = _with(seed=1)

@@ -11,8 +11,17 @@ import pytest
 from training import set_options
 
 from fastlm.testing import timing
+from fastlm.testing.train_step import StepTime
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def bench_train_here(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import bench_train
+
+    return bench_train
 
 
 def bench_train(*options):
@@ -49,12 +58,31 @@ def test_a_run_writes_rows_and_curves(tmp_path):
     assert all((tmp_path / name).stat().st_size > 1000 for name in ("train.png", "curve.png"))
 
 
-def test_curve_plot_wants_a_curve(tmp_path):
-    done = bench_train("--curve", "2")
-    assert "expected at least 3 steps, got 2" in done.stderr
-    done = bench_train("--curve-plot", str(tmp_path / "curve.png"))
-    assert done.returncode == 2
-    assert "expected with --curve N" in done.stderr
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--curve", "2"], "--curve: expected at least 3 steps, got 2"),
+        (["--curve-plot", "curve.png"], "--curve-plot: expected with --curve N"),
+        (["--rounds", "0"], "--rounds: expected at least 1, got 0"),
+        (["--recipe", "t5"], "got 't5'; of fixed steps there are bert-mini-16x128, "),
+        (["--device", "tpu"], "invalid choice: 'tpu'"),
+        (["--device", "cuda"], "--device cuda: torch sees no CUDA device"),
+    ],
+)
+def test_what_cannot_run_is_refused(bench_train_here, options, message, capsys, monkeypatch):
+    monkeypatch.setattr(bench_train_here.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["bench_train.py", "--device", "cpu", *options])
+    with pytest.raises(SystemExit, match="2"):
+        bench_train_here.main()
+    assert message in capsys.readouterr().err
+
+
+def test_who_is_wrong_shows_in_the_exit_status(bench_train_here, capsys, monkeypatch):
+    times = [StepTime("fastlm", 256, 10.0, 1.0), StepTime("transformers", missing="WRONG: computes a loss of 2")]
+    monkeypatch.setattr(bench_train_here, "compare_steps", lambda *_, **__: times)
+    monkeypatch.setattr("sys.argv", ["bench_train.py", "--device", "cpu", "--vocab", "300", *set_options()])
+    assert bench_train_here.main() == 1
+    assert "not run: transformers: WRONG: computes a loss of 2" in capsys.readouterr().out
 
 
 def test_a_contender_that_is_a_fifth_slower_shows_as_that():

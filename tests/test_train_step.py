@@ -37,11 +37,25 @@ def test_a_whole_step_that_is_a_fifth_slower_shows_as_that(compare):
     assert slower.ms / paced.ms == pytest.approx(1.2, abs=0.03)
 
 
-def test_a_contender_that_skips_a_layer_is_an_error_before_the_clock(compare, monkeypatch):
+def test_who_skips_a_layer_or_breaks_is_named_and_not_timed(compare):
     """Of BERT-mini's width: weights as they are drawn make a layer of 32 columns add next to nothing."""
-    monkeypatch.setattr(train_step._Worker, "run", lambda *_: pytest.fail("the clock runs"))
-    with pytest.raises(RuntimeError, match="contenders_on_purpose:shallow computes a loss of"):
-        compare("fastlm", "shallow", sizes={"model__hidden_size": 256, "model__intermediate_size": 1024})
+    sizes = {"model__hidden_size": 256, "model__intermediate_size": 1024}
+    ours, shallow, broken, killed = compare("fastlm", "shallow", "broken", "killed", sizes=sizes, curve=3)
+    assert ours.ms > 0
+    assert not ours.missing
+    assert shallow.missing.startswith(f"{train_step.WRONG}computes a loss of ")
+    assert broken.missing == "failed: ZeroDivisionError: division by zero"
+    assert killed.missing == "failed: its process ended with -9"
+    assert not any(time.losses for time in (shallow, broken, killed))
+    note = train_step.table([ours, killed], title="steps").caption
+    assert "not run: contenders_on_purpose:killed: failed: its process ended with -9" in note
+
+
+def test_a_fastlm_that_breaks_is_an_error(compare):
+    with pytest.raises(RuntimeError, match=r"(?s)contenders_on_purpose:broken failed: ZeroDivision.*in <lambda>"):
+        compare("broken", "idle")
+    with pytest.raises(ValueError, match="rounds: expected at least 1, got 0"):
+        compare("fastlm", rounds=0)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -80,11 +94,11 @@ def test_a_process_s_peak_is_its_own(compare):
     assert 0 < ours.step_mb < ours.peak_mb
 
 
-def test_a_contender_that_computes_something_else_is_an_error():
-    train_step._same_losses({"fastlm": 5.0, "other": 5.0001}, 1e-4)
-    for loss in (4.99, float("nan")):
-        with pytest.raises(RuntimeError, match="other computes"):
-            train_step._same_losses({"fastlm": 5.0, "other": loss}, 1e-4)
+def test_whose_first_loss_is_another_is_wrong():
+    losses = {"fastlm": 5.0, "close": 5.0001, "other": 4.99, "none": float("nan")}
+    wrong = train_step._wrong(losses, 1e-4)
+    assert wrong.keys() == {"other", "none"}
+    assert wrong["other"] == "WRONG: computes a loss of 4.990000 where fastlm computes 5.000000"
 
 
 def test_a_contender_that_cannot_run_is_named():
@@ -178,7 +192,7 @@ def test_texts_padded_or_packed_are_one_loss(form, tmp_path):
     recipe = small(data__row_tokens=64, train__batch_tokens=8 * 64)
     inputs = steps.texts(recipe, 100)
     losses = first_losses(recipe, inputs, ("fastlm", form), tmp_path)
-    train_step._same_losses(losses, 1e-5)
+    assert not train_step._wrong(losses, 1e-5)
 
 
 def test_packing_for_transformers_loses_no_token_and_pads_less():
@@ -217,7 +231,7 @@ def test_steps_of_other_models(made, tmp_path):
     pytest.importorskip("transformers")
     recipe, inputs = made()
     losses = first_losses(recipe, inputs, ("fastlm", "transformers tuned", "transformers patched"), tmp_path, steps=3)
-    train_step._same_losses(losses, 1e-4)
+    assert not train_step._wrong(losses, 1e-4)
 
 
 def test_flops_of_other_models(tmp_path):

@@ -25,6 +25,7 @@ import math
 import resource
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -291,15 +292,28 @@ def _find(name: str) -> Contender:
 
 
 def work(name: str, directory: Path) -> None:
-    """Answers {"loss"} or {"missing"} at once, then every line of stdin, "time N" or "losses N", after N steps.
+    """Answers {"loss"} at once, then every line of stdin, "time N" or "losses N", after N steps.
 
-    "time" takes one step more, before its clock.
+    "time" takes one step more, before its clock. {"missing"} or {"failed"}, with why, is the last answer of one that
+    cannot run, or not any longer.
     """
     answers, sys.stdout = sys.stdout, sys.stderr  # libraries may print
 
     def answer(**values) -> None:
         print(json.dumps(values), file=answers, flush=True)
 
+    try:
+        _serve(name, directory, answer)
+    except ModuleNotFoundError as error:
+        answer(missing=f"{error.name} is not installed")
+    except NotRun as reason:
+        answer(missing=str(reason))
+    except Exception as error:  # whatever it is, this one is named and the others run
+        traceback.print_exc()
+        answer(failed=f"{type(error).__name__}: {error}".partition("\n")[0])
+
+
+def _serve(name: str, directory: Path, answer: Callable[..., None]) -> None:
     contender = _find(name)
     if contender.tuned:
         _malloc.tune()
@@ -310,16 +324,9 @@ def work(name: str, directory: Path) -> None:
     tensors = {key: value.to(device) for key, value in load_file(directory / "batches.safetensors").items()}
     batches = [tuple(tensors[f"{key}.{i}"] for key in TENSORS) for i in range(BATCHES)]
     job = Job(getattr(models, spec["model"]), TrainTable(**spec["train"]), directory / "weights", batches, device)
-    try:
-        model = contender.load(job)
-        before = _memory_mb(device)
-        first_loss, step = contender.prepare(job, model)
-    except ImportError as error:
-        answer(missing=f"{error.name} is not installed")
-        return
-    except NotRun as reason:
-        answer(missing=str(reason))
-        return
+    model = contender.load(job)
+    before = _memory_mb(device)
+    first_loss, step = contender.prepare(job, model)
     answer(loss=first_loss())
     done = 0
     for line in sys.stdin:

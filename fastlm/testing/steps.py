@@ -210,7 +210,12 @@ STEPS: dict[str, Callable[[], tuple[Recipe, StepInputs]]] = {
 def find_step(name: str, settings: Sequence[str] = (), vocab_size: int = 30522) -> tuple[Recipe, StepInputs]:
     """The step of a recipe, `drawn`, or of STEPS. ValueError for an unknown one, or settings that it does not take."""
     if name not in STEPS:
-        recipe = load_recipe(name).with_settings(settings)
+        try:
+            recipe = load_recipe(name).with_settings(settings)
+        except ValueError as error:
+            if str(error).startswith("recipe: expected one of"):
+                raise ValueError(f"{error}; of fixed steps there are {', '.join(STEPS)}") from error
+            raise
         return recipe, drawn(recipe, vocab_size)
     made, inputs = STEPS[name]()
     recipe = replace(made.with_settings(settings), name=name)

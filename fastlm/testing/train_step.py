@@ -1,10 +1,10 @@
 """One training step of fastlm beside the same step of others, interleaved, each contender in a process of its own.
 
 The contenders (fastlm/testing/step_contenders.py) start from the same weights and take the same rows
-(fastlm/testing/steps.py). Before the clock starts each says its loss on the first batch, and one that computes
-something else is an error. Then every round runs each of them for a few steps, in turn: a slow moment of the machine
-meets them all, and an allocator's settings are one process's. The first step of a round is not measured: it finds the
-caches full of another process.
+(fastlm/testing/steps.py). Before the clock starts each says its loss on the first batch. Who computes something else is
+named and takes no further part, and so is who fails, then or later. Then every round runs each of them for a few steps,
+in turn: a slow moment of the machine meets them all, and an allocator's settings are one process's. The first step of a
+round is not measured: it finds the caches full of another process.
 
 Beside the contenders a large matrix product is timed, in the same rounds: a step that did nothing but its matrix
 products (fastlm/train/flops.py, attention's included), at the rate of that one, is the bound. Only real tokens count.
@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -46,6 +47,7 @@ _CHECK = {"float32": 2e-5, "bfloat16": 2e-2}  # how far a contender's first loss
 _ROUNDING = {"float32": 1e-2, "bfloat16": 4e-2}  # and any loss of a curve, without dropout
 _WINDOW = 10  # steps whose mean is compared, with dropout
 _SIGMAS = 4
+WRONG = "WRONG: "  # how StepTime.missing begins where a contender computes something else
 LEAST_CURVE = 3  # steps; fewer say nothing of the noise
 
 
@@ -105,35 +107,47 @@ def compare_steps(
 
     contenders: names of step_contenders.CONTENDERS, or "module:name" of another one. threads: of torch and of fastlm's
     kernels, on a CPU (default torch's). curve: so many steps before the clock, whose losses are kept and compared.
-    RuntimeError where a contender's first loss is not the first one's, or its process fails.
+    Whose first loss is not the first one's is missing, and WRONG. RuntimeError where the first one fails.
     """
+    if rounds < 1:
+        raise ValueError(f"rounds: expected at least 1, got {rounds}")
     with tempfile.TemporaryDirectory(prefix="fastlm-step-") as name:
         directory = Path(name)
         _write_inputs(recipe, inputs, directory, device, threads)
-        workers = {}
+        workers, answers, missing = {}, {}, {}
+
+        def ask(contender: str, *what) -> bool:
+            """Keeps what its process answers, to `what` or at its start. False where it does not run: see `missing`."""
+            if contender in missing:
+                return False
+            answer = workers[contender].run(*what) if what else workers[contender].read()
+            if "failed" in answer and contender in (contenders[0], MATMUL):
+                raise RuntimeError(f"{contender} failed: {answer['failed']}\n{workers[contender].said()}")
+            if "failed" in answer or "missing" in answer:
+                missing[contender] = answer.get("missing") or f"failed: {answer['failed']}"
+            answers[contender] = answer
+            return contender not in missing
+
         try:
             for contender in (*contenders, MATMUL):
                 workers[contender] = _Worker(contender, directory)
-            answers = {contender: worker.read() for contender, worker in workers.items()}
-            missing = {contender: answer["missing"] for contender, answer in answers.items() if "missing" in answer}
-            running = [contender for contender in contenders if contender not in missing]
-            losses = {contender: answers[contender]["loss"] for contender in running}
-            _same_losses(losses, _CHECK[recipe.train.dtype])
-            curves = {contender: workers[contender].run(curve, "losses")["losses"] for contender in running if curve}
-            running.append(MATMUL)
+            losses = {contender: answers[contender]["loss"] for contender in workers if ask(contender)}
+            del losses[MATMUL]
+            missing |= _wrong(losses, _CHECK[recipe.train.dtype])
+            curves = {c: answers[c]["losses"] for c in contenders if curve and ask(c, curve, "losses")}
             # Batches of different lengths: a round is all of them, as often as it takes.
             least = BATCHES if inputs.padded else 1
             steps = {}
-            for contender in running:
-                workers[contender].run(BATCHES)  # the heap settles in as many, and every shape is compiled
-                took = workers[contender].run(least)["seconds"]
-                steps[contender] = least * max(1, math.ceil(seconds / (least * took)))
-            times = {contender: [] for contender in running}
+            for contender in workers:
+                # The heap settles in as many, and every shape is compiled.
+                if ask(contender, BATCHES) and ask(contender, least):
+                    took = answers[contender]["seconds"]
+                    steps[contender] = least * max(1, math.ceil(seconds / (least * took)))
+            times = {contender: [] for contender in steps}
             for _ in range(rounds):
-                for contender in running:
-                    answer = workers[contender].run(steps[contender])
-                    times[contender].append(answer["seconds"] * 1e3)
-                    answers[contender] = answer
+                for contender in steps:
+                    if ask(contender, steps[contender]):
+                        times[contender].append(answers[contender]["seconds"] * 1e3)
         finally:
             for worker in workers.values():
                 worker.close()
@@ -231,18 +245,20 @@ def _write_inputs(recipe: Recipe, inputs: StepInputs, directory: Path, device: s
     (directory / "spec.json").write_text(json.dumps(spec))
 
 
-def _same_losses(losses: dict[str, float], tolerance: float) -> None:
-    first, expected = next(iter(losses.items()))
-    for contender, loss in losses.items():
-        if not abs(loss - expected) <= tolerance * abs(expected):
-            raise RuntimeError(f"{contender} computes a loss of {loss:.6f} where {first} computes {expected:.6f}")
+def _wrong(losses: dict[str, float], tolerance: float) -> dict[str, str]:
+    """{contender: how} of those whose loss is not the first one's."""
+    first, expected = next(iter(losses.items()), ("", math.nan))
+    return {
+        contender: f"{WRONG}computes a loss of {loss:.6f} where {first} computes {expected:.6f}"
+        for contender, loss in losses.items()
+        if contender != first and not abs(loss - expected) <= tolerance * abs(expected)
+    }
 
 
 class _Worker:
     """A contender's process; it runs a round when it is told to, and is idle otherwise."""
 
     def __init__(self, contender: str, directory: Path):
-        self.contender = contender
         environment = {k: v for k, v in os.environ.items() if k not in _malloc.VARIABLES}
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
@@ -252,19 +268,23 @@ class _Worker:
 
     def read(self) -> dict:
         line = self._process.stdout.readline()
-        if not line:
-            self._errors.seek(0)
-            raise RuntimeError(f"{self.contender} failed:\n{self._errors.read()[-2000:]}")
-        return json.loads(line)
+        return json.loads(line) if line else {"failed": f"its process ended with {self._process.wait()}"}
 
     def run(self, steps: int, what: str = "time") -> dict:
         """Runs so many steps: {"seconds": a step, "peak_mb", "step_mb"}; what="losses": {"losses": of each}."""
-        self._process.stdin.write(f"{what} {steps}\n")
-        self._process.stdin.flush()
+        with suppress(BrokenPipeError):  # its last answer says why
+            self._process.stdin.write(f"{what} {steps}\n")
+            self._process.stdin.flush()
         return self.read()
 
+    def said(self) -> str:
+        """The end of what it wrote to stderr."""
+        self._errors.seek(0)
+        return self._errors.read()[-2000:]
+
     def close(self) -> None:
-        self._process.stdin.close()
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()
         self._errors.close()
