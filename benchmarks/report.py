@@ -80,6 +80,22 @@ def ops_table(rows: list[dict]) -> str:
     return _table(["op and shape", "pass", "backend", "ms", "rate", "of ceiling", "× best peer"], out)
 
 
+def contenders_tables(rows: list[dict]) -> str:
+    """A table for each op with all that was measured: a row a shape and pass, a column a contender."""
+    out = []
+    for op in dict.fromkeys(row["op"] for row in rows):
+        of_op = [row for row in rows if row["op"] == op]
+        names = sorted({row["contender"] for row in of_op}, key=lambda name: (not name.startswith("fastlm"), name))
+        lines: dict[tuple[str, str, str], dict[str, str]] = {}
+        for row in of_op:
+            memory = "" if row["peak_mb"] is None else f", {row['peak_mb']:,.0f} MB"
+            cell = f"{row['ms']:.3f} ±{50 * row['ms_iqr'] / row['ms']:.0f}%{memory}"
+            lines.setdefault((row["shape"], row["dtype"], row["pass"]), {})[row["contender"]] = cell
+        cells = [[*where, *(line.get(name, "") for name in names)] for where, line in lines.items()]
+        out.append(f"### {op}\n\n{_table(['shape', 'dtype', 'pass', *names], cells)}")
+    return "\n".join(out)
+
+
 def ops_summary(rows: list[dict]) -> str:
     """For each op and backend the geometric mean over its shapes of (best peer's time / ours), a column a pass."""
     ratios: dict[tuple[str, str], dict[str, list[float]]] = {}
@@ -140,8 +156,20 @@ def curves_note(rows: list[dict]) -> str:
     return out
 
 
-def not_run(missing: list[dict]) -> str:
-    return "".join(f"- not run in {entry['recipe']}: {entry['contender']}: {entry['reason']}\n" for entry in missing)
+def not_run(missing: list[dict], left_out: list[dict] = ()) -> str:
+    """A line for each reason, with the contenders and where it holds; and one for what there was no time for."""
+    reasons: dict[str, list[dict]] = {}
+    for one in missing:
+        reasons.setdefault(one["reason"], []).append(one)
+    out = ""
+    for reason, those in reasons.items():
+        names = dict.fromkeys(one["contender"].partition("+")[0] for one in those)
+        where = dict.fromkeys(one.get("recipe") or f"{one['op']} {one['shape']}" for one in those)
+        if len(where) > 3:
+            where = dict.fromkeys(one.get("recipe") or one["op"] for one in those)
+        out += f"- not run in {', '.join(where)}: {', '.join(names)}: {reason}\n"
+    rest = ", ".join(f"{one['op']} {one['shape']}" for one in left_out)
+    return out + (f"- left out for want of time: {rest}\n" if rest else "")
 
 
 def plots(directory: Path, ops: list[dict], train: list[dict]) -> None:
@@ -174,10 +202,16 @@ def page(directory: Path) -> str:
         out += [
             f"## Ops\n\n{machine(ops_from)}. `{ops_from.get('command', '')}`\n\n"
             "ms: the median of the rounds, ± half of their interquartile range. × best peer: its time over ours, so "
-            "that below 1 fastlm loses. All contenders of a shape, and the ceilings, were timed in turn in one run.\n",
+            "that below 1 fastlm loses. All contenders of a shape, and the ceilings, were timed in turn in one run. Of "
+            "ceiling: of a large copy's GB/s, or a large matrix product's TFLOP/s; above 100% where an op reads more "
+            "than it writes, which a copy does not.\n",
             ops_summary(ops),
             ops_table(ops),
+            not_run(ops_from.get("missing") or [], ops_from.get("left_out") or []),
             "![ops](ops.png)\n",
+            "## Every contender\n\nms, and the memory that a call takes at its peak beyond its inputs. +malloc: with "
+            "an allocator that keeps freed memory, as fastlm's command line has it.\n",
+            contenders_tables(ops),
         ]
     if train:
         out += [

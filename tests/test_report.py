@@ -47,6 +47,25 @@ def test_the_best_of_each_side_counts(report):
     assert "0.50 compile" in table  # a row in which fastlm loses is there like any other
 
 
+def test_no_row_is_hidden(report, tmp_path):
+    """Every contender's time, spread and memory is on the page, and who did not run, with the reason."""
+    missing = [
+        {"op": "gelu", "shape": "rows8", "contender": name, "reason": "needs CUDA, the device is cpu"}
+        for name in ("liger", "te", "te+malloc")
+    ]
+    missing += [{"op": "gelu", "shape": f"rows{n}", "contender": "sdpa", "reason": "has no gelu"} for n in range(9)]
+    more = {"missing": missing, "left_out": [{"op": "gelu", "shape": "rows77"}]}
+    rows = [*ROWS, op("eager", 9.0, peak_mb=None)]
+    (tmp_path / "ops.json").write_text(json.dumps({"provenance": more, "rows": rows}))
+    page = report.page(tmp_path)
+    assert "| shape | dtype | pass | fastlm:cpu | fastlm:cpu+malloc | compile | eager | eager+malloc |" in page
+    cells = "3.000 ±3%, 1 MB | 2.000 ±5%, 1 MB |  | 9.000 ±1% | 5.000 ±2%, 1 MB |"
+    assert f"| rows8 | float32 | fwd | {cells}" in page
+    assert "- not run in gelu rows8: liger, te: needs CUDA, the device is cpu" in page
+    assert "- not run in gelu: sdpa: has no gelu" in page
+    assert "- left out for want of time: gelu rows77" in page
+
+
 def test_a_page_of_a_directory(report, tmp_path):
     provenance = {"cpu": "Some CPU", "cores": 2, "torch": "2.13.0", "commit": "0123456789", "command": "python x.py"}
     for name, rows in (("ops.json", ROWS), ("train.json", STEPS)):
