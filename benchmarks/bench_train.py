@@ -17,6 +17,7 @@ import argparse
 import itertools
 import sys
 from pathlib import Path
+from time import monotonic
 
 import _report
 import torch
@@ -87,6 +88,7 @@ def main() -> int:
     parser.add_argument("--contenders", nargs="+", default=EVERY, choices=EVERY)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=1.0, help="least time of a contender in a round")
+    parser.add_argument("--stop-after", type=float, help="no recipe is begun after so many seconds; it is named")
     parser.add_argument("--threads", type=int, nargs="+", default=[None], help="of a CPU; several: one table each")
     parser.add_argument("--curve", type=int, default=0, metavar="N", help="keep the losses of N steps before the clock")
     parser.add_argument("--json", type=Path)
@@ -102,13 +104,19 @@ def main() -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device")
 
+    began = monotonic()
     try:
         steps = {name: find_step(name, args.set, args.vocab) for name in args.recipe}
     except ValueError as error:
         parser.error(str(error))
     console, rows, missing, curves = Console(highlight=False), [], [], {}
+    left_out = []
     for name, threads in itertools.product(args.recipe, args.threads):
         recipe, inputs = steps[name]
+        if args.stop_after is not None and monotonic() - began > args.stop_after:
+            console.print(f"left out after {args.stop_after:g} s: {name} {inputs.shape}")
+            left_out.append({"op": name, "shape": inputs.shape})
+            continue
         with Console(stderr=True).status(f"{name}: {len(args.contenders)} contenders"):  # on a terminal
             times = compare_steps(
                 recipe, inputs, device=args.device, contenders=args.contenders,
@@ -125,7 +133,9 @@ def main() -> int:
             if time.missing and threads == args.threads[0]
         ]
         if args.json:
-            _report.write_json(args.json, rows, missing=missing)
+            _report.write_json(args.json, rows, missing=missing, left_out=left_out)
+    if args.json and left_out:
+        _report.write_json(args.json, rows, missing=missing, left_out=left_out)
     if args.curve_plot:
         plot_curves(args.curve_plot, curves)
     if args.plot:

@@ -220,7 +220,7 @@ def page(directory: Path) -> str:
             "of one large product in the same rounds, over ms. MB: the process's peak, and what of it came after the "
             "model was loaded. Contenders: fastlm/testing/step_contenders.py.\n",
             train_table(train),
-            not_run(train_from.get("missing") or []),
+            not_run(train_from.get("missing") or [], train_from.get("left_out") or []),
             "![training steps](train.png)\n",
             curves_note(train),
         ]

@@ -8,7 +8,8 @@
 # PYTHON          the interpreter that has torch (default python3)
 # FASTLM_COMMIT   what the results call the commit, where the tree comes without git
 # Each part writes as it goes, <part>.log above all; a part that fails or runs out of time stops no other. The parts that
-# run by themselves take less than ten minutes together; sanitizer, five minutes more, is run by its name.
+# run by themselves take less than ten minutes together, and so does each where it is the only one named: `train` then has
+# time for GPT-2 and T5 behind BERT. sanitizer, five minutes more, is run by its name.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
@@ -34,7 +35,7 @@ if [ -z "$gpu" ] && [ $dry -eq 0 ]; then
 fi
 out=$PWD/benchmarks/results/${gpu:-gpu}
 
-# The command of a part, and the seconds that it may take.
+# The command of a part that may take so many seconds; and the seconds.
 command_of() {
   case $1 in
     # From tests/, so that the fastlm that was installed is tested and not the tree's. A process for each op, since
@@ -58,12 +59,13 @@ command_of() {
       ;;
     # The first shapes of all ops first, and none begun in the last seconds.
     ops)
-      echo "$PYTHON benchmarks/bench_ops.py --op all --device cuda --rounds 5 --min-ms 10 --seconds 100" \
+      echo "$PYTHON benchmarks/bench_ops.py --op all --device cuda --rounds 5 --min-ms 10 --seconds $(($2 - 40))" \
         "--json $out/ops.json --plot $out/ops.png"
       ;;
-    # BERT-base at 512 tokens. Few steps: one is 32768 tokens.
+    # BERT-base at 512 tokens, few steps, each of 32768; then the others, if two minutes are left for one.
     train)
-      echo "$PYTHON benchmarks/bench_train.py --device cuda --recipe bert-base --rounds 5 --seconds 0.5" \
+      echo "$PYTHON benchmarks/bench_train.py --device cuda --recipe bert-base gpt2-124m-16x1024 t5-base-32x512" \
+        "--rounds 5 --seconds 0.5 --stop-after $(($2 - 120))" \
         "--json $out/train.json --plot $out/train.png"
       ;;
     # torch's tables and trace; then nsys and ncu where they are installed, and their command lines where not. From
@@ -74,13 +76,14 @@ command_of() {
   esac
 }
 seconds_of() {
+  [ "$1" = sanitizer ] && echo 280 && return
+  [ ${#chosen[@]} -eq 1 ] && echo 580 && return
   case $1 in
-    tests) echo 240 ;;
-    ops) echo 140 ;;
-    train) echo 110 ;;
-    profile) echo 70 ;;
-    report) echo 20 ;;
-    sanitizer) echo 280 ;;
+    tests) echo 220 ;;
+    ops) echo 130 ;;
+    train) echo 150 ;;
+    profile) echo 65 ;;
+    report) echo 15 ;;
   esac
 }
 
@@ -90,7 +93,7 @@ if [ $dry -eq 1 ]; then
   echo "  install: $INSTALL"
   total=0
   for part in "${chosen[@]}"; do
-    echo "  $part, at most $(seconds_of "$part") s: $(command_of "$part")"
+    echo "  $part, at most $(seconds_of "$part") s: $(command_of "$part" "$(seconds_of "$part")")"
     total=$((total + $(seconds_of "$part")))
   done
   echo "  together at most $total s"
@@ -142,6 +145,6 @@ for part in "${chosen[@]}"; do
     echo "sanitizer: compute-sanitizer is not installed" | tee -a "$out/status.txt"
     continue
   fi
-  run "$part" "$(seconds_of "$part")" "$(command_of "$part")"
+  run "$part" "$(seconds_of "$part")" "$(command_of "$part" "$(seconds_of "$part")")"
 done
 exit $failed

@@ -77,6 +77,20 @@ def test_what_cannot_run_is_refused(bench_train_here, options, message, capsys, 
     assert message in capsys.readouterr().err
 
 
+def test_what_there_is_no_time_for_is_named(bench_train_here, tmp_path, capsys, monkeypatch):
+    """The first recipe runs; `began` and a look at the clock for each are all that asks for the time."""
+    monkeypatch.setattr(bench_train_here, "compare_steps", lambda *_, **__: [StepTime("fastlm", 256, 10.0, 1.0)])
+    monkeypatch.setattr(bench_train_here, "monotonic", iter([0.0, 4.0, 6.0]).__next__)
+    options = ["--device", "cpu", "--vocab", "300", "--stop-after", "5", "--json", str(tmp_path / "train.json")]
+    options += ["--recipe", "bert-mini", "bert-small", *set_options()]
+    monkeypatch.setattr("sys.argv", ["bench_train.py", *options])
+    assert bench_train_here.main() == 0
+    assert "left out after 5 s: bert-small 8x32" in capsys.readouterr().out
+    content = json.loads((tmp_path / "train.json").read_text())
+    assert [row["recipe"] for row in content["rows"]] == ["bert-mini"]
+    assert content["provenance"]["left_out"] == [{"op": "bert-small", "shape": "8x32"}]
+
+
 def test_who_is_wrong_shows_in_the_exit_status(bench_train_here, capsys, monkeypatch):
     times = [StepTime("fastlm", 256, 10.0, 1.0), StepTime("transformers", missing="WRONG: computes a loss of 2")]
     monkeypatch.setattr(bench_train_here, "compare_steps", lambda *_, **__: times)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fastlm.testing import steps
 from fastlm.testing.cases import CASES
 from fastlm.train import load_recipe
 
@@ -38,8 +39,11 @@ def test_dry_run_prints_the_plan_and_checks_the_imports():
     assert int(re.search("together at most (\\d+) s", done.stdout)[1]) < 600
     plan = dict(re.findall(r"  (\w+), at most \d+ s: (.*)", done.stdout))
     assert "fastlm profile bert-base --device cuda" in plan["profile"]
-    assert "--recipe bert-base" in plan["train"]
+    names = re.search("--recipe (.*?) --", plan["train"])[1].split()
+    assert names[0] == "bert-base"
     assert load_recipe("bert-base").data.row_tokens == 512
+    assert set(names[1:]) <= steps.STEPS.keys()
+    assert "--stop-after 30" in plan["train"]
     assert files() == before
 
 
@@ -49,6 +53,9 @@ def test_dry_run_of_one_part_names_a_failing_import(tmp_path):
     assert done.returncode == 1
     assert "triton: ImportError: planted" in done.stdout
     assert "train, at most" not in done.stdout
+    # Alone, a part has the ten minutes for itself.
+    assert "ops, at most 580 s" in done.stdout
+    assert "--seconds 540" in done.stdout
 
 
 def test_the_tests_of_a_failing_op_stop_no_others(tmp_path):
