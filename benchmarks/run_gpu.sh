@@ -16,7 +16,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 PYTHON=${PYTHON:-python3}
 PARTS=(tests ops train profile report)
 EVERY=("${PARTS[@]}" sanitizer)
-OPS="attention layer_norm rms_norm cross_entropy linear_cross_entropy mlm_mask gelu embedding"
+OPS="attention layer_norm rms_norm cross_entropy linear_cross_entropy mlm_mask gelu embedding dropout"
 dry=0
 chosen=()
 for argument in "$@"; do
