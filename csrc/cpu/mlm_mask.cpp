@@ -2,13 +2,19 @@
 //
 // One pass over fixed blocks of tokens writes input_ids, labels and each block's list of selected tokens; the lists'
 // lengths give every block its place in `index`, and a second pass copies the lists there. Within a block a chunk of
-// tokens at a time goes through short arrays, so that Philox, one call per token, runs on vectors; r1 and r2 are looked
-// at for selected tokens only.
+// tokens at a time goes through short arrays, so that Philox, one call per token, runs on vectors; the selected tokens'
+// r1 and r2 are packed, and what takes their places is drawn on vectors too.
 #include "mlm_mask.h"
 
 #include "parallel.h"
 #include "philox_many.h"
 #include "simd.h"
+
+#ifdef FASTLM_HAS_CLONES
+// GCC 12 warns about its own header (GCC bug 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#endif
 
 namespace fastlm::cpu {
 namespace {
@@ -90,25 +96,88 @@ FASTLM_INLINE void fill_starts(const MlmMask& a, int64_t begin, int64_t n, Chunk
   for (int64_t i = a.cols - begin % a.cols; i < n; i += a.cols) chunk.starts[i] = 1;
 }
 
-FASTLM_INLINE int64_t replacement(const MlmMask& a, uint32_t r1, uint32_t r2, int64_t id) {
-  if (r1 < a.mask_below) return a.mask_token_id;
-  if (r1 >= a.replace_below) return id;
-  int64_t j = int64_t(uint64_t(r2) * uint64_t(a.vocab_size - a.lefts) >> 32);
-  for (int64_t s = 0; s < a.lefts; ++s) j += j >= a.left_out[s];
-  return j;
+// r < t for a t in [0, 2^32], as a 32-bit compare.
+struct Below {
+  explicit Below(uint64_t t) : any(t > 0), last(uint32_t(t - any)) {}
+  bool operator()(uint32_t r) const { return any & (r <= last); }
+  bool any;
+  uint32_t last;
+};
+
+// A chunk's selected tokens, in order, filled up to sixteen with what is not read.
+struct Picked {
+  uint32_t place[kLanes + 16], r1[kLanes + 16], r2[kLanes + 16];
+};
+
+// Fills `picked`; returns how many. Which tokens are selected cannot be foretold: with branches this takes as long as
+// Philox.
+#ifdef FASTLM_HAS_CLONES
+__attribute__((target("avx512f"))) int64_t pick(const Chunk& chunk, int64_t n, Picked& picked) {
+  const auto& word = chunk.lanes.word;
+  __m512i place = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; i += 16) {
+    const __m512i flags = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(chunk.selected + i)));
+    const __mmask16 mask = _mm512_test_epi32_mask(flags, flags);
+    _mm512_storeu_si512(picked.place + count, _mm512_maskz_compress_epi32(mask, place));
+    _mm512_storeu_si512(picked.r1 + count, _mm512_maskz_compress_epi32(mask, _mm512_load_si512(word[1] + i)));
+    _mm512_storeu_si512(picked.r2 + count, _mm512_maskz_compress_epi32(mask, _mm512_load_si512(word[2] + i)));
+    place = _mm512_add_epi32(place, _mm512_set1_epi32(16));
+    count += __builtin_popcount(mask);
+  }
+  return count;
+}
+
+__attribute__((target("default")))
+#endif
+int64_t pick(const Chunk& chunk, int64_t n, Picked& picked) {
+  int64_t count = 0;
+  for (int64_t eight = 0; eight < n; eight += 8) {
+    uint64_t flags;  // little-endian: the lowest byte is the first token
+    std::memcpy(&flags, chunk.selected + eight, 8);
+    for (; flags; flags &= flags - 1, ++count) {
+      const int64_t i = eight + __builtin_ctzll(flags) / 8;
+      picked.place[count] = uint32_t(i);
+      picked.r1[count] = chunk.lanes.word[1][i];
+      picked.r2[count] = chunk.lanes.word[2][i];
+    }
+  }
+  for (int64_t k = count; k % 16; ++k) picked.r1[k] = picked.r2[k] = 0;
+  return count;
+}
+
+// Of `count` tokens: r1 becomes whether another one takes the place, r2 which.
+FASTLM_INLINE void replace(const MlmMask& a, int64_t count, Picked& picked) {
+  const uint64_t choices = uint64_t(a.vocab_size - a.lefts);
+  const uint32_t mask = uint32_t(a.mask_token_id);
+  const Below masked(a.mask_below), replaced(a.replace_below);
+  for (int64_t k = 0; k < count; k += 16) {
+    uint32_t *r1 = picked.r1 + k, *token = picked.r2 + k;
+#pragma omp simd
+    for (int64_t l = 0; l < 16; ++l) token[l] = uint32_t(token[l] * choices >> 32);
+    for (int64_t s = 0; s < a.lefts; ++s) {
+      const uint32_t left = uint32_t(a.left_out[s]);
+#pragma omp simd
+      for (int64_t l = 0; l < 16; ++l) token[l] += token[l] >= left;
+    }
+#pragma omp simd
+    for (int64_t l = 0; l < 16; ++l) {
+      token[l] = masked(r1[l]) ? mask : token[l];
+      r1[l] = masked(r1[l]) | replaced(r1[l]);
+    }
+  }
 }
 
 // Tokens [begin, end); their selected ones, relative to begin, go to `list`. Returns how many; `outside` is set to an
 // id outside the vocabulary.
 FASTLM_CLONES int64_t mask_block(const MlmMask& a, int64_t begin, int64_t end, uint16_t* list, bool* outside) {
   const Key key = make_key(a.seed, kMaskDomain);
-  // 32-bit compares: r0 < t is r0 <= t - 1 with a t that is not 0.
-  const uint8_t any = a.select_below > 0;
-  const uint32_t last = uint32_t(a.select_below - any);
+  const Below below(a.select_below);
   uint32_t word = a.word_starts && begin < end ? word_before(a, begin, key) : 0;
   int64_t count = 0;
   uint32_t wrong = 0;
   Chunk chunk;
+  Picked picked;
   for (int64_t start = begin; start < end; start += kLanes) {
     const int64_t n = std::min(kLanes, end - start);
     const int64_t* ids = a.input_ids + start;
@@ -122,10 +191,15 @@ FASTLM_CLONES int64_t mask_block(const MlmMask& a, int64_t begin, int64_t end, u
     if (a.special_tokens_mask) {
       for (int64_t i = 0; i < n; ++i) chunk.special[i] = a.special_tokens_mask[start + i];
     } else {
-      for (int64_t i = 0; i < n; ++i) chunk.special[i] = 0;
-      for (int64_t s = 0; s < a.specials; ++s) {
-        const uint32_t special = uint32_t(a.special_ids[s]);
-        for (int64_t i = 0; i < n; ++i) chunk.special[i] |= chunk.id[i] == special;
+      for (int64_t i = 0; i < n; i += 16) {
+        uint32_t special[16] = {};
+        for (int64_t s = 0; s < a.specials; ++s) {
+          const uint32_t id = uint32_t(a.special_ids[s]);
+#pragma omp simd
+          for (int64_t l = 0; l < 16; ++l) special[l] |= chunk.id[i + l] == id;
+        }
+#pragma omp simd
+        for (int64_t l = 0; l < 16; ++l) chunk.special[i + l] = uint8_t(special[l]);
       }
     }
     if (a.word_starts) fill_starts(a, start, n, chunk);
@@ -139,23 +213,22 @@ FASTLM_CLONES int64_t mask_block(const MlmMask& a, int64_t begin, int64_t end, u
     }
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
-      chunk.selected[i] = any & (chunk.special[i] ^ 1) & uint8_t(r0[i] <= last);
+      chunk.selected[i] = below(r0[i]) & (chunk.special[i] ^ 1);
     }
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
       out[i] = ids[i];
       labels[i] = chunk.selected[i] ? ids[i] : kIgnore;
     }
-    for (int64_t i = n; i % 8; ++i) chunk.selected[i] = 0;
-    for (int64_t eight = 0; eight < n; eight += 8) {
-      uint64_t flags;  // little-endian: the lowest byte is the first token
-      std::memcpy(&flags, chunk.selected + eight, 8);
-      for (; flags; flags &= flags - 1) {
-        const int64_t i = eight + __builtin_ctzll(flags) / 8;
-        out[i] = replacement(a, chunk.lanes.word[1][i], chunk.lanes.word[2][i], ids[i]);
-        list[count++] = uint16_t(start - begin + i);
-      }
+    for (int64_t i = n; i % 16; ++i) chunk.selected[i] = 0;
+    const int64_t selected = pick(chunk, n, picked);
+    replace(a, selected, picked);
+    for (int64_t k = 0; k < selected; ++k) {
+      const int64_t i = picked.place[k];
+      out[i] = picked.r1[k] ? int64_t(picked.r2[k]) : ids[i];
+      list[count + k] = uint16_t(start - begin + i);
     }
+    count += selected;
   }
   *outside |= wrong;
   return count;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from fastlm import ops
 
@@ -18,8 +19,8 @@ class Dropout(torch.nn.Dropout):
         super().__init__(p, inplace)
         self.stream = stream
 
-    def forward(self, input: torch.Tensor, rng: torch.Tensor | None = None) -> torch.Tensor:
-        """input (..., cols); rng int64 (2,), (seed, step), on its device, or None."""
+    def forward(self, input: torch.Tensor, rng: torch.Tensor | None = None, *, relu: bool = False) -> torch.Tensor:
+        """input (..., cols), or with `relu` max(input, 0); rng int64 (2,), (seed, step), on its device, or None."""
         if rng is None or not self.training:
-            return super().forward(input)
-        return ops.dropout(input, self.p, rng=rng, stream=self.stream)
+            return super().forward(F.relu(input) if relu else input)
+        return ops.dropout(input, self.p, rng=rng, stream=self.stream, relu=relu)

@@ -53,9 +53,9 @@ class MLP(torch.nn.Module):
         """x (..., in_features) -> (..., out_features). rng: of the dropout; see `fastlm.nn.Dropout`."""
         if self.activation == "relu":
             h, gate = self._halves(self.linear1(x))
-            if gate is None and rng is not None and self.training:
-                return self.linear2(ops.dropout(h, self.dropout.p, rng=rng, stream=self.dropout.stream, relu=True))
-            h = F.relu(h) if gate is None else F.relu(h) * gate
+            if gate is None:
+                return self.linear2(self.dropout(h, rng, relu=True))
+            h = F.relu(h) * gate
         else:
             h, gate = self._halves(F.linear(x, self.linear1.weight))
             h = ops.gelu(h, self.linear1.bias, gate=gate, approximate=self.approximate)
