@@ -99,6 +99,23 @@ def test_who_is_wrong_shows_in_the_exit_status(bench_train_here, capsys, monkeyp
     assert "not run: transformers: WRONG: computes a loss of 2" in capsys.readouterr().out
 
 
+def test_no_contender_always_has_the_same_place():
+    """Every round runs each of them once, in an order of its own, the same ones in every run."""
+
+    def orders():
+        ran = []
+        timers = {name: lambda calls, name=name: ran.append(name) or 1.0 for name in "abcd"}
+        times = timing.interleaved_timers(timers, rounds=12, min_ms=1.0)
+        assert all(len(of.rounds) == 12 for of in times.values())
+        ran = ran[-12 * len(timers) :]  # without the warm-up
+        return [ran[start : start + 4] for start in range(0, len(ran), 4)]
+
+    drawn = orders()
+    assert all(sorted(order) == list("abcd") for order in drawn)
+    assert all({order[place] for order in drawn} == set("abcd") for place in (0, 3))
+    assert orders() == drawn
+
+
 def test_a_contender_that_is_a_fifth_slower_shows_as_that():
     def spin(ms):
         def run():
