@@ -1,33 +1,13 @@
 """dropout in Triton, with a ReLU before it. The maths, with its source: fastlm/ops/dropout.py.
 
-A program takes a tile of elements.
+A program takes a tile of elements, as large as gelu's: 16 a thread, four calls of Philox.
 """
-
-from dataclasses import dataclass
 
 import triton
 import triton.language as tl
 
+from .gelu import config
 from .philox import dropout_key, keep_rows
-from .tuning import choose
-
-
-@dataclass(frozen=True)
-class Config:
-    """Tile and warps: 16 elements a thread, four calls of Philox, as gelu's tile."""
-
-    block_m: int
-    block_n: int
-    num_warps: int = 4
-
-
-def config(cols: int, kernel: str) -> Config:
-    """2048 elements; 256 columns of a row, one warp's 16-byte loads, where there are as many."""
-    block_n = min(256, max(16, triton.next_power_of_2(cols)))
-    return choose(
-        kernel, (block_n,), lambda: Config(2048 // block_n, block_n),
-        lambda: [Config(tile // block_n, block_n, warps) for tile in (1024, 2048, 4096) for warps in (2, 4, 8)],
-    )  # fmt: skip
 
 
 @triton.jit
