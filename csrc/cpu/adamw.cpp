@@ -5,6 +5,9 @@
 // no result depends on the number of threads.
 #include "adamw.h"
 
+#include <algorithm>
+#include <cmath>
+
 #include "parallel.h"
 #include "simd.h"
 
@@ -12,10 +15,10 @@ namespace fastlm::cpu {
 namespace {
 
 constexpr int64_t BLOCK = 16384;
-constexpr int64_t PIECE =
-    2048;                      // squares that are added up in float, 32 in a lane; the pieces' sums are added in double
-constexpr int64_t LANES = 64;  // four vectors of AVX-512: an addition need not wait for the one before
-constexpr int64_t LINE = 16;   // floats of a cache line
+// Squares that are added up in float, 32 in a lane; the pieces' sums are added in double.
+constexpr int64_t PIECE = 2048;
+constexpr int64_t LANES = 64;   // four vectors of AVX-512: an addition need not wait for the one before
+constexpr int64_t LINE = 16;    // floats of a cache line
 constexpr int64_t AHEAD = 256;  // what is prefetched: a tenth of the update's time, nothing of the norm's
 
 // Calls f(b, i, begin) for every block of every tensor: block b of all is [begin, begin + BLOCK) of tensor i.

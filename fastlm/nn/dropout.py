@@ -1,4 +1,4 @@
-"""Dropout that no fused op covers."""
+"""Dropout where no norm or attention comes next, with a ReLU before it or without."""
 
 from __future__ import annotations
 

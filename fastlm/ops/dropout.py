@@ -78,9 +78,8 @@ def _bwd_cpu(dy, y, p, rng, stream):
     dy2, at = as_rows(dy), _native.address
     y = None if y is None else y.contiguous()
     _native.cpu().dropout_bwd(
-        at(dy2), at(y), at(dx), *dy2.shape, dy2.stride(0), y is not None, philox.threshold(p),
-        _random.row_scale(p), at(rng), stream, _native.DTYPE_CODES[dy.dtype],
-        _native.threads(),
+        at(dy2), at(y), at(dx), *dy2.shape, dy2.stride(0), y is not None, philox.threshold(p), _random.row_scale(p),
+        at(rng), stream, _native.DTYPE_CODES[dy.dtype], _native.threads(),
     )  # fmt: skip
     return dx
 
