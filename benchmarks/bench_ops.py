@@ -4,7 +4,7 @@
     python benchmarks/bench_ops.py --op attention --device cuda --vs sdpa-flash,sdpa-cudnn,flash_attn
 
 All contenders of a shape are timed in turn, round by round, on fresh inputs larger than the cache, and with them the
-ceilings: a large copy and a large matrix product. Before the clock every contender's results are held against eager's
+ceilings: a copy, on a GPU of as many bytes as the op moves, and a large matrix product. Before the clock every contender's results are held against eager's
 in float32. On a CPU the contenders run in two processes, one with glibc's allocator as shipped and one ("+malloc") that
 keeps freed memory, as fastlm's command line does; the best time of all peers counts. What cannot run is named with why.
 Memory is measured after the clock, in a call of its own.
@@ -58,6 +58,7 @@ AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 OVERHEAD = dataclasses.replace(CASES["layer_norm"], benchmarks=(Variant({"rows": 1, "cols": 8}),), benchmarks_cuda=())
 OURS = ("cpu", "triton", "cuda")
 MATMUL = {"cpu": 1024, "cuda": 8192}  # rows and columns of the square matrices
+MOST_SETS = 32  # of inputs
 WRONG = "WRONG: "
 BENCHMARKS: dict[str, OpCase] = {**CASES, "call overhead": OVERHEAD}
 
@@ -177,7 +178,7 @@ class Bench:
     def prepare(self, op: str, index: int, dtype: torch.dtype, device: str, vs: tuple[str, ...]):
         """({contender: its passes}, {contender: why it is missing}) of benchmark shape `index` of `op`."""
         self.contenders: dict[str, Contender] = {}
-        self.device = torch.device(device)
+        self.device, self.ahead = torch.device(device), BENCHMARKS[op] is not OVERHEAD
         torch.manual_seed(0)
         torch._dynamo.reset()
         gc.collect()
@@ -238,7 +239,7 @@ class Bench:
         """As many inputs as it takes to fill the cache twice."""
         first = self.draw(case, variant, 0, dtype)
         size = sum(x.numel() * x.element_size() for x in first.values() if isinstance(x, torch.Tensor))
-        count = min(32, math.ceil(2 * cache_bytes(self.device) / size))
+        count = min(MOST_SETS, math.ceil(2 * cache_bytes(self.device) / size))
         return [first, *(self.draw(case, variant, seed, dtype) for seed in range(1, count))]
 
     def backends(self, op: str, inputs: dict) -> list[str]:
@@ -247,16 +248,21 @@ class Bench:
         names = [name for name in OURS if _registry.reason(op, name, x.device.type, x.dtype, x) is None]
         return names or ["auto"]
 
-    def prepare_ceilings(self, dtype: torch.dtype, device: str) -> dict[str, int]:
-        """Bytes that one copy moves, and the operations of one matrix product."""
-        gpu = device == "cuda"
-        source = torch.ones((1 << 30 if gpu else 1 << 28) // 4, device=device)
-        target = torch.empty_like(source)
+    def prepare_ceilings(self, dtype: torch.dtype, device: str, moved: int) -> dict[str, int]:
+        """Bytes that one copy moves, and the operations of one matrix product.
+
+        On a GPU the copy moves as many as the op, `moved`, between buffers that take turns, together twice the cache; on
+        a CPU a large one is the faster, and the ceiling.
+        """
+        self.device = torch.device(device)
+        half = -(-moved // 1024) * 512 if device == "cuda" else 1 << 28  # whole lines of the cache
+        count = min(MOST_SETS, math.ceil(2 * cache_bytes(self.device) / half)) if device == "cuda" else 1
+        pairs = [(torch.empty_like(x), x) for x in torch.ones(count, half, dtype=torch.uint8, device=device)]
+        following = itertools.cycle(pairs).__next__
         a, b = (torch.randn(2, MATMUL[device], MATMUL[device], device=device) * 0.01).to(dtype)
         c = torch.empty_like(a)
-        self.ceilings = {"copy": lambda: target.copy_(source), "matmul": lambda: torch.matmul(a, b, out=c)}
-        self.device = torch.device(device)
-        return {"copy": 2 * source.nbytes, "matmul": 2 * MATMUL[device] ** 3}
+        self.ceilings = {"copy": lambda: torch.Tensor.copy_(*following()), "matmul": lambda: torch.matmul(a, b, out=c)}
+        return {"copy": 2 * half, "matmul": 2 * MATMUL[device] ** 3}
 
     def allocator(self) -> str:
         return _malloc.state()
@@ -265,7 +271,7 @@ class Bench:
         """Milliseconds a call."""
         contender = self.contenders[name]
         with contender.around():
-            return timing.time_calls(partial(contender.run, which), calls, self.device)
+            return timing.time_calls(partial(contender.run, which), calls, self.device, self.ahead)
 
     def time_ceiling(self, name: str, calls: int) -> float:
         return timing.time_calls(self.ceilings[name], calls, self.device)
@@ -373,11 +379,15 @@ def bench_shape(processes, op, index, dtype, args) -> tuple[list[dict], dict[str
             for which in its[-1:] if args.whole else its:
                 contenders[which][name + suffix] = process, name
     first = next(iter(processes.values()))
-    amounts = first("prepare_ceilings", DTYPES[dtype], args.device)
     rows, ceilings = [], []
     for which, running in contenders.items():
         if not running:
             continue
+        directions = (False, True)[: 1 + PASSES.index(which)]
+        count = variant.shape, variant.options
+        moved = sum(case.bytes(*count, DTYPES[dtype].itemsize, backward) for backward in directions)
+        flops = sum(case.flops(*count, backward) for backward in directions)
+        amounts = first("prepare_ceilings", DTYPES[dtype], args.device, moved)
         timers = {name: partial(process, "time", plain, which) for name, (process, plain) in running.items()}
         timers |= {name: partial(first, "time_ceiling", name) for name in amounts}
         times = timing.interleaved_timers(timers, rounds=args.rounds, min_ms=args.min_ms)
@@ -385,10 +395,6 @@ def bench_shape(processes, op, index, dtype, args) -> tuple[list[dict], dict[str
         ceilings.append(
             {"op": op, "shape": label(case, variant), "copy_gbps": copy / 1e6, "matmul_tflops": matmul / 1e9}
         )
-        directions = (False, True)[: 1 + PASSES.index(which)]
-        count = variant.shape, variant.options
-        moved = sum(case.bytes(*count, DTYPES[dtype].itemsize, backward) for backward in directions)
-        flops = sum(case.flops(*count, backward) for backward in directions)
         for name, (process, plain) in running.items():
             ms = times[name].ms
             rows.append(

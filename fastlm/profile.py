@@ -4,7 +4,7 @@ What is profiled is the step of a recipe on drawn ids (fastlm/testing/steps.py):
 after a warm-up. Modules have ranges by their names, "layers.3.attention", and in backward "layers.3 backward";
 ops those of torch, ours "fastlm::attention_fwd" and "attention_fwdBackward".
 
-    torch    torch's profiler, on any device: a table of ops, one of modules, a Chrome trace
+    torch    torch's profiler, on any device: a table of ops, one of modules, on a GPU one of kernels, a Chrome trace
     nsys     Nsight Systems: kernels, NVTX ranges and CUDA graphs on one time line
     ncu      Nsight Compute: every counter of the step's first kernels
 
@@ -33,16 +33,16 @@ from fastlm.testing.step_contenders import fastlm_step
 from fastlm.testing.steps import find_step
 
 TOOLS = ("torch", "nsys", "ncu")
-TRACE, OPS, MODULES = "trace.json", "ops.csv", "modules.csv"
+TRACE, OPS, MODULES, KERNELS = "trace.json", "ops.csv", "modules.csv", "kernels.csv"
 _WARMUP = 3
-_KERNELS = 40  # that ncu measures; each is run some forty times
+_MEASURED = 40  # kernels that ncu measures; each is run some forty times
 
 
 @dataclass(frozen=True)
 class Row:
     """An op or a module: calls and milliseconds of a step, its own ("self") and with what it calls ("total").
 
-    On a GPU milliseconds of its kernels, else of the host.
+    On a GPU milliseconds of the kernels that it launches, else of the host. A kernel is a row of its own there.
     """
 
     name: str
@@ -62,7 +62,7 @@ def command(tool: str, out: Path, arguments: Sequence[str]) -> list[str]:
         return ["nsys", "profile", *options, *inside]
     options = [
         f"--export={out / 'kernels'}", "--force-overwrite", "--profile-from-start=off", "--nvtx", "--set=full",
-        "--import-source=yes", "--graph-profiling=node", f"--launch-count={_KERNELS}",
+        "--import-source=yes", "--graph-profiling=node", f"--launch-count={_MEASURED}",
     ]  # fmt: skip
     return ["ncu", *options, *inside]
 
@@ -168,35 +168,39 @@ def _with_torch(model, step, out: Path, steps: int, say) -> list[Row]:
     for number in range(_WARMUP):
         step(number)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
-    with torch.profiler.profile(activities=activities) as profiler, named_ranges(model):
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler, named_ranges(model):
         _run(step, steps)
         if gpu:
             torch.cuda.synchronize()
     profiler.export_chrome_trace(str(out / TRACE))
     names = {name for name, _ in model.named_modules() if name}
     names |= {f"{name} backward" for name in names}
-    ops, modules = [], []
+    ops, modules, kernels = [], [], []
     for event in profiler.key_averages():
+        on_device = event.device_type == torch.autograd.DeviceType.CUDA
+        if event.key.startswith(("step ", "Optimizer.", "ProfilerStep")) or (on_device and event.key in names):
+            continue  # a range as the device saw it, idle time and all, is the host's once more
         own, total = (
             (event.self_device_time_total, event.device_time_total)
             if gpu
             else (event.self_cpu_time_total, event.cpu_time_total)
         )
         row = Row(event.key, event.count / steps, own / 1e3 / steps, total / 1e3 / steps)
-        if event.key in names:
-            modules.append(row)
-        elif not event.key.startswith(("step ", "Optimizer.", "ProfilerStep")):
-            ops.append(row)
+        (kernels if on_device else modules if event.key in names else ops).append(row)
     ops.sort(key=lambda row: -row.self_ms)
     modules.sort(key=lambda row: -row.total_ms)
-    _write_csv(out / OPS, ops)
-    _write_csv(out / MODULES, modules)
+    kernels.sort(key=lambda row: -row.self_ms)
+    files = {OPS: ops, MODULES: modules, **({KERNELS: kernels} if gpu else {})}
+    for name, rows in files.items():
+        _write_csv(out / name, rows)
     whole = sum(row.self_ms for row in ops)
     where = "GPU" if gpu else "host"
     say(_table(f"{where} time by op, {whole:.1f} ms a step", ops, "self_ms", whole))
+    if gpu:
+        say(_table("GPU time by kernel", kernels, "self_ms", sum(row.self_ms for row in kernels)))
     layers = [row for row in modules if row.name.removesuffix(" backward").count(".") < 2]
     say(_table(f"{where} time by module, what it calls included", layers, "total_ms", whole))
-    say(f"{out}/: {TRACE} (for chrome://tracing or ui.perfetto.dev), {OPS}, {MODULES}")
+    say(f"{out}/: {TRACE} (for chrome://tracing or ui.perfetto.dev), {', '.join(files)}")
     return ops
 
 

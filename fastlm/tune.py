@@ -2,7 +2,8 @@
 
 What is tuned comes from the ops themselves: a call is observed, and every kernel that asked for a configuration
 (fastlm.kernels.tuning.choose) has its candidates timed in place, one kernel at a time, in the calls of the OpCases'
-benchmark shapes. A candidate replaces the rule's configuration where it is faster by more than MARGIN.
+benchmark shapes for a GPU: in forward and backward, where there is one, since a forward that makes a gradient does more
+than one that does not. A candidate replaces the rule's configuration where it is faster by more than MARGIN.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from fastlm.testing.cases import CASES, OpCase, Variant
 MARGIN = 0.02  # of the time of a call; what is nearer is noise
 CALLS = 10  # in a CUDA graph, so that the host's time does not count
 REPLAYS = 20
+LARGER = 256 << 20  # bytes of inputs, twice the second-level cache of any GPU; of fewer up to four sets take turns
 
 Measure = Callable[[Callable[[], object]], float]
 
@@ -50,7 +52,7 @@ def device_ms(function: Callable[[], object]) -> float:
 
 def tune(
     ops: Iterable[str], dtype: torch.dtype, device: str = "cuda", measure: Measure = device_ms,
-    variants: Callable[[OpCase], Iterable[Variant]] = lambda case: case.benchmarks,
+    variants: Callable[[OpCase], Iterable[Variant]] = lambda case: case.benchmarks_cuda or case.benchmarks,
     say: Callable[[str], None] = print,
 ) -> dict[str, dict[str, dict]]:  # fmt: skip
     """The `configurations` of a table: {kernel: {shape: fields}}, of those that beat the rule's or the present table's.
@@ -67,38 +69,37 @@ def tune(
             raise ValueError(f"op: expected one with Triton kernels ({', '.join(having)}), got {op!r}")
         case = CASES[op]
         for variant in variants(case):
-            forward, both = _calls(case, variant, dtype, device)
-            for function in (forward, both):
-                with tuning.observe() as asked:
-                    function()
-                for key, (now, candidates) in asked.items():
-                    if key in seen:  # the forward's kernels are measured in the forward
-                        continue
-                    seen.add(key)
-                    best = _fastest(key, now, candidates(), function, measure, say)
-                    if best != now:
-                        found.setdefault(key[0], {})[tuning.shape_name(key[1])] = dataclasses.asdict(best)
+            function = _call(case, variant, dtype, device)
+            with tuning.observe() as asked:
+                function()
+            for key, (now, candidates) in asked.items():
+                if key in seen:
+                    continue
+                seen.add(key)
+                best = _fastest(key, now, candidates(), function, measure, say)
+                if best != now:
+                    found.setdefault(key[0], {})[tuning.shape_name(key[1])] = dataclasses.asdict(best)
     return found
 
 
-def _calls(case: OpCase, variant: Variant, dtype: torch.dtype, device: str):
-    """(forward, forward and backward) of a case, which take turns among inputs larger than the second-level cache."""
-    sets = [case.inputs(variant, seed, dtype, device) for seed in range(4)]
+def _call(case: OpCase, variant: Variant, dtype: torch.dtype, device: str):
+    """Forward, and backward where there is one; calls take turns among inputs larger than the second-level cache."""
+    sets = [case.inputs(variant, 0, dtype, device, draw_on=device)]
+    size = sum(x.nbytes for x in sets[0].values() if isinstance(x, torch.Tensor))
+    more = range(1, min(4, -(-LARGER // size)))
+    sets += [case.inputs(variant, seed, dtype, device, draw_on=device) for seed in more]
     outputs = case.run(case.function, variant, sets[0], backend="triton")
     cotangents = [torch.randn_like(out) for out in outputs if out.requires_grad]
     following = itertools.cycle(sets).__next__
 
-    def forward():
-        with torch.no_grad():
-            return case.run(case.function, variant, following(), backend="triton")
-
-    def both():
+    def call():
         inputs = following()
         outputs = [o for o in case.run(case.function, variant, inputs, backend="triton") if o.requires_grad]
         leaves = [x for x in inputs.values() if isinstance(x, torch.Tensor) and x.requires_grad]
-        return torch.autograd.grad(outputs, leaves, cotangents, allow_unused=True) if outputs else None
+        if outputs:
+            torch.autograd.grad(outputs, leaves, cotangents, allow_unused=True)
 
-    return forward, both
+    return call
 
 
 def _fastest(key, now, candidates, function, measure: Measure, say):

@@ -24,18 +24,21 @@ class Config:
     num_stages: int
 
 
-# By the head dimension, rounded up to a power of two. The largest tiles of 16-bit inputs that ptxas fits into 255
-# registers without spills, packed with dropout too. Warps always eight: with four, a thread holds twice as much, and
-# most of these spill. Not measured yet: no GPU has run them.
+# By the head dimension, rounded up to a power of two; without spills, packed with dropout too.
 #
-# sm_90 and sm_100, 228 KB of shared memory: wgmma wants 64 rows for every four warps, so tiles of 128 rows (keys in
-# dkdv). d 256 has room for 64 rows, and in dkdv, which holds two tiles of gradients, for none: mma.sync.
+# sm_90 and sm_100, 228 KB of shared memory. Of 64 and 128 the fastest of 30 to 40 on an H100 (LOG.md, 2026-11-26). Blocks
+# of 64 rows, one group of four warps for wgmma: two or three of them a multiprocessor hide each other's exp2, and a
+# thread's registers are half empty with eight warps. Only without dropout is a forward of 128 rows, in blocks of 32 keys,
+# ahead, by 7%. d 256, not measured, has room for 64 rows, and in dkdv, which holds two tiles of gradients, for none of
+# wgmma's: mma.sync.
 _WGMMA = {
-    "fwd": {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 3), 256: Config(64, 32, 8, 2)},
-    "dkdv": {64: Config(64, 128, 8, 2), 128: Config(32, 128, 8, 2), 256: Config(32, 32, 8, 1)},
-    "dq": {64: Config(128, 64, 8, 2), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 2)},
+    "fwd": {64: Config(128, 32, 8, 3), 128: Config(64, 64, 4, 3), 256: Config(64, 32, 8, 2)},
+    "dkdv": {64: Config(64, 64, 4, 3), 128: Config(32, 128, 8, 3), 256: Config(32, 32, 8, 1)},
+    "dq": {64: Config(64, 64, 4, 3), 128: Config(128, 64, 8, 3), 256: Config(64, 32, 8, 2)},
 }
+_WGMMA_DROPOUT = {"fwd": {64: Config(64, 64, 4, 3)}, "dkdv": {64: Config(64, 64, 4, 2)}}
 # sm_80, and sm_86, sm_89 and sm_120 with their 99 KB: mma.sync takes its operands from registers, so tiles are smaller.
+# The largest that ptxas fits into 255 registers, with eight warps; with four most spill. Not measured.
 _MMA = {
     "fwd": {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 3), 256: Config(64, 32, 8, 2)},
     "dkdv": {64: Config(32, 128, 8, 2), 128: Config(32, 64, 8, 2), 256: Config(32, 32, 8, 1)},
@@ -45,19 +48,21 @@ _MMA = {
 _FLOAT32 = {64: Config(32, 32, 8, 1), 128: Config(32, 32, 8, 1), 256: Config(16, 32, 8, 1)}
 
 
-def config(kernel: str, block_d: int, itemsize: int) -> Config:
+def config(kernel: str, block_d: int, itemsize: int, dropout: bool) -> Config:
     """kernel: "fwd", "dkdv", "dq" or "dtable"."""
-    shape = block_d, itemsize, architecture()
+    shape = block_d, itemsize, architecture(), int(dropout)
     return choose(f"attention_{kernel}", shape, lambda: _rule(kernel, *shape), lambda: _others(kernel, itemsize))
 
 
-def _rule(kernel: str, block_d: int, itemsize: int, arch: int) -> Config:
+def _rule(kernel: str, block_d: int, itemsize: int, arch: int, dropout: int) -> Config:
     if kernel == "dtable":  # the larger the tile, the fewer diagonals of tiles are near: what 99 KB hold
         return Config(64, 64, 8, 1) if block_d * itemsize <= 256 else Config(32, 32, 8, 1)
     width = max(64, block_d)
     if itemsize == 4:
         return _FLOAT32[width]
-    return (_WGMMA if arch // 10 in (9, 10) else _MMA)[kernel][width]
+    if arch // 10 not in (9, 10):
+        return _MMA[kernel][width]
+    return (dropout and _WGMMA_DROPOUT.get(kernel, {}).get(width)) or _WGMMA[kernel][width]
 
 
 def _others(kernel: str, itemsize: int) -> list[Config]:
@@ -81,8 +86,8 @@ def _block_d(d: int) -> int:
     return max(16, triton.next_power_of_2(d))
 
 
-def _config(kernel: str, q: torch.Tensor) -> Config:
-    return config(kernel, _block_d(q.shape[-1]), q.element_size())
+def _config(kernel: str, q: torch.Tensor, threshold: int) -> Config:
+    return config(kernel, _block_d(q.shape[-1]), q.element_size(), threshold > 0)
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -162,7 +167,7 @@ def attention_fwd(
     """
     if q.numel() == 0:
         return
-    c = _config("fwd", q)
+    c = _config("fwd", q, threshold)
     bias = _expand(table, starts, bidirectional, q.dtype)
     arguments = _arguments(
         q, k, cu_seqlens_q, cu_seqlens_k, key_mask, rng, bias, starts, bidirectional, left, right, scale, threshold,
@@ -211,14 +216,14 @@ def attention_bwd(
     )  # fmt: skip
 
     if k.numel():
-        c = _config("dkdv", q)
+        c = _config("dkdv", q, threshold)
         tiles = triton.cdiv(sk, c.block_n)
         bwd._dkdv[(tiles * k.shape[-2] * batch,)](
             q, k, v, dout, lse, delta, dk, dv, sequence_ptr=sequence, **strides, **arguments, tiles=tiles,
             HAS_BIAS=bias is not None, BLOCK_M=c.block_m, BLOCK_N=c.block_n, num_warps=c.num_warps,
             num_stages=c.num_stages,
         )  # fmt: skip
-    c = _config("dq", q)
+    c = _config("dq", q, threshold)
     tiles = triton.cdiv(sq, c.block_m)
     far = q.new_empty(heads, batch * tiles, 2, dtype=torch.float32) if dtable is not None else None
     bwd._dq[(tiles * heads * batch,)](
@@ -228,7 +233,7 @@ def attention_bwd(
     )  # fmt: skip
     if dtable is None:
         return
-    c = _config("dtable", q)
+    c = _config("dtable", q, threshold)
     longest_q, longest_k = (max_seqlen_q, max_seqlen_k) if packed else (sq, sk)
     far_right = arguments["far_right"]
     # The relative positions that are near and can occur, and the diagonals of tiles that hold one of them.

@@ -38,12 +38,17 @@ def config(cols: int, kernel: str) -> Config:
     block_n = max(16, triton.next_power_of_2(cols))
     rows, warps = (1, 2, 4, 8, 16), (1, 2, 4, 8, 16)
     return choose(
-        kernel, (block_n,), lambda: _rule(block_n),
+        kernel, (block_n,), lambda: _rule(block_n, kernel),
         lambda: [Config(m, block_n, w) for m in rows for w in warps if 4 <= m * block_n // (32 * w) <= 64],
     )  # fmt: skip
 
 
-def _rule(block_n: int) -> Config:
+def _rule(block_n: int, kernel: str) -> Config:
+    """Rows of up to 1024 as measured on an H100 (LOG.md, 2026-11-26): forward a warp alone, so that no sum of a row
+    waits at a barrier; backward twice TILE on 8 warps."""
+    if block_n <= 1024:
+        forward = kernel == "embedding_fwd"
+        return Config(min(16, (1 if forward else 2) * TILE // block_n), block_n, 1 if forward else 8)
     return Config(max(1, min(16, TILE // block_n)), block_n, min(16, max(4, 4 * block_n // TILE)))
 
 

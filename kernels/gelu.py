@@ -17,7 +17,8 @@ from .tuning import choose
 
 @dataclass(frozen=True)
 class Config:
-    """Tile and warps: 16 elements a thread, two 16-byte loads of bfloat16 in flight for each tensor."""
+    """Tile and warps: 16 elements a thread, two 16-byte loads of bfloat16 in flight for each tensor; in gelu's backward,
+    which has more tensors and the column's sum, 8."""
 
     block_m: int
     block_n: int
@@ -28,7 +29,7 @@ def config(cols: int, kernel: str) -> Config:
     """2048 elements; 256 columns of a row, one warp's 16-byte loads, where there are as many."""
     block_n = min(256, max(16, triton.next_power_of_2(cols)))
     return choose(
-        kernel, (block_n,), lambda: Config(2048 // block_n, block_n),
+        kernel, (block_n,), lambda: Config(2048 // block_n, block_n, 8 if kernel == "gelu_bwd" else 4),
         lambda: [Config(tile // block_n, block_n, warps) for tile in (1024, 2048, 4096) for warps in (2, 4, 8)],
     )  # fmt: skip
 

@@ -234,6 +234,11 @@ def test_steps_of_other_models(made, tmp_path):
     assert not train_step._wrong(losses, 1e-4)
 
 
+def test_a_step_longer_than_berts_positions():
+    _, inputs = steps.gpt2_step(1, 1024, vocab_size=100, n_embd=16, n_layer=1, n_head=1)
+    assert inputs.shape == "1x1024"
+
+
 def test_flops_of_other_models(tmp_path):
     """Against torch's count of Transformers' products, which masks what is causal but multiplies all of it."""
     transformers = pytest.importorskip("transformers")

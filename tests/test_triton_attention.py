@@ -115,7 +115,7 @@ def test_a_philox_call_serves_sixteen_keys(packed):
     with compile_for(90) as compiled:
         CASE.everything(CASE.function, variant, CASE.inputs(variant, 0, torch.bfloat16), 0, backend="triton")
         for name in ("fwd", "dkdv", "dq"):
-            c = kernels.config(name, 64, 2)
+            c = kernels.config(name, 64, 2, dropout=True)
             calls = c.block_m * c.block_n // 16 // (32 * c.num_warps)
             calls *= (1 if name != "dkdv" else 1.5) + 1.5 if packed else 2
             text = next(kernel.ptx for kernel in compiled if kernel.name == f"_{name}")

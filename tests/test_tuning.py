@@ -44,20 +44,20 @@ def test_a_table_goes_ahead_of_the_rule(gpu):
     write({"layer_norm_fwd": {"1024": {"block_m": 1, "num_warps": 8}}})
     assert layer_norm.config(768, backward=False) == layer_norm.Config(1, 1024, 8)
     assert layer_norm.config(1000, backward=False) == layer_norm.Config(1, 1024, 8)
-    assert layer_norm.config(768, backward=True).num_warps == 4
+    assert layer_norm.config(768, backward=True) == layer_norm._rule(768, backward=True)
     assert layer_norm.config(4096, backward=False).block_n == 4096
 
 
 def test_two_gpus_of_a_process_have_a_table_each(gpu):
     write({"layer_norm_fwd": {"1024": {"block_m": 1}}})
-    for device, block_m in ((0, 1), (1, 4), (0, 1)):
+    for device, block_m in ((0, 1), (1, 2), (0, 1)):
         gpu(device)
         assert layer_norm.config(768, backward=False).block_m == block_m
 
 
 def test_tables_are_for_one_gpu_and_are_not_read_without_one():
     write({"layer_norm_fwd": {"1024": {"block_m": 1}}})
-    assert layer_norm.config(768, backward=False).block_m == 4
+    assert layer_norm.config(768, backward=False).block_m == 2
 
 
 def test_a_table_is_added_to():
@@ -91,7 +91,7 @@ def test_tune_keeps_what_is_faster():
         function()
         now = layer_norm.config(40, backward=True)
         asked.append((layer_norm.config(40, backward=False), now))
-        return 0.5 if now.num_warps == 2 else 0.99 if now.num_warps == 8 else 1.0
+        return 0.5 if now.num_warps == 2 else 0.99 if now.num_warps == 4 else 1.0
 
     variant = Variant({"rows": 5, "cols": 40})
     with ptx.triton_on_ptx():
@@ -102,7 +102,7 @@ def test_tune_keeps_what_is_faster():
     assert forward == {layer_norm._rule(40, False), *layer_norm._others(40, False)}
     assert backward == {layer_norm._rule(40, True), *layer_norm._others(40, True)}
     assert any("2.00×" in line for line in said)
-    assert layer_norm.config(40, backward=True).num_warps == 4  # not before the table is written
+    assert layer_norm.config(40, backward=True).num_warps == 8  # not before the table is written
 
 
 def test_every_candidate_computes_the_same():

@@ -10,7 +10,7 @@ import torch
 # op -> device -> what its floating-point inputs become: "float32", "low" (the autocast dtype); absent: left alone
 _POLICY = {
     "layer_norm": {"cuda": "float32"},
-    "rms_norm": {"cuda": "float32"},
+    "rms_norm": {"cuda": "float32"} if torch.__version__ >= (2, 12) else {},  # torch 2.12 put it on the list
     "cross_entropy": {"cuda": "float32", "cpu": "float32"},
     "linear_cross_entropy": {"cuda": "low", "cpu": "low"},
     "attention": {"cuda": "low", "cpu": "low"},

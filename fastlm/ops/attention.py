@@ -47,7 +47,6 @@ class RelativeBias:
     max_distance: int = 128
 
 
-@functools.cache
 def bucket_starts(buckets: int, bidirectional: bool, max_distance: int) -> tuple[int, ...]:
     """The smallest distance of each bucket of one direction: bucket(distance) counts the starts <= it, less one.
 
@@ -55,7 +54,14 @@ def bucket_starts(buckets: int, bidirectional: bool, max_distance: int) -> tuple
     bucket e + k starts where log(distance/e) / log(max_distance/e) · (n - e) reaches k. In integers that is
     distance^(n-e) >= e^(n-e-k) · max_distance^k, so no rounding decides; the float32 logarithm of Transformers agrees.
     """
-    n = buckets // 2 if bidirectional else buckets
+    return _bucket_starts(buckets // 2 if bidirectional else buckets, max_distance)
+
+
+bucket_starts._dynamo_marked_constant = True  # torch.compile looks through functools.cache, and warns of it
+
+
+@functools.cache
+def _bucket_starts(n: int, max_distance: int) -> tuple[int, ...]:
     e = n // 2
     starts = list(range(e))
     distance = e

@@ -16,7 +16,8 @@ writes the whole weight gradient: 1024 rows of BERT's head take, in one chunk, i
 500, 541 and 792 ms in float32, and 304, 283, 311 and 517 in bfloat16 (two Sapphire Rapids cores).
 On a GPU they are a quarter of the rows, at most 4096 and at least 1024, in multiples of 128: at 600 TFLOP/s and 3 TB/s
 reading and writing the weight gradient in float32 takes the time of the products of 267 rows, a quarter of a chunk of
-1024 and 7% of one of 4096.
+1024 and 7% of one of 4096. Where the classes of a row do not end on 16 bytes (30522, 50257), the weight is copied there
+with rows of zeros behind it, V D elements, since the BLAS has slow products alone for such shapes.
 The weight gradient is summed over the chunks in float32: on a GPU the product adds to it. With bfloat16 on the CPU,
 where torch has no product of bfloat16 matrices with a float32 result, G and the chunk's hidden are widened for that
 product, a few classes at a time; the other products stay bfloat16, as F.linear's. oneDNN computes those in a float32
@@ -184,26 +185,33 @@ def _chunks(hidden, weight, bias, losses, dloss, needs, row_bytes):
     step, cols = chunk_rows(rows, h.dtype, h.device.type), round_up(vocabulary, max(1, row_bytes // h.element_size()))
     buffer = h.new_empty(step, cols)
     buffer[:, vocabulary:] = 0  # oneDNN's AMX product of bfloat16 reads on past a row's end, and NaN times 0 is NaN
-    buffer = buffer[:, :vocabulary]
+    # cuBLAS has no fast kernel for a number of classes that 16 bytes do not divide: there the products take the padding
+    # too, whose logits and their gradients are 0.
+    if row_bytes and vocabulary * h.element_size() % 16:
+        w = F.pad(w, (0, 0, 0, cols - vocabulary))
+        bias = None if bias is None else F.pad(bias, (0, cols - vocabulary))
+    classes = w.shape[0]
     dhidden = h.new_empty(h.shape if needs[0] else 0)
     dweight = w.new_empty(w.shape if needs[1] else 0, dtype=torch.float32)
-    dbias = w.new_zeros(vocabulary if needs[2] else 0, dtype=torch.float32)
+    dbias = w.new_zeros(classes if needs[2] else 0, dtype=torch.float32)
     if rows == 0:
         dweight.zero_()
     with torch.autocast(h.device.type, enabled=False):  # which would make the float32 products bfloat16
         for begin in range(0, rows, max(1, step)):
             chunk = slice(begin, begin + step)
             x = h[chunk]
-            g = buffer[: x.shape[0]]
+            g = buffer[: x.shape[0], :classes]
             if bias is None:
                 torch.mm(x, w.t(), out=g)
             else:
                 torch.addmm(bias, x, w.t(), out=g)
-            losses.add(g, g if any(needs) else None, None if dloss is None else dloss[chunk])
+            logits = g[:, :vocabulary]
+            losses.add(logits, logits if any(needs) else None, None if dloss is None else dloss[chunk])
             if needs[0]:
                 torch.mm(g, w, out=dhidden[chunk])
             if needs[1] or needs[2]:
                 _add_weight_gradient(dweight, dbias, g, x, needs, first=begin == 0)
+    dweight, dbias = dweight[:vocabulary], dbias[:vocabulary]
     return dhidden.view(hidden.shape if needs[0] else 0), dweight.to(weight.dtype), dbias.to(weight.dtype)
 
 

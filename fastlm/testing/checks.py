@@ -146,6 +146,7 @@ def cuda_graph(case: OpCase, variant: Variant, dtype: torch.dtype, backend: str)
     leaves = [inputs[name] for name in case.gradients if inputs.get(name) is not None]
     first = [out for out in case.run(case.function, variant, inputs, backend=backend) if out.requires_grad]
     cotangents = [torch.randn_like(out) for out in first]
+    del first  # with it the leaves' ends of the graph, which belong to the stream that they were made on
 
     def call():
         outputs = case.run(case.function, variant, inputs, backend=backend)

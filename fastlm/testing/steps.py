@@ -17,7 +17,7 @@ from fastlm.data import Dataset
 from fastlm.train import Recipe, load_recipe, make_model
 from fastlm.train.flops import gpt2_flops, recipe_flops, t5_flops
 from fastlm.train.objective import MaskedLM
-from fastlm.train.recipe import DataTable, TrainTable
+from fastlm.train.recipe import DataTable, ModelTable, TrainTable
 
 BATCHES = 4  # different ones, in turn
 # Of the fixed steps, which have no warm-up. BERT-small's losses leap from 6 to 14 nats within twenty steps at 1e-4, in
@@ -165,7 +165,10 @@ def t5_step(
 
 def _recipe(rows: int, length: int, dtype: str) -> Recipe:
     """Of rows, optimizer and dtype alone; its model table is not read."""
-    return Recipe(data=DataTable(row_tokens=length), train=TrainTable(batch_tokens=rows * length, lr=_LR, dtype=dtype))
+    return Recipe(
+        model=ModelTable(max_position_embeddings=length), data=DataTable(row_tokens=length),
+        train=TrainTable(batch_tokens=rows * length, lr=_LR, dtype=dtype),
+    )  # fmt: skip
 
 
 def bert_step(
