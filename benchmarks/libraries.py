@@ -27,7 +27,7 @@ def _refuse(**given) -> None:
 
 
 def _norm(normalize):
-    def call(x, weight=None, bias=None, *, eps=1e-5, residual=None, dropout_p=0.0, rng=None, stream=0):
+    def call(x, weight=None, bias=None, *, eps=1e-5, residual=None, dropout_p=0.0, rng=None, site=0):
         h = residual_stream(x, residual, dropout_p)
         return normalize(h, weight, bias, eps), h
 
@@ -38,7 +38,7 @@ def _liger_layer_norm(h, weight, bias, eps):
     return import_module("liger_kernel.transformers.functional").liger_layer_norm(h, weight, bias, eps)
 
 
-def _liger_rms_norm(x, weight=None, *, eps=1e-5, residual=None, dropout_p=0.0, rng=None, stream=0):
+def _liger_rms_norm(x, weight=None, *, eps=1e-5, residual=None, dropout_p=0.0, rng=None, site=0):
     # in_place, its default, would overwrite the gradient that it is handed, which here is every call's.
     liger = import_module("liger_kernel.transformers.functional")
     x = F.dropout(x, dropout_p) if dropout_p else x
@@ -48,9 +48,9 @@ def _liger_rms_norm(x, weight=None, *, eps=1e-5, residual=None, dropout_p=0.0, r
 
 
 def _flash_norm(name):
-    def call(x, weight=None, bias=None, *, eps=1e-5, residual=None, dropout_p=0.0, rng=None, stream=0):
+    def call(x, weight=None, bias=None, *, eps=1e-5, residual=None, dropout_p=0.0, rng=None, site=0):
         norm = getattr(import_module("flash_attn.ops.triton.layer_norm"), name)
-        fused = residual is not None or dropout_p > 0  # else the stream is x itself
+        fused = residual is not None or dropout_p > 0  # else h is x itself
         options = {"residual": residual, "eps": eps, "dropout_p": dropout_p, "prenorm": fused}
         out = norm(x, weight, bias, **options)
         return out if fused else (out, x)
@@ -71,7 +71,7 @@ def _apex_fast_layer_norm(h, weight, bias, eps):
     return import_module("apex.contrib.layer_norm.layer_norm").FastLayerNormFN.apply(h, weight, bias, eps, False)
 
 
-def _te_norm(x, weight=None, bias=None, *, module, eps=1e-5, residual=None, dropout_p=0.0, rng=None, stream=0):
+def _te_norm(x, weight=None, bias=None, *, module, eps=1e-5, residual=None, dropout_p=0.0, rng=None, site=0):
     h = residual_stream(x, residual, dropout_p)
     return module(h), h
 
@@ -94,7 +94,7 @@ def _adapt_te_norm(name):
     return adapt
 
 
-def _quack_layer_norm(x, weight, bias=None, *, eps=1e-5, residual=None, dropout_p=0.0, rng=None, stream=0):
+def _quack_layer_norm(x, weight, bias=None, *, eps=1e-5, residual=None, dropout_p=0.0, rng=None, site=0):
     """Forward alone, with the statistics that a backward would read: it has no autograd function."""
     _refuse(residual=residual, dropout_p=dropout_p)
     forward = import_module("quack.rmsnorm").layernorm_fwd
@@ -108,7 +108,7 @@ def _adapt_quack_layer_norm(inputs, options):
     return {**inputs, **parameters}, options, None
 
 
-def _quack_rms_norm(x, weight=None, *, eps=1e-5, residual=None, dropout_p=0.0, rng=None, stream=0):
+def _quack_rms_norm(x, weight=None, *, eps=1e-5, residual=None, dropout_p=0.0, rng=None, site=0):
     norm = import_module("quack.rmsnorm").rmsnorm
     x = F.dropout(x, dropout_p) if dropout_p else x
     if residual is None:
@@ -236,7 +236,7 @@ def _te_gelu(x, bias=None, *, gate=None, approximate="none"):
 
 def _flash_attention(
     q, k, v, *, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, causal=False,
-    dropout_p=0.0, softmax_scale=None, window_size=(-1, -1), stream=0,
+    dropout_p=0.0, softmax_scale=None, window_size=(-1, -1), site=0,
 ):  # fmt: skip
     library = import_module("flash_attn")
     options = {
@@ -268,7 +268,7 @@ def _te_attention_module(heads, size, groups, dropout, layout, mask, scale):
 
 def _te_attention(
     q, k, v, *, bias=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, causal=False,
-    dropout_p=0.0, softmax_scale=None, stream=0,
+    dropout_p=0.0, softmax_scale=None, site=0,
 ):  # fmt: skip
     lengths = {
         "cu_seqlens_q": cu_seqlens_q,

@@ -42,12 +42,12 @@ def residual_stream(x, residual, dropout_p):
     return h if residual is None else residual + h
 
 
-def layer_norm(x, weight=None, bias=None, *, eps=1e-5, residual=None, dropout_p=0.0, rng=None, stream=0):
+def layer_norm(x, weight=None, bias=None, *, eps=1e-5, residual=None, dropout_p=0.0, rng=None, site=0):
     h = residual_stream(x, residual, dropout_p)
     return F.layer_norm(h, h.shape[-1:], weight, bias, eps), h
 
 
-def rms_norm(x, weight=None, *, eps=1e-5, residual=None, dropout_p=0.0, rng=None, stream=0):
+def rms_norm(x, weight=None, *, eps=1e-5, residual=None, dropout_p=0.0, rng=None, site=0):
     h = residual_stream(x, residual, dropout_p)
     return F.rms_norm(h, h.shape[-1:], weight, eps), h
 
@@ -88,7 +88,7 @@ def gelu(x, bias=None, *, gate=None, approximate="none"):
 
 def embedding(
     input_ids, word, position=None, token_type=None, *, positions=None, token_type_ids=None, weight=None, bias=None,
-    eps=1e-12, dropout_p=0.0, rng=None, stream=0, padding_idx=None,
+    eps=1e-12, dropout_p=0.0, rng=None, site=0, padding_idx=None,
 ):  # fmt: skip
     h = F.embedding(input_ids, word, padding_idx)
     if position is not None:
@@ -100,7 +100,7 @@ def embedding(
     return F.dropout(h, dropout_p) if dropout_p else h
 
 
-def dropout(x, p=0.5, *, rng=None, stream=0, relu=False):
+def dropout(x, p=0.5, *, rng=None, site=0, relu=False):
     return F.dropout(F.relu(x) if relu else x, p)
 
 
@@ -127,7 +127,7 @@ def mlm_mask(
 # ---- attention: heads before positions, a mask that is added, as models hand it over
 
 
-def attention_scores(q, k, v, *, key_mask=None, bias=None, causal=False, dropout_p=0.0, softmax_scale=None, stream=0):
+def attention_scores(q, k, v, *, key_mask=None, bias=None, causal=False, dropout_p=0.0, softmax_scale=None, site=0):
     """The scores in memory, (B, H, S, S)."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if q.shape[1] != k.shape[1]:
@@ -138,7 +138,7 @@ def attention_scores(q, k, v, *, key_mask=None, bias=None, causal=False, dropout
     return (F.dropout(weights, dropout_p) @ v).transpose(1, 2)
 
 
-def attention_sdpa(q, k, v, *, key_mask=None, bias=None, causal=False, dropout_p=0.0, softmax_scale=None, stream=0):
+def attention_sdpa(q, k, v, *, key_mask=None, bias=None, causal=False, dropout_p=0.0, softmax_scale=None, site=0):
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     alone = key_mask is None and bias is None
     mask = None if alone else _mask(q, key_mask, bias, causal)

@@ -60,7 +60,7 @@ void bind_attention(py::module_& m) {
                       Address cu_q, Address cu_k, Address key_mask, Address table, Address starts, int64_t one_way,
                       bool bidirectional, int64_t batch, int64_t heads, int64_t kv_heads, int64_t d, int64_t sq,
                       int64_t sk, int64_t left, int64_t right, float scale, uint64_t threshold, float dropout_scale,
-                      Address rng, uint32_t stream, int64_t lse_sequence, int64_t lse_head) {
+                      Address rng, uint32_t site, int64_t lse_sequence, int64_t lse_head) {
             return Attention{input(q),
                              input(k),
                              input(v),
@@ -83,7 +83,7 @@ void bind_attention(py::module_& m) {
                              left,
                              right,
                              scale,
-                             {threshold, dropout_scale, input<int64_t>(rng), stream},
+                             {threshold, dropout_scale, input<int64_t>(rng), site},
                              lse_sequence,
                              lse_head};
           }));
@@ -127,7 +127,7 @@ void bind_embedding(py::module_& m) {
   m.def("embedding_fwd",
         [](const Three& tables, const Three& ids, const Sizes& strides, const Sizes& periods, Address weight,
            Address bias, Address y, Address mean, Address rstd, int64_t tokens, int64_t cols, float eps,
-           uint64_t threshold, float scale, Address rng, uint32_t stream, int dtype, int threads) {
+           uint64_t threshold, float scale, Address rng, uint32_t site, int dtype, int threads) {
           const py::gil_scoped_release release;
           EmbeddingForward args{{},
                                 input<float>(weight),
@@ -138,7 +138,7 @@ void bind_embedding(py::module_& m) {
                                 tokens,
                                 cols,
                                 eps,
-                                {threshold, scale, input<int64_t>(rng), stream}};
+                                {threshold, scale, input<int64_t>(rng), site}};
           fill_lookup(args.lookup, tables, ids, strides, periods);
           embedding_fwd(args, DType(dtype), threads);
         });
@@ -146,7 +146,7 @@ void bind_embedding(py::module_& m) {
         [](const Three& tables, const Three& ids, const Sizes& strides, const Sizes& periods, Address dy,
            Address weight, Address mean, Address rstd, Address dweight, Address dbias, Address dh, Address partial,
            const Three& gradients, const Sizes& rows, const Sizes& skip, int64_t tokens, int64_t cols,
-           int64_t stride_dy, uint64_t threshold, float scale, Address rng, uint32_t stream, int dtype, int threads) {
+           int64_t stride_dy, uint64_t threshold, float scale, Address rng, uint32_t site, int dtype, int threads) {
           const py::gil_scoped_release release;
           EmbeddingBackward args{{},
                                  input(dy),
@@ -161,7 +161,7 @@ void bind_embedding(py::module_& m) {
                                  tokens,
                                  cols,
                                  stride_dy,
-                                 {threshold, scale, input<int64_t>(rng), stream}};
+                                 {threshold, scale, input<int64_t>(rng), site}};
           fill_lookup(args.lookup, tables, ids, strides, periods);
           for (int k = 0; k < 3; ++k) args.gradient[k] = {pointer<float>(gradients[k]), rows[k], skip[k]};
           embedding_bwd(args, DType(dtype), threads);
@@ -172,15 +172,15 @@ void bind_dropout(py::module_& m) {
   m.def(
       "dropout_fwd",
       [](Address x, Address y, int64_t rows, int64_t cols, int64_t stride_x, bool relu, uint64_t threshold, float scale,
-         Address rng, uint32_t stream, int dtype, int threads) {
-        dropout_fwd({input(x), pointer(y), rows, cols, stride_x, relu, {threshold, scale, input<int64_t>(rng), stream}},
+         Address rng, uint32_t site, int dtype, int threads) {
+        dropout_fwd({input(x), pointer(y), rows, cols, stride_x, relu, {threshold, scale, input<int64_t>(rng), site}},
                     DType(dtype), threads);
       },
       py::call_guard<py::gil_scoped_release>());
   m.def(
       "dropout_bwd",
       [](Address dy, Address y, Address dx, int64_t rows, int64_t cols, int64_t stride_dy, bool relu,
-         uint64_t threshold, float scale, Address rng, uint32_t stream, int dtype, int threads) {
+         uint64_t threshold, float scale, Address rng, uint32_t site, int dtype, int threads) {
         dropout_bwd({input(dy),
                      input(y),
                      pointer(dx),
@@ -188,7 +188,7 @@ void bind_dropout(py::module_& m) {
                      cols,
                      stride_dy,
                      relu,
-                     {threshold, scale, input<int64_t>(rng), stream}},
+                     {threshold, scale, input<int64_t>(rng), site}},
                     DType(dtype), threads);
       },
       py::call_guard<py::gil_scoped_release>());
@@ -220,7 +220,7 @@ void bind_layer_norm(py::module_& m) {
       "layer_norm_fwd",
       [](Address x, Address residual, Address weight, Address bias, Address h, Address y, Address mean, Address rstd,
          int64_t rows, int64_t cols, int64_t stride_x, int64_t stride_residual, float eps, bool rms, uint64_t threshold,
-         float scale, Address rng, uint32_t stream, int dtype, int threads) {
+         float scale, Address rng, uint32_t site, int dtype, int threads) {
         layer_norm_fwd({input(x),
                         input(residual),
                         input<float>(weight),
@@ -235,7 +235,7 @@ void bind_layer_norm(py::module_& m) {
                         stride_residual,
                         eps,
                         rms,
-                        {threshold, scale, input<int64_t>(rng), stream}},
+                        {threshold, scale, input<int64_t>(rng), site}},
                        DType(dtype), threads);
       },
       py::call_guard<py::gil_scoped_release>());
@@ -243,7 +243,7 @@ void bind_layer_norm(py::module_& m) {
       "layer_norm_bwd",
       [](Address dy, Address dh, Address h, Address weight, Address mean, Address rstd, Address dresidual, Address dx,
          Address dweight, Address dbias, Address partial, int64_t rows, int64_t cols, int64_t stride_dy,
-         int64_t stride_dh, int64_t stride_h, bool rms, uint64_t threshold, float scale, Address rng, uint32_t stream,
+         int64_t stride_dh, int64_t stride_h, bool rms, uint64_t threshold, float scale, Address rng, uint32_t site,
          int dtype, int threads) {
         layer_norm_bwd({input(dy),
                         input(dh),
@@ -262,7 +262,7 @@ void bind_layer_norm(py::module_& m) {
                         stride_dh,
                         stride_h,
                         rms,
-                        {threshold, scale, input<int64_t>(rng), stream}},
+                        {threshold, scale, input<int64_t>(rng), site}},
                        DType(dtype), threads);
       },
       py::call_guard<py::gil_scoped_release>());

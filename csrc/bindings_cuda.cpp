@@ -30,7 +30,7 @@ void bind_attention(py::module_& m) {
       .def(py::init([](Address q, Address k, Address v, RowStrides q_stride, RowStrides k_stride, RowStrides v_stride,
                        Address cu_q, Address cu_k, Address key_mask, Address bias, int sequences, int heads, int group,
                        int d, int sq, int sk, int left, int right, int far, int far_right, float scale,
-                       uint64_t threshold, float dropout_scale, Address rng, uint32_t stream) {
+                       uint64_t threshold, float dropout_scale, Address rng, uint32_t site) {
         return Attention{rows(q, q_stride),
                          rows(k, k_stride),
                          rows(v, v_stride),
@@ -49,7 +49,7 @@ void bind_attention(py::module_& m) {
                          far,
                          far_right,
                          scale,
-                         {threshold, dropout_scale, input<int64_t>(rng), stream}};
+                         {threshold, dropout_scale, input<int64_t>(rng), site}};
       }));
   m.def(
       "attention_bias",
@@ -92,7 +92,7 @@ void bind_layer_norm(py::module_& m) {
       "layer_norm_fwd",
       [](Address x, Address residual, Address weight, Address bias, Address h, Address y, Address mean, Address rstd,
          int64_t rows, int64_t cols, int64_t stride_x, int64_t stride_residual, float eps, bool weight_is_float,
-         bool bias_is_float, uint64_t threshold, float scale, Address rng, uint32_t stream, int dtype, int device,
+         bool bias_is_float, uint64_t threshold, float scale, Address rng, uint32_t site, int dtype, int device,
          Address queue) {
         layer_norm_fwd({input(x),
                         input(residual),
@@ -109,7 +109,7 @@ void bind_layer_norm(py::module_& m) {
                         eps,
                         weight_is_float,
                         bias_is_float,
-                        {threshold, scale, input<int64_t>(rng), stream},
+                        {threshold, scale, input<int64_t>(rng), site},
                         false},
                        DType(dtype), place(device, queue));
       },
@@ -119,7 +119,7 @@ void bind_layer_norm(py::module_& m) {
       [](Address dy, Address dh, Address h, Address weight, Address mean, Address rstd, Address dresidual, Address dx,
          Address dweight, Address dbias, Address partial, int64_t rows, int64_t cols, int64_t stride_dy,
          int64_t stride_dh, int64_t stride_h, bool weight_is_float, uint64_t threshold, float scale, Address rng,
-         uint32_t stream, int dtype, int device, Address queue) {
+         uint32_t site, int dtype, int device, Address queue) {
         layer_norm_bwd({input(dy),
                         input(dh),
                         input(h),
@@ -137,7 +137,7 @@ void bind_layer_norm(py::module_& m) {
                         stride_dh,
                         stride_h,
                         weight_is_float,
-                        {threshold, scale, input<int64_t>(rng), stream},
+                        {threshold, scale, input<int64_t>(rng), site},
                         false},
                        DType(dtype), place(device, queue));
       },

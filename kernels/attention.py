@@ -112,7 +112,7 @@ def _named_strides(**tensors):
 
 def _arguments(
     q, k, cu_seqlens_q, cu_seqlens_k, key_mask, rng, bias, starts, bidirectional, left, right, scale, threshold,
-    dropout_scale, stream,
+    dropout_scale, site,
 ):  # fmt: skip
     """What all kernels take. bias: expanded, or None."""
     packed = cu_seqlens_q is not None
@@ -124,7 +124,7 @@ def _arguments(
         "sq": q.shape[-3], "sk": k.shape[-3], "heads": q.shape[-2], "group": q.shape[-2] // k.shape[-2],
         "left": _limit(left), "right": _limit(right),
         "scale": scale, "far": far, "far_right": far if bidirectional else 0,
-        "site": stream, "threshold": threshold, "dropout_scale": dropout_scale,
+        "site": site, "threshold": threshold, "dropout_scale": dropout_scale,
         "PACKED": packed, "HAS_MASK": key_mask is not None, "DROPOUT": threshold > 0,
         "D": d, "BLOCK_D": _block_d(d), "PRECISION": _precision(q.dtype),
     }  # fmt: skip
@@ -158,7 +158,7 @@ def _batch(q):
 
 def attention_fwd(
     q, k, v, out, lse, *, cu_seqlens_q, cu_seqlens_k, key_mask, table, starts, bidirectional, left, right, scale,
-    threshold, dropout_scale, rng, stream,
+    threshold, dropout_scale, rng, site,
 ):  # fmt: skip
     """Fills out, like q, and lse (B, H, Sq) or (H, Tq), float32; both contiguous.
 
@@ -171,7 +171,7 @@ def attention_fwd(
     bias = _expand(table, starts, bidirectional, q.dtype)
     arguments = _arguments(
         q, k, cu_seqlens_q, cu_seqlens_k, key_mask, rng, bias, starts, bidirectional, left, right, scale, threshold,
-        dropout_scale, stream,
+        dropout_scale, site,
     )  # fmt: skip
     tiles = triton.cdiv(q.shape[-3], c.block_m)
     fwd._fwd[(tiles * q.shape[-2] * _batch(q),)](
@@ -182,7 +182,7 @@ def attention_fwd(
 
 def attention_bwd(
     dout, dlse, q, k, v, out, lse, dq, dk, dv, dtable, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-    key_mask, table, starts, bidirectional, left, right, scale, threshold, dropout_scale, rng, stream,
+    key_mask, table, starts, bidirectional, left, right, scale, threshold, dropout_scale, rng, site,
 ):  # fmt: skip
     """Fills dq, dk, dv, contiguous, and dtable (buckets, heads) float32 where it is not None.
 
@@ -200,7 +200,7 @@ def attention_bwd(
     bias = _expand(table, starts, bidirectional, q.dtype)
     arguments = _arguments(
         q, k, cu_seqlens_q, cu_seqlens_k, key_mask, rng, bias, starts, bidirectional, left, right, scale, threshold,
-        dropout_scale, stream,
+        dropout_scale, site,
     )  # fmt: skip
     strides = _named_strides(q=q, k=k, v=v, do=dout)
     packed, dropout = arguments["PACKED"], arguments["DROPOUT"]

@@ -86,7 +86,7 @@ def _sum_rows(
 def _fwd(
     ids_ptr, position_ids_ptr, type_ids_ptr, word_ptr, position_ptr, type_ptr, w_ptr, b_ptr, y_ptr, mean_ptr, rstd_ptr,
     rng_ptr, tokens, cols, word_rows, position_rows, type_rows, stride_w, stride_p, stride_t, period, eps,
-    stream, threshold: tl.int64, scale,
+    site, threshold: tl.int64, scale,
     HAS_POSITION: tl.constexpr, HAS_TYPE: tl.constexpr, HAS_POSITION_IDS: tl.constexpr, HAS_TYPE_IDS: tl.constexpr,
     NORM: tl.constexpr, HAS_B: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -108,7 +108,7 @@ def _fwd(
         if HAS_B:
             y += tl.load(b_ptr + col, mask=col < cols, other=0.0).to(tl.float32)[None, :]
     if DROPOUT:
-        k0, k1 = dropout_key(rng_ptr, stream)
+        k0, k1 = dropout_key(rng_ptr, site)
         y = tl.where(keep_rows(token, tl.arange(0, BLOCK_N // 4), k0, k1, threshold), y * scale, 0.0)
     tl.store(y_ptr + token[:, None] * cols + col[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -117,7 +117,7 @@ def _fwd(
 def _bwd(
     dy_ptr, ids_ptr, position_ids_ptr, type_ids_ptr, word_ptr, position_ptr, type_ptr, w_ptr, mean_ptr, rstd_ptr,
     dh_ptr, partial_ptr, rng_ptr, tokens, cols, word_rows, position_rows, type_rows, stride_dy, stride_w, stride_p,
-    stride_t, period, stream, threshold: tl.int64, scale,
+    stride_t, period, site, threshold: tl.int64, scale,
     HAS_POSITION: tl.constexpr, HAS_TYPE: tl.constexpr, HAS_POSITION_IDS: tl.constexpr, HAS_TYPE_IDS: tl.constexpr,
     NORM: tl.constexpr, HAS_B: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -128,7 +128,7 @@ def _bwd(
         w = tl.load(w_ptr + col, mask=in_col, other=0.0).to(tl.float32)[None, :]
         dw, db = tl.zeros((BLOCK_M, BLOCK_N), tl.float32), tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if DROPOUT:
-        k0, k1 = dropout_key(rng_ptr, stream)
+        k0, k1 = dropout_key(rng_ptr, site)
     for tile in range(program, tl.cdiv(tokens, BLOCK_M), count):
         token = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         here = token < tokens
@@ -268,7 +268,7 @@ def _lookups(tables, ids, period):
     return pointers, sizes, (*strides, period), has
 
 
-def embedding_fwd(tables, ids, period, weight, bias, y, mean, rstd, *, eps, threshold, scale, rng, stream):
+def embedding_fwd(tables, ids, period, weight, bias, y, mean, rstd, *, eps, threshold, scale, rng, site):
     """Fills y (tokens, cols), and mean and rstd (tokens,) where there is a weight.
 
     tables: word, position, token_type; ids: input_ids, positions, token_type_ids; all but the first may be None.
@@ -280,14 +280,14 @@ def embedding_fwd(tables, ids, period, weight, bias, y, mean, rstd, *, eps, thre
     c = config(cols, "embedding_fwd")
     pointers, sizes, strides, has = _lookups(tables, ids, period)
     _fwd[(triton.cdiv(tokens, c.block_m),)](
-        *pointers, weight, bias, y, mean, rstd, rng, tokens, cols, *sizes, *strides, eps, stream, threshold, scale,
+        *pointers, weight, bias, y, mean, rstd, rng, tokens, cols, *sizes, *strides, eps, site, threshold, scale,
         NORM=weight is not None, HAS_B=bias is not None, DROPOUT=threshold > 0,
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, num_warps=c.num_warps, **has,
     )  # fmt: skip
 
 
 def embedding_bwd(
-    dy, tables, ids, period, weight, mean, rstd, gradients, dweight, dbias, *, threshold, scale, rng, stream,
+    dy, tables, ids, period, weight, mean, rstd, gradients, dweight, dbias, *, threshold, scale, rng, site,
     padding_idx,
 ):  # fmt: skip
     """Fills dweight and dbias (cols,) unless None, and each of `gradients` (rows, cols), of the tables, unless None."""
@@ -305,7 +305,7 @@ def embedding_bwd(
         partial = dy.new_empty(2 if dbias is not None else 1, count, cols, dtype=torch.float32)
         pointers, sizes, strides, has = _lookups(tables, ids, period)
         _bwd[(count,)](
-            dy, *pointers, weight, mean, rstd, dh, partial, rng, tokens, cols, *sizes, dy.stride(0), *strides, stream,
+            dy, *pointers, weight, mean, rstd, dh, partial, rng, tokens, cols, *sizes, dy.stride(0), *strides, site,
             threshold, scale, NORM=weight is not None, HAS_B=dbias is not None, DROPOUT=threshold > 0,
             BLOCK_M=c.block_m, BLOCK_N=c.block_n, num_warps=c.num_warps, **has,
         )  # fmt: skip

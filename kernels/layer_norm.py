@@ -74,7 +74,7 @@ def programs(rows: int, block_m: int, device: torch.device) -> int:
 @triton.jit
 def _fwd(
     x_ptr, residual_ptr, w_ptr, b_ptr, h_ptr, y_ptr, mean_ptr, rstd_ptr, rng_ptr,
-    rows, cols, stride_xm, stride_rm, eps, stream, threshold: tl.int64, scale,
+    rows, cols, stride_xm, stride_rm, eps, site, threshold: tl.int64, scale,
     RMS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_W: tl.constexpr, HAS_B: tl.constexpr, KEEPS_H: tl.constexpr,
     DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -84,7 +84,7 @@ def _fwd(
     mask = in_row[:, None] & in_col[None, :]
     h = tl.load(x_ptr + row[:, None] * stride_xm + col[None, :], mask=mask, other=0.0).to(tl.float32)
     if DROPOUT:
-        k0, k1 = dropout_key(rng_ptr, stream)
+        k0, k1 = dropout_key(rng_ptr, site)
         h = tl.where(keep_rows(row, tl.arange(0, BLOCK_N // 4), k0, k1, threshold), h * scale, 0.0)
     if HAS_RESIDUAL:
         h += tl.load(residual_ptr + row[:, None] * stride_rm + col[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -111,7 +111,7 @@ def _fwd(
 @triton.jit
 def _bwd(
     dy_ptr, dh_ptr, h_ptr, w_ptr, mean_ptr, rstd_ptr, dresidual_ptr, dx_ptr, partial_ptr, rng_ptr,
-    rows, cols, stride_dym, stride_dhm, stride_hm, stream, threshold: tl.int64, scale,
+    rows, cols, stride_dym, stride_dhm, stride_hm, site, threshold: tl.int64, scale,
     RMS: tl.constexpr, HAS_DH: tl.constexpr, HAS_W: tl.constexpr, HAS_B: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -124,7 +124,7 @@ def _bwd(
     if HAS_B:
         db = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if DROPOUT:
-        k0, k1 = dropout_key(rng_ptr, stream)
+        k0, k1 = dropout_key(rng_ptr, site)
     for tile in range(program, tl.cdiv(rows, BLOCK_M), count):
         row = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         in_row = row < rows
@@ -166,7 +166,7 @@ def _bwd(
 @triton.jit
 def _fwd_long(
     x_ptr, residual_ptr, w_ptr, b_ptr, h_ptr, y_ptr, mean_ptr, rstd_ptr, rng_ptr,
-    rows, cols, stride_xm, stride_rm, eps, stream, threshold: tl.int64, scale,
+    rows, cols, stride_xm, stride_rm, eps, site, threshold: tl.int64, scale,
     RMS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_W: tl.constexpr, HAS_B: tl.constexpr, KEEPS_H: tl.constexpr,
     DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -175,7 +175,7 @@ def _fwd_long(
     source_ptr = x_ptr + row * stride_xm
     sums, squares = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
     if DROPOUT:
-        k0, k1 = dropout_key(rng_ptr, stream)
+        k0, k1 = dropout_key(rng_ptr, site)
     for start in range(0, cols, BLOCK_N):
         col = start + block
         mask = col < cols
@@ -222,7 +222,7 @@ def _fwd_long(
 @triton.jit
 def _bwd_long(
     dy_ptr, dh_ptr, h_ptr, w_ptr, mean_ptr, rstd_ptr, dresidual_ptr, dx_ptr, rng_ptr,
-    cols, stride_dym, stride_dhm, stride_hm, stream, threshold: tl.int64, scale,
+    cols, stride_dym, stride_dhm, stride_hm, site, threshold: tl.int64, scale,
     RMS: tl.constexpr, HAS_DH: tl.constexpr, HAS_W: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -246,7 +246,7 @@ def _bwd_long(
     if not RMS:
         mean_g = tl.sum(sum_g, axis=0) / cols
     if DROPOUT:
-        k0, k1 = dropout_key(rng_ptr, stream)
+        k0, k1 = dropout_key(rng_ptr, site)
     for start in range(0, cols, BLOCK_N):
         col = start + block
         mask = col < cols
@@ -296,7 +296,7 @@ def _weights_long(
 # ---- launchers: x, residual, dy, dh, h (rows, cols) with a unit last stride; weight, bias (cols,) contiguous
 
 
-def layer_norm_fwd(x, residual, weight, bias, h, y, mean, rstd, *, eps, threshold, scale, rng, stream, rms):
+def layer_norm_fwd(x, residual, weight, bias, h, y, mean, rstd, *, eps, threshold, scale, rng, site, rms):
     """Fills y and rstd, mean (None for rms) and h (None where it would equal x). threshold 0: no dropout."""
     rows, cols = x.shape
     if rows == 0:
@@ -305,14 +305,14 @@ def layer_norm_fwd(x, residual, weight, bias, h, y, mean, rstd, *, eps, threshol
     kernel = _fwd_long if c.long else _fwd
     kernel[(triton.cdiv(rows, c.block_m),)](
         x, residual, weight, bias, h, y, mean, rstd, rng,
-        rows, cols, x.stride(0), 0 if residual is None else residual.stride(0), eps, stream, threshold, scale,
+        rows, cols, x.stride(0), 0 if residual is None else residual.stride(0), eps, site, threshold, scale,
         RMS=rms, HAS_RESIDUAL=residual is not None, HAS_W=weight is not None, HAS_B=bias is not None,
         KEEPS_H=h is not None, DROPOUT=threshold > 0, BLOCK_M=c.block_m, BLOCK_N=c.block_n, num_warps=c.num_warps,
     )  # fmt: skip
 
 
 def layer_norm_bwd(
-    dy, dh, h, weight, mean, rstd, dresidual, dx, dweight, dbias, *, threshold, scale, rng, stream, rms
+    dy, dh, h, weight, mean, rstd, dresidual, dx, dweight, dbias, *, threshold, scale, rng, site, rms
 ):  # fmt: skip
     """Fills dresidual, dx (where threshold > 0), dweight and dbias (None: not wanted)."""
     rows, cols = h.shape
@@ -330,7 +330,7 @@ def layer_norm_bwd(
     if c.long:
         _bwd_long[(rows,)](
             dy, dh, h, weight, mean, rstd, dresidual, dx, rng,
-            cols, dy.stride(0), stride_dh, h.stride(0), stream, threshold, scale,
+            cols, dy.stride(0), stride_dh, h.stride(0), site, threshold, scale,
             HAS_DH=dh is not None, DROPOUT=threshold > 0, BLOCK_N=c.block_n, num_warps=c.num_warps, **common,
         )  # fmt: skip
         if partial is not None:
@@ -341,7 +341,7 @@ def layer_norm_bwd(
     else:
         _bwd[(count,)](
             dy, dh, h, weight, mean, rstd, dresidual, dx, partial, rng,
-            rows, cols, dy.stride(0), stride_dh, h.stride(0), stream, threshold, scale,
+            rows, cols, dy.stride(0), stride_dh, h.stride(0), site, threshold, scale,
             HAS_DH=dh is not None, HAS_B=has_dbias, DROPOUT=threshold > 0,
             BLOCK_M=c.block_m, BLOCK_N=c.block_n, num_warps=c.num_warps, **common,
         )  # fmt: skip

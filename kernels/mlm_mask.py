@@ -30,7 +30,7 @@ def config() -> Config:
     return choose("mlm_mask", (), Config, lambda: [Config(b, w) for b in (512, 1024, 2048) for w in (2, 4, 8)])
 
 
-IGNORE = tl.constexpr(-100)
+IGNORE_INDEX = tl.constexpr(-100)
 
 
 @triton.jit
@@ -136,7 +136,7 @@ def _select(
     replacement = tl.where(r1.to(tl.int64) < replace_below, drawn, ids)
     replacement = tl.where(r1.to(tl.int64) < mask_below, mask_token_id, replacement)
     tl.store(out_ptr + token, tl.where(selected, replacement, ids), mask=mask)
-    tl.store(labels_ptr + token, tl.where(selected, ids, IGNORE), mask=mask)
+    tl.store(labels_ptr + token, tl.where(selected, ids, IGNORE_INDEX), mask=mask)
     tl.store(flags_ptr + token, selected.to(tl.int8), mask=mask)
     tl.store(counts_ptr + block, tl.sum(selected.to(tl.int32), axis=0))
 
@@ -186,7 +186,7 @@ def _compact(
     slot = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     empty = (slot >= total) & (slot < capacity)
     tl.store(index_ptr + slot, tl.zeros((BLOCK,), tl.int64), mask=empty)
-    tl.store(targets_ptr + slot, tl.full((BLOCK,), IGNORE, tl.int64), mask=empty)
+    tl.store(targets_ptr + slot, tl.full((BLOCK,), IGNORE_INDEX, tl.int64), mask=empty)
 
 
 def mlm_mask(

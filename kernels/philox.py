@@ -61,12 +61,12 @@ def make_key(seed, domain: tl.constexpr):
 
 
 @triton.jit
-def dropout_key(rng_ptr, stream):
-    """The key of one dropout call: rng_ptr (2,) int64 is (seed, step), `stream` the number of the call site."""
+def dropout_key(rng_ptr, site):
+    """The key of one dropout call: rng_ptr (2,) int64 is (seed, step), `site` the number of the call site."""
     seed = tl.load(rng_ptr)
     step = tl.load(rng_ptr + 1).to(tl.uint64)
     k0, k1 = make_key(seed, DROPOUT_DOMAIN)
-    r0, r1, _, _ = philox4x32(step, step >> 32, stream, 0, k0, k1)
+    r0, r1, _, _ = philox4x32(step, step >> 32, site, 0, k0, k1)
     return r0, r1
 
 

@@ -18,7 +18,7 @@ def patterns(layout, backend, causal):
     heads, d, lengths = 2, 48, (20, 0, 37)
     eye = torch.cat([torch.eye(n, d) for n in lengths])[:, None].expand(-1, heads, -1)
     zero, one = torch.zeros_like(eye), torch.ones_like(eye) / d
-    options = {"dropout_p": 0.3, "rng": RNG, "stream": 9, "backend": backend, "causal": causal}
+    options = {"dropout_p": 0.3, "rng": RNG, "site": 9, "backend": backend, "causal": causal}
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     if layout == "packed":
         options |= {"cu_seqlens_q": cu_seqlens(lengths), "max_seqlen_q": max(lengths)}

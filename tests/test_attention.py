@@ -33,7 +33,7 @@ def gradients(out, cotangent, *inputs):
 def test_packed_is_padded_is_one_by_one(causal, dropout_p):
     """The same bits, forward and backward. One by one without dropout, which knows the number of the sequence."""
     heads, kv, d, longest = 4, 2, 16, max(LENGTHS)
-    options = {"causal": causal, "dropout_p": dropout_p, "rng": RNG, "stream": 5, "backend": "cpu"}
+    options = {"causal": causal, "dropout_p": dropout_p, "rng": RNG, "site": 5, "backend": "cpu"}
     cu = cu_seqlens(LENGTHS)
     total = int(cu[-1])
     q, dout = randn(2, total, heads, d).unbind()
@@ -108,7 +108,7 @@ def test_causal_is_aligned_bottom_right(backend):
     assert torch.equal(more_queries[:, 50], v[:, 0])
 
 
-def numpy_bytes(seed, step, stream, sequence_head, query, keys):
+def numpy_bytes(seed, step, site, sequence_head, query, keys):
     """Dropout's bytes of one row of probabilities, from the definition, in NumPy."""
 
     def philox(counter, key):
@@ -121,7 +121,7 @@ def numpy_bytes(seed, step, stream, sequence_head, query, keys):
         return np.array(c, dtype="<u4")
 
     halves = [int(x) & (2**64 - 1) for x in (seed, step)]
-    key = philox([halves[1] & 0xFFFFFFFF, halves[1] >> 32, stream, 0],
+    key = philox([halves[1] & 0xFFFFFFFF, halves[1] >> 32, site, 0],
                  [halves[0] & 0xFFFFFFFF, (halves[0] >> 32) ^ 0x504F5244])[:2]  # fmt: skip
     blocks = [philox([block, query, sequence_head, 0], key).view("u1") for block in range(-(-keys // 16))]
     return np.concatenate(blocks)[:keys]
@@ -130,18 +130,18 @@ def numpy_bytes(seed, step, stream, sequence_head, query, keys):
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_dropout_bits(backend):
     """With equal scores and v the identity, the output is the mask: it equals the definition's, bit for bit."""
-    heads, lengths, p, stream = 2, (40, 0, 67), 0.3, 9
+    heads, lengths, p, site = 2, (40, 0, 67), 0.3, 9
     cu, d = cu_seqlens(lengths), 80
     total = int(cu[-1])
     q = torch.zeros(total, heads, d)
     v = torch.cat([torch.eye(n, d) for n in lengths])[:, None].expand(-1, heads, -1)
-    options = {"dropout_p": p, "rng": RNG, "stream": stream, "backend": backend}
+    options = {"dropout_p": p, "rng": RNG, "site": site, "backend": backend}
     out = ops.attention(q, q, v, cu_seqlens_q=cu, max_seqlen_q=max(lengths), **options)
     threshold = round(256 * p)
     for sequence, (start, n) in enumerate(zip(cu.tolist(), lengths)):
         for head in range(heads):
             for query in range(n):
-                drawn = numpy_bytes(*RNG.tolist(), stream, sequence * heads + head, query, n)
+                drawn = numpy_bytes(*RNG.tolist(), site, sequence * heads + head, query, n)
                 want = torch.from_numpy(np.where(drawn < threshold, 0.0, 256 / (256 - threshold) / n)).float()
                 got = out[start + query, head, :n]
                 assert torch.equal(got != 0, want != 0), (sequence, head, query)
@@ -311,7 +311,7 @@ BAD = {
     "dropout_p: expected a probability": (Q, {"dropout_p": 1.5}),
     "dropout_p: attention drops in steps": (Q, {"dropout_p": 0.001}),
     "rng: expected torch.int64": (Q, {"dropout_p": 0.5, "rng": torch.zeros(2)}),
-    "stream": (Q, {"stream": -1}),
+    "site": (Q, {"site": -1}),
     'backend="cuda"': (Q, {"backend": "cuda"}),
 }
 

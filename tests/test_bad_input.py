@@ -80,7 +80,7 @@ BAD = {
             ({"x": X.sum()}, "x: expected at least one dimension, got a scalar"),
             ({"p": 1.5}, "p: expected a probability in [0, 1], got 1.5"),
             ({"rng": RNG[:1]}, "rng: expected shape (2,), got (1,)"),
-            ({"stream": -1}, "stream: "),
+            ({"site": -1}, "site: "),
         ],
     ),
     "mlm_mask": (

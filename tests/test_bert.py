@@ -272,8 +272,8 @@ def test_dropout_is_a_function_of_seed_and_step(device):
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert first["loss"] != run(1, 1)["loss"]
     assert first["loss"] != run(2, 0)["loss"]
-    streams = [bert.embeddings.stream, *(layer.stream + site for layer in bert.layers for site in range(3))]
-    assert streams == list(range(7))
+    sites = [bert.embeddings.site, *(layer.site + site for layer in bert.layers for site in range(3))]
+    assert sites == list(range(7))
     torch.manual_seed(0)
     drawn = bert(**batch.packed, **batch.sparse())
     torch.manual_seed(0)

@@ -210,9 +210,9 @@ def test_training_coincides_with_transformers(name, device):
 
 @pytest.mark.parametrize("name", ["classes", "tokens"])
 def test_dropout(name, device):
-    """A head's dropout has a stream of its own and p of the configuration; the rest is the encoder's."""
+    """A head's dropout has a site number of its own and p of the configuration; the rest is the encoder's."""
     model, batch = make(name, classifier_dropout=0.5, **NO_DROPOUT).to(device), Batch(name, device=device)
-    assert model.dropout.stream == 7
+    assert model.dropout.site == 7
     rngs = [torch.tensor([1, step], device=device) for step in (0, 0, 1)]
     first, again, other = (model(**batch.packed, rng=rng) for rng in rngs)
     assert torch.equal(first, again)

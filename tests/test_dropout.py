@@ -10,10 +10,10 @@ from fastlm import ops
 BACKENDS = ("cpu", "reference")
 
 
-def numpy_keep(rows, cols, p, seed, step, stream):
+def numpy_keep(rows, cols, p, seed, step, site):
     """True where an element of (rows, cols) stays."""
     step %= 2**64
-    counter = step % 2**32, step >> 32, stream, 0
+    counter = step % 2**32, step >> 32, site, 0
     k0, k1, _, _ = numpy_philox.words(counter, numpy_philox.domain_key(seed, 0x504F5244))
     col, row = np.arange(cols)[None], np.arange(rows)[:, None]
     words = numpy_philox.words((col // 4, row, row >> 32, 0), (int(k0), int(k1)))
@@ -47,7 +47,7 @@ def relu_dropout(*arguments, **options):
 
 
 OPS = {op.__name__: op for op in (layer_norm, rms_norm, embedding, dropout, relu_dropout)}
-CALLS = [  # seed, step, stream, p
+CALLS = [  # seed, step, site, p
     (0, 0, 0, 0.5),
     (-1, 2**32 + 1, 3, 0.1),
     (0x0123456789ABCDEF, -(2**63), 2**32 - 1, 0.9),
@@ -58,13 +58,13 @@ CALLS = [  # seed, step, stream, p
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize(("seed", "step", "stream", "p"), CALLS)
-def test_bits(op, backend, seed, step, stream, p):
+@pytest.mark.parametrize(("seed", "step", "site", "p"), CALLS)
+def test_bits(op, backend, seed, step, site, p):
     """Widths on both sides of a word, of the vectors and of the 1024 columns that one pass of Philox covers."""
     rng = torch.tensor([seed, step])
     for rows, cols in ((3, 1), (5, 4), (67, 63), (2, 1024), (3, 1030), (2, 2600)):
-        got, gradient = OPS[op](rows, cols, dropout_p=p, rng=rng, stream=stream, backend=backend)
-        keep = numpy_keep(rows, cols, p, seed, step, stream)
+        got, gradient = OPS[op](rows, cols, dropout_p=p, rng=rng, site=site, backend=backend)
+        keep = numpy_keep(rows, cols, p, seed, step, site)
         scale = np.float32(1 / (1 - p)) if p < 1 else np.float32(0)
         want = np.where(keep, scale, np.float32(0))
         np.testing.assert_array_equal(got.detach().numpy(), want)
@@ -100,7 +100,7 @@ def test_streams_steps_and_seeds_are_independent():
     ("wrong", "message"),
     [
         ({"dropout_p": 1.1}, "p: expected a probability"),
-        ({"stream": -1}, "stream: expected an integer"),
+        ({"site": -1}, "site: expected an integer"),
         ({"rng": torch.zeros(3, dtype=torch.int64)}, r"rng: expected shape \(2,\), got \(3,\)"),
         ({"rng": torch.zeros(2)}, "rng: expected torch.int64"),
     ],

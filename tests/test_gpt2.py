@@ -238,23 +238,23 @@ def test_dropout_is_a_function_of_seed_and_step(device):
 
 
 def test_every_dropout_is_at_work(monkeypatch):
-    """The embeddings, each attention and both branches of each layer drop, each in a stream of its own."""
+    """The embeddings, each attention and both branches of each layer drop, each at a site of its own."""
     from fastlm import ops
 
-    streams = []
+    sites = []
     for name in ("embedding", "attention", "layer_norm"):
         op = getattr(ops, name)
 
         def spy(*args, op=op, **options):
             if options["dropout_p"] > 0:
-                streams.append(options.get("stream", 0))
+                sites.append(options.get("site", 0))
             return op(*args, **options)
 
         monkeypatch.setattr(ops, name, spy)
     batch = Batch()
     make_gpt2()(**batch.packed, labels=batch.labels)
     # 1, the first layer's addition, has nothing to add
-    assert streams == [0, 2, 3, 4, 5, 6, 7]
+    assert sites == [0, 2, 3, 4, 5, 6, 7]
 
 
 @pytest.mark.parametrize("rng", [(3, 4), None], ids=["rng", "torch"])

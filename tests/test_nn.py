@@ -88,7 +88,7 @@ def test_rms_norm_default_eps():
 
 def test_norm_return_residual_and_dropout():
     norm, x, residual, rng = nn.LayerNorm(8), randn(4, 8).float(), randn(4, 8, seed=1).float(), torch.tensor([3, 4])
-    y, h = norm(x, residual, dropout_p=0.5, rng=rng, stream=2, return_residual=True)
+    y, h = norm(x, residual, dropout_p=0.5, rng=rng, site=2, return_residual=True)
     dropped = h - residual
     assert 0 < (dropped == 0).sum() < dropped.numel()
     torch.testing.assert_close(y, F.layer_norm(h, (8,)))
@@ -176,7 +176,7 @@ def test_packed_attention(device):
 
 
 def test_attention_dropout():
-    m, x = nn.MultiheadAttention(24, 4, dropout=0.5, stream=3), randn(6, 2, 24).float()
+    m, x = nn.MultiheadAttention(24, 4, dropout=0.5, site=3), randn(6, 2, 24).float()
 
     def run(step):
         return m(x, x, x, need_weights=False, rng=torch.tensor([1, step]))[0]
@@ -307,8 +307,8 @@ def test_packed_encoder_layer(norm_first, device):
 @pytest.mark.parametrize("norm_first", [False, True], ids=["post", "pre"])
 def test_encoder_layer_dropout(norm_first):
     """With rng the same bits from (seed, step); without, from torch's generator; none in evaluation."""
-    layer = nn.TransformerEncoderLayer(24, 4, 40, 0.5, norm_first=norm_first, stream=4)
-    sites = {layer.self_attn.stream, layer.dropout.stream, layer.dropout1.stream, layer.dropout2.stream}
+    layer = nn.TransformerEncoderLayer(24, 4, 40, 0.5, norm_first=norm_first, site=4)
+    sites = {layer.self_attn.site, layer.dropout.site, layer.dropout1.site, layer.dropout2.site}
     assert sites == {4, 5, 6, 7}
     x = randn(9, 3, 24).float()
     first, again, other = (layer(x, rng=torch.tensor([1, step])) for step in (0, 0, 1))
@@ -330,7 +330,7 @@ def test_dropout_bits(p, shape, device):
     """With rng: what is dropped is the ops' own choice, and the rest is scaled, forward and backward."""
     rng = torch.tensor([5, 6], device=device)
     x = (randn(*shape).float() + 4).to(device).requires_grad_()
-    dropout = nn.Dropout(p, stream=9)
+    dropout = nn.Dropout(p, site=9)
     dropped, want = dropout(x, rng), _random.dropout_rows(x, p, rng, 9)
     assert torch.equal(dropped, want)
     grads = [torch.autograd.grad(y, x, 2 * torch.ones_like(y))[0] for y in (dropped, want)]
@@ -398,13 +398,13 @@ def test_mlp(arguments, device):
 
 
 def test_mlp_dropout():
-    """Before linear2, with the bits of its stream; none in evaluation."""
-    mlp, x, rng = nn.MLP(24, 40, activation="relu", dropout=0.5, stream=3), randn(6, 24).float(), torch.tensor([1, 2])
+    """Before linear2, with the bits of its site number; none in evaluation."""
+    mlp, x, rng = nn.MLP(24, 40, activation="relu", dropout=0.5, site=3), randn(6, 24).float(), torch.tensor([1, 2])
     seen = []
     mlp.linear2.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     mlp(x, rng)
     mlp.eval()(x, rng)
-    assert torch.equal(seen[0], nn.Dropout(0.5, stream=3)(seen[1], rng))
+    assert torch.equal(seen[0], nn.Dropout(0.5, site=3)(seen[1], rng))
     assert torch.equal(seen[1], F.relu(mlp.linear1(x)))
     with pytest.raises(ValueError, match="activation: expected one of 'gelu', 'relu', got 'silu'"):
         nn.MLP(24, 40, activation="silu")

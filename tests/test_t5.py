@@ -268,23 +268,23 @@ def test_dropout_is_a_function_of_seed_and_step(version, device):
 
 
 def test_every_dropout_is_at_work(monkeypatch):
-    """Where Transformers has one, each in a stream of its own; the first layers' additions have nothing to add."""
+    """Where Transformers has one, each at a site of its own; the first layers' additions have nothing to add."""
     from fastlm import ops
 
-    streams = []
+    sites = []
     for name in ("embedding", "attention", "rms_norm", "dropout"):
         op = getattr(ops, name)
 
         def spy(*args, op=op, **options):
             if options.get("dropout_p", 0) > 0 or op.__name__ == "dropout":
-                streams.append(options["stream"])
+                sites.append(options["site"])
             return op(*args, **options)
 
         monkeypatch.setattr(ops, name, spy)
     make_t5()(**Batch().packed, rng=torch.tensor([1, 2]))
     encoder, decoder = 3 + 6 * 2, 3 + 6 * 3
     unused = {1, 3, 4, 9, 10, encoder + 1}  # additions to nothing, and in the encoder those of cross-attention
-    assert sorted(streams) == [stream for stream in range(encoder + decoder) if stream not in unused]
+    assert sorted(sites) == [site for site in range(encoder + decoder) if site not in unused]
 
 
 @pytest.mark.parametrize("rng", [(3, 4), None], ids=["rng", "torch"])

@@ -35,9 +35,9 @@ def test_words_of_the_interpreter():
         counters[:, column], keys[:, column] = torch.tensor(counter), torch.tensor(key)
     wide = counters.clone()
     wide[:, 3:] += 5 << 32
-    seed, step, stream = -(2**62) - 12345, 2**40 + 7, 77
+    seed, step, site = -(2**62) - 12345, 2**40 + 7, 77
 
-    request = {"counters": wide.tolist(), "keys": keys.tolist(), "rng": [seed, step], "stream": stream}
+    request = {"counters": wide.tolist(), "keys": keys.tolist(), "rng": [seed, step], "site": site}
     got = json.loads(run("interpret", interpret=True, stdin=json.dumps(request)))
 
     words = torch.tensor(got["words"])
@@ -45,7 +45,7 @@ def test_words_of_the_interpreter():
     assert words[:, 1].tolist() == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
     assert words[:, 2].tolist() == [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]
     assert torch.equal(words, torch.stack(philox.philox4x32(*counters, *keys)))
-    assert got["call_key"] == [int(k) for k in _random.call_key(torch.tensor([seed, step]), stream)]
+    assert got["call_key"] == [int(k) for k in _random.call_key(torch.tensor([seed, step]), site)]
 
 
 def test_ptx_multiplies_32_bits():

@@ -175,7 +175,7 @@ template <class T>
 void backward(const Attention& a, const AttentionBackward& g, int threads) {
   const int64_t max_sq = longest(a.cu_q, a.batch, a.sq), max_sk = longest(a.cu_k, a.batch, a.sk);
   const int64_t tasks = a.batch * a.heads;
-  const Key key = a.dropout.threshold ? dropout_key(a.dropout.rng, a.dropout.stream) : Key{0, 0};
+  const Key key = a.dropout.threshold ? dropout_key(a.dropout.rng, a.dropout.site) : Key{0, 0};
   std::atomic<int64_t> next{0};
   parallel_for(std::min<int64_t>(threads, tasks), 1, threads, [&](int64_t, int64_t) {  // one piece per thread
     Scratch x(max_sq, max_sk, round_up(a.d, kGemmLanes));

@@ -139,7 +139,7 @@ void forward(const Attention& a, void* out, float* lse, int threads) {
   // Few heads are cut into runs of query blocks, so that every thread finds about four tasks; a run changes no bit.
   const int64_t runs = std::clamp<int64_t>((4 * threads + heads - 1) / heads, 1, blocks);
   const int64_t run = round_up(blocks, runs) / runs * QUERIES;
-  const Key key = a.dropout.threshold ? dropout_key(a.dropout.rng, a.dropout.stream) : Key{0, 0};
+  const Key key = a.dropout.threshold ? dropout_key(a.dropout.rng, a.dropout.site) : Key{0, 0};
   std::atomic<int64_t> next{0};
   parallel_for(std::min<int64_t>(threads, heads * runs), 1, threads, [&](int64_t, int64_t) {  // one piece per thread
     Scratch x(max_sq, max_sk, round_up(a.d, kGemmLanes));

@@ -14,7 +14,7 @@ namespace {
 template <class T>
 FASTLM_CLONES void drop_rows(const T* from, int64_t stride, T* to, int64_t cols, bool relu, const Dropout& dropout,
                              int64_t begin, int64_t end, float* row) {
-  const Key key = dropout.threshold ? dropout_key(dropout.rng, dropout.stream) : Key{0, 0};
+  const Key key = dropout.threshold ? dropout_key(dropout.rng, dropout.site) : Key{0, 0};
   for (int64_t r = begin; r < end; ++r) {
     const T* x = from + r * stride;
     T* y = to + r * cols;

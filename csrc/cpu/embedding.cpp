@@ -38,7 +38,7 @@ FASTLM_INLINE void sum_rows(const Lookup* lookup, int64_t token, int64_t cols, f
 template <class T>
 FASTLM_CLONES void forward_tokens(const EmbeddingForward& a, int64_t begin, int64_t end, float* h) {
   const int64_t cols = a.cols;
-  const Key key = a.dropout.threshold ? dropout_key(a.dropout.rng, a.dropout.stream) : Key{0, 0};
+  const Key key = a.dropout.threshold ? dropout_key(a.dropout.rng, a.dropout.site) : Key{0, 0};
   for (int64_t t = begin; t < end; ++t) {
     T* y = static_cast<T*>(a.y) + t * cols;
     sum_rows<T>(a.lookup, t, cols, h);
@@ -65,7 +65,7 @@ template <class T>
 FASTLM_CLONES void backward_tokens(const EmbeddingBackward& a, int64_t begin, int64_t end, float* dweight, float* dbias,
                                    float* h) {
   const int64_t cols = a.cols;
-  const Key key = a.dropout.threshold ? dropout_key(a.dropout.rng, a.dropout.stream) : Key{0, 0};
+  const Key key = a.dropout.threshold ? dropout_key(a.dropout.rng, a.dropout.site) : Key{0, 0};
   if (a.weight) {
     for (int64_t j = 0; j < cols; ++j) dweight[j] = dbias[j] = 0.0f;
   }

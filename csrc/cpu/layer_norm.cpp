@@ -16,7 +16,7 @@ namespace {
 template <class T>
 FASTLM_CLONES void forward_rows(const LayerNormForward& a, int64_t begin, int64_t end, float* row_h) {
   const int64_t cols = a.cols;
-  const Key key = a.dropout.threshold ? dropout_key(a.dropout.rng, a.dropout.stream) : Key{0, 0};
+  const Key key = a.dropout.threshold ? dropout_key(a.dropout.rng, a.dropout.site) : Key{0, 0};
   for (int64_t r = begin; r < end; ++r) {
     const T* x = static_cast<const T*>(a.x) + r * a.stride_x;
     const T* residual = static_cast<const T*>(a.residual) + (a.residual ? r * a.stride_residual : 0);
@@ -61,7 +61,7 @@ template <class T>
 FASTLM_CLONES void backward_rows(const LayerNormBackward& a, int64_t begin, int64_t end, float* dweight, float* dbias,
                                  float* row_d) {
   const int64_t cols = a.cols;
-  const Key key = a.dropout.threshold ? dropout_key(a.dropout.rng, a.dropout.stream) : Key{0, 0};
+  const Key key = a.dropout.threshold ? dropout_key(a.dropout.rng, a.dropout.site) : Key{0, 0};
   for (int64_t j = 0; j < cols; ++j) dweight[j] = dbias[j] = 0.0f;
   for (int64_t r = begin; r < end; ++r) {
     const T* dy = static_cast<const T*>(a.dy) + r * a.stride_dy;

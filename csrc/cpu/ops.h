@@ -13,7 +13,7 @@ struct Dropout {
   uint64_t threshold;
   float scale;
   const int64_t* rng;  // (seed, step)
-  uint32_t stream;
+  uint32_t site;
 };
 
 }  // namespace fastlm::cpu

@@ -12,7 +12,7 @@ struct Bytes {
   uint32_t addend, either;
 
   __device__ __forceinline__ explicit Bytes(const Dropout& dropout)
-      : key(dropout_key(dropout.rng, dropout.stream)),
+      : key(dropout_key(dropout.rng, dropout.site)),
         addend((dropout.threshold <= 128 ? 128 - uint32_t(dropout.threshold) : 256 - uint32_t(dropout.threshold)) *
                0x01010101u),
         either(dropout.threshold <= 128 ? 0xFFFFFFFFu : 0u) {}

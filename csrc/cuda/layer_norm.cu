@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(block_size(THREADS)) layer_norm_fwd_kernel(con
   const int64_t row = int64_t(blockIdx.x) * kRows + threadIdx.x / THREADS;
   if (row >= a.rows) return;  // a whole warp: with more threads to a row, every block has one
   const int lane = threadIdx.x % THREADS;
-  const Key key = a.dropout.threshold ? dropout_key(a.dropout.rng, a.dropout.stream) : Key{0, 0};
+  const Key key = a.dropout.threshold ? dropout_key(a.dropout.rng, a.dropout.site) : Key{0, 0};
   const T* x = static_cast<const T*>(a.x) + row * a.stride_x;
   const T* residual = static_cast<const T*>(a.residual) + (a.residual ? row * a.stride_residual : 0);
 
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(block_size(THREADS), bwd_blocks(VEC* N, block_
   __shared__ float buffer[2][2][32];  // of rows in turn: a row's sums are read while the next one's are written
   __shared__ float sums[2][THREADS * N * VEC];  // of weights' gradients, over the rows of a block
   const int lane = threadIdx.x % THREADS, group = threadIdx.x / THREADS;
-  const Key key = a.dropout.threshold ? dropout_key(a.dropout.rng, a.dropout.stream) : Key{0, 0};
+  const Key key = a.dropout.threshold ? dropout_key(a.dropout.rng, a.dropout.site) : Key{0, 0};
   const float inverse = 1.0f / float(a.cols);
 
   float w[N][VEC], dw[N][VEC] = {}, db[N][VEC] = {};
@@ -205,7 +205,7 @@ template <class T, int VEC>
 __global__ void __launch_bounds__(kLong) layer_norm_fwd_long_kernel(const LayerNormForward a) {
   __shared__ float buffer[2][32];
   const int64_t row = blockIdx.x;
-  const Key key = a.dropout.threshold ? dropout_key(a.dropout.rng, a.dropout.stream) : Key{0, 0};
+  const Key key = a.dropout.threshold ? dropout_key(a.dropout.rng, a.dropout.site) : Key{0, 0};
   const T* x = static_cast<const T*>(a.x) + row * a.stride_x;
   const T* residual = static_cast<const T*>(a.residual) + (a.residual ? row * a.stride_residual : 0);
   T* stored = static_cast<T*>(a.h) + (a.h ? row * a.cols : 0);
@@ -252,7 +252,7 @@ template <class T, int VEC>
 __global__ void __launch_bounds__(kLong) layer_norm_bwd_long_kernel(const LayerNormBackward a) {
   __shared__ float buffer[2][32];
   const int64_t row = blockIdx.x;
-  const Key key = a.dropout.threshold ? dropout_key(a.dropout.rng, a.dropout.stream) : Key{0, 0};
+  const Key key = a.dropout.threshold ? dropout_key(a.dropout.rng, a.dropout.site) : Key{0, 0};
   const T* dy = static_cast<const T*>(a.dy) + row * a.stride_dy;
   const T* h = static_cast<const T*>(a.h) + row * a.stride_h;
   const float mean = a.mean ? a.mean[row] : 0.0f, rstd = a.rstd[row];

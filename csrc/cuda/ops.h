@@ -15,7 +15,7 @@ struct Dropout {
   uint64_t threshold;
   float scale;
   const int64_t* rng;  // (seed, step)
-  uint32_t stream;
+  uint32_t site;
 };
 
 // Where a kernel runs. Its partial sums, of gradients over rows, are at most partial_rows(device) rows.

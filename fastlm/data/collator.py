@@ -91,7 +91,7 @@ class DataCollatorForLanguageModeling:
         ids = batch["input_ids"]
         if not self.mlm:
             pad = self.tokenizer.pad_token_id
-            batch["labels"] = ids.clone() if pad is None else ids.masked_fill(ids == pad, -100)
+            batch["labels"] = ids.clone() if pad is None else ids.masked_fill(ids == pad, ops.IGNORE_INDEX)
             return batch
         if sample_ids is None:
             sample_ids = torch.randint(-(2**63), 2**63 - 1, (len(rows),))

@@ -28,7 +28,7 @@ class Decoder(Patched):
         return input if self.deferred else super().forward(input)
 
 
-def _cross_entropy(hidden, decoder, target, *, ignore_index=-100, num_items=None, wide=False):
+def _cross_entropy(hidden, decoder, target, *, ignore_index=ops.IGNORE_INDEX, num_items=None, wide=False):
     """Mean over the targets that are not ignore_index, or with num_items their sum over it; wide: in float32."""
     if target.numel() != hidden.shape[:-1].numel():
         raise ValueError(
@@ -129,7 +129,7 @@ class FusedLossFunction(FusedLoss):
         return self._kind() in ("ForCausalLM", "ForMaskedLM") and super()._fuses(decoder)
 
     def _loss(self, hidden, decoder, labels, options):
-        ignore_index = options.get("ignore_index", -100)
+        ignore_index = options.get("ignore_index", ops.IGNORE_INDEX)
         if self._kind() == "ForCausalLM":
             shifted = options.get("shift_labels")
             labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:] if shifted is None else shifted

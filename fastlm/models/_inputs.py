@@ -6,9 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from fastlm.ops import _checks
+from fastlm.ops import IGNORE_INDEX, _checks
 
-IGNORED = -100  # a label, or a target, that is not predicted
 
 
 class Sequences(NamedTuple):
@@ -52,12 +51,12 @@ class Sequences(NamedTuple):
 
     def next_tokens(self, labels: torch.Tensor) -> torch.Tensor:
         """Like labels: what each token has to predict, its successor's label; -100 at the end of a sequence."""
-        return torch.where(self.starts(), IGNORED, labels).roll(-1, -1)
+        return torch.where(self.starts(), IGNORE_INDEX, labels).roll(-1, -1)
 
     def shift_right(self, labels: torch.Tensor, start_id: int, ignored_id: int) -> torch.Tensor:
         """Like labels: each token's predecessor, `start_id` where there is none, `ignored_id` where that is -100."""
         before = torch.where(self.starts(), start_id, labels.roll(1, -1))
-        return torch.where(before == IGNORED, ignored_id, before)
+        return torch.where(before == IGNORE_INDEX, ignored_id, before)
 
     def lengths(self) -> torch.Tensor:
         """(sequences,): how many tokens each has."""

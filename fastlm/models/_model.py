@@ -142,11 +142,11 @@ def tied(word: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool]:
     return *_Tied.apply(word), True
 
 
-def add_norm(norm, x, delta, *, dropout_p, rng, stream):
+def add_norm(norm, x, delta, *, dropout_p, rng, site):
     """(norm(x'), x'), x' = x + dropout(delta), in one pass; delta None: nothing is added."""
     if delta is None:
         return norm(x, return_residual=True)
-    return norm(delta, x, dropout_p=dropout_p, rng=rng, stream=stream, return_residual=True)
+    return norm(delta, x, dropout_p=dropout_p, rng=rng, site=site, return_residual=True)
 
 
 def as_stream(x: torch.Tensor) -> torch.Tensor:

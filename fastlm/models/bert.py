@@ -102,9 +102,9 @@ class BertConfig(Config):
 class Embeddings(torch.nn.Module):
     """drop(LN(word[input_ids] + position[positions] + token_type[token_type_ids])), in one op."""
 
-    def __init__(self, config: BertConfig, stream: int, **factory) -> None:
+    def __init__(self, config: BertConfig, site: int, **factory) -> None:
         super().__init__()
-        self.dropout_p, self.padding_idx, self.stream = config.hidden_dropout_prob, config.pad_token_id, stream
+        self.dropout_p, self.padding_idx, self.site = config.hidden_dropout_prob, config.pad_token_id, site
         for name, rows in (
             ("word", config.vocab_size),
             ("position", config.max_position_embeddings),
@@ -119,18 +119,18 @@ class Embeddings(torch.nn.Module):
         x = ops.embedding(
             input_ids, word, self.position, self.token_type, positions=positions, token_type_ids=token_type_ids,
             weight=self.norm.weight, bias=self.norm.bias, eps=self.norm.eps, padding_idx=self.padding_idx,
-            dropout_p=self.dropout_p if self.training else 0.0, rng=rng, stream=self.stream, sparse=sparse,
+            dropout_p=self.dropout_p if self.training else 0.0, rng=rng, site=self.site, sparse=sparse,
         )  # fmt: skip
         return as_stream(x)
 
 
 class Layer(torch.nn.Module):
-    """Attention and feed-forward, each followed by dropout, addition and LN. Takes three stream numbers."""
+    """Attention and feed-forward, each followed by dropout, addition and LN. Takes three dropout site numbers."""
 
-    def __init__(self, config: BertConfig, stream: int, **factory) -> None:
+    def __init__(self, config: BertConfig, site: int, **factory) -> None:
         super().__init__()
         size, eps = config.hidden_size, config.layer_norm_eps
-        self.heads, self.stream = config.num_attention_heads, stream
+        self.heads, self.site = config.num_attention_heads, site
         self.attention_dropout_p, self.dropout_p = config.attention_probs_dropout_prob, config.hidden_dropout_prob
         self.qkv = torch.nn.Linear(size, 3 * size, **factory)
         self.out = torch.nn.Linear(size, size, **factory)
@@ -146,12 +146,12 @@ class Layer(torch.nn.Module):
         """
         attention_dropout_p, dropout_p = (self.attention_dropout_p, self.dropout_p) if self.training else (0.0, 0.0)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)  # views, (..., heads, head_dim)
-        attended = ops.attention(q, k, v, dropout_p=attention_dropout_p, rng=rng, stream=self.stream, **sequences)
+        attended = ops.attention(q, k, v, dropout_p=attention_dropout_p, rng=rng, site=self.site, **sequences)
         attended = attended.flatten(-2)
         if index is not None:
             attended, x = (t.flatten(0, -2).index_select(0, index) for t in (attended, x))
-        x = self.norm1(self.out(attended), x, dropout_p=dropout_p, rng=rng, stream=self.stream + 1)
-        return self.norm2(self.mlp(x), x, dropout_p=dropout_p, rng=rng, stream=self.stream + 2)
+        x = self.norm1(self.out(attended), x, dropout_p=dropout_p, rng=rng, site=self.site + 1)
+        return self.norm2(self.mlp(x), x, dropout_p=dropout_p, rng=rng, site=self.site + 2)
 
 
 class MaskedLMHead(torch.nn.Module):
@@ -178,11 +178,11 @@ class BertEncoder(Model):
         super().__init__()
         factory = {"device": device, "dtype": dtype}
         self.config = config
-        self.embeddings = Embeddings(config, stream=0, **factory)
+        self.embeddings = Embeddings(config, site=0, **factory)
         self.layers = torch.nn.ModuleList(
-            Layer(config, stream=1 + 3 * i, **factory) for i in range(config.num_hidden_layers)
+            Layer(config, site=1 + 3 * i, **factory) for i in range(config.num_hidden_layers)
         )
-        self.stream = 1 + 3 * config.num_hidden_layers  # of a head's dropout
+        self.site = 1 + 3 * config.num_hidden_layers  # of a head's dropout
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

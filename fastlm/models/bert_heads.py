@@ -16,9 +16,9 @@ import torch.nn.functional as F
 
 from fastlm import nn, ops
 from fastlm.models import _checkpoint
-from fastlm.models._inputs import IGNORED, check_labels
+from fastlm.models._inputs import check_labels
 from fastlm.models.bert import BertConfig, BertEncoder, encoder_names
-from fastlm.ops import _checks
+from fastlm.ops import IGNORE_INDEX, _checks
 
 
 class BertModel(BertEncoder):
@@ -66,7 +66,7 @@ class BertForSequenceClassification(BertEncoder):
     def __init__(self, config: BertConfig, *, device=None, dtype=None) -> None:
         super().__init__(config, device=device, dtype=dtype)
         self.pooler = torch.nn.Linear(config.hidden_size, config.hidden_size, device=device, dtype=dtype)
-        self.dropout = _classifier_dropout(config, self.stream)
+        self.dropout = _classifier_dropout(config, self.site)
         self.classifier = torch.nn.Linear(config.hidden_size, config.num_labels, device=device, dtype=dtype)
         self.reset_parameters()
 
@@ -103,7 +103,7 @@ class BertForSequenceClassification(BertEncoder):
         real = given.lengths() > 0
         if problem == "single_label_classification":
             _checks.is_tensor("labels", labels, device=x.device, dtypes=(torch.int64,), shape=real.shape)
-            labels = torch.where(real, labels, IGNORED)
+            labels = torch.where(real, labels, IGNORE_INDEX)
             weight, bias = self.classifier.weight, self.classifier.bias
             return ops.linear_cross_entropy(x, weight, labels, bias, reduction=reduction)
         logits = self.classifier(x).float()
@@ -138,7 +138,7 @@ class BertForTokenClassification(BertEncoder):
 
     def __init__(self, config: BertConfig, *, device=None, dtype=None) -> None:
         super().__init__(config, device=device, dtype=dtype)
-        self.dropout = _classifier_dropout(config, self.stream)
+        self.dropout = _classifier_dropout(config, self.site)
         self.classifier = torch.nn.Linear(config.hidden_size, config.num_labels, device=device, dtype=dtype)
         self.reset_parameters()
 
@@ -219,7 +219,7 @@ class BertForQuestionAnswering(BertEncoder):
             _checks.is_tensor(name, wanted, device=logits.device, dtypes=(torch.int64,), shape=lengths.shape)
             # Not -inf: a sequence of no tokens would be NaN, ignored or not.
             rows = given.padded(logits, torch.finfo(logits.dtype).min)
-            wanted = torch.where(wanted < lengths, wanted, IGNORED)
+            wanted = torch.where(wanted < lengths, wanted, IGNORE_INDEX)
             losses.append(ops.cross_entropy(rows, wanted, reduction=reduction))
         return (losses[0] + losses[1]) / 2
 
@@ -228,6 +228,6 @@ class BertForQuestionAnswering(BertEncoder):
         return encoder_names(config) | _checkpoint.module_names({"outputs": "qa_outputs"})
 
 
-def _classifier_dropout(config: BertConfig, stream: int) -> nn.Dropout:
+def _classifier_dropout(config: BertConfig, site: int) -> nn.Dropout:
     p = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
-    return nn.Dropout(p, stream=stream)
+    return nn.Dropout(p, site=site)

@@ -76,12 +76,12 @@ class GPT2Config(Config):
 
 
 class Layer(torch.nn.Module):
-    """Attention and feed-forward, each after an LN. Takes three stream numbers."""
+    """Attention and feed-forward, each after an LN. Takes three dropout site numbers."""
 
-    def __init__(self, config: GPT2Config, stream: int, **factory) -> None:
+    def __init__(self, config: GPT2Config, site: int, **factory) -> None:
         super().__init__()
         size, eps = config.n_embd, config.layer_norm_epsilon
-        self.heads, self.stream = config.n_head, stream
+        self.heads, self.site = config.n_head, site
         self.attention_dropout_p, self.dropout_p = config.attn_pdrop, config.resid_pdrop
         self.norm1 = nn.LayerNorm(size, eps=eps, **factory, keep_dtype=True)
         self.qkv = torch.nn.Linear(size, 3 * size, **factory)
@@ -96,13 +96,13 @@ class Layer(torch.nn.Module):
         `sequences` are the arguments of ops.attention that say which tokens are one.
         """
         attention_dropout_p, dropout_p = (self.attention_dropout_p, self.dropout_p) if self.training else (0.0, 0.0)
-        h, x = add_norm(self.norm1, x, delta, dropout_p=dropout_p, rng=rng, stream=self.stream)
+        h, x = add_norm(self.norm1, x, delta, dropout_p=dropout_p, rng=rng, site=self.site)
         q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).unbind(-3)  # views, (..., heads, head_dim)
         attended = ops.attention(
-            q, k, v, causal=True, dropout_p=attention_dropout_p, rng=rng, stream=self.stream + 1, **sequences
+            q, k, v, causal=True, dropout_p=attention_dropout_p, rng=rng, site=self.site + 1, **sequences
         )
         delta = self.out(attended.flatten(-2))
-        h, x = add_norm(self.norm2, x, delta, dropout_p=dropout_p, rng=rng, stream=self.stream + 2)
+        h, x = add_norm(self.norm2, x, delta, dropout_p=dropout_p, rng=rng, site=self.site + 2)
         return x, self.mlp(h)
 
 
@@ -119,7 +119,7 @@ class GPT2(Model):
         self.config = config
         self.word = torch.nn.Parameter(torch.empty(config.vocab_size, config.n_embd, **factory))
         self.position = torch.nn.Parameter(torch.empty(config.n_positions, config.n_embd, **factory))
-        self.layers = torch.nn.ModuleList(Layer(config, stream=1 + 3 * i, **factory) for i in range(config.n_layer))
+        self.layers = torch.nn.ModuleList(Layer(config, site=1 + 3 * i, **factory) for i in range(config.n_layer))
         self.norm = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon, **factory, keep_dtype=True)
         self.reset_parameters()
 
@@ -204,8 +204,8 @@ class GPT2(Model):
         x, delta, sequences = as_stream(embedded), None, given.attend()
         for layer in self.layers:
             x, delta = self.run(layer, x, delta, sequences, rng=rng)
-        stream = 1 + 3 * len(self.layers)
-        return self.norm(delta, x, dropout_p=drops * config.resid_pdrop, rng=rng, stream=stream)
+        site = 1 + 3 * len(self.layers)
+        return self.norm(delta, x, dropout_p=drops * config.resid_pdrop, rng=rng, site=site)
 
     @classmethod
     def transformers_names(cls, config: GPT2Config) -> _checkpoint.Names:

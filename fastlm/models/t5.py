@@ -27,7 +27,7 @@ from fastlm import nn, ops
 from fastlm.models import _checkpoint, _inputs
 from fastlm.models._config import Config
 from fastlm.models._model import Model, add_norm, as_stream, tied
-from fastlm.ops import _checks
+from fastlm.ops import IGNORE_INDEX, _checks
 
 _SITES = 6  # dropouts of a layer
 
@@ -101,11 +101,11 @@ class T5Config(Config):
 
 
 class SelfAttention(torch.nn.Module):
-    """W_o attention(W_q x, W_k x, W_v x; bias), causal in the decoder. Takes one stream number."""
+    """W_o attention(W_q x, W_k x, W_v x; bias), causal in the decoder. Takes one dropout site number."""
 
-    def __init__(self, config: T5Config, stream: int, decoder: bool, **factory) -> None:
+    def __init__(self, config: T5Config, site: int, decoder: bool, **factory) -> None:
         super().__init__()
-        self.heads, self.stream, self.decoder = config.num_heads, stream, decoder
+        self.heads, self.site, self.decoder = config.num_heads, site, decoder
         self.dropout_p, self.max_distance = config.dropout_rate, config.relative_attention_max_distance
         inner = config.num_heads * config.d_kv
         self.qkv = torch.nn.Linear(config.d_model, 3 * inner, bias=False, **factory)
@@ -117,17 +117,17 @@ class SelfAttention(torch.nn.Module):
         bias = ops.RelativeBias(table, bidirectional=not self.decoder, max_distance=self.max_distance)
         attended = ops.attention(
             q, k, v, causal=self.decoder, softmax_scale=1.0, relative_bias=bias,
-            dropout_p=self.dropout_p if self.training else 0.0, rng=rng, stream=self.stream, **sequences,
+            dropout_p=self.dropout_p if self.training else 0.0, rng=rng, site=self.site, **sequences,
         )  # fmt: skip
         return self.out(attended.flatten(-2))
 
 
 class CrossAttention(torch.nn.Module):
-    """W_o attention(W_q x, W_k s, W_v s), without a bias. Takes one stream number."""
+    """W_o attention(W_q x, W_k s, W_v s), without a bias. Takes one dropout site number."""
 
-    def __init__(self, config: T5Config, stream: int, **factory) -> None:
+    def __init__(self, config: T5Config, site: int, **factory) -> None:
         super().__init__()
-        self.heads, self.stream, self.dropout_p = config.num_heads, stream, config.dropout_rate
+        self.heads, self.site, self.dropout_p = config.num_heads, site, config.dropout_rate
         inner = config.num_heads * config.d_kv
         self.q = torch.nn.Linear(config.d_model, inner, bias=False, **factory)
         self.kv = torch.nn.Linear(config.d_model, 2 * inner, bias=False, **factory)
@@ -139,62 +139,62 @@ class CrossAttention(torch.nn.Module):
         k, v = self.kv(source).unflatten(-1, (2, self.heads, -1)).unbind(-3)
         attended = ops.attention(
             q, k, v, softmax_scale=1.0, dropout_p=self.dropout_p if self.training else 0.0, rng=rng,
-            stream=self.stream, **sequences,
+            site=self.site, **sequences,
         )  # fmt: skip
         return self.out(attended.flatten(-2))
 
 
 class Layer(torch.nn.Module):
-    """Self-attention, in the decoder cross-attention, and feed-forward, each after a norm. Takes six stream numbers."""
+    """Self-attention, in the decoder cross-attention, and feed-forward, each after a norm. Takes six dropout site numbers."""
 
-    def __init__(self, config: T5Config, stream: int, decoder: bool, **factory) -> None:
+    def __init__(self, config: T5Config, site: int, decoder: bool, **factory) -> None:
         super().__init__()
         size, norm = config.d_model, {"eps": config.layer_norm_epsilon, **factory, "keep_dtype": True}
-        self.stream, self.dropout_p = stream, config.dropout_rate
+        self.site, self.dropout_p = site, config.dropout_rate
         self.norm1 = nn.RMSNorm(size, **norm)
-        self.attention = SelfAttention(config, stream + 1, decoder, **factory)
+        self.attention = SelfAttention(config, site + 1, decoder, **factory)
         self.norm_cross = nn.RMSNorm(size, **norm) if decoder else None
-        self.cross = CrossAttention(config, stream + 3, **factory) if decoder else None
+        self.cross = CrossAttention(config, site + 3, **factory) if decoder else None
         self.norm2 = nn.RMSNorm(size, **norm)
         gated = config.feed_forward_proj == "gated-gelu"
         self.mlp = nn.MLP(
             size, config.d_ff, gated=gated, activation="gelu" if gated else "relu", approximate="tanh", bias=False,
-            dropout=config.dropout_rate, stream=stream + 5, **factory,
+            dropout=config.dropout_rate, site=site + 5, **factory,
         )  # fmt: skip
 
     def forward(self, x, delta, table, sequences, source=None, cross_sequences=None, *, rng):
         """(x, delta) -> (x, delta), each (..., d_model), packed or padded; the first layer is given no delta."""
         dropout = {"dropout_p": self.dropout_p if self.training else 0.0, "rng": rng}
-        h, x = add_norm(self.norm1, x, delta, **dropout, stream=self.stream)
+        h, x = add_norm(self.norm1, x, delta, **dropout, site=self.site)
         delta = self.attention(h, table, sequences, rng)
         if self.cross is not None:
-            h, x = add_norm(self.norm_cross, x, delta, **dropout, stream=self.stream + 2)
+            h, x = add_norm(self.norm_cross, x, delta, **dropout, site=self.site + 2)
             delta = self.cross(h, source, cross_sequences, rng)
-        h, x = add_norm(self.norm2, x, delta, **dropout, stream=self.stream + 4)
+        h, x = add_norm(self.norm2, x, delta, **dropout, site=self.site + 4)
         return x, self.mlp(h, rng)
 
 
 class Stack(torch.nn.Module):
     """The layers of one side, their table of relative positions, and the last norm."""
 
-    def __init__(self, config: T5Config, layers: int, stream: int, decoder: bool, **factory) -> None:
+    def __init__(self, config: T5Config, layers: int, site: int, decoder: bool, **factory) -> None:
         super().__init__()
-        self.stream, self.last, self.dropout_p = stream, stream + 1 + _SITES * layers, config.dropout_rate
+        self.site, self.last, self.dropout_p = site, site + 1 + _SITES * layers, config.dropout_rate
         shape = config.relative_attention_num_buckets, config.num_heads
         self.relative = torch.nn.Parameter(torch.empty(shape, **factory))
         self.layers = torch.nn.ModuleList(
-            Layer(config, stream + 1 + _SITES * i, decoder, **factory) for i in range(layers)
+            Layer(config, site + 1 + _SITES * i, decoder, **factory) for i in range(layers)
         )
         self.norm = nn.RMSNorm(config.d_model, eps=config.layer_norm_epsilon, **factory, keep_dtype=True)
-        self.dropout = nn.Dropout(config.dropout_rate, stream=self.last + 1)
+        self.dropout = nn.Dropout(config.dropout_rate, site=self.last + 1)
 
     def forward(self, ids, word, run, sequences, source=None, cross_sequences=None, *, rng, sparse=False):
         """(..., d_model), of ids (...). run: Model.run. word, sparse: as of ops.embedding."""
         dropout = {"dropout_p": self.dropout_p if self.training else 0.0, "rng": rng}
-        x, delta = as_stream(ops.embedding(ids, word, **dropout, stream=self.stream, sparse=sparse)), None
+        x, delta = as_stream(ops.embedding(ids, word, **dropout, site=self.site, sparse=sparse)), None
         for layer in self.layers:
             x, delta = run(layer, x, delta, self.relative, sequences, source, cross_sequences, rng=rng)
-        return self.dropout(self.norm(delta, x, **dropout, stream=self.last), rng)
+        return self.dropout(self.norm(delta, x, **dropout, site=self.last), rng)
 
 
 class T5(Model):
@@ -210,8 +210,8 @@ class T5(Model):
         self.config = config
         self.word = torch.nn.Parameter(torch.empty(config.vocab_size, config.d_model, **factory))
         self.encoder = Stack(config, config.num_layers, 0, decoder=False, **factory)
-        stream = self.encoder.last + 2
-        self.decoder = Stack(config, config.num_decoder_layers, stream, decoder=True, **factory)
+        site = self.encoder.last + 2
+        self.decoder = Stack(config, config.num_decoder_layers, site, decoder=True, **factory)
         head = None if config.tie_word_embeddings else torch.nn.Parameter(torch.empty_like(self.word))
         self.register_parameter("head", head)
         self.reset_parameters()
@@ -305,7 +305,7 @@ class T5(Model):
         if labels is None:
             return F.linear(x, head)
         if target.real is not None:
-            labels = torch.where(target.real, labels, _inputs.IGNORED)
+            labels = torch.where(target.real, labels, IGNORE_INDEX)
         return ops.linear_cross_entropy(x, head, labels, reduction=reduction)
 
     def _sequences(self, ids, cu_seqlens, max_seqlen, attention_mask, **names) -> _inputs.Sequences:

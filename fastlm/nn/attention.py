@@ -43,7 +43,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     A query with no real key gives out_proj's bias, where torch gives NaN. Dropout drops in steps of 1/256.
 
     Args beyond torch's:
-        stream: number of this call site in the random stream, so that two dropouts of one step differ.
+        site: number of this dropout call site, so that two dropouts of one step differ.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         device=None,
         dtype=None,
         *,
-        stream: int = 0,
+        site: int = 0,
     ) -> None:
         for name, value in (("add_bias_kv", add_bias_kv), ("add_zero_attn", add_zero_attn)):
             if value:
@@ -70,7 +70,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )
-        self.stream = stream
+        self.site = site
 
     def forward(
         self,
@@ -116,7 +116,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         out = ops.attention(
             q, k, v, causal=is_causal, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen,
             max_seqlen_k=max_seqlen_k, key_mask=real_keys(key_padding_mask, tuple(k.shape[:2])),
-            dropout_p=self.dropout if self.training else 0.0, rng=rng, stream=self.stream,
+            dropout_p=self.dropout if self.training else 0.0, rng=rng, site=self.site,
         )  # fmt: skip
         out = self.out_proj(out.flatten(-2))
         if query.dim() == 2:

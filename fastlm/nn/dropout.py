@@ -11,16 +11,16 @@ from fastlm import ops
 class Dropout(torch.nn.Dropout):
     """torch.nn.Dropout, which can take its bits from (seed, step) like every dropout inside the ops.
 
-    Without `rng` it is torch's own. With it, the mask is a pure function of (rng, stream) and of the element's row and
+    Without `rng` it is torch's own. With it, the mask is a pure function of (rng, site) and of the element's row and
     column, `fastlm.ops.dropout`'s.
     """
 
-    def __init__(self, p: float = 0.5, inplace: bool = False, *, stream: int = 0) -> None:
+    def __init__(self, p: float = 0.5, inplace: bool = False, *, site: int = 0) -> None:
         super().__init__(p, inplace)
-        self.stream = stream
+        self.site = site
 
     def forward(self, input: torch.Tensor, rng: torch.Tensor | None = None, *, relu: bool = False) -> torch.Tensor:
         """input (..., cols), or with `relu` max(input, 0); rng int64 (2,), (seed, step), on its device, or None."""
         if rng is None or not self.training:
             return super().forward(F.relu(input) if relu else input)
-        return ops.dropout(input, self.p, rng=rng, stream=self.stream, relu=relu)
+        return ops.dropout(input, self.p, rng=rng, site=self.site, relu=relu)

@@ -19,7 +19,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         self,
         weight: torch.Tensor | None = None,
         size_average=None,
-        ignore_index: int = -100,
+        ignore_index: int = ops.IGNORE_INDEX,
         reduce=None,
         reduction: str = "mean",
         label_smoothing: float = 0.0,
@@ -72,7 +72,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
             raise ValueError(f"options: expected None, got {options!r}; fastlm chooses the chunks by itself")
         self.register_buffer("weight", weight)
         self.linear = torch.nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
-        self.ignore_index = -100 if ignore_index is None else ignore_index
+        self.ignore_index = ops.IGNORE_INDEX if ignore_index is None else ignore_index
         self.reduction, self.label_smoothing, self.z_loss = reduction, label_smoothing, z_loss
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

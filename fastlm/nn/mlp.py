@@ -20,7 +20,7 @@ class MLP(torch.nn.Module):
         activation: "gelu" or "relu".
         approximate: "none" (erf) or "tanh", as torch.nn.GELU; read for "gelu" alone.
         bias: both linears have one; a gated block has none in linear1, as in T5.
-        dropout: probability of dropping what linear2 reads; stream: its number in the random stream.
+        dropout: probability of dropping what linear2 reads; site: the number of that dropout call site.
 
     The GEMM of linear1 runs without its bias where `fastlm.ops.gelu` can add it as it reads the result.
     """
@@ -36,7 +36,7 @@ class MLP(torch.nn.Module):
         approximate: str = "none",
         bias: bool = True,
         dropout: float = 0.0,
-        stream: int = 0,
+        site: int = 0,
         device=None,
         dtype=None,
     ) -> None:
@@ -47,7 +47,7 @@ class MLP(torch.nn.Module):
         rows = 2 * hidden_features if gated else hidden_features
         self.linear1 = torch.nn.Linear(in_features, rows, bias=bias and not gated, **factory)
         self.linear2 = torch.nn.Linear(hidden_features, out_features or in_features, bias=bias, **factory)
-        self.dropout = Dropout(dropout, stream=stream)
+        self.dropout = Dropout(dropout, site=site)
 
     def forward(self, x: torch.Tensor, rng: torch.Tensor | None = None) -> torch.Tensor:
         """x (..., in_features) -> (..., out_features). rng: of the dropout; see `fastlm.nn.Dropout`."""

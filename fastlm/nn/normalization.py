@@ -52,14 +52,14 @@ class LayerNorm(torch.nn.LayerNorm):
         *,
         dropout_p: float = 0.0,
         rng: torch.Tensor | None = None,
-        stream: int = 0,
+        site: int = 0,
         return_residual: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """LN(h) with h = residual + dropout(input), shaped like input; with `return_residual`, (LN(h), h).
 
         dropout_p is applied as given: the caller passes 0 in evaluation. The rest as in `fastlm.ops.layer_norm`.
         """
-        options = {"dropout_p": dropout_p, "rng": rng, "stream": stream, "return_residual": return_residual}
+        options = {"dropout_p": dropout_p, "rng": rng, "site": site, "return_residual": return_residual}
         return _norm(self, ops.layer_norm, (self.weight, self.bias), input, self.eps, residual, options)
 
 
@@ -86,11 +86,11 @@ class RMSNorm(torch.nn.RMSNorm):
         *,
         dropout_p: float = 0.0,
         rng: torch.Tensor | None = None,
-        stream: int = 0,
+        site: int = 0,
         return_residual: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """RMSNorm(h) with h = residual + dropout(x). Arguments as of `LayerNorm.forward`."""
         # torch's default: the epsilon of the type that the statistics are computed in
         eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps if self.eps is None else self.eps
-        options = {"dropout_p": dropout_p, "rng": rng, "stream": stream, "return_residual": return_residual}
+        options = {"dropout_p": dropout_p, "rng": rng, "site": site, "return_residual": return_residual}
         return _norm(self, ops.rms_norm, (self.weight,), x, eps, residual, options)

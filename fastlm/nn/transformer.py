@@ -33,7 +33,7 @@ class TransformerEncoderLayer(torch.nn.Module):
     src_mask other than causal is a ValueError; see `MultiheadAttention`.
 
     Args beyond torch's:
-        stream: first of the four stream numbers that the layer's dropouts take (attention, after attention, inside
+        site: first of the four site numbers that the layer's dropouts take (attention, after attention, inside
             the feed-forward, after it).
     """
 
@@ -54,7 +54,7 @@ class TransformerEncoderLayer(torch.nn.Module):
         device=None,
         dtype=None,
         *,
-        stream: int = 0,
+        site: int = 0,
     ) -> None:
         super().__init__()
         if isinstance(activation, str):
@@ -63,16 +63,16 @@ class TransformerEncoderLayer(torch.nn.Module):
             activation = _ACTIVATIONS[activation]
         factory = {"device": device, "dtype": dtype}
         self.self_attn = MultiheadAttention(
-            d_model, nhead, dropout, bias=bias, batch_first=batch_first, **factory, stream=stream
+            d_model, nhead, dropout, bias=bias, batch_first=batch_first, **factory, site=site
         )
         self.linear1 = torch.nn.Linear(d_model, dim_feedforward, bias=bias, **factory)
-        self.dropout = Dropout(dropout, stream=stream + 2)
+        self.dropout = Dropout(dropout, site=site + 2)
         self.linear2 = torch.nn.Linear(dim_feedforward, d_model, bias=bias, **factory)
         self.norm_first = norm_first
         self.norm1 = LayerNorm(d_model, eps=layer_norm_eps, bias=bias, **factory)
         self.norm2 = LayerNorm(d_model, eps=layer_norm_eps, bias=bias, **factory)
-        self.dropout1 = Dropout(dropout, stream=stream + 1)
-        self.dropout2 = Dropout(dropout, stream=stream + 3)
+        self.dropout1 = Dropout(dropout, site=site + 1)
+        self.dropout2 = Dropout(dropout, site=site + 3)
         self.activation = activation
 
     def forward(
@@ -104,7 +104,7 @@ class TransformerEncoderLayer(torch.nn.Module):
     def _add_norm(self, norm, x, dropout, residual, rng, return_residual=False):
         """norm(residual + dropout(x)), in one pass."""
         p = dropout.p if self.training else 0.0
-        return norm(x, residual, dropout_p=p, rng=rng, stream=dropout.stream, return_residual=return_residual)
+        return norm(x, residual, dropout_p=p, rng=rng, site=dropout.site, return_residual=return_residual)
 
     def _feed_forward(self, x, rng):
         form = _gelu_form(self.activation)

@@ -1,5 +1,6 @@
 """The ops. Each file: the maths, a reference, the schema, autograd, the public function; start there."""
 
+from fastlm.ops._labels import IGNORE_INDEX
 from fastlm.ops.attention import RelativeBias, attention, attention_reference
 from fastlm.ops.cross_entropy import cross_entropy, cross_entropy_reference
 from fastlm.ops.dropout import dropout, dropout_reference
@@ -10,6 +11,7 @@ from fastlm.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_e
 from fastlm.ops.mlm_mask import MaskedTokens, mlm_mask, mlm_mask_reference
 
 __all__ = [
+    "IGNORE_INDEX",
     "MaskedTokens",
     "RelativeBias",
     "attention",

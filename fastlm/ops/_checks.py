@@ -36,11 +36,11 @@ def probability(name: str, p: float) -> None:
         raise ValueError(f"{name}: expected a probability in [0, 1], got {p}")
 
 
-def is_rng(rng, stream: int, device) -> None:
+def is_rng(rng, site: int, device) -> None:
     if rng is not None:
         is_tensor("rng", rng, device=device, dtypes=(torch.int64,), shape=(2,))
-    if not 0 <= stream < 2**32:
-        raise ValueError(f"stream: expected an integer in [0, 2^32), got {stream}")
+    if not 0 <= site < 2**32:
+        raise ValueError(f"site: expected an integer in [0, 2^32), got {site}")
 
 
 def one_of(name: str, value, allowed) -> None:

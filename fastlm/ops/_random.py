@@ -1,7 +1,7 @@
 """Dropout's random bits, in torch: the definition that every kernel reproduces. The generator: fastlm/philox.py.
 
-rng is int64[2], (seed, step), on the device of the op; it is read, never written. Each call site has its own `stream`.
-The key of one call is words r0, r1 of Philox(counter = (step low, step high, stream, 0), key(seed, DROPOUT_DOMAIN)).
+rng is int64[2], (seed, step), on the device of the op; it is read, never written. Each dropout call site has a number, `site`.
+The key of one call is words r0, r1 of Philox(counter = (step low, step high, site, 0), key(seed, DROPOUT_DOMAIN)).
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ def draw_rng(rng: torch.Tensor | None, dropout_p: float, device: torch.device) -
     return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=device)
 
 
-def call_key(rng: torch.Tensor, stream: int) -> tuple[torch.Tensor, torch.Tensor]:
+def call_key(rng: torch.Tensor, site: int) -> tuple[torch.Tensor, torch.Tensor]:
     seed, step = rng[0], rng[1]
     k0, k1 = seed & _LOW32, ((seed >> 32) & _LOW32) ^ philox.DROPOUT_DOMAIN
-    r0, r1, _, _ = philox.philox4x32(step & _LOW32, (step >> 32) & _LOW32, stream, 0, k0, k1)
+    r0, r1, _, _ = philox.philox4x32(step & _LOW32, (step >> 32) & _LOW32, site, 0, k0, k1)
     return r0, r1
 
 
-def keep_rows(rows: int, cols: int, p: float, rng: torch.Tensor, stream: int) -> torch.Tensor:
+def keep_rows(rows: int, cols: int, p: float, rng: torch.Tensor, site: int) -> torch.Tensor:
     """Which elements of a (rows, cols) matrix stay, bool.
 
     counter = (column div 4, row low, row high, 0), word column mod 4; dropped where the word < floor(p·2^32).
     """
-    k0, k1 = call_key(rng, stream)
+    k0, k1 = call_key(rng, site)
     quad = torch.arange((cols + 3) // 4, device=rng.device)[None, :]
     row = torch.arange(rows, device=rng.device)[:, None]
     words = philox.philox4x32(quad, row & _LOW32, row >> 32, 0, k0, k1)
@@ -46,11 +46,11 @@ def row_scale(p: float) -> float:
     return 1.0 / (1.0 - p) if p < 1.0 else 0.0
 
 
-def dropout_rows(x: torch.Tensor, p: float, rng: torch.Tensor | None, stream: int) -> torch.Tensor:
+def dropout_rows(x: torch.Tensor, p: float, rng: torch.Tensor | None, site: int) -> torch.Tensor:
     """Dropout of x (..., cols), its leading dimensions counted as rows."""
     if p == 0.0:
         return x
-    keep = keep_rows(x.numel() // max(1, x.shape[-1]), x.shape[-1], p, rng, stream).view(x.shape)
+    keep = keep_rows(x.numel() // max(1, x.shape[-1]), x.shape[-1], p, rng, site).view(x.shape)
     return torch.where(keep, x * row_scale(p), 0.0)
 
 
@@ -62,14 +62,14 @@ def attention_threshold(p: float) -> int:
 
 
 def keep_attention(
-    batch: int, heads: int, queries: int, keys: int, p: float, rng: torch.Tensor, stream: int
+    batch: int, heads: int, queries: int, keys: int, p: float, rng: torch.Tensor, site: int
 ) -> torch.Tensor:
     """Which probabilities of (batch, heads, queries, keys) stay, bool.
 
     counter = (key div 16, query, sequence·heads + head, 0) gives sixteen bytes, little-endian, for sixteen keys;
     dropped where byte (key mod 16) < round(256 p).
     """
-    k0, k1 = call_key(rng, stream)
+    k0, k1 = call_key(rng, site)
     device = rng.device
     block = torch.arange((keys + 15) // 16, device=device)
     query = torch.arange(queries, device=device)[:, None]

@@ -139,7 +139,7 @@ def _attend(q, k, v, mask, bias, keep, scale, dropout_p):
 
 def attention_reference(
     q, k, v, *, causal=False, window_size=(-1, -1), softmax_scale=None, cu_seqlens_q=None, cu_seqlens_k=None,
-    max_seqlen_q=None, max_seqlen_k=None, key_mask=None, relative_bias=None, dropout_p=0.0, rng=None, stream=0,
+    max_seqlen_q=None, max_seqlen_k=None, key_mask=None, relative_bias=None, dropout_p=0.0, rng=None, site=0,
 ):  # fmt: skip
     """(out, lse) in plain differentiable torch: products in the inputs' dtype, softmax in at least float32.
 
@@ -165,7 +165,7 @@ def attention_reference(
         table = relative_bias.table
         buckets = relative_buckets(relative, table.shape[0], relative_bias.bidirectional, relative_bias.max_distance)
         bias = table[buckets].movedim(-1, -3)
-    keep = _random.keep_attention(batch, heads, sq, sk, dropout_p, rng, stream) if dropout_p > 0.0 else None
+    keep = _random.keep_attention(batch, heads, sq, sk, dropout_p, rng, site) if dropout_p > 0.0 else None
     mask = mask[:, None] if mask.dim() == 3 else mask
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     out, lse = _attend(q, k, v, mask, bias, keep, scale, dropout_p)
@@ -182,7 +182,7 @@ def attention_reference(
 
 def _fake_fwd(
     q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask, table, rng, max_seqlen_q, max_seqlen_k, window_left, window_right,
-    softmax_scale, bidirectional, max_distance, dropout_p, stream, backend,
+    softmax_scale, bidirectional, max_distance, dropout_p, site, backend,
 ):  # fmt: skip
     rows = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
     lse = q.new_empty(rows, dtype=torch.float32)
@@ -191,7 +191,7 @@ def _fake_fwd(
 
 def _fake_bwd(
     dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, key_mask, table, rng, max_seqlen_q, max_seqlen_k,
-    window_left, window_right, softmax_scale, bidirectional, max_distance, dropout_p, stream, table_gradient, backend,
+    window_left, window_right, softmax_scale, bidirectional, max_distance, dropout_p, site, table_gradient, backend,
 ):  # fmt: skip
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     return dq, dk, dv, table.new_empty(table.shape, dtype=torch.float32) if table_gradient else q.new_empty(0)
@@ -200,7 +200,7 @@ def _fake_bwd(
 _SCHEMA = (
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? key_mask, Tensor? table, Tensor? rng, SymInt max_seqlen_q, "
     "SymInt max_seqlen_k, int window_left, int window_right, float softmax_scale, bool bidirectional, "
-    "int max_distance, float dropout_p, int stream"
+    "int max_distance, float dropout_p, int site"
 )
 _registry.define(
     f"attention_fwd(Tensor q, Tensor k, Tensor v, {_SCHEMA}, str backend) -> (Tensor out, Tensor lse)", _fake_fwd
@@ -260,7 +260,7 @@ def _strides(x):
 
 def _arguments_cpu(
     q, k, v, lse, cu_seqlens_q, cu_seqlens_k, key_mask, table, rng, max_seqlen_q, max_seqlen_k, window_left,
-    window_right, softmax_scale, bidirectional, max_distance, dropout_p, stream,
+    window_right, softmax_scale, bidirectional, max_distance, dropout_p, site,
 ):  # fmt: skip
     """The C++ struct, and the tensors it points to."""
     _check_cu_seqlens(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
@@ -278,7 +278,7 @@ def _arguments_cpu(
         at(table), at(starts), 0 if starts is None else starts.numel(), bidirectional,
         cu_seqlens_q.numel() - 1 if packed else q.shape[0], q.shape[-2], k.shape[-2], q.shape[-1],
         0 if packed else q.shape[1], 0 if packed else k.shape[1], window_left, window_right, softmax_scale,
-        _random.attention_threshold(dropout_p), _random.attention_scale(dropout_p), at(rng), stream,
+        _random.attention_threshold(dropout_p), _random.attention_scale(dropout_p), at(rng), site,
         0 if packed else lse.stride(0), lse.stride(-2),
     )  # fmt: skip
     return arguments, (cu_seqlens_q, cu_seqlens_k, key_mask, table, starts)
@@ -331,7 +331,7 @@ def _aligned(x):
 
 def _arguments_triton(
     q, k, cu_seqlens_q, cu_seqlens_k, key_mask, table, rng, max_seqlen_q, max_seqlen_k, window_left, window_right,
-    softmax_scale, bidirectional, max_distance, dropout_p, stream,
+    softmax_scale, bidirectional, max_distance, dropout_p, site,
 ):  # fmt: skip
     """The launchers' keyword arguments, but for max_seqlen."""
     _check_cu_seqlens(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
@@ -343,7 +343,7 @@ def _arguments_triton(
         "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "key_mask": key_mask, "table": table,
         "starts": starts, "bidirectional": bidirectional, "left": window_left, "right": window_right,
         "scale": softmax_scale, "threshold": _random.attention_threshold(dropout_p),
-        "dropout_scale": _random.attention_scale(dropout_p), "rng": rng, "stream": stream,
+        "dropout_scale": _random.attention_scale(dropout_p), "rng": rng, "site": site,
     }  # fmt: skip
 
 
@@ -386,7 +386,7 @@ def _cuda_limit(q, **features):
 
 def _arguments_cuda(
     q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask, table, rng, max_seqlen_q, max_seqlen_k, window_left, window_right,
-    softmax_scale, bidirectional, max_distance, dropout_p, stream,
+    softmax_scale, bidirectional, max_distance, dropout_p, site,
 ):  # fmt: skip
     """The C++ struct, the tensors it points to, and starts."""
     packed = cu_seqlens_q is not None
@@ -407,7 +407,7 @@ def _arguments_cuda(
         at(bias), cu_seqlens_q.numel() - 1 if packed else q.shape[0], heads, heads // k.shape[-2], q.shape[-1],
         q.shape[-3], k.shape[-3], *(x if x < _NO_LIMIT else -1 for x in (window_left, window_right)), far,
         far if bidirectional else 0, softmax_scale, _random.attention_threshold(dropout_p),
-        _random.attention_scale(dropout_p), at(rng), stream,
+        _random.attention_scale(dropout_p), at(rng), site,
     )  # fmt: skip
     return arguments, (cu_seqlens_q, cu_seqlens_k, key_mask, table, bias), starts
 
@@ -497,7 +497,7 @@ def _sdpa_limit(q, *, packed=False, dropout=False, return_lse=False, bias_gradie
     if packed:
         return "it takes padded input, not cu_seqlens"
     if dropout:
-        return "torch draws other dropout bits than fastlm's rng and stream say"
+        return "torch draws other dropout bits than fastlm's rng and site say"
     if return_lse:
         return "it returns no lse"
     if bias_gradient:
@@ -562,7 +562,7 @@ def attention(
     relative_bias: RelativeBias | None = None,
     dropout_p: float = 0.0,
     rng: torch.Tensor | None = None,
-    stream: int = 0,
+    site: int = 0,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -583,7 +583,7 @@ def attention(
         relative_bias: RelativeBias, added to the scaled scores; positions are aligned as `causal` is.
         dropout_p: probability of dropping a softmax weight, in steps of 1/256: 0 or at least 1/256.
         rng: int64 (2,), (seed, step), on q's device; None draws from torch's generator. See fastlm.ops._random.
-        stream: number of this call site, so that two dropouts of one step differ.
+        site: number of this call site, so that two dropouts of one step differ.
         return_lse: return (out, lse); gradients through lse are added.
         backend: "auto", "reference", "cpu", "triton" and "cuda" (D up to 256), "sdpa".
 
@@ -618,7 +618,7 @@ def attention(
         _check_relative_bias(relative_bias, q)
     _checks.probability("dropout_p", dropout_p)
     _random.attention_threshold(dropout_p)
-    _checks.is_rng(rng, stream, q.device)
+    _checks.is_rng(rng, site, q.device)
 
     q, k, v = autocast("attention", q, k, v)
     # 2^31 is beyond any sequence, and far from where the kernels' sums of it and an index would overflow.
@@ -638,7 +638,7 @@ def attention(
         out, lse = attention_reference(
             q, k, v, window_size=window_size, softmax_scale=softmax_scale, cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, key_mask=key_mask,
-            relative_bias=relative_bias, dropout_p=dropout_p, rng=rng, stream=stream,
+            relative_bias=relative_bias, dropout_p=dropout_p, rng=rng, site=site,
         )  # fmt: skip
     else:
         table, bidirectional, max_distance = None, True, 0
@@ -648,6 +648,6 @@ def attention(
             )  # fmt: skip
         out, lse = _registry.call(
             "attention_fwd", q, k, v, cu_seqlens_q, cu_seqlens_k, key_mask, table, rng, max_seqlen_q or 0,
-            max_seqlen_k or 0, *window_size, softmax_scale, bidirectional, max_distance, dropout_p, stream, backend,
+            max_seqlen_k or 0, *window_size, softmax_scale, bidirectional, max_distance, dropout_p, site, backend,
         )  # fmt: skip
     return (out, lse) if return_lse else out

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from fastlm import _native
 from fastlm.ops import _checks, _registry
 from fastlm.ops._autocast import autocast_dtype
+from fastlm.ops._labels import IGNORE_INDEX
 from fastlm.ops._shapes import as_rows, contiguous
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -37,7 +38,7 @@ def outside(target: torch.Tensor, vocabulary: int, ignore_index: int) -> torch.T
 
 
 def cross_entropy_reference(
-    logits, target, *, weight=None, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, reduction="mean"
+    logits, target, *, weight=None, ignore_index=IGNORE_INDEX, label_smoothing=0.0, z_loss=0.0, reduction="mean"
 ):
     """The loss in plain differentiable torch, in the dtype of the logits. Arguments as of `cross_entropy`."""
     vocabulary = logits.shape[-1]
@@ -398,7 +399,7 @@ def cross_entropy(
     target: torch.Tensor,
     *,
     weight: torch.Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     reduction: str = "mean",

@@ -27,7 +27,7 @@ from fastlm.ops._shapes import as_rows, contiguous
 
 def embedding_reference(
     input_ids, word, position=None, token_type=None, *, positions=None, token_type_ids=None, weight=None, bias=None,
-    eps=1e-12, dropout_p=0.0, rng=None, stream=0, padding_idx=None, sparse=False,
+    eps=1e-12, dropout_p=0.0, rng=None, site=0, padding_idx=None, sparse=False,
 ):  # fmt: skip
     """y in plain differentiable torch, in the dtype of the tables. Arguments as of `embedding`."""
     h = F.embedding(input_ids, word, padding_idx, sparse=sparse)
@@ -37,7 +37,7 @@ def embedding_reference(
         h = h + (token_type[0] if token_type_ids is None else F.embedding(token_type_ids, token_type))
     if weight is not None:
         h = F.layer_norm(h, h.shape[-1:], weight, bias, eps)
-    return _random.dropout_rows(h, dropout_p, rng, stream)
+    return _random.dropout_rows(h, dropout_p, rng, site)
 
 
 # ---- the raw ops: tables (.., cols); ids int64, all of one shape; padding_idx -1 for none. `wanted`: which tables'
@@ -45,7 +45,7 @@ def embedding_reference(
 
 
 def _fake_fwd(
-    input_ids, word, position, token_type, positions, token_type_ids, weight, bias, eps, dropout_p, rng, stream,
+    input_ids, word, position, token_type, positions, token_type_ids, weight, bias, eps, dropout_p, rng, site,
     padding_idx, sparse, backend,
 ):  # fmt: skip
     rows = 0 if weight is None else input_ids.numel()
@@ -54,7 +54,7 @@ def _fake_fwd(
 
 
 def _fake_bwd(
-    dy, input_ids, word, position, token_type, positions, token_type_ids, weight, mean, rstd, dropout_p, rng, stream,
+    dy, input_ids, word, position, token_type, positions, token_type_ids, weight, mean, rstd, dropout_p, rng, site,
     padding_idx, has_bias, wanted, sparse, backend,
 ):  # fmt: skip
     dword, *others = (
@@ -71,13 +71,13 @@ def _fake_bwd(
 
 _registry.define(
     "embedding_fwd(Tensor input_ids, Tensor word, Tensor? position, Tensor? token_type, Tensor? positions, "
-    "Tensor? token_type_ids, Tensor? weight, Tensor? bias, float eps, float dropout_p, Tensor? rng, int stream, "
+    "Tensor? token_type_ids, Tensor? weight, Tensor? bias, float eps, float dropout_p, Tensor? rng, int site, "
     "int padding_idx, bool sparse, str backend) -> (Tensor y, Tensor mean, Tensor rstd)",
     _fake_fwd,
 )
 _registry.define(
     "embedding_bwd(Tensor dy, Tensor input_ids, Tensor word, Tensor? position, Tensor? token_type, Tensor? positions, "
-    "Tensor? token_type_ids, Tensor? weight, Tensor mean, Tensor rstd, float dropout_p, Tensor? rng, int stream, "
+    "Tensor? token_type_ids, Tensor? weight, Tensor mean, Tensor rstd, float dropout_p, Tensor? rng, int site, "
     "int padding_idx, bool has_bias, bool[] wanted, bool sparse, str backend) "
     "-> (Tensor dword, Tensor dposition, Tensor dtoken_type, Tensor dweight, Tensor dbias)",
     _fake_bwd,
@@ -85,19 +85,19 @@ _registry.define(
 
 
 def _setup_context(ctx, args, outputs):
-    *tensors, bias, _eps, dropout_p, rng, stream, padding_idx, sparse, backend = args
+    *tensors, bias, _eps, dropout_p, rng, site, padding_idx, sparse, backend = args
     _y, mean, rstd = outputs
     ctx.mark_non_differentiable(mean, rstd)
     ctx.save_for_backward(*tensors, mean, rstd, rng)
-    ctx.rest = dropout_p, stream, padding_idx, bias is not None and bias.dtype, sparse, backend
+    ctx.rest = dropout_p, site, padding_idx, bias is not None and bias.dtype, sparse, backend
 
 
 def _backward(ctx, dy, _dmean, _drstd):
     *tensors, mean, rstd, rng = ctx.saved_tensors
-    dropout_p, stream, padding_idx, bias_dtype, sparse, backend = ctx.rest
+    dropout_p, site, padding_idx, bias_dtype, sparse, backend = ctx.rest
     wanted = [bool(want) for want in ctx.needs_input_grad[2:5]]
     dword, dposition, dtoken_type, dweight, dbias = _registry.call(
-        "embedding_bwd", dy, *tensors, mean, rstd, dropout_p, rng, stream, padding_idx, bool(bias_dtype), wanted,
+        "embedding_bwd", dy, *tensors, mean, rstd, dropout_p, rng, site, padding_idx, bool(bias_dtype), wanted,
         sparse, backend,
     )  # fmt: skip
     if sparse and wanted[0]:
@@ -146,12 +146,12 @@ def _check_ids(input_ids, word, position, token_type, positions, token_type_ids)
 
 @_registry.implement("embedding_fwd", "cpu")
 def _fwd_cpu(
-    input_ids, word, position, token_type, positions, token_type_ids, weight, bias, eps, dropout_p, rng, stream,
+    input_ids, word, position, token_type, positions, token_type_ids, weight, bias, eps, dropout_p, rng, site,
     padding_idx, sparse,
 ):  # fmt: skip
     _check_ids(input_ids, word, position, token_type, positions, token_type_ids)
     y, mean, rstd = _fake_fwd(
-        input_ids, word, position, token_type, positions, token_type_ids, weight, bias, eps, dropout_p, rng, stream,
+        input_ids, word, position, token_type, positions, token_type_ids, weight, bias, eps, dropout_p, rng, site,
         padding_idx, sparse, "cpu",
     )  # fmt: skip
     lookups, _alive = _lookups(input_ids, word, position, token_type, positions, token_type_ids)
@@ -159,7 +159,7 @@ def _fwd_cpu(
     at = _native.address
     _native.cpu().embedding_fwd(
         *lookups, at(weight), at(bias), at(y), at(mean), at(rstd), input_ids.numel(), word.shape[1], eps,
-        philox.threshold(dropout_p), _random.row_scale(dropout_p), at(rng), stream,
+        philox.threshold(dropout_p), _random.row_scale(dropout_p), at(rng), site,
         _native.DTYPE_CODES[word.dtype], _native.threads(),
     )  # fmt: skip
     return y, mean, rstd
@@ -167,7 +167,7 @@ def _fwd_cpu(
 
 @_registry.implement("embedding_bwd", "cpu")
 def _bwd_cpu(
-    dy, input_ids, word, position, token_type, positions, token_type_ids, weight, mean, rstd, dropout_p, rng, stream,
+    dy, input_ids, word, position, token_type, positions, token_type_ids, weight, mean, rstd, dropout_p, rng, site,
     padding_idx, has_bias, wanted, sparse,
 ):  # fmt: skip
     lookups, _alive = _lookups(input_ids, word, position, token_type, positions, token_type_ids)
@@ -186,7 +186,7 @@ def _bwd_cpu(
         *lookups, at(dy2), at(weight32), at(mean), at(rstd), at(dweight), at(dbias) if has_bias else 0, at(dh),
         at(partial), [at(g) for g in gradients], [0 if g is None else g.shape[0] for g in gradients],
         [padding_idx, -1, -1], tokens, cols, dy2.stride(0),
-        philox.threshold(dropout_p), _random.row_scale(dropout_p), at(rng), stream,
+        philox.threshold(dropout_p), _random.row_scale(dropout_p), at(rng), site,
         _native.DTYPE_CODES[word.dtype], _native.threads(),
     )  # fmt: skip
     if sparse and wanted[0]:
@@ -211,39 +211,39 @@ def _triton_limit(word):
 
 @_registry.implement("embedding_fwd", "triton")
 def _fwd_triton(
-    input_ids, word, position, token_type, positions, token_type_ids, weight, bias, eps, dropout_p, rng, stream,
+    input_ids, word, position, token_type, positions, token_type_ids, weight, bias, eps, dropout_p, rng, site,
     padding_idx, sparse,
 ):  # fmt: skip
     from fastlm.kernels import embedding as kernels
 
     y, mean, rstd = _fake_fwd(
-        input_ids, word, position, token_type, positions, token_type_ids, weight, bias, eps, dropout_p, rng, stream,
+        input_ids, word, position, token_type, positions, token_type_ids, weight, bias, eps, dropout_p, rng, site,
         padding_idx, sparse, "triton",
     )  # fmt: skip
     kernels.embedding_fwd(
         *_triton_lookups(input_ids, word, position, token_type, positions, token_type_ids),
         contiguous(weight), contiguous(bias), y.view(-1, word.shape[1]), mean, rstd, eps=eps,
-        threshold=philox.threshold(dropout_p), scale=_random.row_scale(dropout_p), rng=rng, stream=stream,
+        threshold=philox.threshold(dropout_p), scale=_random.row_scale(dropout_p), rng=rng, site=site,
     )  # fmt: skip
     return y, mean, rstd
 
 
 @_registry.implement("embedding_bwd", "triton")
 def _bwd_triton(
-    dy, input_ids, word, position, token_type, positions, token_type_ids, weight, mean, rstd, dropout_p, rng, stream,
+    dy, input_ids, word, position, token_type, positions, token_type_ids, weight, mean, rstd, dropout_p, rng, site,
     padding_idx, has_bias, wanted, sparse,
 ):  # fmt: skip
     from fastlm.kernels import embedding as kernels
 
     *gradients, dweight, dbias = out = _fake_bwd(
         dy, input_ids, word, position, token_type, positions, token_type_ids, weight, mean, rstd, dropout_p, rng,
-        stream, padding_idx, has_bias, wanted, sparse, "triton",
+        site, padding_idx, has_bias, wanted, sparse, "triton",
     )  # fmt: skip
     kernels.embedding_bwd(
         as_rows(dy), *_triton_lookups(input_ids, word, position, token_type, positions, token_type_ids),
         contiguous(weight), mean, rstd, [d if want else None for d, want in zip(gradients, wanted)],
         None if weight is None else dweight, dbias if has_bias else None, threshold=philox.threshold(dropout_p),
-        scale=_random.row_scale(dropout_p), rng=rng, stream=stream, padding_idx=padding_idx,
+        scale=_random.row_scale(dropout_p), rng=rng, site=site, padding_idx=padding_idx,
     )  # fmt: skip
     return out
 
@@ -271,7 +271,7 @@ def embedding(
     eps: float = 1e-12,
     dropout_p: float = 0.0,
     rng: torch.Tensor | None = None,
-    stream: int = 0,
+    site: int = 0,
     padding_idx: int | None = None,
     sparse: bool = False,
     backend: str = "auto",
@@ -289,7 +289,7 @@ def embedding(
         eps: added to the variance.
         dropout_p: probability of dropping an element of y; the kept ones are scaled by 1/(1-p).
         rng: int64 (2,), (seed, step), on the device; None draws from torch's generator. See fastlm.ops._random.
-        stream: number of this call site, so that two dropouts of one step differ.
+        site: number of this call site, so that two dropouts of one step differ.
         padding_idx: the id whose row of `word` gets no gradient, as in F.embedding; negative counts from the end.
         sparse: the gradient of `word` is a sparse COO tensor, as F.embedding's: uncoalesced, a row for each token,
             those of padding_idx zeros or left out. Not on backend "triton".
@@ -336,7 +336,7 @@ def embedding(
     if bias is not None and weight is None:
         raise ValueError("bias: given without a weight, and without a weight there is no norm; give both or neither")
     _checks.probability("dropout_p", dropout_p)
-    _checks.is_rng(rng, stream, word.device)
+    _checks.is_rng(rng, site, word.device)
     if padding_idx is not None:
         if not -word.shape[0] <= padding_idx < word.shape[0]:
             raise ValueError(f"padding_idx: expected an id of the {word.shape[0]} rows of word, got {padding_idx}")
@@ -356,12 +356,12 @@ def embedding(
         _check_ids(input_ids, word, position, token_type, positions, token_type_ids)
         return embedding_reference(
             input_ids, word, position, token_type, positions=positions, token_type_ids=token_type_ids, weight=weight,
-            bias=bias, eps=eps, dropout_p=dropout_p, rng=rng, stream=stream, padding_idx=padding_idx, sparse=sparse,
+            bias=bias, eps=eps, dropout_p=dropout_p, rng=rng, site=site, padding_idx=padding_idx, sparse=sparse,
         )  # fmt: skip
     input_ids, positions, token_type_ids = (
         None if ids is None else ids.to(torch.int64) for ids in (input_ids, positions, token_type_ids)
     )
     return _registry.call(
         "embedding_fwd", input_ids, word, position, token_type, positions, token_type_ids, weight, bias, eps, dropout_p,
-        rng, stream, -1 if padding_idx is None else padding_idx, sparse, backend,
+        rng, site, -1 if padding_idx is None else padding_idx, sparse, backend,
     )[0]  # fmt: skip

@@ -34,6 +34,7 @@ import torch.nn.functional as F
 
 from fastlm.ops import _checks, _registry
 from fastlm.ops._autocast import autocast, autocast_dtype
+from fastlm.ops._labels import IGNORE_INDEX
 from fastlm.ops._shapes import as_rows
 from fastlm.ops.cross_entropy import (
     LossesCPU,
@@ -54,7 +55,7 @@ def linear_cross_entropy_reference(
     bias=None,
     *,
     class_weight=None,
-    ignore_index=-100,
+    ignore_index=IGNORE_INDEX,
     label_smoothing=0.0,
     z_loss=0.0,
     reduction="mean",
@@ -249,7 +250,7 @@ def linear_cross_entropy(
     bias: torch.Tensor | None = None,
     *,
     class_weight: torch.Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     reduction: str = "mean",

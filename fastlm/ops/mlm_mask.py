@@ -32,9 +32,9 @@ import torch
 
 from fastlm import _native, philox
 from fastlm.ops import _checks, _registry
+from fastlm.ops._labels import IGNORE_INDEX
 
 _LOW32 = 0xFFFFFFFF
-IGNORE = -100  # the label of a token that is not predicted
 
 
 class MaskedTokens(NamedTuple):
@@ -110,14 +110,14 @@ def mlm_mask_reference(
         random_ids = random_ids + (random_ids >= left)
     replacement = torch.where(r1 < philox.threshold(mask_replace_prob + random_replace_prob), random_ids, input_ids)
     replacement = torch.where(r1 < philox.threshold(mask_replace_prob), mask_token_id, replacement)
-    labels = torch.where(selected, input_ids, IGNORE)
+    labels = torch.where(selected, input_ids, IGNORE_INDEX)
 
     # Compaction: a selected token goes to the slot of its rank; all others to one slot past the end, cut off.
     flat = selected.flatten()
     rank = flat.cumsum(0) - 1
     slot = torch.where(flat & (rank < capacity), rank, capacity)
     index = input_ids.new_zeros(capacity + 1).scatter_(0, slot, torch.arange(tokens, device=device))[:capacity]
-    targets = input_ids.new_full((capacity + 1,), IGNORE).scatter_(0, slot, input_ids.flatten())[:capacity]
+    targets = input_ids.new_full((capacity + 1,), IGNORE_INDEX).scatter_(0, slot, input_ids.flatten())[:capacity]
     return MaskedTokens(torch.where(selected, replacement, input_ids), labels, index, targets, flat.sum())
 
 

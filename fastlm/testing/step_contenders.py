@@ -35,7 +35,7 @@ import torch
 from safetensors.torch import load_file
 
 import fastlm
-from fastlm import _malloc, models
+from fastlm import _malloc, models, ops
 from fastlm.testing.steps import BATCHES, Batch, is_padded
 from fastlm.train.objective import Micro
 from fastlm.train.optimizer import make_optimizer, train_step
@@ -118,7 +118,7 @@ def _micro(cls, table, input_ids, labels, lengths) -> Micro:
 
 
 def _predicted(labels: torch.Tensor) -> torch.Tensor:
-    return labels.flatten().ne(-100).nonzero().flatten()
+    return labels.flatten().ne(ops.IGNORE_INDEX).nonzero().flatten()
 
 
 def _load_fastlm(job: Job):
@@ -200,7 +200,7 @@ def _packed(input_ids, labels, lengths) -> dict:
         room[row] -= length
     shape, device = (len(room), width), input_ids.device
     out_ids, positions, owner = (torch.zeros(shape, dtype=torch.long, device=device) for _ in range(3))
-    out_labels = torch.full(shape, -100, device=device)
+    out_labels = torch.full(shape, ops.IGNORE_INDEX, device=device)
     for text, row, start, length in places:
         span = slice(start, start + length)
         out_ids[row, span], out_labels[row, span] = input_ids[text, :length], labels[text, :length]
@@ -222,7 +222,7 @@ def _prepare_transformers(form: _Form, job: Job, model) -> tuple[Loss, Step]:
     if form.compiled:  # one number of predicted tokens for all batches
         longest = max(map(len, indexes))
         indexes = [torch.nn.functional.pad(index, (0, longest - len(index))) for index in indexes]
-        targets = [torch.nn.functional.pad(target, (0, longest - len(target)), value=-100) for target in targets]
+        targets = [torch.nn.functional.pad(target, (0, longest - len(target)), value=ops.IGNORE_INDEX) for target in targets]
 
     def dense_loss(batch, index, target):
         return model(**batch).loss

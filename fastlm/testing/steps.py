@@ -14,6 +14,7 @@ import torch
 
 from fastlm import models
 from fastlm.data import Dataset
+from fastlm.ops import IGNORE_INDEX
 from fastlm.train import Recipe, load_recipe, make_model
 from fastlm.train.flops import gpt2_flops, recipe_flops, t5_flops
 from fastlm.train.objective import MaskedLM
@@ -76,7 +77,7 @@ def _full(input_ids: torch.Tensor, labels: torch.Tensor) -> Batch:
 def _masked_inputs(recipe: Recipe, vocab_size: int, pad_id: int, batches: list[Batch], tokens: int) -> StepInputs:
     """BERT's, of `tokens` in all batches."""
     pairs = sum(int(lengths.square().sum()) for _, _, lengths in batches)
-    predicted = sum(int((labels != -100).sum()) for _, labels, _ in batches)
+    predicted = sum(int((labels != IGNORE_INDEX).sum()) for _, labels, _ in batches)
     flops = recipe_flops(recipe, vocab_size, tokens, pairs, predicted) / len(batches)
     return StepInputs(make_model(recipe, vocab_size, pad_id), batches, round(tokens / len(batches)), flops)
 
@@ -88,7 +89,7 @@ def from_dataset(recipe: Recipe, dataset: Dataset) -> StepInputs:
     for step in range(BATCHES):
         micro = objective.micro(step, 0)
         inputs, tokens = micro.inputs, tokens + micro.tokens
-        labels = torch.full_like(inputs["input_ids"], -100)
+        labels = torch.full_like(inputs["input_ids"], IGNORE_INDEX)
         labels[inputs["index"]] = inputs["targets"]
         batches.append(_full(inputs["input_ids"].view(shape), labels.view(shape)))
     tokenizer = dataset.tokenizer
@@ -114,7 +115,7 @@ def texts(recipe: Recipe, vocab_size: int) -> StepInputs:
         width = min(-(-int(lengths.max()) // _MULTIPLE) * _MULTIPLE, longest)
         padding = torch.arange(width) >= lengths[:, None]
         ids, labels = _draw_masked(recipe, (rows, width), vocab_size, draw)
-        batches.append((ids.masked_fill(padding, 0), labels.masked_fill(padding, -100), lengths))
+        batches.append((ids.masked_fill(padding, 0), labels.masked_fill(padding, IGNORE_INDEX), lengths))
     return _masked_inputs(recipe, vocab_size, 0, batches, sum(int(lengths.sum()) for _, _, lengths in batches))
 
 
@@ -122,7 +123,7 @@ def _draw_masked(recipe: Recipe, shape: tuple[int, int], vocab_size: int, draw: 
     """(input_ids, labels) of BERT."""
     ids = _draw_ids(shape, vocab_size, draw)
     selected = torch.rand(shape, generator=draw) < recipe.data.mlm_probability
-    return ids.masked_fill(selected, 4), ids.masked_fill(~selected, -100)
+    return ids.masked_fill(selected, 4), ids.masked_fill(~selected, IGNORE_INDEX)
 
 
 def _draw_ids(shape: tuple[int, int], vocab_size: int, draw: torch.Generator) -> torch.Tensor:

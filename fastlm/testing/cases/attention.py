@@ -88,7 +88,7 @@ def _bytes(shape, options, itemsize, backward):
 
 _TESTS = (
     Variant({"b": 2, "s": 37, "h": 2, "d": 8}),
-    Variant({"b": 1, "s": 130, "h": 2, "d": 64}, {"dropout_p": 0.1, "stream": 3}),
+    Variant({"b": 1, "s": 130, "h": 2, "d": 64}, {"dropout_p": 0.1, "site": 3}),
     Variant({"b": 2, "s": 70, "h": 2, "d": 33}, {"causal": True, "dropout_p": 0.5}),
     Variant({"b": 2, "s": 9, "sk": 75, "h": 4, "kv": 2, "d": 128}, {"causal": True}),
     Variant({"b": 2, "s": 75, "sk": 20, "h": 2, "d": 8}, {"causal": True}),  # queries that see no key

@@ -3,9 +3,9 @@
 import torch
 
 from fastlm import ops
+from fastlm.ops import IGNORE_INDEX
 from fastlm.testing.cases._case import OpCase, Variant
 
-IGNORED = -100
 
 
 def make_target(generator, rows, vocabulary, ignored=0):
@@ -13,7 +13,7 @@ def make_target(generator, rows, vocabulary, ignored=0):
     target = torch.randint(0, vocabulary, (rows,), generator=generator)
     target[rows // 2 :][:1] = vocabulary - 1
     if ignored:
-        target[:: 5 if ignored == 1 else 1] = IGNORED
+        target[:: 5 if ignored == 1 else 1] = IGNORE_INDEX
     return target
 
 
@@ -22,7 +22,7 @@ def _make(generator, rows, vocabulary, ignored=0, weight=0, scale=3, masked=0):
     target = make_target(generator, rows, vocabulary, ignored)
     if masked:  # a third of the classes cannot be
         impossible = torch.rand(rows, vocabulary, generator=generator) < 1 / 3
-        impossible[target != IGNORED, target[target != IGNORED]] = False
+        impossible[target != IGNORE_INDEX, target[target != IGNORE_INDEX]] = False
         logits = logits.masked_fill(impossible, -torch.inf)
     return {
         "logits": logits,

@@ -18,7 +18,7 @@ def _dropout_bytes(shape, options, itemsize, backward):
     return itemsize * shape["rows"] * shape["cols"] * (2 + bool(backward and options.get("relu")))
 
 
-_RELU = {"p": 0.1, "relu": True, "stream": 3}
+_RELU = {"p": 0.1, "relu": True, "site": 3}
 
 DROPOUT = OpCase(
     op="dropout",
@@ -31,7 +31,7 @@ DROPOUT = OpCase(
         Variant({"rows": 5, "cols": 33}, _RELU),
         Variant({"rows": 0, "cols": 8}, {"p": 0.1}),
         Variant({"rows": 3, "cols": 0}, _RELU),
-        Variant({"rows": 3, "cols": 1}, {"p": 0.5, "stream": 2**32 - 1}),
+        Variant({"rows": 3, "cols": 1}, {"p": 0.5, "site": 2**32 - 1}),
         Variant({"rows": 4, "cols": 20}, {"p": 1.0}),
         Variant({"rows": 4, "cols": 20}, {"p": 1.0, "relu": True}),
         Variant({"rows": 4, "cols": 20}, {"p": 0.0, "relu": True}),

@@ -53,7 +53,7 @@ EMBEDDING = OpCase(
         Variant({"rows": 4, "seq": 50, "cols": 18, "vocab": 6, "types": 1}, {"padding_idx": 3, "eps": 1e-5}),
         Variant(
             {"rows": 4, "seq": 50, "cols": 768, "vocab": 40, "places": 60, "types": 2, "packed": 1},
-            {"dropout_p": 0.1, "stream": 5},
+            {"dropout_p": 0.1, "site": 5},
             float32=("weight", "bias"),
         ),
         Variant({"rows": 2, "seq": 30, "cols": 1029, "vocab": 40, "places": 30, "norm": 0}, {"dropout_p": 0.5}),

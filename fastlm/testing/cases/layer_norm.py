@@ -34,7 +34,7 @@ _NORM_TESTS = (
     Variant({"rows": 0, "cols": 8}),
     Variant({"rows": 3, "cols": 1}),
     Variant({"rows": 70, "cols": 768, "residual": 1}, float32=("weight", "bias")),
-    Variant({"rows": 9, "cols": 50, "residual": 1}, {"dropout_p": 0.1, "stream": 7}),
+    Variant({"rows": 9, "cols": 50, "residual": 1}, {"dropout_p": 0.1, "site": 7}),
     Variant({"rows": 4, "cols": 5}, {"dropout_p": 1.0}),
     Variant({"rows": 2, "cols": 4099, "weight": 0, "bias": 0}, {"eps": 1e-12}),
     Variant({"rows": 3, "cols": 16411, "residual": 1}, {"dropout_p": 0.1}),  # longer than a GPU's registers hold
