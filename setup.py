@@ -58,7 +58,7 @@ def cpu_extension():
     linux = sys.platform == "linux"
     return Pybind11Extension(
         "fastlm._cpu",
-        ["csrc/bindings_cpu.cpp", *sources("cpu/*.cpp")],
+        [*sources("bindings_cpu/*.cpp"), *sources("cpu/*.cpp")],
         include_dirs=["csrc", "csrc/common"],
         depends=["setup.py", *sources("**/*.h")],
         # Apple's clang has no OpenMP: one thread there.
@@ -80,7 +80,7 @@ def flags_file():
 def cuda_extension():
     return Pybind11Extension(
         "fastlm._cuda",
-        ["csrc/bindings_cuda.cpp", *sources("cuda/*.cu")],
+        [*sources("bindings_cuda/*.cpp"), *sources("cuda/*.cu")],
         include_dirs=["csrc", "csrc/common"],
         depends=["setup.py", *sources("**/*.h"), *sources("**/*.cuh"), flags_file()],
         extra_compile_args=CXX_FLAGS,

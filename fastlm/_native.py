@@ -10,6 +10,7 @@ import functools
 import importlib
 import re
 import sys
+from typing import NamedTuple
 
 import torch
 
@@ -115,11 +116,18 @@ def drop_cuda_launches(on: bool) -> None:
     cuda_recorder = on or None
 
 
-def cuda_place(tensor: torch.Tensor) -> tuple[int, int]:
-    """(device, stream), the last arguments of every CUDA kernel: where `tensor` lies, on torch's current stream."""
+class Place(NamedTuple):
+    """Where a CUDA kernel runs."""
+
+    device: int
+    stream: int
+
+
+def cuda_place(tensor: torch.Tensor) -> Place:
+    """Where `tensor` lies, on torch's current stream."""
     if not tensor.is_cuda:
-        return 0, 0
-    return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream
+        return Place(0, 0)
+    return Place(tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream)
 
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

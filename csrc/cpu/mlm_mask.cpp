@@ -35,7 +35,7 @@ FASTLM_INLINE int64_t at(const PerToken& p, int64_t row, int64_t col, int64_t ab
 FASTLM_INLINE bool is_special(const MlmMask& a, int64_t token) {
   if (a.special_tokens_mask) return a.special_tokens_mask[token];
   bool special = false;
-  for (int64_t s = 0; s < a.specials; ++s) special |= a.input_ids[token] == a.special_ids[s];
+  for (int64_t s = 0; s < int64_t(a.special_ids.size()); ++s) special |= a.input_ids[token] == a.special_ids[s];
   return special;
 }
 
@@ -148,14 +148,14 @@ int64_t pick(const Chunk& chunk, int64_t n, Picked& picked) {
 
 // Of `count` tokens: r1 becomes whether another one takes the place, r2 which.
 FASTLM_INLINE void replace(const MlmMask& a, int64_t count, Picked& picked) {
-  const uint64_t choices = uint64_t(a.vocab_size - a.lefts);
+  const uint64_t choices = uint64_t(a.vocab_size - int64_t(a.left_out.size()));
   const uint32_t mask = uint32_t(a.mask_token_id);
   const Below masked(a.mask_below), replaced(a.replace_below);
   for (int64_t k = 0; k < count; k += 16) {
     uint32_t *r1 = picked.r1 + k, *token = picked.r2 + k;
 #pragma omp simd
     for (int64_t l = 0; l < 16; ++l) token[l] = uint32_t(token[l] * choices >> 32);
-    for (int64_t s = 0; s < a.lefts; ++s) {
+    for (int64_t s = 0; s < int64_t(a.left_out.size()); ++s) {
       const uint32_t left = uint32_t(a.left_out[s]);
 #pragma omp simd
       for (int64_t l = 0; l < 16; ++l) token[l] += token[l] >= left;
@@ -171,7 +171,7 @@ FASTLM_INLINE void replace(const MlmMask& a, int64_t count, Picked& picked) {
 // Tokens [begin, end); their selected ones, relative to begin, go to `list`. Returns how many; `outside` is set to an
 // id outside the vocabulary.
 FASTLM_CLONES int64_t mask_block(const MlmMask& a, int64_t begin, int64_t end, uint16_t* list, bool* outside) {
-  const Key key = make_key(a.seed, kMaskDomain);
+  const Key key = make_key(uint64_t(a.seed), kMaskDomain);
   const Below below(a.select_below);
   uint32_t word = a.word_starts && begin < end ? word_before(a, begin, key) : 0;
   int64_t count = 0;
@@ -193,7 +193,7 @@ FASTLM_CLONES int64_t mask_block(const MlmMask& a, int64_t begin, int64_t end, u
     } else {
       for (int64_t i = 0; i < n; i += 16) {
         uint32_t special[16] = {};
-        for (int64_t s = 0; s < a.specials; ++s) {
+        for (int64_t s = 0; s < int64_t(a.special_ids.size()); ++s) {
           const uint32_t id = uint32_t(a.special_ids[s]);
 #pragma omp simd
           for (int64_t l = 0; l < 16; ++l) special[l] |= chunk.id[i + l] == id;

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace fastlm::cpu {
 
@@ -19,9 +20,10 @@ struct MlmMask {
   PerToken sample_ids, positions, epochs;
   int64_t epoch;
   const bool *special_tokens_mask, *word_starts;
-  const int64_t *special_ids, *left_out;
-  int64_t specials, lefts, mask_token_id, vocab_size;
-  uint64_t seed, select_below, mask_below, replace_below;
+  std::vector<int64_t> special_ids, left_out;
+  int64_t mask_token_id, vocab_size;
+  int64_t seed;
+  uint64_t select_below, mask_below, replace_below;
   int64_t *input_ids_out, *labels, *index, *targets, *count;
   int64_t rows, cols, capacity;
 };

@@ -91,16 +91,16 @@ __device__ __forceinline__ int64_t number(const PerToken& of, int64_t row, int64
 __device__ __forceinline__ bool is_special(const MlmMask& a, int32_t token, int64_t id) {
   if (a.special_tokens_mask) return a.special_tokens_mask[token];
   bool special = false;
-  for (int k = 0; k < a.special.count; ++k) {
-    special |= id >= a.special.first[k] && id < int64_t(a.special.first[k]) + a.special.length[k];
+  for (int k = 0; k < a.special_ids.count; ++k) {
+    special |= id >= a.special_ids.first[k] && id < int64_t(a.special_ids.first[k]) + a.special_ids.length[k];
   }
   return special;
 }
 
 __device__ __forceinline__ Words words(const MlmMask& a, int32_t token, Key key) {
   const int32_t cols = int32_t(a.cols), row = token / cols, col = token - row * cols;
-  const uint64_t sample = a.sample.data ? number(a.sample, row, col) : row;
-  const uint32_t position = uint32_t(a.position.data ? number(a.position, row, col) : col);
+  const uint64_t sample = a.sample_ids.data ? number(a.sample_ids, row, col) : row;
+  const uint32_t position = uint32_t(a.positions.data ? number(a.positions, row, col) : col);
   const uint32_t epoch = uint32_t(a.epochs.data ? number(a.epochs, row, col) : a.epoch);
   return philox(position, epoch, uint32_t(sample), uint32_t(sample >> 32), key);
 }
@@ -109,7 +109,7 @@ __device__ __forceinline__ Words words(const MlmMask& a, int32_t token, Key key)
 __device__ __forceinline__ bool starts_word(const MlmMask& a, int32_t token) {
   const int32_t cols = int32_t(a.cols), row = token / cols, col = token - row * cols;
   if (col == 0 || a.word_starts[token] || is_special(a, token - 1, a.input_ids[token - 1])) return true;
-  if (a.sample.data && number(a.sample, row, col) != number(a.sample, row, col - 1)) return true;
+  if (a.sample_ids.data && number(a.sample_ids, row, col) != number(a.sample_ids, row, col - 1)) return true;
   return a.epochs.data && uint32_t(number(a.epochs, row, col)) != uint32_t(number(a.epochs, row, col - 1));
 }
 
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(kMaskThreads, 5) mlm_mask_select(const MlmMask
       a.flags[token] = hit;
       selected += hit;
     }
-    store_pair(a.out + begin + k, tokens - begin - k, a.wide, out);
+    store_pair(a.input_ids_out + begin + k, tokens - begin - k, a.wide, out);
     store_pair(a.labels + begin + k, tokens - begin - k, a.wide, labels);
   }
   scan_before<Add>(selected, total, buffer);
@@ -221,7 +221,7 @@ void mlm_mask(const MlmMask& args, Place place) {
   if (tokens > std::numeric_limits<int32_t>::max())
     throw std::invalid_argument("input_ids: expected fewer than 2^31 tokens, got " + std::to_string(tokens) +
                                 "; split them");
-  const uintptr_t addresses = reinterpret_cast<uintptr_t>(a.input_ids) | reinterpret_cast<uintptr_t>(a.out) |
+  const uintptr_t addresses = reinterpret_cast<uintptr_t>(a.input_ids) | reinterpret_cast<uintptr_t>(a.input_ids_out) |
                               reinterpret_cast<uintptr_t>(a.labels);
   a.wide = addresses % 16 == 0;
   const OnDevice here(place.device);

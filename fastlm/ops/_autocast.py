@@ -7,14 +7,9 @@ from __future__ import annotations
 
 import torch
 
-# op -> device -> what its floating-point inputs become: "float32", "low" (the autocast dtype); absent: left alone
-_POLICY = {
-    "layer_norm": {"cuda": "float32"},
-    "rms_norm": {"cuda": "float32"} if torch.__version__ >= (2, 12) else {},  # torch 2.12 put it on the list
-    "cross_entropy": {"cuda": "float32", "cpu": "float32"},
-    "linear_cross_entropy": {"cuda": "low", "cpu": "low"},
-    "attention": {"cuda": "low", "cpu": "low"},
-}
+# op -> device -> what its floating-point inputs become: "float32", "low" (the autocast dtype); absent: left alone. Each
+# page says it for its ops.
+POLICY: dict[str, dict[str, str]] = {}
 
 
 def device_type(x: torch.Tensor) -> str:
@@ -25,7 +20,7 @@ def device_type(x: torch.Tensor) -> str:
 def autocast_dtype(op: str, tensor: torch.Tensor) -> torch.dtype:
     """What autocast would cast `tensor` to for `op`; its own dtype outside of autocast."""
     device, dtype = device_type(tensor), tensor.dtype
-    policy = _POLICY.get(op, {}).get(device)
+    policy = POLICY.get(op, {}).get(device)
     if policy is None or not torch.is_autocast_enabled(device):
         return dtype
     if not dtype.is_floating_point or dtype == torch.float64:

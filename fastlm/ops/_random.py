@@ -6,6 +6,8 @@ The key of one call is words r0, r1 of Philox(counter = (step low, step high, si
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from fastlm import philox
@@ -46,6 +48,20 @@ def row_scale(p: float) -> float:
     return 1.0 / (1.0 - p) if p < 1.0 else 0.0
 
 
+class Dropout(NamedTuple):
+    """One dropout call as the kernels take it: what is below `threshold` is dropped, the rest multiplied by `scale`."""
+
+    threshold: int
+    scale: float
+    rng: torch.Tensor | None
+    site: int
+
+
+def row_dropout(p: float, rng: torch.Tensor | None, site: int) -> Dropout:
+    """Dropout of rows, whose words are compared with floor(p·2^32)."""
+    return Dropout(philox.threshold(p), row_scale(p), rng, site)
+
+
 def dropout_rows(x: torch.Tensor, p: float, rng: torch.Tensor | None, site: int) -> torch.Tensor:
     """Dropout of x (..., cols), its leading dimensions counted as rows."""
     if p == 0.0:
@@ -59,6 +75,11 @@ def attention_threshold(p: float) -> int:
     if 0.0 < p < 1.0 / 256.0:
         raise ValueError(f"dropout_p: attention drops in steps of 1/256, so p is 0 or at least 1/256; got {p}")
     return int(256.0 * p + 0.5)
+
+
+def attention_dropout(p: float, rng: torch.Tensor | None, site: int) -> Dropout:
+    """Dropout of attention, whose bytes are compared with round(256·p)."""
+    return Dropout(attention_threshold(p), attention_scale(p), rng, site)
 
 
 def keep_attention(

@@ -1,37 +1,43 @@
 """The only dispatch code: schemas, one autograd path, and which backend runs an op.
 
-An op `fastlm::name` takes its backend as its last argument, a resolved name ("cpu", "triton", "cuda").
-`backend="auto"` and the backends written in plain torch ("reference", "sdpa", ...) are decided before, by `choose`.
+A *page*, fastlm/ops/<page>.py, defines one public op, or several (layer_norm and rms_norm). A *column*,
+fastlm/ops/_<backend>/<page>.py, holds one backend's adapters to its kernels: functions with the names of the page's raw
+ops. It is imported when a call first takes that backend. That the file exists says that the backend has the page's ops.
 
-    choose(op, backend, x, ...)      in the public function: a name that can run, or a ValueError with the reason
-    call(name, *args)                calls a raw op: past the dispatcher where nothing there would do anything
-    define(schema, fake)             schema and shapes of a raw op, below autograd
-    implement(name, backend)         decorator: one backend's implementation of a raw op
-    differentiable(name, ...)        one Autograd-key function that redispatches below autograd
+A raw op `torch.ops.fastlm.<name>` takes its arguments flat, and behind them a resolved backend ("cpu", "triton",
+"cuda"). `backend="auto"` and the backends written in plain torch are decided before, by `choose`.
+
+    page(__name__, "op", ...)              the public ops of a page, their order of backends, their autocast rule
+    define("name", Args, empty)            a raw op: its schema, and its shapes below autograd
+    differentiable("name", save, backward) one Autograd-key function that redispatches below autograd
+    choose("op", backend, x, ...)          in the public function: a backend that can run, or a ValueError with the reason
+    call("name", Args(...), backend)       calls a raw op: past the dispatcher where nothing there would do anything
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
+import pkgutil
 import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple, get_type_hints
 
 import torch
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from fastlm import _native
+from fastlm.ops import _autocast
+from fastlm.ops._args import Layout, layout, returns
 from fastlm.ops._autocast import device_type
 
-# Device -> backends in the order `auto` tries them. Order by measurement; the measurement is in LOG.md.
-AUTO: dict[str, dict[str, tuple[str, ...]]] = {
-    op: {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
-    for op in ("layer_norm", "rms_norm", "cross_entropy", "linear_cross_entropy", "mlm_mask")
-}
-AUTO |= {op: {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")} for op in ("gelu", "embedding", "dropout")}
-# The order on cuda is a guess still: both ran on an H100, and were not timed beside each other.
-AUTO["attention"] = {"cpu": ("cpu", "sdpa", "reference"), "cuda": ("triton", "cuda", "sdpa", "reference")}
+# Device -> backends in the order `auto` tries them, of those that the op has. On cuda the order is a guess still: Triton
+# and CUDA C++ both ran on an H100, and were not timed beside each other. A page may give another order.
+AUTO = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 
 _FLOATS = {
     "cpu": (torch.float32, torch.bfloat16),
@@ -41,33 +47,80 @@ _FLOATS = {
 # Backends that are plain differentiable torch functions: no raw op behind them.
 COMPOSITE = ("reference", "sdpa", "flash_attn", "apex")
 
+_HERE = Path(__file__).parent
+# Backend -> the pages that have a file in its column.
+_COLUMNS = {
+    column.name[1:]: {module.name for module in pkgutil.iter_modules([str(_HERE / column.name)])}
+    for column in pkgutil.iter_modules([str(_HERE)])
+    if column.ispkg and column.name.startswith("_")
+}
+
 _library = torch.library.Library("fastlm", "DEF")  # lives as long as the process
-_implementations: dict[tuple[str, str], object] = {}
-_tensors: dict[str, tuple[int, ...]] = {}  # the arguments of a raw op that may be tensors
-_functions: dict[str, type[torch.autograd.Function]] = {}  # of the raw ops that are differentiable
-_backends: dict[str, set[str]] = {op: {"reference"} for op in AUTO}
-_limits: dict[tuple[str, str], object] = {}
 
 
-def limit(op: str, backend: str):
-    """Decorator for f(x, **features) -> reason or None: what this backend of this op cannot do."""
-    _backends[op].add(backend)
-
-    def register(function):
-        _limits[op, backend] = function
-        return function
-
-    return register
+class _Page(NamedTuple):
+    name: str
+    auto: Mapping[str, tuple[str, ...]]
+    backends: tuple[str, ...]
 
 
-def offer(op: str, *backends: str) -> None:
-    """Says that `op` has these backends, with no limit beyond device and dtype."""
-    _backends[op].update(backends)
+class _Raw:
+    """A raw op: how its arguments are laid out, and its implementations, found when they are first asked for."""
+
+    def __init__(self, name: str, page: str, arguments: Layout):
+        self.name, self.page, self.arguments = name, page, arguments
+        self.implementations: dict[str, Callable] = {}
+        self.function: type[torch.autograd.Function] | None = None  # where it is differentiable
+
+    def implementation(self, backend: str) -> Callable | None:
+        """The adapter of a backend, a function of the arguments' NamedTuple; None where there is none."""
+        found = self.implementations.get(backend)
+        if found is None and backend not in COMPOSITE and self.page in _COLUMNS.get(backend, ()):
+            found = getattr(column(self.page, backend), self.name)
+            found = self.implementations[backend] = _on_its_device(found) if backend == "triton" else found
+        return found
+
+
+_pages: dict[str, _Page] = {}  # by op
+_raw: dict[str, _Raw] = {}
+
+
+def page(module: str, *ops: str, auto: Mapping[str, tuple[str, ...]] | None = None, autocast=None) -> None:
+    """Declares the public ops of the page `module`.
+
+    auto: device -> backends in the order that "auto" tries them, by default AUTO.
+    autocast: device -> what autocast makes of the inputs, "float32" or "low"; see fastlm.ops._autocast.
+    """
+    name = module.rpartition(".")[2]
+    having = ("reference", *(backend for backend, pages in _COLUMNS.items() if name in pages))
+    order = {
+        device: tuple(backend for backend in backends if backend in having)
+        for device, backends in {**AUTO, **(auto or {})}.items()
+    }
+    for op in ops:
+        _pages[op] = _Page(name, order, tuple(sorted(having)))
+        if autocast:
+            _autocast.POLICY[op] = autocast
+
+
+def ops() -> tuple[str, ...]:
+    """The names of all public ops."""
+    return tuple(_pages)
+
+
+def auto(op: str, device: str) -> tuple[str, ...]:
+    """The backends that "auto" tries for `op` on `device`, in order."""
+    return _pages[op].auto.get(device, ("reference",))
 
 
 def backends(op: str) -> tuple[str, ...]:
     """The names of the backends that `op` has, whether or not they can run here."""
-    return tuple(sorted(_backends[op]))
+    return _pages[op].backends
+
+
+def column(page: str, backend: str):
+    """The module with a backend's adapters for a page."""
+    return importlib.import_module(f"fastlm.ops._{backend}.{page}")
 
 
 def _missing(backend: str, device: str) -> str | None:
@@ -104,24 +157,37 @@ def _triton_takes_cpu() -> bool:
     return bool(active) and active.get_active_torch_device().type == "cpu"
 
 
+@functools.cache
+def _limit(op: str, backend: str) -> Callable | None:
+    """f(x, **features) -> reason or None: what a backend cannot do for an op; None where it has no such limits."""
+    if backend not in _COLUMNS:
+        return None
+    return getattr(column(_pages[op].name, backend), "limit", None)
+
+
+_limit._dynamo_marked_constant = True
+
+
 def reason(op: str, backend: str, device: str, dtype: torch.dtype | None, x=None, **features) -> str | None:
     """Why `backend` cannot run `op` on `device` with `dtype` (None: any), or None if it can."""
-    if backend not in _backends[op]:
+    if backend not in _pages[op].backends:
         return f"{op} has no such backend; it has {', '.join(backends(op))}"
     missing = _missing(backend, device)
     if missing:
         return missing
     if dtype is not None and dtype.is_floating_point and dtype not in _FLOATS.get(backend, (dtype,)):
         return f"it takes {', '.join(str(d) for d in _FLOATS[backend])}, not {dtype}"
-    check = _limits.get((op, backend))
-    return check(x, **features) if check and x is not None else None
+    if x is None:
+        return None
+    check = _limit(op, backend)
+    return check(x, **features) if check else None
 
 
 def choose(op: str, backend: str, x: torch.Tensor, **features) -> str:
-    """The backend that runs `op` on x: the one named, or for "auto" the first of AUTO that can."""
+    """The backend that runs `op` on x: the one named, or for "auto" the first in its order that can."""
     device = device_type(x)
     if backend == "auto":
-        for candidate in AUTO[op].get(device, ("reference",)):
+        for candidate in auto(op, device):
             if reason(op, candidate, device, x.dtype, x, **features) is None:
                 return candidate
         return "reference"
@@ -131,30 +197,35 @@ def choose(op: str, backend: str, x: torch.Tensor, **features) -> str:
     return backend
 
 
-def define(schema: str, fake) -> None:
-    """Defines fastlm::<schema>: no defaults, the last argument is `str backend`. `fake(*args)` gives empty outputs.
+def define(name: str, arguments: type, empty: Callable, *, writes: tuple[str, ...] = ()) -> None:
+    """Defines the raw op fastlm::<name> of the page that `empty` stands in.
 
-    An argument that the schema marks as written, Tensor(a!), has its version raised at every call.
+    arguments: a NamedTuple type, whose fields become the op's arguments (fastlm/ops/_args.py).
+    empty(args) gives the outputs uninitialised; its annotation says what they are. It is the op's fake, and what a
+        backend fills.
+    writes: the tensors that the op writes to; their versions are raised at every call.
     """
-    name = schema.split("(")[0]
+    raw = _raw[name] = _Raw(name, empty.__module__.rpartition(".")[2], layout(arguments))
+    schema = f"{name}({raw.arguments.schema(writes)}, str backend) -> {returns(empty)}"
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    arguments = getattr(torch.ops.fastlm, name).default._schema.arguments
-    _tensors[name] = tuple(i for i, a in enumerate(arguments) if "Tensor" in str(a.type))
-    torch.library.register_fake(f"fastlm::{name}", fake, lib=_library)
+    unflatten = raw.arguments.unflatten
+
+    def run_fake(*args):
+        return empty(unflatten(args[:-1]))
 
     def run(*args):
-        try:
-            function = _implementations[name, args[-1]]
-        except KeyError:
-            names = sorted(backend for op, backend in _implementations if op == name)
-            raise ValueError(f"fastlm::{name}: backend is one of {names}, got {args[-1]!r}") from None
-        return function(*args[:-1])
+        implementation = raw.implementation(args[-1])
+        if implementation is None:
+            names = sorted(backend for backend, pages in _COLUMNS.items() if raw.page in pages)
+            raise ValueError(f"fastlm::{name}: backend is one of {names}, got {args[-1]!r}")
+        return implementation(unflatten(args[:-1]))
 
+    torch.library.register_fake(f"fastlm::{name}", run_fake, lib=_library)
     for key in ("CPU", "CUDA"):
         _library.impl(name, run, key)
 
     op = getattr(torch.ops.fastlm, name).default
-    written = [i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+    written = [i for i, field in enumerate(raw.arguments.fields) if field.name in writes]
 
     def raise_versions(keyset, *args):
         for i in written:
@@ -166,29 +237,16 @@ def define(schema: str, fake) -> None:
 
 
 def _on_its_device(function):
-    """`function(x, ...)` with x's CUDA device current: Triton launches there, whatever its tensors are on."""
+    """`function(args)` with the CUDA device of the first argument current: Triton launches there."""
 
-    def run(x, *rest):
-        device = x.device
+    def run(args):
+        device = args[0].device
         if device.type != "cuda" or device.index == torch.cuda.current_device():
-            return function(x, *rest)
+            return function(args)
         with torch.cuda.device(device):
-            return function(x, *rest)
+            return function(args)
 
     return run
-
-
-def implement(name: str, backend: str):
-    """Decorator: the implementation of fastlm::name for one backend; called with all arguments but the backend.
-
-    The current device is then the first argument's; "cuda" sets it in C++.
-    """
-
-    def register(function):
-        _implementations[name, backend] = _on_its_device(function) if backend == "triton" else function
-        return function
-
-    return register
 
 
 def _refuse_tangents(name: str, args) -> None:
@@ -200,45 +258,61 @@ def _refuse_tangents(name: str, args) -> None:
             )
 
 
-def differentiable(name: str, setup_context, backward) -> None:
-    """Registers the Autograd-key function of fastlm::name.
+def differentiable(name: str, save: Callable, backward: Callable, *, constant: tuple[str, ...] = ()) -> None:
+    """Registers the Autograd-key function of the raw op `name`.
 
-    setup_context(ctx, args, outputs) saves what backward needs; `args` are all of the op's.
-    backward(ctx, *grads) returns a gradient, or None, for each argument; a gradient may come as None.
+    save(args, outputs) returns what backward needs, a NamedTuple of the type in its annotation; `args` is the op's own.
+    backward(saved, needs, backend, *grads) returns {argument: its gradient}; what it leaves out has none. `needs` is
+        like the op's arguments, with a bool for each: whether its gradient is asked for. A gradient may come as None.
+    constant: the outputs through which no gradient flows.
     Double backward and forward mode are refused.
     """
-    op = getattr(torch.ops.fastlm, name).default
-    below = torch._C._after_autograd_keyset
+    raw, op = _raw[name], getattr(torch.ops.fastlm, name).default
+    arguments, below = raw.arguments, torch._C._after_autograd_keyset
+    names = tuple(field.name for field in arguments.fields)
+    output_names = [r.name for r in op._schema.returns]
+    constants = [output_names.index(output) for output in constant]
+    saved = layout(get_type_hints(save)["return"])
+    split, merge = saved.split, saved.merge
 
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, run, *args):
+        def forward(ctx, run, backend, *flat):
+            args = arguments.unflatten(flat)
             ctx.set_materialize_grads(False)
-            outputs = run(*args)
-            setup_context(ctx, args, outputs)
+            outputs = run(args)
+            tensors, ctx.others = split(save(args, outputs))
+            ctx.save_for_backward(*tensors)
+            ctx.backend = backend
+            if constants:
+                ctx.mark_non_differentiable(*(outputs[i] for i in constants))
             return outputs
 
         @staticmethod
         @once_differentiable
         def backward(ctx, *grads):
-            return None, *backward(ctx, *grads)
+            needs = arguments.unflatten(ctx.needs_input_grad[2:])
+            gradients = backward(merge(ctx.saved_tensors, ctx.others), needs, ctx.backend, *grads)
+            return None, None, *map(gradients.get, names)
 
     Function.__name__ = Function.__qualname__ = name  # the name that a profile and a graph show
-    _functions[name] = Function
+    raw.function = Function
 
-    def run(keyset, *args):
+    def run(keyset, *flat):
         if forward_ad._current_level >= 0:
-            _refuse_tangents(name, args)
+            _refuse_tangents(name, flat)
+        backend = flat[-1]
 
-        def redispatch(*args):
+        def redispatch(args):
             with torch._C._AutoDispatchBelowAutograd():
-                return op.redispatch(keyset & below, *args)
+                return op.redispatch(keyset & below, *arguments.flatten(args), backend)
 
         if torch.is_grad_enabled():
-            for a in args:  # a generator for any() takes as long as a small kernel
+            for a in flat:  # a generator for any() takes as long as a small kernel
                 if isinstance(a, torch.Tensor) and a.requires_grad:
-                    return Function.apply(redispatch, *args)
-        return redispatch(*args)
+                    return Function.apply(redispatch, backend, *flat[:-1])
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & below, *flat)
 
     _library.impl(name, run, "Autograd", with_keyset=True)
 
@@ -263,29 +337,34 @@ def _is_plain(keys: int) -> bool:
     return set(text[text.index("(") + 1 : -1].split(", ")) <= _PLAIN_KEYS
 
 
-def call(name: str, *args):
-    """torch.ops.fastlm.<name>(*args), for an op that writes to none of its arguments.
+def _dispatch(name: str, args, backend: str):
+    return getattr(torch.ops.fastlm, name)(*layout(type(args)).flatten(args), backend)
 
-    The dispatcher comes twice to the same Python, once for autograd and once for the device. Where nobody else is to
+
+def call(name: str, args: tuple, backend: str):
+    """torch.ops.fastlm.<name> of a NamedTuple of its arguments, for an op that writes to none of them.
+
+    The dispatcher comes twice to the same Python, once for autograd and once for the device. Where nothing else is to
     see the call (a compiler, a mode, a transform, a tensor subclass, a profiler), the implementation is called at once,
     within the same autograd function where there is something to differentiate.
     """
     if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
-        return getattr(torch.ops.fastlm, name)(*args)
-    implementation = _implementations.get((name, args[-1]))
+        return _dispatch(name, args, backend)
+    raw = _raw[name]
+    implementation = raw.implementations.get(backend) or raw.implementation(backend)
     if implementation is None or _included().raw_repr() not in _NO_MODE or _function_mode() or _profiled():
-        return getattr(torch.ops.fastlm, name)(*args)
-    grad, differentiates = torch.is_grad_enabled(), False
-    for i in _tensors[name]:
-        a = args[i]
+        return _dispatch(name, args, backend)
+    grad, differentiates, flat = torch.is_grad_enabled(), False, raw.arguments.flatten(args)
+    for i in raw.arguments.tensors:
+        a = flat[i]
         if a is None:
             continue
         kind = type(a)
         if (kind is not _Tensor and kind is not _Parameter) or not _is_plain(_keys_of(a).raw_repr()):
-            return getattr(torch.ops.fastlm, name)(*args)
+            return _dispatch(name, args, backend)
         differentiates = differentiates or (grad and a.requires_grad)
     if not differentiates:
-        return implementation(*args[:-1])
-    if name not in _functions:
-        return getattr(torch.ops.fastlm, name)(*args)
-    return _functions[name].apply(lambda *args: implementation(*args[:-1]), *args)
+        return implementation(args)
+    if raw.function is None:
+        return _dispatch(name, args, backend)
+    return raw.function.apply(implementation, backend, *flat)

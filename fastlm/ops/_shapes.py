@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 
 
-def as_rows(x: torch.Tensor) -> torch.Tensor:
+def as_rows(x: torch.Tensor | None) -> torch.Tensor | None:
     """x (..., cols) as (rows, cols) with a unit last stride: a view where the strides allow, else a copy."""
+    if x is None:
+        return None
     if x.dim() == 2:
         return unit_stride(x)
     x = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(x.shape[:-1].numel(), x.shape[-1])
@@ -20,3 +22,21 @@ def unit_stride(x: torch.Tensor) -> torch.Tensor:
 
 def contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
     return None if x is None else x.contiguous()
+
+
+def as_float(x: torch.Tensor | None) -> torch.Tensor | None:
+    """x in float32, contiguous."""
+    return None if x is None else x.float().contiguous()
+
+
+def row_stride(x: torch.Tensor | None) -> int:
+    """The stride of the rows (rows, cols), 0 where there are none."""
+    return 0 if x is None else x.stride(0)
+
+
+def number_per_token(value: torch.Tensor | None, shape: tuple[int, int]) -> tuple | None:
+    """(tensor, row stride, column stride) of a number per token, as the C++ kernels take it; None stays."""
+    if value is None:
+        return None
+    value = value.expand(shape)
+    return value, *value.stride()

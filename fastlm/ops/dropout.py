@@ -11,11 +11,13 @@ Source: Srivastava et al. 2014 (JMLR 15), scaled as it drops.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
-from fastlm import _native, philox
 from fastlm.ops import _checks, _random, _registry
-from fastlm.ops._shapes import as_rows
+
+__all__ = ["dropout", "dropout_reference"]
 
 
 def dropout_reference(x, p=0.5, *, rng=None, site=0, relu=False):
@@ -23,104 +25,49 @@ def dropout_reference(x, p=0.5, *, rng=None, site=0, relu=False):
     return _random.dropout_rows(torch.relu(x) if relu else x, p, rng, site)
 
 
-# ---- the raw ops: x, dy, y (..., cols)
+# ---- the raw ops
 
 
-def _fake_fwd(x, p, rng, site, relu, backend):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+class Args(NamedTuple):
+    x: torch.Tensor  # (..., cols)
+    p: float
+    rng: torch.Tensor | None
+    site: int
+    relu: bool
 
 
-def _fake_bwd(dy, y, p, rng, site, backend):
-    return torch.empty_like(dy, memory_format=torch.contiguous_format)
+class Saved(NamedTuple):
+    y: torch.Tensor | None  # with a ReLU; then rng is not read
+    p: float
+    rng: torch.Tensor | None
+    site: int
 
 
-_registry.define(
-    "dropout_fwd(Tensor x, float p, Tensor? rng, int site, bool relu, str backend) -> Tensor y", _fake_fwd
-)
-# y: with a ReLU; then rng is not read.
-_registry.define(
-    "dropout_bwd(Tensor dy, Tensor? y, float p, Tensor? rng, int site, str backend) -> Tensor dx", _fake_bwd
-)
+class BackwardArgs(NamedTuple):
+    dy: torch.Tensor  # like x
+    saved: Saved
 
 
-def _setup_context(ctx, args, y):
-    _x, p, rng, site, relu, backend = args
-    ctx.save_for_backward(*((y, None) if relu else (None, rng)))
-    ctx.rest = p, site, backend
+def empty_forward(args: Args) -> torch.Tensor:
+    return torch.empty_like(args.x, memory_format=torch.contiguous_format)
 
 
-def _backward(ctx, dy):
-    y, rng = ctx.saved_tensors
-    p, site, backend = ctx.rest
-    return _registry.call("dropout_bwd", dy, y, p, rng, site, backend), *(None,) * 5
+def empty_backward(args: BackwardArgs) -> torch.Tensor:
+    return torch.empty_like(args.dy, memory_format=torch.contiguous_format)
 
 
-_registry.differentiable("dropout_fwd", _setup_context, _backward)
+def _save(args: Args, y) -> Saved:
+    return Saved(y if args.relu else None, args.p, None if args.relu else args.rng, args.site)
 
 
-# ---- CPU C++: csrc/cpu/dropout.cpp
+def _backward(saved: Saved, needs: Args, backend, dy):
+    return {"x": _registry.call("dropout_bwd", BackwardArgs(dy, saved), backend)}
 
 
-@_registry.implement("dropout_fwd", "cpu")
-def _fwd_cpu(x, p, rng, site, relu):
-    y = _fake_fwd(x, p, rng, site, relu, "cpu")
-    x2, at = as_rows(x), _native.address
-    _native.cpu().dropout_fwd(
-        at(x2), at(y), *x2.shape, x2.stride(0), relu, philox.threshold(p), _random.row_scale(p), at(rng), site,
-        _native.DTYPE_CODES[x.dtype], _native.threads(),
-    )  # fmt: skip
-    return y
-
-
-@_registry.implement("dropout_bwd", "cpu")
-def _bwd_cpu(dy, y, p, rng, site):
-    dx = _fake_bwd(dy, y, p, rng, site, "cpu")
-    dy2, at = as_rows(dy), _native.address
-    y = None if y is None else y.contiguous()
-    _native.cpu().dropout_bwd(
-        at(dy2), at(y), at(dx), *dy2.shape, dy2.stride(0), y is not None, philox.threshold(p), _random.row_scale(p),
-        at(rng), site, _native.DTYPE_CODES[dy.dtype], _native.threads(),
-    )  # fmt: skip
-    return dx
-
-
-# ---- Triton: kernels/dropout.py
-
-
-@_registry.implement("dropout_fwd", "triton")
-def _fwd_triton(x, p, rng, site, relu):
-    from fastlm.kernels import dropout as kernels
-
-    y = _fake_fwd(x, p, rng, site, relu, "triton")
-    x2 = as_rows(x)
-    kernels.dropout_fwd(
-        x2, y.view(x2.shape), relu=relu, rng=rng, site=site, threshold=philox.threshold(p),
-        scale=_random.row_scale(p),
-    )  # fmt: skip
-    return y
-
-
-@_registry.implement("dropout_bwd", "triton")
-def _bwd_triton(dy, y, p, rng, site):
-    from fastlm.kernels import dropout as kernels
-
-    dx = _fake_bwd(dy, y, p, rng, site, "triton")
-    dy2 = as_rows(dy)
-    kernels.dropout_bwd(
-        dy2, None if y is None else as_rows(y.contiguous()), dx.view(dy2.shape), rng=rng, site=site,
-        threshold=philox.threshold(p), scale=_random.row_scale(p),
-    )  # fmt: skip
-    return dx
-
-
-_registry.offer("dropout", "cpu", "triton")
-
-
-@_registry.limit("dropout", "triton")
-def _triton_limit(x):
-    """Columns are the second axis of its grid, as gelu's."""
-    most = 65535 * 256
-    return None if x.shape[-1] <= most else f"its rows have at most {most} columns, x has {x.shape[-1]}"
+_registry.page(__name__, "dropout")
+_registry.define("dropout_fwd", Args, empty_forward)
+_registry.define("dropout_bwd", BackwardArgs, empty_backward)
+_registry.differentiable("dropout_fwd", _save, _backward)
 
 
 # ---- public
@@ -159,4 +106,4 @@ def dropout(
     rng = _random.draw_rng(rng, p, x.device)
     if backend == "reference":
         return dropout_reference(x, p, rng=rng, site=site, relu=relu)
-    return _registry.call("dropout_fwd", x, p, rng, site, relu, backend)
+    return _registry.call("dropout_fwd", Args(x, p, rng, site, relu), backend)

@@ -16,13 +16,16 @@ Sources: Ba, Kiros, Hinton 2016 (arXiv:1607.06450); Zhang, Sennrich 2019 (arXiv:
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
-from fastlm import _native, philox
+from fastlm import philox
 from fastlm.ops import _checks, _random, _registry
 from fastlm.ops._autocast import autocast
-from fastlm.ops._shapes import as_rows, contiguous
+
+__all__ = ["layer_norm", "layer_norm_reference", "rms_norm", "rms_norm_reference"]
 
 
 def layer_norm_reference(x, weight=None, bias=None, *, eps=1e-5, residual=None, dropout_p=0.0, rng=None, site=0):
@@ -39,202 +42,104 @@ def rms_norm_reference(x, weight=None, *, eps=1e-5, residual=None, dropout_p=0.0
     return F.rms_norm(h, h.shape[-1:], weight, eps), h
 
 
-# ---- the raw ops: x, residual (..., cols); rms leaves out the mean. h is empty where it would equal x.
+# ---- the raw ops; rms leaves out the mean
 
 
-def _fake_fwd(x, residual, weight, bias, eps, dropout_p, rng, site, rms, backend):
-    keeps_h = residual is not None or dropout_p > 0.0
-    rows = x.shape[:-1].numel()
-    h = torch.empty_like(x, memory_format=torch.contiguous_format) if keeps_h else x.new_empty(0)
-    mean = x.new_empty(0 if rms else rows, dtype=torch.float32)
-    return torch.empty_like(x, memory_format=torch.contiguous_format), h, mean, x.new_empty(rows, dtype=torch.float32)
+class Args(NamedTuple):
+    x: torch.Tensor  # (..., cols)
+    residual: torch.Tensor | None  # like x
+    weight: torch.Tensor | None  # (cols,)
+    bias: torch.Tensor | None  # (cols,)
+    eps: float
+    dropout_p: float
+    rng: torch.Tensor | None
+    site: int
+    rms: bool
+
+    @property
+    def keeps_h(self) -> bool:
+        """Whether h differs from x."""
+        return self.residual is not None or self.dropout_p > 0.0
 
 
-def _fake_bwd(dy, dh, h, weight, mean, rstd, dropout_p, rng, site, rms, has_bias, backend):
+class Outputs(NamedTuple):
+    y: torch.Tensor  # like x
+    h: torch.Tensor  # like x; empty where it would equal x
+    mean: torch.Tensor  # (rows,) float32; empty for rms
+    rstd: torch.Tensor  # (rows,) float32
+
+
+class Saved(NamedTuple):
+    h: torch.Tensor
+    weight: torch.Tensor | None
+    mean: torch.Tensor
+    rstd: torch.Tensor
+    dropout_p: float
+    rng: torch.Tensor | None
+    site: int
+    rms: bool
+
+
+class BackwardArgs(NamedTuple):
+    dy: torch.Tensor  # like h
+    dh: torch.Tensor | None  # like h: the gradient of the returned h
+    saved: Saved
+    has_bias: bool
+
+
+class Gradients(NamedTuple):
+    dresidual: torch.Tensor  # like h
+    dx: torch.Tensor  # like h; empty without dropout, where it equals dresidual
+    dweight: torch.Tensor  # (cols,) in weight's dtype; empty without a weight
+    dbias: torch.Tensor  # (cols,) float32; empty without a bias
+
+
+def empty_forward(args: Args) -> Outputs:
+    x, rows = args.x, args.x.shape[:-1].numel()
+    return Outputs(
+        y=torch.empty_like(x, memory_format=torch.contiguous_format),
+        h=torch.empty_like(x, memory_format=torch.contiguous_format) if args.keeps_h else x.new_empty(0),
+        mean=x.new_empty(0 if args.rms else rows, dtype=torch.float32),
+        rstd=x.new_empty(rows, dtype=torch.float32),
+    )
+
+
+def empty_backward(args: BackwardArgs) -> Gradients:
+    h, weight, cols = args.saved.h, args.saved.weight, args.saved.h.shape[-1]
     dresidual = torch.empty_like(h, memory_format=torch.contiguous_format)
-    dx = torch.empty_like(dresidual) if dropout_p > 0.0 else h.new_empty(0)
-    cols = h.shape[-1]
-    dweight = h.new_empty(0) if weight is None else weight.new_empty(cols)
-    return dresidual, dx, dweight, h.new_empty(cols if has_bias else 0, dtype=torch.float32)
+    return Gradients(
+        dresidual=dresidual,
+        dx=torch.empty_like(dresidual) if args.saved.dropout_p > 0.0 else h.new_empty(0),
+        dweight=h.new_empty(0) if weight is None else weight.new_empty(cols),
+        dbias=h.new_empty(cols if args.has_bias else 0, dtype=torch.float32),
+    )
 
 
-_registry.define(
-    "layer_norm_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, float dropout_p, Tensor? rng, "
-    "int site, bool rms, str backend) -> (Tensor y, Tensor h, Tensor mean, Tensor rstd)",
-    _fake_fwd,
-)
-_registry.define(
-    "layer_norm_bwd(Tensor dy, Tensor? dh, Tensor h, Tensor? weight, Tensor mean, Tensor rstd, float dropout_p, "
-    "Tensor? rng, int site, bool rms, bool has_bias, str backend) "
-    "-> (Tensor dresidual, Tensor dx, Tensor dweight, Tensor dbias)",
-    _fake_bwd,
-)
-
-
-def _setup_context(ctx, args, outputs):
-    x, residual, weight, bias, _eps, dropout_p, rng, site, rms, backend = args
+def _save(args: Args, outputs) -> Saved:
     _y, h, mean, rstd = outputs
-    ctx.mark_non_differentiable(mean, rstd)
-    keeps_h = residual is not None or dropout_p > 0.0
-    ctx.save_for_backward(h if keeps_h else x, weight, mean, rstd, rng)
-    ctx.rest = dropout_p, site, rms, bias is not None and bias.dtype, residual is not None, backend
+    kept = h if args.keeps_h else args.x
+    return Saved(kept, args.weight, mean, rstd, args.dropout_p, args.rng, args.site, args.rms)
 
 
-def _backward(ctx, dy, dh, _dmean, _drstd):
-    h, weight, mean, rstd, rng = ctx.saved_tensors
-    dropout_p, site, rms, bias_dtype, has_residual, backend = ctx.rest
-    if dy is None:  # only the residual stream was used
-        dy = torch.zeros_like(h)
-    dresidual, dx, dweight, dbias = _registry.call(
-        "layer_norm_bwd", dy, dh, h, weight, mean, rstd, dropout_p, rng, site, rms, bool(bias_dtype), backend
-    )
-    return (
-        dx if dropout_p > 0.0 else dresidual,
-        dresidual if has_residual else None,
-        None if weight is None else dweight,
-        dbias.to(bias_dtype) if bias_dtype else None,
-        *(None,) * 6,
-    )
+def _backward(saved: Saved, needs: Args, backend, dy, dh, _dmean, _drstd):
+    if dy is None:  # only h was used
+        dy = torch.zeros_like(saved.h)
+    args = BackwardArgs(dy, dh, saved, has_bias=needs.bias)
+    dresidual, dx, dweight, dbias = _registry.call("layer_norm_bwd", args, backend)
+    return {
+        "x": dx if saved.dropout_p > 0.0 else dresidual,
+        "residual": dresidual if needs.residual else None,
+        "weight": dweight if needs.weight else None,
+        "bias": dbias if needs.bias else None,  # autograd casts it to bias's dtype
+    }
 
 
-_registry.differentiable("layer_norm_fwd", _setup_context, _backward)
-
-
-# ---- CPU C++: csrc/cpu/layer_norm.cpp
-
-
-def _float(weight):
-    return None if weight is None else weight.float().contiguous()
-
-
-@_registry.implement("layer_norm_fwd", "cpu")
-def _fwd_cpu(x, residual, weight, bias, eps, dropout_p, rng, site, rms):
-    y, h, mean, rstd = _fake_fwd(x, residual, weight, bias, eps, dropout_p, rng, site, rms, "cpu")
-    rows, x2 = rstd.numel(), as_rows(x)
-    residual2 = None if residual is None else as_rows(residual)
-    weight, bias = _float(weight), _float(bias)
-    at = _native.address
-    _native.cpu().layer_norm_fwd(
-        at(x2), at(residual2), at(weight), at(bias), at(h) if h.numel() else 0, at(y), 0 if rms else at(mean), at(rstd),
-        rows, x.shape[-1], x2.stride(0), 0 if residual2 is None else residual2.stride(0), eps, rms,
-        philox.threshold(dropout_p), _random.row_scale(dropout_p), at(rng), site,
-        _native.DTYPE_CODES[x.dtype], _native.threads(),
-    )  # fmt: skip
-    return y, h, mean, rstd
-
-
-@_registry.implement("layer_norm_bwd", "cpu")
-def _bwd_cpu(dy, dh, h, weight, mean, rstd, dropout_p, rng, site, rms, has_bias):
-    dresidual, dx, dweight, dbias = _fake_bwd(
-        dy, dh, h, weight, mean, rstd, dropout_p, rng, site, rms, has_bias, "cpu"
-    )
-    rows, cols = rstd.numel(), h.shape[-1]
-    dy2, h2, dh2 = as_rows(dy), as_rows(h), None if dh is None else as_rows(dh)
-    weight32 = _float(weight)
-    dweight32 = None if weight is None else h.new_empty(cols, dtype=torch.float32)
-    partial = h.new_empty(2 * _native.cpu().row_blocks(rows) * cols, dtype=torch.float32)
-    at = _native.address
-    _native.cpu().layer_norm_bwd(
-        at(dy2), at(dh2), at(h2), at(weight32), 0 if rms else at(mean), at(rstd), at(dresidual),
-        at(dx) if dropout_p > 0.0 else 0, at(dweight32), at(dbias) if has_bias else 0, at(partial),
-        rows, cols, dy2.stride(0), 0 if dh2 is None else dh2.stride(0), h2.stride(0), rms,
-        philox.threshold(dropout_p), _random.row_scale(dropout_p), at(rng), site,
-        _native.DTYPE_CODES[h.dtype], _native.threads(),
-    )  # fmt: skip
-    return dresidual, dx, dweight if weight is None else dweight32.to(weight.dtype), dbias
-
-
-# ---- Triton: kernels/layer_norm.py
-
-
-@_registry.implement("layer_norm_fwd", "triton")
-def _fwd_triton(x, residual, weight, bias, eps, dropout_p, rng, site, rms):
-    from fastlm.kernels import layer_norm as kernels
-
-    y, h, mean, rstd = _fake_fwd(x, residual, weight, bias, eps, dropout_p, rng, site, rms, "triton")
-    rows = rstd.numel(), x.shape[-1]
-    kernels.layer_norm_fwd(
-        as_rows(x), None if residual is None else as_rows(residual), contiguous(weight), contiguous(bias),
-        h.view(rows) if h.numel() else None, y.view(rows), None if rms else mean, rstd,
-        eps=eps, threshold=philox.threshold(dropout_p), scale=_random.row_scale(dropout_p), rng=rng, site=site,
-        rms=rms,
-    )  # fmt: skip
-    return y, h, mean, rstd
-
-
-@_registry.implement("layer_norm_bwd", "triton")
-def _bwd_triton(dy, dh, h, weight, mean, rstd, dropout_p, rng, site, rms, has_bias):
-    from fastlm.kernels import layer_norm as kernels
-
-    out = _fake_bwd(dy, dh, h, weight, mean, rstd, dropout_p, rng, site, rms, has_bias, "triton")
-    dresidual, dx, dweight, dbias = out
-    rows = rstd.numel(), h.shape[-1]
-    kernels.layer_norm_bwd(
-        as_rows(dy), None if dh is None else as_rows(dh), as_rows(h), contiguous(weight), None if rms else mean, rstd,
-        dresidual.view(rows), dx.view(rows) if dropout_p > 0.0 else None, None if weight is None else dweight,
-        dbias if has_bias else None,
-        threshold=philox.threshold(dropout_p), scale=_random.row_scale(dropout_p), rng=rng, site=site, rms=rms,
-    )  # fmt: skip
-    return out
-
-
-# ---- CUDA C++: csrc/cuda/layer_norm.cu
-
-
-def _parameter(weight, x):
-    """A weight as the kernel reads it, float32 or of x's dtype; and whether it is float32."""
-    if weight is None:
-        return None, False
-    if weight.dtype not in (x.dtype, torch.float32):
-        weight = weight.float()
-    return weight.contiguous(), weight.dtype == torch.float32
-
-
-@_registry.implement("layer_norm_fwd", "cuda")
-def _fwd_cuda(x, residual, weight, bias, eps, dropout_p, rng, site, rms):
-    y, h, mean, rstd = _fake_fwd(x, residual, weight, bias, eps, dropout_p, rng, site, rms, "cuda")
-    x2, residual2 = as_rows(x), None if residual is None else as_rows(residual)
-    (weight, weight_is_float), (bias, bias_is_float) = _parameter(weight, x), _parameter(bias, x)
-    at = _native.address
-    _native.cuda().layer_norm_fwd(
-        at(x2), at(residual2), at(weight), at(bias), at(h) if h.numel() else 0, at(y), 0 if rms else at(mean), at(rstd),
-        *x2.shape, x2.stride(0), 0 if residual2 is None else residual2.stride(0), eps, weight_is_float, bias_is_float,
-        philox.threshold(dropout_p), _random.row_scale(dropout_p), at(rng), site,
-        _native.DTYPE_CODES[x.dtype], *_native.cuda_place(x),
-    )  # fmt: skip
-    return y, h, mean, rstd
-
-
-@_registry.implement("layer_norm_bwd", "cuda")
-def _bwd_cuda(dy, dh, h, weight, mean, rstd, dropout_p, rng, site, rms, has_bias):
-    dresidual, dx, dweight, dbias = out = _fake_bwd(
-        dy, dh, h, weight, mean, rstd, dropout_p, rng, site, rms, has_bias, "cuda"
-    )
-    rows, cols = rstd.numel(), h.shape[-1]
-    if rows == 0:
-        return dresidual, dx, dweight.zero_(), dbias.zero_()
-    dy2, h2, dh2 = as_rows(dy), as_rows(h), None if dh is None else as_rows(dh)
-    weight2, weight_is_float = _parameter(weight, h)
-    dweight2 = None if weight is None else dweight if dweight.dtype == weight2.dtype else torch.empty_like(weight2)
-    device, queue = _native.cuda_place(h)
-    partial = None
-    if weight is not None or has_bias:
-        partial = h.new_empty(2 * _native.cuda().partial_rows(device) * cols, dtype=torch.float32)
-    at = _native.address
-    _native.cuda().layer_norm_bwd(
-        at(dy2), at(dh2), at(h2), at(weight2), 0 if rms else at(mean), at(rstd), at(dresidual),
-        at(dx) if dropout_p > 0.0 else 0, at(dweight2), at(dbias) if has_bias else 0, at(partial),
-        rows, cols, dy2.stride(0), 0 if dh2 is None else dh2.stride(0), h2.stride(0), weight_is_float,
-        philox.threshold(dropout_p), _random.row_scale(dropout_p), at(rng), site,
-        _native.DTYPE_CODES[h.dtype], device, queue,
-    )  # fmt: skip
-    if dweight2 is not None and dweight2 is not dweight:
-        dweight.copy_(dweight2)
-    return out
-
-
-for _op in ("layer_norm", "rms_norm"):
-    _registry.offer(_op, "cpu", "triton", "cuda")
+_registry.page(__name__, "layer_norm", autocast={"cuda": "float32"})
+# torch put rms_norm on autocast's list in 2.12.
+_registry.page(__name__, "rms_norm", autocast={"cuda": "float32"} if torch.__version__ >= (2, 12) else None)
+_registry.define("layer_norm_fwd", Args, empty_forward)
+_registry.define("layer_norm_bwd", BackwardArgs, empty_backward)
+_registry.differentiable("layer_norm_fwd", _save, _backward, constant=("mean", "rstd"))
 
 
 # ---- public
@@ -271,10 +176,9 @@ def _norm(op, x, weight, bias, eps, residual, dropout_p, rng, site, return_resid
         else:
             y, h = layer_norm_reference(x, weight, bias, **arguments)
     else:
-        y, h, _, _ = _registry.call(
-            "layer_norm_fwd", x, residual, weight, bias, eps, dropout_p, rng, site, op == "rms_norm", backend
-        )
-        h = h if residual is not None or dropout_p > 0.0 else x
+        args = Args(x, residual, weight, bias, eps, dropout_p, rng, site, rms=op == "rms_norm")
+        y, h, _, _ = _registry.call("layer_norm_fwd", args, backend)
+        h = h if args.keeps_h else x
     return (y, h) if return_residual else y
 
 

@@ -30,9 +30,11 @@ from typing import NamedTuple
 
 import torch
 
-from fastlm import _native, philox
+from fastlm import philox
 from fastlm.ops import _checks, _registry
 from fastlm.ops._labels import IGNORE_INDEX
+
+__all__ = ["MaskedTokens", "mlm_mask", "mlm_mask_reference"]
 
 _LOW32 = 0xFFFFFFFF
 
@@ -68,10 +70,22 @@ def _per_token(value, shape):
 
 
 def mlm_mask_reference(
-    input_ids, *, mask_token_id, vocab_size, special_ids, seed, epoch=0, sample_ids=None, positions=None,
-    special_tokens_mask=None, mlm_probability=0.15, mask_replace_prob=0.8, random_replace_prob=0.1, word_starts=None,
+    input_ids,
+    *,
+    mask_token_id,
+    vocab_size,
+    special_ids,
+    seed,
+    epoch=0,
+    sample_ids=None,
+    positions=None,
+    special_tokens_mask=None,
+    mlm_probability=0.15,
+    mask_replace_prob=0.8,
+    random_replace_prob=0.1,
+    word_starts=None,
     capacity=None,
-):  # fmt: skip
+):
     """MaskedTokens in plain torch, without a host sync, on any device. Arguments as of `mlm_mask`."""
     shape, device, tokens = input_ids.shape, input_ids.device, input_ids.numel()
     if capacity is None:
@@ -84,10 +98,8 @@ def mlm_mask_reference(
         epoch = input_ids.new_full((), epoch)
     sample_ids, epoch, positions = _per_token(sample_ids, shape), _per_token(epoch, shape), positions.expand(shape)
     epoch = epoch & _LOW32
-    r0, r1, r2, _ = philox.philox4x32(
-        positions & _LOW32, epoch, sample_ids & _LOW32, (sample_ids >> 32) & _LOW32,
-        *philox.key(seed, philox.MASK_DOMAIN),
-    )  # fmt: skip
+    counter = positions & _LOW32, epoch, sample_ids & _LOW32, (sample_ids >> 32) & _LOW32
+    r0, r1, r2, _ = philox.philox4x32(*counter, *philox.key(seed, philox.MASK_DOMAIN))
 
     special = special_tokens_mask
     if special is None:
@@ -121,160 +133,42 @@ def mlm_mask_reference(
     return MaskedTokens(torch.where(selected, replacement, input_ids), labels, index, targets, flat.sum())
 
 
-# ---- the raw op: special_ids, left_out sorted and unique; sample_ids, positions, epochs like input_ids, any strides
+# ---- the raw op
 
 
-def _fake(
-    input_ids, sample_ids, positions, epochs, epoch, special_tokens_mask, word_starts, special_ids, left_out,
-    mask_token_id, vocab_size, seed, select_below, mask_below, replace_below, capacity, backend,
-):  # fmt: skip
-    out = torch.empty_like(input_ids, memory_format=torch.contiguous_format)
-    index = input_ids.new_empty(capacity)
-    return out, torch.empty_like(out), index, torch.empty_like(index), input_ids.new_empty(())
+class Args(NamedTuple):
+    input_ids: torch.Tensor  # (B, S) or (T,), int64
+    sample_ids: torch.Tensor | None  # like input_ids, any strides; so are positions and epochs
+    positions: torch.Tensor | None
+    epochs: torch.Tensor | None
+    epoch: int  # of every token, where there are no epochs
+    special_tokens_mask: torch.Tensor | None  # like input_ids, bool
+    word_starts: torch.Tensor | None  # like input_ids, bool
+    special_ids: list[int]  # sorted and unique
+    left_out: list[int]  # the special ids and the mask's, sorted and unique: never drawn as a replacement
+    mask_token_id: int
+    vocab_size: int
+    seed: int  # signed
+    select_below: int  # floor(p·2^32) of the probabilities
+    mask_below: int
+    replace_below: int
+    capacity: int
 
 
-_registry.define(
-    "mlm_mask(Tensor input_ids, Tensor? sample_ids, Tensor? positions, Tensor? epochs, int epoch, "
-    "Tensor? special_tokens_mask, Tensor? word_starts, int[] special_ids, int[] left_out, int mask_token_id, "
-    "int vocab_size, int seed, int select_below, int mask_below, int replace_below, int capacity, str backend) "
-    "-> (Tensor input_ids_out, Tensor labels, Tensor index, Tensor targets, Tensor count)",
-    _fake,
-)
-
-
-# ---- CPU C++: csrc/cpu/mlm_mask.cpp
-
-
-def _view(value, rows, cols):
-    """Address and strides of a number per token, as (rows, cols)."""
-    if value is None:
-        return 0, 0, 0
-    value = value.expand(rows, cols)
-    return _native.address(value), *value.stride()
-
-
-@_registry.implement("mlm_mask", "cpu")
-def _cpu(
-    input_ids, sample_ids, positions, epochs, epoch, special_tokens_mask, word_starts, special_ids, left_out,
-    mask_token_id, vocab_size, seed, select_below, mask_below, replace_below, capacity,
-):  # fmt: skip
-    out, labels, index, targets, count = outputs = _fake(
-        input_ids, sample_ids, positions, epochs, epoch, special_tokens_mask, word_starts, special_ids, left_out,
-        mask_token_id, vocab_size, seed, select_below, mask_below, replace_below, capacity, "cpu",
-    )  # fmt: skip
-    cols = input_ids.shape[-1]
-    rows = input_ids.shape[0] if input_ids.dim() == 2 else 1
-    input_ids = input_ids.contiguous()
-    special_tokens_mask, word_starts = (
-        None if mask is None else mask.contiguous() for mask in (special_tokens_mask, word_starts)
+def empty_outputs(args: Args) -> MaskedTokens:
+    ids = args.input_ids
+    index = ids.new_empty(args.capacity)
+    return MaskedTokens(
+        input_ids=torch.empty_like(ids, memory_format=torch.contiguous_format),
+        labels=torch.empty_like(ids, memory_format=torch.contiguous_format),
+        index=index,
+        targets=torch.empty_like(index),
+        count=ids.new_empty(()),
     )
-    at = _native.address
-    outside = _native.cpu().mlm_mask(
-        at(input_ids), *_view(sample_ids, rows, cols), *_view(positions, rows, cols), *_view(epochs, rows, cols), epoch,
-        at(special_tokens_mask), at(word_starts), special_ids, left_out, mask_token_id, vocab_size, seed, select_below,
-        mask_below, replace_below, at(out), at(labels), at(index), at(targets), at(count), rows, cols, capacity,
-        _native.threads(),
-    )  # fmt: skip
-    if outside >= 0:
-        raise ValueError(
-            f"input_ids: expected ids in [0, vocab_size = {vocab_size}), got {input_ids.view(-1)[outside].item()} at "
-            f"position {outside} of the flattened input"
-        )
-    return outputs
 
 
-# ---- GPUs
-
-
-def _ranges(ids) -> tuple[int, ...]:
-    """Sorted unique ids as (first, length, first, length, ...): few of them, which a kernel compares ids with."""
-    out = []
-    for i in ids:
-        if out and out[-2] + out[-1] == i:
-            out[-1] += 1
-        else:
-            out += [i, 1]
-    return tuple(out)
-
-
-# ---- Triton: kernels/mlm_mask.py
-
-
-@_registry.limit("mlm_mask", "triton")
-def _token_limit(input_ids, special=()):
-    return None if input_ids.numel() < 2**31 else f"it numbers tokens in 32 bits, and there are {input_ids.numel()}"
-
-
-@_registry.implement("mlm_mask", "triton")
-def _triton(
-    input_ids, sample_ids, positions, epochs, epoch, special_tokens_mask, word_starts, special_ids, left_out,
-    mask_token_id, vocab_size, seed, select_below, mask_below, replace_below, capacity,
-):  # fmt: skip
-    from fastlm.kernels import mlm_mask as kernels
-
-    outputs = _fake(
-        input_ids, sample_ids, positions, epochs, epoch, special_tokens_mask, word_starts, special_ids, left_out,
-        mask_token_id, vocab_size, seed, select_below, mask_below, replace_below, capacity, "triton",
-    )  # fmt: skip
-    shape = input_ids.shape if input_ids.dim() == 2 else (1, input_ids.numel())
-    ids, special_tokens_mask, word_starts = (
-        None if value is None else value.contiguous().view(shape)
-        for value in (input_ids, special_tokens_mask, word_starts)
-    )
-    sample_ids, positions, epochs = (
-        None if value is None else value.expand(shape) for value in (sample_ids, positions, epochs)
-    )
-    kernels.mlm_mask(
-        ids, sample_ids, positions, epochs, epoch, special_tokens_mask, word_starts, *outputs,
-        special=_ranges(special_ids), left_out=_ranges(left_out), choices=vocab_size - len(left_out),
-        mask_token_id=mask_token_id, seed=seed, select_below=select_below, mask_below=mask_below,
-        replace_below=replace_below,
-    )  # fmt: skip
-    return outputs
-
-
-# ---- CUDA C++: csrc/cuda/mlm_mask.cu
-
-
-CUDA_RANGES = 64  # kMaskRanges of csrc/cuda/mlm_mask.h: the kernel's parameters hold them
-
-
-@_registry.limit("mlm_mask", "cuda")
-def _cuda_limit(input_ids, special=()):
-    have = len(_ranges(special)) // 2
-    if have > CUDA_RANGES:
-        return f"it compares ids with at most {CUDA_RANGES} ranges of special ids, and there are {have}"
-    return _token_limit(input_ids)
-
-
-@_registry.implement("mlm_mask", "cuda")
-def _cuda(
-    input_ids, sample_ids, positions, epochs, epoch, special_tokens_mask, word_starts, special_ids, left_out,
-    mask_token_id, vocab_size, seed, select_below, mask_below, replace_below, capacity,
-):  # fmt: skip
-    out, labels, index, targets, count = outputs = _fake(
-        input_ids, sample_ids, positions, epochs, epoch, special_tokens_mask, word_starts, special_ids, left_out,
-        mask_token_id, vocab_size, seed, select_below, mask_below, replace_below, capacity, "cuda",
-    )  # fmt: skip
-    cols, tokens = input_ids.shape[-1], input_ids.numel()
-    rows = input_ids.shape[0] if input_ids.dim() == 2 else 1
-    ids, special_tokens_mask, word_starts = (
-        None if value is None else value.contiguous() for value in (input_ids, special_tokens_mask, word_starts)
-    )
-    module, at = _native.cuda(), _native.address
-    blocks = -(-tokens // module.MASK_BLOCK)
-    flags = ids.new_empty(tokens, dtype=torch.uint8)
-    counts, last = ids.new_empty(blocks, dtype=torch.int32), ids.new_empty(blocks, dtype=torch.int32)
-    module.mlm_mask(
-        at(ids), _view(sample_ids, rows, cols), _view(positions, rows, cols), _view(epochs, rows, cols), epoch,
-        at(special_tokens_mask), at(word_starts), _ranges(special_ids), _ranges(left_out), mask_token_id, vocab_size,
-        seed, select_below, mask_below, replace_below, at(out), at(labels), at(index), at(targets), at(count),
-        at(flags), at(counts), at(last), rows, cols, capacity, *_native.cuda_place(ids),
-    )  # fmt: skip
-    return outputs
-
-
-_registry.offer("mlm_mask", "cpu")
+_registry.page(__name__, "mlm_mask")
+_registry.define("mlm_mask", Args, empty_outputs)
 
 
 # ---- public
@@ -385,23 +279,44 @@ def mlm_mask(
         capacity = default_capacity(input_ids.numel(), mlm_probability, word_starts is not None)
     _integer("capacity", capacity, 0, 2**63)
 
-    backend = _registry.choose("mlm_mask", backend, input_ids, special=left_out)
+    backend = _registry.choose("mlm_mask", backend, input_ids, special_ids=left_out)
     input_ids = input_ids.to(torch.int64)
     if backend == "reference":
         _checks.ids_inside("input_ids", input_ids, "vocab_size", vocab_size)
         return mlm_mask_reference(
-            input_ids, mask_token_id=mask_token_id, vocab_size=vocab_size, special_ids=special_ids, seed=seed,
-            epoch=epoch, sample_ids=sample_ids, positions=positions, special_tokens_mask=special_tokens_mask,
-            mlm_probability=mlm_probability, mask_replace_prob=mask_replace_prob,
-            random_replace_prob=random_replace_prob, word_starts=word_starts, capacity=capacity,
-        )  # fmt: skip
+            input_ids,
+            mask_token_id=mask_token_id,
+            vocab_size=vocab_size,
+            special_ids=special_ids,
+            seed=seed,
+            epoch=epoch,
+            sample_ids=sample_ids,
+            positions=positions,
+            special_tokens_mask=special_tokens_mask,
+            mlm_probability=mlm_probability,
+            mask_replace_prob=mask_replace_prob,
+            random_replace_prob=random_replace_prob,
+            word_starts=word_starts,
+            capacity=capacity,
+        )
     shape = input_ids.shape
     epochs, epoch = (_per_token(epoch, shape), 0) if isinstance(epoch, torch.Tensor) else (None, epoch)
-    return MaskedTokens(
-        *_registry.call(
-            "mlm_mask", input_ids, None if sample_ids is None else _per_token(sample_ids, shape), positions, epochs,
-            epoch, special_tokens_mask, word_starts, special_ids, left_out, mask_token_id, vocab_size,
-            (seed + 2**63) % 2**64 - 2**63, philox.threshold(mlm_probability), philox.threshold(mask_replace_prob),
-            replace_below, capacity, backend,
-        )
-    )  # fmt: skip
+    args = Args(
+        input_ids=input_ids,
+        sample_ids=None if sample_ids is None else _per_token(sample_ids, shape),
+        positions=positions,
+        epochs=epochs,
+        epoch=epoch,
+        special_tokens_mask=special_tokens_mask,
+        word_starts=word_starts,
+        special_ids=special_ids,
+        left_out=left_out,
+        mask_token_id=mask_token_id,
+        vocab_size=vocab_size,
+        seed=(seed + 2**63) % 2**64 - 2**63,
+        select_below=philox.threshold(mlm_probability),
+        mask_below=philox.threshold(mask_replace_prob),
+        replace_below=replace_below,
+        capacity=capacity,
+    )
+    return MaskedTokens(*_registry.call("mlm_mask", args, backend))

@@ -7,19 +7,24 @@
 #include "cpu/adamw.h"
 #include "cpu/attention.h"
 #include "cpu/cross_entropy.h"
-#include "cpu/dropout.h"
 #include "cpu/embedding.h"
 #include "cpu/gelu.h"
-#include "cpu/layer_norm.h"
 #include "cpu/math.h"
-#include "cpu/mlm_mask.h"
 #include "cpu/partials.h"
 #include "cpu/philox_many.h"
+#include "fields.h"
 #include "philox.h"
 
 namespace py = pybind11;
 using namespace fastlm;
 using namespace fastlm::cpu;
+
+namespace fastlm::python {
+std::vector<Method>& methods() {
+  static std::vector<Method> all;
+  return all;
+}
+}  // namespace fastlm::python
 
 namespace {
 
@@ -168,32 +173,6 @@ void bind_embedding(py::module_& m) {
         });
 }
 
-void bind_dropout(py::module_& m) {
-  m.def(
-      "dropout_fwd",
-      [](Address x, Address y, int64_t rows, int64_t cols, int64_t stride_x, bool relu, uint64_t threshold, float scale,
-         Address rng, uint32_t site, int dtype, int threads) {
-        dropout_fwd({input(x), pointer(y), rows, cols, stride_x, relu, {threshold, scale, input<int64_t>(rng), site}},
-                    DType(dtype), threads);
-      },
-      py::call_guard<py::gil_scoped_release>());
-  m.def(
-      "dropout_bwd",
-      [](Address dy, Address y, Address dx, int64_t rows, int64_t cols, int64_t stride_dy, bool relu,
-         uint64_t threshold, float scale, Address rng, uint32_t site, int dtype, int threads) {
-        dropout_bwd({input(dy),
-                     input(y),
-                     pointer(dx),
-                     rows,
-                     cols,
-                     stride_dy,
-                     relu,
-                     {threshold, scale, input<int64_t>(rng), site}},
-                    DType(dtype), threads);
-      },
-      py::call_guard<py::gil_scoped_release>());
-}
-
 void bind_gelu(py::module_& m) {
   m.def(
       "gelu_fwd",
@@ -211,59 +190,6 @@ void bind_gelu(py::module_& m) {
         gelu_bwd({input(dy), input(x), input<float>(bias), input(gate), pointer(dx), pointer(dgate),
                   pointer<float>(dbias), pointer<float>(partial), rows, cols, stride_dy, stride_x, stride_gate, tanh},
                  DType(dtype), threads);
-      },
-      py::call_guard<py::gil_scoped_release>());
-}
-
-void bind_layer_norm(py::module_& m) {
-  m.def(
-      "layer_norm_fwd",
-      [](Address x, Address residual, Address weight, Address bias, Address h, Address y, Address mean, Address rstd,
-         int64_t rows, int64_t cols, int64_t stride_x, int64_t stride_residual, float eps, bool rms, uint64_t threshold,
-         float scale, Address rng, uint32_t site, int dtype, int threads) {
-        layer_norm_fwd({input(x),
-                        input(residual),
-                        input<float>(weight),
-                        input<float>(bias),
-                        pointer(h),
-                        pointer(y),
-                        pointer<float>(mean),
-                        pointer<float>(rstd),
-                        rows,
-                        cols,
-                        stride_x,
-                        stride_residual,
-                        eps,
-                        rms,
-                        {threshold, scale, input<int64_t>(rng), site}},
-                       DType(dtype), threads);
-      },
-      py::call_guard<py::gil_scoped_release>());
-  m.def(
-      "layer_norm_bwd",
-      [](Address dy, Address dh, Address h, Address weight, Address mean, Address rstd, Address dresidual, Address dx,
-         Address dweight, Address dbias, Address partial, int64_t rows, int64_t cols, int64_t stride_dy,
-         int64_t stride_dh, int64_t stride_h, bool rms, uint64_t threshold, float scale, Address rng, uint32_t site,
-         int dtype, int threads) {
-        layer_norm_bwd({input(dy),
-                        input(dh),
-                        input(h),
-                        input<float>(weight),
-                        input<float>(mean),
-                        input<float>(rstd),
-                        pointer(dresidual),
-                        pointer(dx),
-                        pointer<float>(dweight),
-                        pointer<float>(dbias),
-                        pointer<float>(partial),
-                        rows,
-                        cols,
-                        stride_dy,
-                        stride_dh,
-                        stride_h,
-                        rms,
-                        {threshold, scale, input<int64_t>(rng), site}},
-                       DType(dtype), threads);
       },
       py::call_guard<py::gil_scoped_release>());
 }
@@ -310,47 +236,10 @@ void bind_math(py::module_& m) {
   }
 }
 
-void bind_mlm_mask(py::module_& m) {
-  m.def("mlm_mask",
-        [](Address input_ids, Address sample_ids, int64_t sample_row, int64_t sample_col, Address positions,
-           int64_t position_row, int64_t position_col, Address epochs, int64_t epoch_row, int64_t epoch_col,
-           int64_t epoch, Address special_tokens_mask, Address word_starts, const std::vector<int64_t>& special_ids,
-           const std::vector<int64_t>& left_out, int64_t mask_token_id, int64_t vocab_size, int64_t seed,
-           uint64_t select_below, uint64_t mask_below, uint64_t replace_below, Address input_ids_out, Address labels,
-           Address index, Address targets, Address count, int64_t rows, int64_t cols, int64_t capacity, int threads) {
-          const py::gil_scoped_release release;
-          return mlm_mask({input<int64_t>(input_ids),
-                           {input<int64_t>(sample_ids), sample_row, sample_col},
-                           {input<int64_t>(positions), position_row, position_col},
-                           {input<int64_t>(epochs), epoch_row, epoch_col},
-                           epoch,
-                           input<bool>(special_tokens_mask),
-                           input<bool>(word_starts),
-                           special_ids.data(),
-                           left_out.data(),
-                           int64_t(special_ids.size()),
-                           int64_t(left_out.size()),
-                           mask_token_id,
-                           vocab_size,
-                           uint64_t(seed),
-                           select_below,
-                           mask_below,
-                           replace_below,
-                           pointer<int64_t>(input_ids_out),
-                           pointer<int64_t>(labels),
-                           pointer<int64_t>(index),
-                           pointer<int64_t>(targets),
-                           pointer<int64_t>(count),
-                           rows,
-                           cols,
-                           capacity},
-                          threads);
-        });
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
+  python::add_methods(m.ptr());
   m.def("philox", [](uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
     const Words w = philox(c0, c1, c2, c3, {k0, k1});
     return py::make_tuple(w.r0, w.r1, w.r2, w.r3);
@@ -365,10 +254,7 @@ PYBIND11_MODULE(_cpu, m) {
     for (int w = 0; w < 4; ++w) std::copy_n(lanes.word[w], n, pointer<uint32_t>(counters) + w * n);
   });
   m.def("row_blocks", &row_blocks);
-  bind_dropout(m);
   bind_embedding(m);
   bind_gelu(m);
-  bind_layer_norm(m);
   bind_math(m);
-  bind_mlm_mask(m);
 }

@@ -9,13 +9,20 @@
 #include "cuda/attention.h"
 #include "cuda/cross_entropy.h"
 #include "cuda/device.h"
-#include "cuda/layer_norm.h"
 #include "cuda/mlm_mask.h"
 #include "cuda/recorder.h"
+#include "fields.h"
 
 namespace py = pybind11;
 using namespace fastlm;
 using namespace fastlm::cuda;
+
+namespace fastlm::python {
+std::vector<Method>& methods() {
+  static std::vector<Method> all;
+  return all;
+}
+}  // namespace fastlm::python
 
 namespace {
 
@@ -87,63 +94,6 @@ void bind_attention(py::module_& m) {
       py::call_guard<py::gil_scoped_release>());
 }
 
-void bind_layer_norm(py::module_& m) {
-  m.def(
-      "layer_norm_fwd",
-      [](Address x, Address residual, Address weight, Address bias, Address h, Address y, Address mean, Address rstd,
-         int64_t rows, int64_t cols, int64_t stride_x, int64_t stride_residual, float eps, bool weight_is_float,
-         bool bias_is_float, uint64_t threshold, float scale, Address rng, uint32_t site, int dtype, int device,
-         Address queue) {
-        layer_norm_fwd({input(x),
-                        input(residual),
-                        input(weight),
-                        input(bias),
-                        pointer(h),
-                        pointer(y),
-                        pointer<float>(mean),
-                        pointer<float>(rstd),
-                        rows,
-                        cols,
-                        stride_x,
-                        stride_residual,
-                        eps,
-                        weight_is_float,
-                        bias_is_float,
-                        {threshold, scale, input<int64_t>(rng), site},
-                        false},
-                       DType(dtype), place(device, queue));
-      },
-      py::call_guard<py::gil_scoped_release>());
-  m.def(
-      "layer_norm_bwd",
-      [](Address dy, Address dh, Address h, Address weight, Address mean, Address rstd, Address dresidual, Address dx,
-         Address dweight, Address dbias, Address partial, int64_t rows, int64_t cols, int64_t stride_dy,
-         int64_t stride_dh, int64_t stride_h, bool weight_is_float, uint64_t threshold, float scale, Address rng,
-         uint32_t site, int dtype, int device, Address queue) {
-        layer_norm_bwd({input(dy),
-                        input(dh),
-                        input(h),
-                        input(weight),
-                        input<float>(mean),
-                        input<float>(rstd),
-                        pointer(dresidual),
-                        pointer(dx),
-                        pointer(dweight),
-                        pointer<float>(dbias),
-                        pointer<float>(partial),
-                        rows,
-                        cols,
-                        stride_dy,
-                        stride_dh,
-                        stride_h,
-                        weight_is_float,
-                        {threshold, scale, input<int64_t>(rng), site},
-                        false},
-                       DType(dtype), place(device, queue));
-      },
-      py::call_guard<py::gil_scoped_release>());
-}
-
 void bind_cross_entropy(py::module_& m) {
   m.attr("LOSS_PARTS") = kLossParts;
   m.def(
@@ -183,67 +133,12 @@ void bind_cross_entropy(py::module_& m) {
       py::call_guard<py::gil_scoped_release>());
 }
 
-using View = std::tuple<Address, int64_t, int64_t>;
-
-PerToken per_token(const View& view) {
-  return {input<int64_t>(std::get<0>(view)), std::get<1>(view), std::get<2>(view)};
-}
-
-// (first, length, first, length, ...)
-Ranges ranges(const std::vector<int32_t>& flat) {
-  if (flat.size() > 2 * kMaskRanges) throw std::invalid_argument("too many ranges of special ids");
-  Ranges out{int(flat.size() / 2), {}, {}};
-  for (int k = 0; k < out.count; ++k) {
-    out.first[k] = flat[2 * k];
-    out.length[k] = flat[2 * k + 1];
-  }
-  return out;
-}
-
-void bind_mlm_mask(py::module_& m) {
-  m.attr("MASK_BLOCK") = kMaskBlock;
-  m.attr("MASK_RANGES") = kMaskRanges;
-  m.def("mlm_mask", [](Address input_ids, const View& sample, const View& position, const View& epochs, int64_t epoch,
-                       Address special_tokens_mask, Address word_starts, const std::vector<int32_t>& special,
-                       const std::vector<int32_t>& left_out, int64_t mask_token_id, int64_t vocab_size, int64_t seed,
-                       uint64_t select_below, uint64_t mask_below, uint64_t replace_below, Address out, Address labels,
-                       Address index, Address targets, Address count, Address flags, Address counts, Address last,
-                       int64_t rows, int64_t cols, int64_t capacity, int device, Address queue) {
-    const MlmMask args{input<int64_t>(input_ids),
-                       per_token(sample),
-                       per_token(position),
-                       per_token(epochs),
-                       epoch,
-                       input<uint8_t>(special_tokens_mask),
-                       input<uint8_t>(word_starts),
-                       ranges(special),
-                       ranges(left_out),
-                       mask_token_id,
-                       vocab_size,
-                       seed,
-                       select_below,
-                       mask_below,
-                       replace_below,
-                       pointer<int64_t>(out),
-                       pointer<int64_t>(labels),
-                       pointer<int64_t>(index),
-                       pointer<int64_t>(targets),
-                       pointer<int64_t>(count),
-                       pointer<uint8_t>(flags),
-                       pointer<int32_t>(counts),
-                       pointer<int32_t>(last),
-                       rows,
-                       cols,
-                       capacity,
-                       false};
-    const py::gil_scoped_release release;
-    mlm_mask(args, place(device, queue));
-  });
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
+  python::add_methods(m.ptr());
+  m.attr("MASK_BLOCK") = kMaskBlock;
+  m.attr("MASK_RANGES") = kMaskRanges;
   py::class_<Device>(m, "Device")
       .def_readonly("name", &Device::name)
       .def_readonly("capability", &Device::capability)
@@ -260,17 +155,20 @@ PYBIND11_MODULE(_cuda, m) {
         set_recorder([recorder](const char* entry, const unsigned* shape, size_t shared, const void* params,
                                 size_t bytes) {
           const py::gil_scoped_acquire gil;
-          recorder(entry, py::make_tuple(shape[0], shape[1], shape[2]), py::make_tuple(shape[3], shape[4], shape[5]),
-                   shared, py::bytes(static_cast<const char*>(params), bytes));
+          try {
+            recorder(entry, py::make_tuple(shape[0], shape[1], shape[2]), py::make_tuple(shape[3], shape[4], shape[5]),
+                     shared, py::bytes(static_cast<const char*>(params), bytes));
+          } catch (py::error_already_set& error) {
+            error.restore();
+            throw python::Failed{};
+          }
         });
       },
       "f(entry, grid, block, shared_bytes, params) is called in place of every launch; None ends it.");
   m.def("drop_launches", &drop_launches,
         "Leaves launches out, for measuring the host's share of a call; False ends it.");
   bind_attention(m);
-  bind_layer_norm(m);
   bind_cross_entropy(m);
-  bind_mlm_mask(m);
   m.def("compiler", &compiler, "The version of the nvcc that made this build, as '13.0.48'.");
   m.def("architectures", &architectures, "Architectures with machine code in this build, as '800,900,1000'.");
 }
