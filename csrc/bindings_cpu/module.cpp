@@ -6,9 +6,6 @@
 #include "bindings.h"
 #include "cpu/adamw.h"
 #include "cpu/attention.h"
-#include "cpu/cross_entropy.h"
-#include "cpu/embedding.h"
-#include "cpu/gelu.h"
 #include "cpu/math.h"
 #include "cpu/partials.h"
 #include "cpu/philox_many.h"
@@ -120,109 +117,6 @@ void bind_attention(py::module_& m) {
       py::call_guard<py::gil_scoped_release>());
 }
 
-// Three each: word, position, type.
-using Three = std::array<Address, 3>;
-using Sizes = std::array<int64_t, 3>;
-
-void fill_lookup(Lookup* lookup, const Three& tables, const Three& ids, const Sizes& strides, const Sizes& periods) {
-  for (int k = 0; k < 3; ++k) lookup[k] = {input(tables[k]), input<int64_t>(ids[k]), strides[k], periods[k]};
-}
-
-void bind_embedding(py::module_& m) {
-  m.def("embedding_fwd",
-        [](const Three& tables, const Three& ids, const Sizes& strides, const Sizes& periods, Address weight,
-           Address bias, Address y, Address mean, Address rstd, int64_t tokens, int64_t cols, float eps,
-           uint64_t threshold, float scale, Address rng, uint32_t site, int dtype, int threads) {
-          const py::gil_scoped_release release;
-          EmbeddingForward args{{},
-                                input<float>(weight),
-                                input<float>(bias),
-                                pointer(y),
-                                pointer<float>(mean),
-                                pointer<float>(rstd),
-                                tokens,
-                                cols,
-                                eps,
-                                {threshold, scale, input<int64_t>(rng), site}};
-          fill_lookup(args.lookup, tables, ids, strides, periods);
-          embedding_fwd(args, DType(dtype), threads);
-        });
-  m.def("embedding_bwd",
-        [](const Three& tables, const Three& ids, const Sizes& strides, const Sizes& periods, Address dy,
-           Address weight, Address mean, Address rstd, Address dweight, Address dbias, Address dh, Address partial,
-           const Three& gradients, const Sizes& rows, const Sizes& skip, int64_t tokens, int64_t cols,
-           int64_t stride_dy, uint64_t threshold, float scale, Address rng, uint32_t site, int dtype, int threads) {
-          const py::gil_scoped_release release;
-          EmbeddingBackward args{{},
-                                 input(dy),
-                                 input<float>(weight),
-                                 input<float>(mean),
-                                 input<float>(rstd),
-                                 pointer<float>(dweight),
-                                 pointer<float>(dbias),
-                                 pointer<float>(dh),
-                                 pointer<float>(partial),
-                                 {},
-                                 tokens,
-                                 cols,
-                                 stride_dy,
-                                 {threshold, scale, input<int64_t>(rng), site}};
-          fill_lookup(args.lookup, tables, ids, strides, periods);
-          for (int k = 0; k < 3; ++k) args.gradient[k] = {pointer<float>(gradients[k]), rows[k], skip[k]};
-          embedding_bwd(args, DType(dtype), threads);
-        });
-}
-
-void bind_gelu(py::module_& m) {
-  m.def(
-      "gelu_fwd",
-      [](Address x, Address bias, Address gate, Address y, int64_t rows, int64_t cols, int64_t stride_x,
-         int64_t stride_gate, bool tanh, int dtype, int threads) {
-        gelu_fwd({input(x), input<float>(bias), input(gate), pointer(y), rows, cols, stride_x, stride_gate, tanh},
-                 DType(dtype), threads);
-      },
-      py::call_guard<py::gil_scoped_release>());
-  m.def(
-      "gelu_bwd",
-      [](Address dy, Address x, Address bias, Address gate, Address dx, Address dgate, Address dbias, Address partial,
-         int64_t rows, int64_t cols, int64_t stride_dy, int64_t stride_x, int64_t stride_gate, bool tanh, int dtype,
-         int threads) {
-        gelu_bwd({input(dy), input(x), input<float>(bias), input(gate), pointer(dx), pointer(dgate),
-                  pointer<float>(dbias), pointer<float>(partial), rows, cols, stride_dy, stride_x, stride_gate, tanh},
-                 DType(dtype), threads);
-      },
-      py::call_guard<py::gil_scoped_release>());
-}
-
-void bind_cross_entropy(py::module_& m) {
-  // -> (the first row whose target is outside, or -1; Σ of the targets' weights)
-  m.def("cross_entropy_count",
-        [](Address target, Address weight, int64_t rows, int64_t vocabulary, int64_t ignore_index) {
-          const TargetCount count =
-              cross_entropy_count(input<int64_t>(target), input<float>(weight), rows, vocabulary, ignore_index);
-          return std::make_pair(count.outside, count.weight);
-        });
-  m.def(
-      "cross_entropy_fwd",
-      [](Address logits, Address target, Address weight, Address dloss, Address loss, Address dlogits, int64_t rows,
-         int64_t vocabulary, int64_t stride_x, int64_t stride_dx, int64_t ignore_index, float label_smoothing,
-         float z_loss, double denominator, int dtype, int threads) {
-        return cross_entropy_fwd({input(logits), input<int64_t>(target), input<float>(weight), input<float>(dloss),
-                                  pointer<float>(loss), pointer(dlogits), rows, vocabulary, stride_x, stride_dx,
-                                  ignore_index, label_smoothing, z_loss, denominator},
-                                 DType(dtype), threads);
-      },
-      py::call_guard<py::gil_scoped_release>());
-  m.def(
-      "cross_entropy_bwd",
-      [](Address dlogits, Address dloss, Address out, int64_t rows, int64_t cols, int64_t stride_x, int64_t stride_y,
-         bool per_row, int dtype, int threads) {
-        cross_entropy_bwd({input(dlogits), input<float>(dloss), pointer(out), rows, cols, stride_x, stride_y, per_row},
-                          DType(dtype), threads);
-      },
-      py::call_guard<py::gil_scoped_release>());
-}
-
 void bind_math(py::module_& m) {
   const std::pair<const char*, void (*)(const float*, float*, int64_t)> functions[] = {
       {"exp_array", exp_array},
@@ -246,7 +140,6 @@ PYBIND11_MODULE(_cpu, m) {
   });
   bind_adamw(m);
   bind_attention(m);
-  bind_cross_entropy(m);
   m.def("philox_many", [](Address counters, int64_t n, uint32_t k0, uint32_t k1) {  // (4, n), n <= 256, in place
     Lanes lanes;
     for (int w = 0; w < 4; ++w) std::copy_n(pointer<uint32_t>(counters) + w * n, n, lanes.word[w]);
@@ -254,7 +147,5 @@ PYBIND11_MODULE(_cpu, m) {
     for (int w = 0; w < 4; ++w) std::copy_n(lanes.word[w], n, pointer<uint32_t>(counters) + w * n);
   });
   m.def("row_blocks", &row_blocks);
-  bind_embedding(m);
-  bind_gelu(m);
   bind_math(m);
 }

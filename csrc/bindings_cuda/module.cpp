@@ -94,49 +94,11 @@ void bind_attention(py::module_& m) {
       py::call_guard<py::gil_scoped_release>());
 }
 
-void bind_cross_entropy(py::module_& m) {
-  m.attr("LOSS_PARTS") = kLossParts;
-  m.def(
-      "cross_entropy_fwd",
-      [](Address x, Address target, Address weight, Address weight_sum, Address parts, Address dloss, Address loss,
-         Address dx, int64_t rows, int64_t cols, int64_t stride_x, int64_t stride_dx, int64_t ignore_index,
-         float label_smoothing, float z_loss, int dtype, int device, Address queue) {
-        cross_entropy_fwd({input(x), input<int64_t>(target), input<float>(weight), input<float>(weight_sum),
-                           input<float>(parts), input<float>(dloss), pointer<float>(loss), pointer(dx), rows, cols,
-                           stride_x, stride_dx, ignore_index, label_smoothing, z_loss, 0},
-                          DType(dtype), place(device, queue));
-      },
-      py::call_guard<py::gil_scoped_release>());
-  m.def(
-      "cross_entropy_count",
-      [](Address target, Address weight, Address parts, int64_t rows, int64_t cols, int64_t ignore_index, int device,
-         Address queue) {
-        cross_entropy_count(
-            {input<int64_t>(target), input<float>(weight), pointer<float>(parts), rows, cols, ignore_index},
-            place(device, queue));
-      },
-      py::call_guard<py::gil_scoped_release>());
-  m.def(
-      "cross_entropy_sum",
-      [](Address loss, Address parts, Address scratch, Address out, int64_t rows, int device, Address queue) {
-        cross_entropy_sum({input<float>(loss), input<float>(parts), pointer<float>(scratch), pointer<float>(out), rows},
-                          place(device, queue));
-      },
-      py::call_guard<py::gil_scoped_release>());
-  m.def(
-      "cross_entropy_bwd",
-      [](Address x, Address dloss, Address y, int64_t rows, int64_t cols, int64_t stride_x, int64_t stride_y,
-         bool per_row, int dtype, int device, Address queue) {
-        cross_entropy_bwd({input(x), input<float>(dloss), pointer(y), rows, cols, stride_x, stride_y, per_row},
-                          DType(dtype), place(device, queue));
-      },
-      py::call_guard<py::gil_scoped_release>());
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
   python::add_methods(m.ptr());
+  m.attr("LOSS_PARTS") = kLossParts;
   m.attr("MASK_BLOCK") = kMaskBlock;
   m.attr("MASK_RANGES") = kMaskRanges;
   py::class_<Device>(m, "Device")
@@ -168,7 +130,6 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("drop_launches", &drop_launches,
         "Leaves launches out, for measuring the host's share of a call; False ends it.");
   bind_attention(m);
-  bind_cross_entropy(m);
   m.def("compiler", &compiler, "The version of the nvcc that made this build, as '13.0.48'.");
   m.def("architectures", &architectures, "Architectures with machine code in this build, as '800,900,1000'.");
 }

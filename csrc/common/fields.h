@@ -189,13 +189,13 @@ struct FromTuple {
 template <class T>
 struct Fields : std::false_type {};
 
-#define FASTLM_FIELDS(T)                             \
-  template <>                                        \
+#define FASTLM_FIELDS(T)                              \
+  template <>                                         \
   struct fastlm::python::Fields<T> : std::true_type { \
-    template <class F>                               \
-    static void each(T& value, F& f);                \
-  };                                                 \
-  template <class F>                                 \
+    template <class F>                                \
+    static void each(T& value, F& f);                 \
+  };                                                  \
+  template <class F>                                  \
   void fastlm::python::Fields<T>::each(T& value, F& f)
 
 #define FIELD(name) f(#name, value.name)
@@ -353,7 +353,8 @@ template <auto function>
 bool bind(const char* name, std::vector<const char*> names) {
   Bound<function>::name = name;
   const auto call = reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&Bound<function>::call));
-  methods().push_back({{name, call, METH_FASTCALL | METH_KEYWORDS, nullptr}, &Bound<function>::describe, std::move(names)});
+  methods().push_back(
+      {{name, call, METH_FASTCALL | METH_KEYWORDS, nullptr}, &Bound<function>::describe, std::move(names)});
   return true;
 }
 

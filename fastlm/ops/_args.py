@@ -71,14 +71,11 @@ class Layout:
 
     def __init__(self, kind: type):
         self.kind, self.fields = kind, _fields(kind)
-        names = [field.name for field in self.fields]
-        twice = {name for name in names if names.count(name) > 1}
-        assert not twice, f"{kind.__qualname__} has two fields named {', '.join(sorted(twice))}"
         self.tensors = tuple(i for i, field in enumerate(self.fields) if field.is_tensor)
         kinds: dict[str, type] = {}
         inside = {field.path: i for i, field in enumerate(self.fields)}
         places = {i: f"t[{k}]" for k, i in enumerate(self.tensors)}
-        places |= {i: f"o[{k}]" for k, i in enumerate(i for i in range(len(names)) if i not in places)}
+        places |= {i: f"o[{k}]" for k, i in enumerate(i for i in range(len(self.fields)) if i not in places)}
         value_of = ["v." + ".".join(field.path) for field in self.fields]
 
         def make(source):
@@ -97,6 +94,9 @@ class Layout:
 
     def schema(self, written: tuple[str, ...] = ()) -> str:
         """The arguments as torch writes them; `written`: names of tensors that the op writes to."""
+        names = [field.name for field in self.fields]
+        twice = {name for name in names if names.count(name) > 1}
+        assert not twice, f"{self.kind.__qualname__} has two fields named {', '.join(sorted(twice))}"
         return ", ".join(
             f"Tensor({chr(97 + written.index(field.name))}!) {field.name}"
             if field.name in written

@@ -240,7 +240,10 @@ def _on_its_device(function):
     """`function(args)` with the CUDA device of the first argument current: Triton launches there."""
 
     def run(args):
-        device = args[0].device
+        first = args[0]
+        while isinstance(first, tuple):  # a group of arguments
+            first = first[0]
+        device = first.device
         if device.type != "cuda" or device.index == torch.cuda.current_device():
             return function(args)
         with torch.cuda.device(device):

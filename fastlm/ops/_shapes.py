@@ -40,3 +40,12 @@ def number_per_token(value: torch.Tensor | None, shape: tuple[int, int]) -> tupl
         return None
     value = value.expand(shape)
     return value, *value.stride()
+
+
+def column_limit(x: torch.Tensor) -> str | None:
+    """Why a Triton kernel whose grid's second axis is columns, 65535 programs of 256, cannot take x; None if it can.
+
+    A tensor of one dimension is a single row.
+    """
+    most = 65535 * 256
+    return None if x.shape[-1] <= most else f"its rows have at most {most} columns, x has {x.shape[-1]}"

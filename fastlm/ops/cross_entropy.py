@@ -18,16 +18,16 @@ Milakov, Gimelshein 2018 (arXiv:1805.02867) for the running maximum.
 
 from __future__ import annotations
 
-import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from fastlm import _native
 from fastlm.ops import _checks, _registry
 from fastlm.ops._autocast import autocast_dtype
 from fastlm.ops._labels import IGNORE_INDEX
-from fastlm.ops._shapes import as_rows, contiguous
+
+__all__ = ["cross_entropy", "cross_entropy_reference"]
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -100,75 +100,97 @@ def check_labels(target: torch.Tensor, vocabulary: int, ignore_index: int) -> No
             raise_outside(row, int(target.reshape(-1)[row]), vocabulary, ignore_index)
 
 
-# ---- the raw ops. The loss is float32; dlogits, where needed, is d(loss)/d(logits), per row for "none".
+# ---- the raw ops. The loss is float32.
 
 
-def _fake_loss(target, reduction):
-    return target.new_empty(target.shape if reduction == "none" else (), dtype=torch.float32)
+class LossArgs(NamedTuple):
+    """What cross_entropy and linear_cross_entropy share."""
+
+    target: torch.Tensor  # (...) int64
+    class_weight: torch.Tensor | None  # (V,)
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    reduction: str
 
 
-def _fake_dlogits(logits, needs_dlogits):
-    return torch.empty_like(logits, memory_format=torch.contiguous_format) if needs_dlogits else logits.new_empty(0)
+class Args(NamedTuple):
+    logits: torch.Tensor  # (..., V)
+    loss: LossArgs
+    needs_dlogits: bool
 
 
-def _fake_fwd(logits, target, weight, ignore_index, label_smoothing, z_loss, reduction, needs_dlogits, backend):
-    return _fake_loss(target, reduction), _fake_dlogits(logits, needs_dlogits)
+class Outputs(NamedTuple):
+    loss: torch.Tensor  # (), for "none" like target
+    dlogits: torch.Tensor  # d(loss)/d(logits), per row for "none"; empty where it is not needed
 
 
-def _fake_fwd_(logits, target, weight, ignore_index, label_smoothing, z_loss, reduction, backend):
-    return _fake_loss(target, reduction)
+class InplaceArgs(NamedTuple):
+    logits: torch.Tensor  # overwritten with dlogits
+    loss: LossArgs
 
 
-def _fake_bwd(dlogits, dloss, backend):
-    return torch.empty_like(dlogits, memory_format=torch.contiguous_format)
+class ScaleArgs(NamedTuple):
+    dlogits: torch.Tensor  # (..., V)
+    dloss: torch.Tensor  # a scalar or (...)
 
 
-_OPTIONS = "Tensor target, Tensor? weight, int ignore_index, float label_smoothing, float z_loss, str reduction"
-_registry.define(
-    f"cross_entropy_fwd(Tensor logits, {_OPTIONS}, bool needs_dlogits, str backend) -> (Tensor loss, Tensor dlogits)",
-    _fake_fwd,
-)
-# Leaves dlogits in the logits.
-_registry.define(f"cross_entropy_fwd_(Tensor(a!) logits, {_OPTIONS}, str backend) -> Tensor loss", _fake_fwd_)
-# dlogits (..., cols) * dloss, a scalar or (...).
-_registry.define("cross_entropy_bwd(Tensor dlogits, Tensor dloss, str backend) -> Tensor", _fake_bwd)
-_registry.define("cross_entropy_bwd_(Tensor(a!) dlogits, Tensor dloss, str backend) -> ()", lambda *args: None)
+class Saved(NamedTuple):
+    dlogits: torch.Tensor
+
+
+def empty_loss(args: LossArgs) -> torch.Tensor:
+    return args.target.new_empty(args.target.shape if args.reduction == "none" else (), dtype=torch.float32)
+
+
+def empty_forward(args: Args) -> Outputs:
+    x = args.logits
+    dlogits = torch.empty_like(x, memory_format=torch.contiguous_format) if args.needs_dlogits else x.new_empty(0)
+    return Outputs(empty_loss(args.loss), dlogits)
+
+
+def empty_inplace(args: InplaceArgs) -> torch.Tensor:
+    return empty_loss(args.loss)
+
+
+def empty_scaled(args: ScaleArgs) -> torch.Tensor:
+    return torch.empty_like(args.dlogits, memory_format=torch.contiguous_format)
+
+
+def _nothing(args: ScaleArgs) -> None:
+    return None
 
 
 def scale(gradient: torch.Tensor, dloss: torch.Tensor, backend: str) -> torch.Tensor:
     """gradient * dloss, in the gradient's own memory unless the graph is kept for another backward."""
     if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
-        return _registry.call("cross_entropy_bwd", gradient, dloss, backend)
+        return _registry.call("cross_entropy_bwd", ScaleArgs(gradient, dloss), backend)
     torch.ops.fastlm.cross_entropy_bwd_(gradient, dloss, backend)
     return gradient
 
 
-def _setup_context(ctx, args, outputs):
+def _save(args: Args, outputs) -> Saved:
     _loss, dlogits = outputs
-    needs_dlogits, ctx.backend = args[-2:]
-    if not needs_dlogits:
+    if not args.needs_dlogits:
         raise ValueError("needs_dlogits: expected True, since the logits require a gradient, got False")
-    ctx.mark_non_differentiable(dlogits)
-    ctx.save_for_backward(dlogits)
+    return Saved(dlogits)
 
 
-def _backward(ctx, dloss, _ddlogits):
-    (dlogits,) = ctx.saved_tensors
-    return scale(dlogits, dloss, ctx.backend), *(None,) * 8
+def _save_inplace(args: InplaceArgs, loss) -> Saved:
+    return Saved(args.logits.detach())  # one version counter with the logits: a later write to them is noticed
 
 
-def _setup_context_(ctx, args, loss):
-    ctx.backend = args[-1]
-    ctx.save_for_backward(args[0].detach())  # one version counter with the logits: a later write to them is noticed
+def _backward(saved: Saved, needs, backend, dloss, _ddlogits=None):
+    return {"logits": scale(saved.dlogits, dloss, backend)}
 
 
-def _backward_(ctx, dloss):
-    (dlogits,) = ctx.saved_tensors
-    return scale(dlogits, dloss, ctx.backend), *(None,) * 7
-
-
-_registry.differentiable("cross_entropy_fwd", _setup_context, _backward)
-_registry.differentiable("cross_entropy_fwd_", _setup_context_, _backward_)
+_registry.page(__name__, "cross_entropy", autocast={"cuda": "float32", "cpu": "float32"})
+_registry.define("cross_entropy_fwd", Args, empty_forward)
+_registry.define("cross_entropy_fwd_", InplaceArgs, empty_inplace, writes=("logits",))
+_registry.define("cross_entropy_bwd", ScaleArgs, empty_scaled)
+_registry.define("cross_entropy_bwd_", ScaleArgs, _nothing, writes=("dlogits",))
+_registry.differentiable("cross_entropy_fwd", _save, _backward, constant=("dlogits",))
+_registry.differentiable("cross_entropy_fwd_", _save_inplace, _backward)
 
 
 class _Overwritten(torch.autograd.Function):
@@ -185,210 +207,6 @@ class _Overwritten(torch.autograd.Function):
             "cross_entropy(inplace=True) has overwritten its logits with their gradient, and they were used again; "
             "use them before the loss, in a way that saves no logits, or use inplace=False"
         )
-
-
-def _implement(backend, losses, scaled, rows=as_rows):
-    """The raw ops of a backend, of what it has for rows (rows, V), as `rows` gives them, with a unit last stride:
-
-    losses(target, weight, vocabulary, options, reduction), a class of Losses, below.
-    scaled(x, dloss, out) writes x * dloss into out, which may be x. dloss: float32, contiguous, a scalar or (rows,).
-    """
-
-    def forward(x, dx, target, weight, *options, reduction):
-        all_losses = losses(target, weight, x.shape[-1], options, reduction)
-        all_losses.add(x, dx)
-        return all_losses.loss()
-
-    @_registry.implement("cross_entropy_fwd", backend)
-    def fwd(logits, target, weight, ignore_index, label_smoothing, z_loss, reduction, needs_dlogits):
-        dlogits = _fake_dlogits(logits, needs_dlogits)
-        dx = as_rows(dlogits) if needs_dlogits else None
-        options = ignore_index, label_smoothing, z_loss
-        return forward(rows(logits), dx, target, weight, *options, reduction=reduction), dlogits
-
-    @_registry.implement("cross_entropy_fwd_", backend)
-    def fwd_(logits, target, weight, ignore_index, label_smoothing, z_loss, reduction):
-        x = rows(logits)
-        loss = forward(x, x, target, weight, ignore_index, label_smoothing, z_loss, reduction=reduction)
-        if x.data_ptr() != logits.data_ptr():  # a copy, where the strides are not such rows
-            logits.copy_(x.view(logits.shape))
-        return loss
-
-    def scale_into(dlogits, dloss, out):
-        y = as_rows(out)
-        scaled(as_rows(dlogits), dloss.float().reshape(-1 if dloss.dim() else ()).contiguous(), y)
-        if y.data_ptr() != out.data_ptr():
-            out.copy_(y.view(out.shape))
-
-    @_registry.implement("cross_entropy_bwd", backend)
-    def bwd(dlogits, dloss):
-        out = _fake_bwd(dlogits, dloss, backend)
-        scale_into(dlogits, dloss, out)
-        return out
-
-    @_registry.implement("cross_entropy_bwd_", backend)
-    def bwd_(dlogits, dloss):
-        scale_into(dlogits, dloss, dlogits)
-
-
-class Losses:
-    """The losses of rows of logits that are added in order, all at once or in chunks.
-
-    add(x, dx, dloss=None) takes the next rows x (n, V) and writes their gradient into dx, which may be x, or None.
-        dloss: float32 (n,), a factor of each row's gradient, or None.
-    loss() is what the raw op returns, once every row is there.
-    """
-
-    def __init__(self, target, reduction):
-        self.target, self.reduction = target.reshape(-1).contiguous(), reduction
-        self.each = target.new_empty(target.shape, dtype=torch.float32)
-        self.added = 0
-
-    def next(self, rows):
-        """Target and loss, (rows,), of the rows to be added."""
-        chunk = slice(self.added, self.added + rows)
-        self.added += rows
-        return self.target[chunk], self.each.view(-1)[chunk]
-
-
-# ---- CPU C++: csrc/cpu/cross_entropy.cpp
-
-
-class LossesCPU(Losses):
-    """Raises ValueError at once for a label outside the vocabulary."""
-
-    def __init__(self, target, weight, vocabulary, options, reduction):
-        super().__init__(target, reduction)
-        self.weight = None if weight is None else weight.float().contiguous()
-        self.options, at = options, _native.address
-        row, count = _native.cpu().cross_entropy_count(
-            at(self.target), at(self.weight), self.target.numel(), vocabulary, options[0]
-        )
-        if row >= 0:
-            raise_outside(row, int(self.target[row]), vocabulary, options[0])
-        self.denominator, self.sum = count if reduction == "mean" else 1.0, 0.0
-
-    def add(self, x, dx, dloss=None):
-        target, loss = self.next(x.shape[0])
-        at = _native.address
-        self.sum += _native.cpu().cross_entropy_fwd(
-            at(x), at(target), at(self.weight), at(dloss), at(loss), at(dx), *x.shape, x.stride(0),
-            0 if dx is None else dx.stride(0), *self.options, self.denominator,
-            _native.DTYPE_CODES[x.dtype], _native.threads(),
-        )  # fmt: skip
-
-    def loss(self):
-        if self.reduction == "none":
-            return self.each
-        return self.each.new_full((), self.sum if self.denominator else math.nan)
-
-
-def _scaled_cpu(x, dloss, y):
-    at = _native.address
-    _native.cpu().cross_entropy_bwd(
-        at(x), at(dloss), at(y), *x.shape, x.stride(0), y.stride(0), dloss.dim() > 0,
-        _native.DTYPE_CODES[x.dtype], _native.threads(),
-    )  # fmt: skip
-
-
-_implement("cpu", LossesCPU, _scaled_cpu)
-
-
-# ---- Triton: kernels/cross_entropy.py
-
-
-class LossesTriton(Losses):
-    """A label outside the vocabulary makes its row's loss and gradient NaN."""
-
-    def __init__(self, target, weight, vocabulary, options, reduction):
-        from fastlm.kernels import cross_entropy as kernels
-
-        super().__init__(target, reduction)
-        self.kernels, self.options, self.weight = kernels, options, contiguous(weight)
-        self.weight_sum = None if weight is None else weight.sum(dtype=torch.float32)
-        mean = reduction == "mean"
-        self.parts = kernels.count_targets(self.target, self.weight, vocabulary, options[0]) if mean else None
-
-    def add(self, x, dx, dloss=None):
-        target, loss = self.next(x.shape[0])
-        ignore_index, label_smoothing, z_loss = self.options
-        self.kernels.cross_entropy_fwd(
-            x, target, self.weight, self.weight_sum, self.parts, dloss, loss, dx,
-            ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss,
-        )  # fmt: skip
-
-    def loss(self):
-        return self.each if self.reduction == "none" else self.kernels.sum_losses(self.each.view(-1), self.parts)
-
-
-def _scaled_triton(x, dloss, y):
-    from fastlm.kernels import cross_entropy as kernels
-
-    kernels.cross_entropy_bwd(x, dloss, y)
-
-
-def _rows_triton(x):
-    """A copy unless rows are aligned as in a contiguous tensor: which of them a thread adds up depends on it, and the
-    same logits give the same bits whatever their strides."""
-    from fastlm.kernels import cross_entropy as kernels
-
-    x = as_rows(x)
-    return x if kernels.aligned_alike(x, None) else x.clone(memory_format=torch.contiguous_format)
-
-
-_implement("triton", LossesTriton, _scaled_triton, _rows_triton)
-
-
-# ---- CUDA C++: csrc/cuda/cross_entropy.cu
-
-
-class LossesCUDA(Losses):
-    """A label outside the vocabulary makes its row's loss and gradient NaN."""
-
-    def __init__(self, target, weight, vocabulary, options, reduction):
-        super().__init__(target, reduction)
-        self.options, self.place = options, _native.cuda_place(target)
-        self.weight = None if weight is None else weight.float().contiguous()
-        self.weight_sum = None if weight is None else self.weight.sum()
-        self.parts = None
-        if reduction == "mean":
-            module, at = _native.cuda(), _native.address
-            self.parts = self.each.new_empty(module.LOSS_PARTS)
-            module.cross_entropy_count(
-                at(self.target), at(self.weight), at(self.parts), self.target.numel(), vocabulary, options[0],
-                *self.place,
-            )  # fmt: skip
-
-    def add(self, x, dx, dloss=None):
-        target, loss = self.next(x.shape[0])
-        at = _native.address
-        _native.cuda().cross_entropy_fwd(
-            at(x), at(target), at(self.weight), at(self.weight_sum), at(self.parts), at(dloss), at(loss), at(dx),
-            *x.shape, x.stride(0), 0 if dx is None else dx.stride(0), *self.options,
-            _native.DTYPE_CODES[x.dtype], *self.place,
-        )  # fmt: skip
-
-    def loss(self):
-        if self.reduction == "none":
-            return self.each
-        module, at = _native.cuda(), _native.address
-        scratch, out = self.each.new_empty(module.LOSS_PARTS), self.each.new_empty(())
-        module.cross_entropy_sum(
-            at(self.each), at(self.parts), at(scratch), at(out), self.each.numel(), *self.place
-        )  # fmt: skip
-        return out
-
-
-def _scaled_cuda(x, dloss, y):
-    at = _native.address
-    _native.cuda().cross_entropy_bwd(
-        at(x), at(dloss), at(y), *x.shape, x.stride(0), y.stride(0), dloss.dim() > 0,
-        _native.DTYPE_CODES[x.dtype], *_native.cuda_place(x),
-    )  # fmt: skip
-
-
-_implement("cuda", LossesCUDA, _scaled_cuda)
-_registry.offer("cross_entropy", "cpu", "triton", "cuda")
 
 
 # ---- public
@@ -460,12 +278,12 @@ def cross_entropy(
             z_loss=z_loss,
             reduction=reduction,
         )
-    options = target, weight, ignore_index, label_smoothing, z_loss, reduction
+    args = LossArgs(target, weight, ignore_index, label_smoothing, z_loss, reduction)
     if overwrites:
-        loss = torch.ops.fastlm.cross_entropy_fwd_(logits, *options, backend)
+        loss = torch.ops.fastlm.cross_entropy_fwd_(logits, *args, backend)
         if not compiling:
             with torch.autograd._unsafe_preserve_version_counter(logits):
                 _Overwritten.apply(logits)
     else:
-        loss, _ = _registry.call("cross_entropy_fwd", logits, *options, needs_grad, backend)
+        loss, _ = _registry.call("cross_entropy_fwd", Args(logits, args, needs_grad), backend)
     return loss.to(dtype)

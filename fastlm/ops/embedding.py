@@ -17,18 +17,33 @@ Source: Devlin et al. 2018 (arXiv:1810.04805), figure 2.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
-from fastlm import _native, philox
 from fastlm.ops import _checks, _random, _registry
-from fastlm.ops._shapes import as_rows, contiguous
+
+__all__ = ["embedding", "embedding_reference"]
 
 
 def embedding_reference(
-    input_ids, word, position=None, token_type=None, *, positions=None, token_type_ids=None, weight=None, bias=None,
-    eps=1e-12, dropout_p=0.0, rng=None, site=0, padding_idx=None, sparse=False,
-):  # fmt: skip
+    input_ids,
+    word,
+    position=None,
+    token_type=None,
+    *,
+    positions=None,
+    token_type_ids=None,
+    weight=None,
+    bias=None,
+    eps=1e-12,
+    dropout_p=0.0,
+    rng=None,
+    site=0,
+    padding_idx=None,
+    sparse=False,
+):
     """y in plain differentiable torch, in the dtype of the tables. Arguments as of `embedding`."""
     h = F.embedding(input_ids, word, padding_idx, sparse=sparse)
     if position is not None:
@@ -40,219 +55,142 @@ def embedding_reference(
     return _random.dropout_rows(h, dropout_p, rng, site)
 
 
-# ---- the raw ops: tables (.., cols); ids int64, all of one shape; padding_idx -1 for none. `wanted`: which tables'
-# gradients; the others are empty. sparse: dword is (tokens, cols), a row for each token, 0 for padding_idx's.
+# ---- the raw ops. padding_idx is -1 for none.
 
 
-def _fake_fwd(
-    input_ids, word, position, token_type, positions, token_type_ids, weight, bias, eps, dropout_p, rng, site,
-    padding_idx, sparse, backend,
-):  # fmt: skip
-    rows = 0 if weight is None else input_ids.numel()
-    mean = word.new_empty(rows, dtype=torch.float32)
-    return word.new_empty((*input_ids.shape, word.shape[1])), mean, torch.empty_like(mean)
+class Lookup(NamedTuple):
+    """The tables, (.., cols), and the row of each that a token takes: ids int64, like input_ids."""
+
+    input_ids: torch.Tensor
+    word: torch.Tensor
+    position: torch.Tensor | None
+    token_type: torch.Tensor | None
+    positions: torch.Tensor | None
+    token_type_ids: torch.Tensor | None
+
+    @property
+    def tables(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        return self.word, self.position, self.token_type
+
+    @property
+    def ids(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        return self.input_ids, self.positions, self.token_type_ids
+
+    @property
+    def period(self) -> int:
+        """Token t takes row t % period of `position` where there are no positions."""
+        return max(1, self.input_ids.shape[-1])
 
 
-def _fake_bwd(
-    dy, input_ids, word, position, token_type, positions, token_type_ids, weight, mean, rstd, dropout_p, rng, site,
-    padding_idx, has_bias, wanted, sparse, backend,
-):  # fmt: skip
-    dword, *others = (
+class Args(NamedTuple):
+    lookup: Lookup
+    weight: torch.Tensor | None  # (cols,)
+    bias: torch.Tensor | None  # (cols,)
+    eps: float
+    dropout_p: float
+    rng: torch.Tensor | None
+    site: int
+    padding_idx: int
+    sparse: bool
+
+
+class Outputs(NamedTuple):
+    y: torch.Tensor  # input_ids.shape + (cols,)
+    mean: torch.Tensor  # (tokens,) float32; empty without a norm
+    rstd: torch.Tensor
+
+
+class Saved(NamedTuple):
+    lookup: Lookup
+    weight: torch.Tensor | None
+    mean: torch.Tensor
+    rstd: torch.Tensor
+    dropout_p: float
+    rng: torch.Tensor | None
+    site: int
+    padding_idx: int
+    sparse: bool
+
+
+class Wanted(NamedTuple):
+    """Which gradients of the tables are wanted; the others are empty."""
+
+    dword: bool
+    dposition: bool
+    dtoken_type: bool
+
+
+class BackwardArgs(NamedTuple):
+    dy: torch.Tensor  # like y
+    saved: Saved
+    wanted: Wanted
+    has_bias: bool
+
+
+class Gradients(NamedTuple):
+    dword: torch.Tensor  # like word; sparse: (tokens, cols), a row for each token, 0 for padding_idx's
+    dposition: torch.Tensor
+    dtoken_type: torch.Tensor
+    dweight: torch.Tensor  # empty without a weight
+    dbias: torch.Tensor  # (cols,) float32; empty without a bias
+
+
+def empty_forward(args: Args) -> Outputs:
+    ids, word = args.lookup.input_ids, args.lookup.word
+    mean = word.new_empty(0 if args.weight is None else ids.numel(), dtype=torch.float32)
+    return Outputs(word.new_empty((*ids.shape, word.shape[1])), mean, torch.empty_like(mean))
+
+
+def empty_backward(args: BackwardArgs) -> Gradients:
+    lookup, weight, wanted = args.saved.lookup, args.saved.weight, args.wanted
+    word, cols = lookup.word, lookup.word.shape[1]
+    dword, dposition, dtoken_type = (
         torch.empty_like(table, memory_format=torch.contiguous_format) if want else word.new_empty(0)
-        for table, want in zip((word, position, token_type), wanted)
+        for table, want in zip(lookup.tables, wanted)
     )
-    return (
-        word.new_empty(input_ids.numel(), word.shape[1]) if sparse and wanted[0] else dword,
-        *others,
-        word.new_empty(0) if weight is None else weight.new_empty(weight.shape),
-        word.new_empty(word.shape[1] if has_bias else 0, dtype=torch.float32),
+    return Gradients(
+        dword=word.new_empty(lookup.input_ids.numel(), cols) if args.saved.sparse and wanted.dword else dword,
+        dposition=dposition,
+        dtoken_type=dtoken_type,
+        dweight=word.new_empty(0) if weight is None else weight.new_empty(weight.shape),
+        dbias=word.new_empty(cols if args.has_bias else 0, dtype=torch.float32),
     )
 
 
-_registry.define(
-    "embedding_fwd(Tensor input_ids, Tensor word, Tensor? position, Tensor? token_type, Tensor? positions, "
-    "Tensor? token_type_ids, Tensor? weight, Tensor? bias, float eps, float dropout_p, Tensor? rng, int site, "
-    "int padding_idx, bool sparse, str backend) -> (Tensor y, Tensor mean, Tensor rstd)",
-    _fake_fwd,
-)
-_registry.define(
-    "embedding_bwd(Tensor dy, Tensor input_ids, Tensor word, Tensor? position, Tensor? token_type, Tensor? positions, "
-    "Tensor? token_type_ids, Tensor? weight, Tensor mean, Tensor rstd, float dropout_p, Tensor? rng, int site, "
-    "int padding_idx, bool has_bias, bool[] wanted, bool sparse, str backend) "
-    "-> (Tensor dword, Tensor dposition, Tensor dtoken_type, Tensor dweight, Tensor dbias)",
-    _fake_bwd,
-)
-
-
-def _setup_context(ctx, args, outputs):
-    *tensors, bias, _eps, dropout_p, rng, site, padding_idx, sparse, backend = args
+def _save(args: Args, outputs) -> Saved:
+    lookup, weight, _bias, _eps, *rest = args
     _y, mean, rstd = outputs
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.save_for_backward(*tensors, mean, rstd, rng)
-    ctx.rest = dropout_p, site, padding_idx, bias is not None and bias.dtype, sparse, backend
+    return Saved(lookup, weight, mean, rstd, *rest)
 
 
-def _backward(ctx, dy, _dmean, _drstd):
-    *tensors, mean, rstd, rng = ctx.saved_tensors
-    dropout_p, site, padding_idx, bias_dtype, sparse, backend = ctx.rest
-    wanted = [bool(want) for want in ctx.needs_input_grad[2:5]]
-    dword, dposition, dtoken_type, dweight, dbias = _registry.call(
-        "embedding_bwd", dy, *tensors, mean, rstd, dropout_p, rng, site, padding_idx, bool(bias_dtype), wanted,
-        sparse, backend,
-    )  # fmt: skip
-    if sparse and wanted[0]:
-        ids, word = tensors[:2]
-        dword = torch.sparse_coo_tensor(ids.view(1, -1), dword, word.shape, check_invariants=False)
-    return (
-        None,
-        *(d if want else None for d, want in zip((dword, dposition, dtoken_type), wanted)),
-        None,
-        None,
-        None if tensors[-1] is None else dweight,
-        dbias.to(bias_dtype) if bias_dtype else None,
-        *(None,) * 7,
-    )
+def _backward(saved: Saved, needs: Args, backend, dy, _dmean, _drstd):
+    wanted = Wanted(*needs.lookup.tables)
+    args = BackwardArgs(dy, saved, wanted, has_bias=needs.bias)
+    dword, dposition, dtoken_type, dweight, dbias = _registry.call("embedding_bwd", args, backend)
+    if saved.sparse and wanted.dword:
+        ids, shape = saved.lookup.input_ids.view(1, -1), saved.lookup.word.shape
+        dword = torch.sparse_coo_tensor(ids, dword, shape, check_invariants=False)
+    return {
+        "word": dword if wanted.dword else None,
+        "position": dposition if wanted.dposition else None,
+        "token_type": dtoken_type if wanted.dtoken_type else None,
+        "weight": dweight if needs.weight else None,
+        "bias": dbias if needs.bias else None,  # autograd casts it to bias's dtype
+    }
 
 
-_registry.differentiable("embedding_fwd", _setup_context, _backward)
+_registry.page(__name__, "embedding")
+_registry.define("embedding_fwd", Args, empty_forward)
+_registry.define("embedding_bwd", BackwardArgs, empty_backward)
+_registry.differentiable("embedding_fwd", _save, _backward, constant=("mean", "rstd"))
 
 
-# ---- CPU C++: csrc/cpu/embedding.cpp
-
-
-def _float(weight):
-    return None if weight is None else weight.float().contiguous()
-
-
-def _lookups(input_ids, word, position, token_type, positions, token_type_ids):
-    """Tables, ids, strides, periods, as csrc/cpu/embedding.h's Lookup has them; and the tensors, to keep them alive."""
-    tables = [None if table is None else as_rows(table) for table in (word, position, token_type)]
-    ids = [None if i is None else i.contiguous() for i in (input_ids, positions, token_type_ids)]
-    strides = [0 if table is None else table.stride(0) for table in tables]
-    periods = [1, max(1, input_ids.shape[-1]), 1]  # of the default positions and types
-    at = _native.address
-    return ([at(t) for t in tables], [at(i) for i in ids], strides, periods), (tables, ids)
-
-
-def _check_ids(input_ids, word, position, token_type, positions, token_type_ids):
-    for name, ids, table_name, table in (
-        ("input_ids", input_ids, "word", word),
-        ("positions", positions, "position", position),
-        ("token_type_ids", token_type_ids, "token_type", token_type),
-    ):
+def check_ids(lookup: Lookup) -> None:
+    """ValueError for an id outside its table, where looking costs no synchronisation."""
+    names = ("input_ids", "word"), ("positions", "position"), ("token_type_ids", "token_type")
+    for (name, table_name), ids, table in zip(names, lookup.ids, lookup.tables):
         if ids is not None:
             _checks.ids_inside(name, ids, f"rows of {table_name}", table.shape[0])
-
-
-@_registry.implement("embedding_fwd", "cpu")
-def _fwd_cpu(
-    input_ids, word, position, token_type, positions, token_type_ids, weight, bias, eps, dropout_p, rng, site,
-    padding_idx, sparse,
-):  # fmt: skip
-    _check_ids(input_ids, word, position, token_type, positions, token_type_ids)
-    y, mean, rstd = _fake_fwd(
-        input_ids, word, position, token_type, positions, token_type_ids, weight, bias, eps, dropout_p, rng, site,
-        padding_idx, sparse, "cpu",
-    )  # fmt: skip
-    lookups, _alive = _lookups(input_ids, word, position, token_type, positions, token_type_ids)
-    weight, bias = _float(weight), _float(bias)
-    at = _native.address
-    _native.cpu().embedding_fwd(
-        *lookups, at(weight), at(bias), at(y), at(mean), at(rstd), input_ids.numel(), word.shape[1], eps,
-        philox.threshold(dropout_p), _random.row_scale(dropout_p), at(rng), site,
-        _native.DTYPE_CODES[word.dtype], _native.threads(),
-    )  # fmt: skip
-    return y, mean, rstd
-
-
-@_registry.implement("embedding_bwd", "cpu")
-def _bwd_cpu(
-    dy, input_ids, word, position, token_type, positions, token_type_ids, weight, mean, rstd, dropout_p, rng, site,
-    padding_idx, has_bias, wanted, sparse,
-):  # fmt: skip
-    lookups, _alive = _lookups(input_ids, word, position, token_type, positions, token_type_ids)
-    tokens, cols, dy2, weight32 = input_ids.numel(), word.shape[1], as_rows(dy), _float(weight)
-    float32 = {"dtype": torch.float32}
-    gradients = [
-        table.new_zeros(table.shape, **float32) if want else None
-        for table, want in zip((word, position, token_type), (wanted[0] and not sparse, *wanted[1:]))
-    ]
-    dweight = None if weight is None else word.new_empty(cols, **float32)
-    dbias = word.new_empty(cols if has_bias else 0, **float32)
-    dh = word.new_empty(tokens, cols, **float32)
-    partial = word.new_empty(2 * _native.cpu().row_blocks(tokens) * cols, **float32)
-    at = _native.address
-    _native.cpu().embedding_bwd(
-        *lookups, at(dy2), at(weight32), at(mean), at(rstd), at(dweight), at(dbias) if has_bias else 0, at(dh),
-        at(partial), [at(g) for g in gradients], [0 if g is None else g.shape[0] for g in gradients],
-        [padding_idx, -1, -1], tokens, cols, dy2.stride(0),
-        philox.threshold(dropout_p), _random.row_scale(dropout_p), at(rng), site,
-        _native.DTYPE_CODES[word.dtype], _native.threads(),
-    )  # fmt: skip
-    if sparse and wanted[0]:
-        gradients[0] = dh if padding_idx < 0 else dh.masked_fill_(input_ids.view(-1, 1) == padding_idx, 0.0)
-    return (
-        *(word.new_empty(0) if g is None else g.to(word.dtype) for g in gradients),
-        word.new_empty(0) if weight is None else dweight.to(weight.dtype),
-        dbias,
-    )
-
-
-_registry.offer("embedding", "cpu")
-
-
-# ---- Triton: kernels/embedding.py
-
-
-@_registry.limit("embedding", "triton")
-def _triton_limit(word):
-    return None if word.shape[1] <= 8192 else f"its rows have at most 8192 columns, word has {word.shape[1]}"
-
-
-@_registry.implement("embedding_fwd", "triton")
-def _fwd_triton(
-    input_ids, word, position, token_type, positions, token_type_ids, weight, bias, eps, dropout_p, rng, site,
-    padding_idx, sparse,
-):  # fmt: skip
-    from fastlm.kernels import embedding as kernels
-
-    y, mean, rstd = _fake_fwd(
-        input_ids, word, position, token_type, positions, token_type_ids, weight, bias, eps, dropout_p, rng, site,
-        padding_idx, sparse, "triton",
-    )  # fmt: skip
-    kernels.embedding_fwd(
-        *_triton_lookups(input_ids, word, position, token_type, positions, token_type_ids),
-        contiguous(weight), contiguous(bias), y.view(-1, word.shape[1]), mean, rstd, eps=eps,
-        threshold=philox.threshold(dropout_p), scale=_random.row_scale(dropout_p), rng=rng, site=site,
-    )  # fmt: skip
-    return y, mean, rstd
-
-
-@_registry.implement("embedding_bwd", "triton")
-def _bwd_triton(
-    dy, input_ids, word, position, token_type, positions, token_type_ids, weight, mean, rstd, dropout_p, rng, site,
-    padding_idx, has_bias, wanted, sparse,
-):  # fmt: skip
-    from fastlm.kernels import embedding as kernels
-
-    *gradients, dweight, dbias = out = _fake_bwd(
-        dy, input_ids, word, position, token_type, positions, token_type_ids, weight, mean, rstd, dropout_p, rng,
-        site, padding_idx, has_bias, wanted, sparse, "triton",
-    )  # fmt: skip
-    kernels.embedding_bwd(
-        as_rows(dy), *_triton_lookups(input_ids, word, position, token_type, positions, token_type_ids),
-        contiguous(weight), mean, rstd, [d if want else None for d, want in zip(gradients, wanted)],
-        None if weight is None else dweight, dbias if has_bias else None, threshold=philox.threshold(dropout_p),
-        scale=_random.row_scale(dropout_p), rng=rng, site=site, padding_idx=padding_idx,
-    )  # fmt: skip
-    return out
-
-
-def _triton_lookups(input_ids, word, position, token_type, positions, token_type_ids):
-    """(tables, ids, period) as kernels/embedding.py takes them."""
-    tables = [None if table is None else as_rows(table) for table in (word, position, token_type)]
-    ids = [None if i is None else i.reshape(-1).contiguous() for i in (input_ids, positions, token_type_ids)]
-    return tables, ids, max(1, input_ids.shape[-1])
 
 
 # ---- public
@@ -353,15 +291,35 @@ def embedding(
         raise ValueError("sparse: expected False for backend triton, whose gradients are dense, got True")
     rng = _random.draw_rng(rng, dropout_p, word.device)
     if backend == "reference":
-        _check_ids(input_ids, word, position, token_type, positions, token_type_ids)
+        check_ids(Lookup(input_ids, word, position, token_type, positions, token_type_ids))
         return embedding_reference(
-            input_ids, word, position, token_type, positions=positions, token_type_ids=token_type_ids, weight=weight,
-            bias=bias, eps=eps, dropout_p=dropout_p, rng=rng, site=site, padding_idx=padding_idx, sparse=sparse,
-        )  # fmt: skip
+            input_ids,
+            word,
+            position,
+            token_type,
+            positions=positions,
+            token_type_ids=token_type_ids,
+            weight=weight,
+            bias=bias,
+            eps=eps,
+            dropout_p=dropout_p,
+            rng=rng,
+            site=site,
+            padding_idx=padding_idx,
+            sparse=sparse,
+        )
     input_ids, positions, token_type_ids = (
         None if ids is None else ids.to(torch.int64) for ids in (input_ids, positions, token_type_ids)
     )
-    return _registry.call(
-        "embedding_fwd", input_ids, word, position, token_type, positions, token_type_ids, weight, bias, eps, dropout_p,
-        rng, site, -1 if padding_idx is None else padding_idx, sparse, backend,
-    )[0]  # fmt: skip
+    args = Args(
+        lookup=Lookup(input_ids, word, position, token_type, positions, token_type_ids),
+        weight=weight,
+        bias=bias,
+        eps=eps,
+        dropout_p=dropout_p,
+        rng=rng,
+        site=site,
+        padding_idx=-1 if padding_idx is None else padding_idx,
+        sparse=sparse,
+    )
+    return _registry.call("embedding_fwd", args, backend)[0]

@@ -15,12 +15,14 @@ Sources: Hendrycks, Gimpel 2016 (arXiv:1606.08415); the gate: Shazeer 2020 (arXi
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
-from fastlm import _native
 from fastlm.ops import _checks, _registry
-from fastlm.ops._shapes import as_rows, contiguous
+
+__all__ = ["gelu", "gelu_reference"]
 
 
 def gelu_reference(x, bias=None, *, gate=None, approximate="none"):
@@ -30,110 +32,56 @@ def gelu_reference(x, bias=None, *, gate=None, approximate="none"):
     return y if gate is None else y * gate
 
 
-# ---- the raw ops: x, gate (..., cols)
+# ---- the raw ops
 
 
-def _fake_fwd(x, bias, gate, tanh, backend):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+class Args(NamedTuple):
+    x: torch.Tensor  # (..., cols)
+    bias: torch.Tensor | None  # (cols,)
+    gate: torch.Tensor | None  # like x
+    tanh: bool
 
 
-def _fake_bwd(dy, x, bias, gate, tanh, has_dbias, backend):
+class BackwardArgs(NamedTuple):
+    dy: torch.Tensor  # like x
+    forward: Args
+    has_dbias: bool
+
+
+class Gradients(NamedTuple):
+    dx: torch.Tensor  # like x
+    dbias: torch.Tensor  # (cols,) float32; empty where it is not wanted
+    dgate: torch.Tensor  # like x; empty without a gate
+
+
+def empty_forward(args: Args) -> torch.Tensor:
+    return torch.empty_like(args.x, memory_format=torch.contiguous_format)
+
+
+def empty_backward(args: BackwardArgs) -> Gradients:
+    x, gate = args.forward.x, args.forward.gate
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    dbias = x.new_empty(x.shape[-1] if has_dbias else 0, dtype=torch.float32)
-    return dx, dbias, x.new_empty(0) if gate is None else torch.empty_like(dx)
+    return Gradients(
+        dx=dx,
+        dbias=x.new_empty(x.shape[-1] if args.has_dbias else 0, dtype=torch.float32),
+        dgate=x.new_empty(0) if gate is None else torch.empty_like(dx),
+    )
 
 
-_registry.define("gelu_fwd(Tensor x, Tensor? bias, Tensor? gate, bool tanh, str backend) -> Tensor y", _fake_fwd)
-_registry.define(
-    "gelu_bwd(Tensor dy, Tensor x, Tensor? bias, Tensor? gate, bool tanh, bool has_dbias, str backend) "
-    "-> (Tensor dx, Tensor dbias, Tensor dgate)",
-    _fake_bwd,
-)
+def _save(args: Args, y) -> Args:
+    return args
 
 
-def _setup_context(ctx, args, outputs):
-    x, bias, gate, tanh, backend = args
-    ctx.save_for_backward(x, bias, gate)
-    ctx.rest = tanh, backend
+def _backward(saved: Args, needs: Args, backend, dy):
+    dx, dbias, dgate = _registry.call("gelu_bwd", BackwardArgs(dy, saved, has_dbias=needs.bias), backend)
+    # Autograd casts dbias to bias's dtype.
+    return {"x": dx, "bias": dbias if needs.bias else None, "gate": dgate if needs.gate else None}
 
 
-def _backward(ctx, dy):
-    x, bias, gate = ctx.saved_tensors
-    tanh, backend = ctx.rest
-    has_dbias = ctx.needs_input_grad[2]
-    dx, dbias, dgate = _registry.call("gelu_bwd", dy, x, bias, gate, tanh, has_dbias, backend)
-    return dx, dbias.to(bias.dtype) if has_dbias else None, None if gate is None else dgate, None, None
-
-
-_registry.differentiable("gelu_fwd", _setup_context, _backward)
-
-
-# ---- CPU C++: csrc/cpu/gelu.cpp
-
-
-@_registry.implement("gelu_fwd", "cpu")
-def _fwd_cpu(x, bias, gate, tanh):
-    y = _fake_fwd(x, bias, gate, tanh, "cpu")
-    x2, gate2 = as_rows(x), None if gate is None else as_rows(gate)
-    bias = None if bias is None else bias.float().contiguous()
-    at = _native.address
-    _native.cpu().gelu_fwd(
-        at(x2), at(bias), at(gate2), at(y), *x2.shape, x2.stride(0), 0 if gate2 is None else gate2.stride(0), tanh,
-        _native.DTYPE_CODES[x.dtype], _native.threads(),
-    )  # fmt: skip
-    return y
-
-
-@_registry.implement("gelu_bwd", "cpu")
-def _bwd_cpu(dy, x, bias, gate, tanh, has_dbias):
-    dx, dbias, dgate = _fake_bwd(dy, x, bias, gate, tanh, has_dbias, "cpu")
-    dy2, x2, gate2 = as_rows(dy), as_rows(x), None if gate is None else as_rows(gate)
-    bias = None if bias is None else bias.float().contiguous()
-    rows, cols = x2.shape
-    partial = x.new_empty(_native.cpu().row_blocks(rows) * cols if has_dbias else 0, dtype=torch.float32)
-    at = _native.address
-    _native.cpu().gelu_bwd(
-        at(dy2), at(x2), at(bias), at(gate2), at(dx), 0 if gate is None else at(dgate), at(dbias) if has_dbias else 0,
-        at(partial), rows, cols, dy2.stride(0), x2.stride(0), 0 if gate2 is None else gate2.stride(0), tanh,
-        _native.DTYPE_CODES[x.dtype], _native.threads(),
-    )  # fmt: skip
-    return dx, dbias, dgate
-
-
-# ---- Triton: kernels/gelu.py
-
-
-@_registry.implement("gelu_fwd", "triton")
-def _fwd_triton(x, bias, gate, tanh):
-    from fastlm.kernels import gelu as kernels
-
-    y = _fake_fwd(x, bias, gate, tanh, "triton")
-    x2 = as_rows(x)
-    kernels.gelu_fwd(x2, contiguous(bias), None if gate is None else as_rows(gate), y.view(x2.shape), tanh=tanh)
-    return y
-
-
-@_registry.implement("gelu_bwd", "triton")
-def _bwd_triton(dy, x, bias, gate, tanh, has_dbias):
-    from fastlm.kernels import gelu as kernels
-
-    dx, dbias, dgate = out = _fake_bwd(dy, x, bias, gate, tanh, has_dbias, "triton")
-    x2, gate2 = as_rows(x), None if gate is None else as_rows(gate)
-    kernels.gelu_bwd(
-        as_rows(dy), x2, contiguous(bias), gate2, dx.view(x2.shape), dbias if has_dbias else None,
-        None if gate is None else dgate.view(x2.shape), tanh=tanh,
-    )  # fmt: skip
-    return out
-
-
-_registry.offer("gelu", "cpu", "triton")
-
-
-@_registry.limit("gelu", "triton")
-def _triton_limit(x):
-    """Columns are the second axis of its grid, 65535 programs of 256: a tensor of one dimension is a single row."""
-    most = 65535 * 256
-    return None if x.shape[-1] <= most else f"its rows have at most {most} columns, x has {x.shape[-1]}"
+_registry.page(__name__, "gelu")
+_registry.define("gelu_fwd", Args, empty_forward)
+_registry.define("gelu_bwd", BackwardArgs, empty_backward)
+_registry.differentiable("gelu_fwd", _save, _backward)
 
 
 # ---- public
@@ -172,4 +120,4 @@ def gelu(
     backend = _registry.choose("gelu", backend, x)
     if backend == "reference":
         return gelu_reference(x, bias, gate=gate, approximate=approximate)
-    return _registry.call("gelu_fwd", x, bias, gate, approximate == "tanh", backend)
+    return _registry.call("gelu_fwd", Args(x, bias, gate, tanh=approximate == "tanh"), backend)

@@ -29,23 +29,25 @@ Wijmans et al. 2024 (arXiv:2411.09009) for the memory that logits take.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
 from fastlm.ops import _checks, _registry
 from fastlm.ops._autocast import autocast, autocast_dtype
 from fastlm.ops._labels import IGNORE_INDEX
-from fastlm.ops._shapes import as_rows
 from fastlm.ops.cross_entropy import (
-    LossesCPU,
-    LossesCUDA,
-    LossesTriton,
+    LossArgs,
     check_labels,
     check_options,
     check_target,
     cross_entropy_reference,
+    empty_loss,
     scale,
 )
+
+__all__ = ["linear_cross_entropy", "linear_cross_entropy_reference"]
 
 
 def linear_cross_entropy_reference(
@@ -77,167 +79,100 @@ def linear_cross_entropy_reference(
 # ---- the raw ops. The loss is float32; an output that is not needed is empty.
 
 
-def chunk_rows(rows: int, dtype: torch.dtype, device: str) -> int:
-    """Rows of a chunk; the rule stands above."""
-    if device == "cuda":
-        parts = max(1, min(max(4, -(-rows // 4096)), rows // 1024))
-        return min(rows, round_up(-(-rows // parts), 128))
-    parts = max(2 if dtype == torch.float32 else 4, -(-rows // 512))
-    return -(-rows // max(1, min(parts, rows // 256)))
+class Inputs(NamedTuple):
+    hidden: torch.Tensor  # (..., D)
+    weight: torch.Tensor  # (V, D)
+    bias: torch.Tensor | None  # (V,)
+    loss: LossArgs
 
 
-def round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
+class Wanted(NamedTuple):
+    """Which gradients are wanted; the others are empty."""
+
+    dhidden: bool
+    dweight: bool
+    dbias: bool
 
 
-def _fake_bwd(dloss, hidden, weight, target, bias, class_weight, ignore_index, label_smoothing, z_loss, needs, backend):
-    dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else hidden.new_empty(0)
-    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else weight.new_empty(0)
-    return dhidden, dweight, hidden.new_empty(weight.shape[0] if needs[2] else 0)
+class Args(NamedTuple):
+    inputs: Inputs
+    wanted: Wanted  # nothing for "none", whose gradients linear_cross_entropy_bwd computes
 
 
-def _fake_fwd(
-    hidden, weight, target, bias, class_weight, ignore_index, label_smoothing, z_loss, reduction, needs, backend
-):
-    loss = hidden.new_empty(target.shape if reduction == "none" else (), dtype=torch.float32)
-    return loss, *_fake_bwd(None, hidden, weight, target, bias, None, 0, 0.0, 0.0, needs, backend)
+class Outputs(NamedTuple):
+    loss: torch.Tensor
+    dhidden: torch.Tensor
+    dweight: torch.Tensor
+    dbias: torch.Tensor
 
 
-_INPUTS = (
-    "Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? class_weight, int ignore_index, "
-    "float label_smoothing, float z_loss"
-)
-# needs: of dhidden, dweight, dbias; all false for "none", whose gradients are linear_cross_entropy_bwd's.
-_registry.define(
-    f"linear_cross_entropy_fwd({_INPUTS}, str reduction, bool[] needs, str backend) "
-    "-> (Tensor loss, Tensor dhidden, Tensor dweight, Tensor dbias)",
-    _fake_fwd,
-)
-_registry.define(
-    f"linear_cross_entropy_bwd(Tensor dloss, {_INPUTS}, bool[] needs, str backend) "
-    "-> (Tensor dhidden, Tensor dweight, Tensor dbias)",
-    _fake_bwd,
-)
+class BackwardArgs(NamedTuple):
+    dloss: torch.Tensor  # like target
+    inputs: Inputs
+    wanted: Wanted
 
 
-def _setup_context(ctx, args, outputs):
-    *inputs, reduction, needs, backend = args
-    _loss, *gradients = outputs
-    ctx.mark_non_differentiable(*gradients)
-    hidden, weight, _target, bias = inputs[:4]
-    wanted = [t is not None and t.requires_grad for t in (hidden, weight, bias)]
-    if reduction == "none":
-        ctx.save_for_backward(*inputs[:5])
-        ctx.rest = inputs[5:], wanted, backend
-    elif any(w and not n for w, n in zip(wanted, needs)):
-        raise ValueError(f"needs: expected {wanted}, what requires a gradient of hidden, weight, bias; got {needs}")
+class Gradients(NamedTuple):
+    dhidden: torch.Tensor
+    dweight: torch.Tensor
+    dbias: torch.Tensor
+
+
+class Saved(NamedTuple):
+    inputs: Inputs  # their tensors for "none" alone
+    gradients: Gradients  # for the other reductions
+    wanted: Wanted
+
+
+def _empty_gradients(inputs: Inputs, wanted: Wanted) -> Gradients:
+    hidden, weight = inputs.hidden, inputs.weight
+    return Gradients(
+        torch.empty_like(hidden, memory_format=torch.contiguous_format) if wanted.dhidden else hidden.new_empty(0),
+        torch.empty_like(weight, memory_format=torch.contiguous_format) if wanted.dweight else weight.new_empty(0),
+        hidden.new_empty(weight.shape[0] if wanted.dbias else 0),
+    )
+
+
+def empty_forward(args: Args) -> Outputs:
+    return Outputs(empty_loss(args.inputs.loss), *_empty_gradients(args.inputs, args.wanted))
+
+
+def empty_backward(args: BackwardArgs) -> Gradients:
+    return _empty_gradients(args.inputs, args.wanted)
+
+
+def _save(args: Args, outputs) -> Saved:
+    inputs, (_loss, *gradients) = args.inputs, outputs
+    tensors = inputs.hidden, inputs.weight, inputs.bias
+    needed = Wanted(*(t is not None and t.requires_grad for t in tensors))
+    if inputs.loss.reduction == "none":
+        return Saved(inputs, Gradients(None, None, None), needed)
+    if any(need and not want for need, want in zip(needed, args.wanted)):
+        raise ValueError(
+            f"wanted: expected {needed}, since hidden, weight or bias requires a gradient, got {args.wanted}"
+        )
+    no_tensors = Inputs(None, None, None, inputs.loss._replace(target=None, class_weight=None))
+    return Saved(no_tensors, Gradients(*gradients), args.wanted)
+
+
+def _backward(saved: Saved, needs: Args, backend, dloss, *_):
+    if saved.inputs.loss.reduction == "none":
+        args = BackwardArgs(dloss, saved.inputs, saved.wanted)
+        gradients = Gradients(*_registry.call("linear_cross_entropy_bwd", args, backend))
     else:
-        ctx.save_for_backward(*gradients)
-        ctx.rest = None, needs, backend
+        pairs = zip(saved.gradients, saved.wanted)
+        gradients = Gradients(*(scale(g, dloss, backend) if want else None for g, want in pairs))
+    return {
+        "hidden": gradients.dhidden if saved.wanted.dhidden else None,
+        "weight": gradients.dweight if saved.wanted.dweight else None,
+        "bias": gradients.dbias if saved.wanted.dbias else None,
+    }
 
 
-def _backward(ctx, dloss, *_):
-    options, needs, backend = ctx.rest
-    if options is None:
-        gradients = [scale(g, dloss, backend) if need else None for g, need in zip(ctx.saved_tensors, needs)]
-    else:
-        gradients = _registry.call("linear_cross_entropy_bwd", dloss, *ctx.saved_tensors, *options, needs, backend)
-    dhidden, dweight, dbias = (g if need else None for g, need in zip(gradients, needs))
-    return dhidden, dweight, None, dbias, *(None,) * 7
-
-
-_registry.differentiable("linear_cross_entropy_fwd", _setup_context, _backward)
-
-
-# ---- every backend: torch's BLAS, and the backend's cross_entropy in place
-
-WIDENED = 2048  # classes whose bfloat16 dlogits are widened at a time
-
-
-def _add_weight_gradient(dweight, dbias, g, x, needs, first):
-    """dweight (V, D) += gᵀ x and dbias (V,) += Σ g, both float32, of dlogits g (n, V) and hidden x (n, D)."""
-    beta = 0.0 if first else 1.0
-    if g.is_cuda and g.dtype != torch.float32:
-        if needs[1]:
-            torch.addmm(dweight, g.t(), x, beta=beta, out_dtype=torch.float32, out=dweight)
-        if needs[2]:
-            dbias += g.sum(0, dtype=torch.float32)
-        return
-    x, width = x.float(), g.shape[1] if g.dtype == torch.float32 else WIDENED
-    for column in range(0, g.shape[1], width):
-        columns = slice(column, column + width)
-        wide = g[:, columns].float()
-        if needs[1]:
-            dw = dweight[columns]
-            torch.addmm(dw, wide.t(), x, beta=beta, out=dw)
-        if needs[2]:
-            dbias[columns] += wide.sum(0)
-
-
-@torch.no_grad()  # products with out=
-def _chunks(hidden, weight, bias, losses, dloss, needs, row_bytes):
-    """Adds all rows to `losses`; returns the gradients, as _fake_bwd's.
-
-    dloss: (rows,) float32 or None. row_bytes: the rows of a chunk of logits start at multiples of it.
-    """
-    # Contiguous: for another leading dimension the BLAS may sum in another order, and give other bits.
-    h, w = as_rows(hidden).contiguous(), weight.contiguous()
-    rows, vocabulary = h.shape[0], w.shape[0]
-    step, cols = chunk_rows(rows, h.dtype, h.device.type), round_up(vocabulary, max(1, row_bytes // h.element_size()))
-    buffer = h.new_empty(step, cols)
-    buffer[:, vocabulary:] = 0  # oneDNN's AMX product of bfloat16 reads on past a row's end, and NaN times 0 is NaN
-    # cuBLAS has no fast kernel for a number of classes that 16 bytes do not divide: there the products take the padding
-    # too, whose logits and their gradients are 0.
-    if row_bytes and vocabulary * h.element_size() % 16:
-        w = F.pad(w, (0, 0, 0, cols - vocabulary))
-        bias = None if bias is None else F.pad(bias, (0, cols - vocabulary))
-    classes = w.shape[0]
-    dhidden = h.new_empty(h.shape if needs[0] else 0)
-    dweight = w.new_empty(w.shape if needs[1] else 0, dtype=torch.float32)
-    dbias = w.new_zeros(classes if needs[2] else 0, dtype=torch.float32)
-    if rows == 0:
-        dweight.zero_()
-    with torch.autocast(h.device.type, enabled=False):  # which would make the float32 products bfloat16
-        for begin in range(0, rows, max(1, step)):
-            chunk = slice(begin, begin + step)
-            x = h[chunk]
-            g = buffer[: x.shape[0], :classes]
-            if bias is None:
-                torch.mm(x, w.t(), out=g)
-            else:
-                torch.addmm(bias, x, w.t(), out=g)
-            logits = g[:, :vocabulary]
-            losses.add(logits, logits if any(needs) else None, None if dloss is None else dloss[chunk])
-            if needs[0]:
-                torch.mm(g, w, out=dhidden[chunk])
-            if needs[1] or needs[2]:
-                _add_weight_gradient(dweight, dbias, g, x, needs, first=begin == 0)
-    dweight, dbias = dweight[:vocabulary], dbias[:vocabulary]
-    return dhidden.view(hidden.shape if needs[0] else 0), dweight.to(weight.dtype), dbias.to(weight.dtype)
-
-
-def _implement(backend, losses, row_bytes=0):
-    """The raw ops of a backend, of its class of cross_entropy.Losses."""
-
-    @_registry.implement("linear_cross_entropy_fwd", backend)
-    def fwd(hidden, weight, target, bias, class_weight, ignore_index, label_smoothing, z_loss, reduction, needs):
-        options = ignore_index, label_smoothing, z_loss
-        chunks = losses(target, class_weight, weight.shape[0], options, reduction)
-        gradients = _chunks(hidden, weight, bias, chunks, None, needs, row_bytes)
-        return chunks.loss(), *gradients
-
-    @_registry.implement("linear_cross_entropy_bwd", backend)
-    def bwd(dloss, hidden, weight, target, bias, class_weight, ignore_index, label_smoothing, z_loss, needs):
-        options = ignore_index, label_smoothing, z_loss
-        chunks = losses(target, class_weight, weight.shape[0], options, "none")
-        return _chunks(hidden, weight, bias, chunks, dloss.reshape(-1).float().contiguous(), needs, row_bytes)
-
-
-_implement("cpu", LossesCPU)
-# Rows on whole cache lines: cuBLAS wants leading dimensions on 16 bytes for its fast kernels, whatever the vocabulary.
-_implement("triton", LossesTriton, row_bytes=128)
-_implement("cuda", LossesCUDA, row_bytes=128)
-_registry.offer("linear_cross_entropy", "cpu", "triton", "cuda")
+_registry.page(__name__, "linear_cross_entropy", autocast={"cuda": "low", "cpu": "low"})
+_registry.define("linear_cross_entropy_fwd", Args, empty_forward)
+_registry.define("linear_cross_entropy_bwd", BackwardArgs, empty_backward)
+_registry.differentiable("linear_cross_entropy_fwd", _save, _backward, constant=("dhidden", "dweight", "dbias"))
 
 
 # ---- public
@@ -314,12 +249,8 @@ def linear_cross_entropy(
             reduction=reduction,
             dtype=dtype,
         )
-    needs = [
-        reduction != "none" and torch.is_grad_enabled() and t is not None and t.requires_grad
-        for t in (hidden, weight, bias)
-    ]
-    loss, _, _, _ = _registry.call(
-        "linear_cross_entropy_fwd", hidden, weight, target, bias, class_weight, ignore_index, label_smoothing, z_loss,
-        reduction, needs, backend,
-    )  # fmt: skip
-    return loss.to(dtype)
+    early = reduction != "none" and torch.is_grad_enabled()
+    wanted = Wanted(*(early and t is not None and t.requires_grad for t in (hidden, weight, bias)))
+    loss_args = LossArgs(target, class_weight, ignore_index, label_smoothing, z_loss, reduction)
+    args = Args(Inputs(hidden, weight, bias, loss_args), wanted)
+    return _registry.call("linear_cross_entropy_fwd", args, backend)[0].to(dtype)

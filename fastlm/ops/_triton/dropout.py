@@ -6,17 +6,10 @@ import torch
 
 from fastlm.kernels import dropout as kernels
 from fastlm.ops import _random
-from fastlm.ops._shapes import as_rows, contiguous
+from fastlm.ops._shapes import as_rows, column_limit, contiguous
 from fastlm.ops.dropout import Args, BackwardArgs, empty_backward, empty_forward
 
-MOST_COLUMNS = 65535 * 256
-
-
-def limit(x) -> str | None:
-    """Columns are the second axis of the grid, 65535 programs of 256; a tensor of one dimension is a single row."""
-    if x.shape[-1] > MOST_COLUMNS:
-        return f"its rows have at most {MOST_COLUMNS} columns, x has {x.shape[-1]}"
-    return None
+limit = column_limit
 
 
 def dropout_fwd(args: Args) -> torch.Tensor:

@@ -1,0 +1,108 @@
+"""The raw ops of linear_cross_entropy: torch's BLAS for the products, a backend's cross_entropy in place."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from fastlm.ops._losses import Losses
+from fastlm.ops._shapes import as_rows
+from fastlm.ops.linear_cross_entropy import Args, BackwardArgs, Gradients, Inputs, Outputs, Wanted
+
+WIDENED = 2048  # classes whose bfloat16 dlogits are widened at a time
+
+
+def chunk_rows(rows: int, dtype: torch.dtype, device: str) -> int:
+    """Rows of a chunk; the rule stands above."""
+    if device == "cuda":
+        parts = max(1, min(max(4, -(-rows // 4096)), rows // 1024))
+        return min(rows, round_up(-(-rows // parts), 128))
+    parts = max(2 if dtype == torch.float32 else 4, -(-rows // 512))
+    return -(-rows // max(1, min(parts, rows // 256)))
+
+
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _add_weight_gradient(dweight, dbias, g, x, wanted: Wanted, first: bool) -> None:
+    """dweight (V, D) += gᵀ x and dbias (V,) += Σ g, both float32, of dlogits g (n, V) and hidden x (n, D)."""
+    beta = 0.0 if first else 1.0
+    if g.is_cuda and g.dtype != torch.float32:
+        if wanted.dweight:
+            torch.addmm(dweight, g.t(), x, beta=beta, out_dtype=torch.float32, out=dweight)
+        if wanted.dbias:
+            dbias += g.sum(0, dtype=torch.float32)
+        return
+    x, width = x.float(), g.shape[1] if g.dtype == torch.float32 else WIDENED
+    for column in range(0, g.shape[1], width):
+        columns = slice(column, column + width)
+        wide = g[:, columns].float()
+        if wanted.dweight:
+            dw = dweight[columns]
+            torch.addmm(dw, wide.t(), x, beta=beta, out=dw)
+        if wanted.dbias:
+            dbias[columns] += wide.sum(0)
+
+
+@torch.no_grad()  # products with out=
+def _chunks(inputs: Inputs, losses: Losses, dloss, wanted: Wanted, row_bytes: int) -> Gradients:
+    """Adds all rows to `losses`; returns the gradients.
+
+    dloss: (rows,) float32 or None. row_bytes: the rows of a chunk of logits start at multiples of it.
+    """
+    # Contiguous: for another leading dimension the BLAS may sum in another order, and give other bits.
+    hidden, weight, bias = inputs.hidden, inputs.weight, inputs.bias
+    h, w = as_rows(hidden).contiguous(), weight.contiguous()
+    rows, vocabulary = h.shape[0], w.shape[0]
+    step, cols = chunk_rows(rows, h.dtype, h.device.type), round_up(vocabulary, max(1, row_bytes // h.element_size()))
+    buffer = h.new_empty(step, cols)
+    buffer[:, vocabulary:] = 0  # oneDNN's AMX product of bfloat16 reads on past a row's end, and NaN times 0 is NaN
+    # cuBLAS has no fast kernel for a number of classes that 16 bytes do not divide: there the products take the padding
+    # too, whose logits and their gradients are 0.
+    if row_bytes and vocabulary * h.element_size() % 16:
+        w = F.pad(w, (0, 0, 0, cols - vocabulary))
+        bias = None if bias is None else F.pad(bias, (0, cols - vocabulary))
+    classes = w.shape[0]
+    dhidden = h.new_empty(h.shape if wanted.dhidden else 0)
+    dweight = w.new_empty(w.shape if wanted.dweight else 0, dtype=torch.float32)
+    dbias = w.new_zeros(classes if wanted.dbias else 0, dtype=torch.float32)
+    if rows == 0:
+        dweight.zero_()
+    with torch.autocast(h.device.type, enabled=False):  # which would make the float32 products bfloat16
+        for begin in range(0, rows, max(1, step)):
+            chunk = slice(begin, begin + step)
+            x = h[chunk]
+            g = buffer[: x.shape[0], :classes]
+            if bias is None:
+                torch.mm(x, w.t(), out=g)
+            else:
+                torch.addmm(bias, x, w.t(), out=g)
+            logits = g[:, :vocabulary]
+            losses.add(logits, logits if any(wanted) else None, None if dloss is None else dloss[chunk])
+            if wanted.dhidden:
+                torch.mm(g, w, out=dhidden[chunk])
+            if wanted.dweight or wanted.dbias:
+                _add_weight_gradient(dweight, dbias, g, x, wanted, first=begin == 0)
+    dweight, dbias = dweight[:vocabulary], dbias[:vocabulary]
+    return Gradients(
+        dhidden.view(hidden.shape if wanted.dhidden else 0), dweight.to(weight.dtype), dbias.to(weight.dtype)
+    )
+
+
+def raw_ops(losses: type[Losses], row_bytes: int = 0):
+    """(forward, backward) of a backend, of its class of Losses.
+
+    row_bytes: the rows of a chunk of logits start at multiples of it.
+    """
+
+    def forward(args: Args) -> Outputs:
+        chunks = losses(args.inputs.loss, args.inputs.weight.shape[0])
+        gradients = _chunks(args.inputs, chunks, None, args.wanted, row_bytes)
+        return Outputs(chunks.loss(), *gradients)
+
+    def backward(args: BackwardArgs) -> Gradients:
+        chunks = losses(args.inputs.loss._replace(reduction="none"), args.inputs.weight.shape[0])
+        return _chunks(args.inputs, chunks, args.dloss.reshape(-1).float().contiguous(), args.wanted, row_bytes)
+
+    return forward, backward

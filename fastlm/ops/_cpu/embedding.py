@@ -1,0 +1,84 @@
+"""embedding on a CPU: csrc/cpu/embedding.cpp."""
+
+from __future__ import annotations
+
+import torch
+
+from fastlm import _native
+from fastlm.ops import _random
+from fastlm.ops._shapes import as_float, as_rows, contiguous, row_stride
+from fastlm.ops.embedding import (
+    Args,
+    BackwardArgs,
+    Gradients,
+    Lookup,
+    Outputs,
+    check_ids,
+    empty_backward,
+    empty_forward,
+)
+
+
+def _lookups(lookup: Lookup) -> list[tuple]:
+    """(table, ids, stride, period) of each table, csrc/cpu/embedding.h's Lookup."""
+    periods = 1, lookup.period, 1  # of the positions and types that are not given
+    tables, ids = map(as_rows, lookup.tables), map(contiguous, lookup.ids)
+    return [(table, i, row_stride(table), period) for table, i, period in zip(tables, ids, periods)]
+
+
+def embedding_fwd(args: Args) -> Outputs:
+    check_ids(args.lookup)
+    out, word = empty_forward(args), args.lookup.word
+    _native.cpu().embedding_fwd(
+        lookup=_lookups(args.lookup),
+        weight=as_float(args.weight),
+        bias=as_float(args.bias),
+        y=out.y,
+        mean=out.mean,
+        rstd=out.rstd,
+        tokens=args.lookup.input_ids.numel(),
+        cols=word.shape[1],
+        eps=args.eps,
+        dropout=_random.row_dropout(args.dropout_p, args.rng, args.site),
+        dtype=_native.DTYPE_CODES[word.dtype],
+        threads=_native.threads(),
+    )
+    return out
+
+
+def embedding_bwd(args: BackwardArgs) -> Gradients:
+    """The kernel adds to float32 gradients; `dh`, a token's own, is `sparse`'s gradient of word."""
+    saved, lookup, wanted, out = args.saved, args.saved.lookup, args.wanted, empty_backward(args)
+    word, tokens, cols, dy = lookup.word, lookup.input_ids.numel(), lookup.word.shape[1], as_rows(args.dy)
+    summed = wanted.dword and not saved.sparse, wanted.dposition, wanted.dtoken_type
+    gradients = [
+        table.new_zeros(table.shape, dtype=torch.float32) if want else None
+        for table, want in zip(lookup.tables, summed)
+    ]
+    skipped = saved.padding_idx, -1, -1
+    dweight = None if saved.weight is None else word.new_empty(cols, dtype=torch.float32)
+    dh = word.new_empty(tokens, cols, dtype=torch.float32)
+    _native.cpu().embedding_bwd(
+        lookup=_lookups(lookup),
+        dy=dy,
+        weight=as_float(saved.weight),
+        mean=saved.mean,
+        rstd=saved.rstd,
+        dweight=dweight,
+        dbias=out.dbias if args.has_bias else None,
+        dh=dh,
+        partial=word.new_empty(2 * _native.cpu().row_blocks(tokens) * cols, dtype=torch.float32),
+        gradient=[None if g is None else (g, g.shape[0], skip) for g, skip in zip(gradients, skipped)],
+        tokens=tokens,
+        cols=cols,
+        stride_dy=dy.stride(0),
+        dropout=_random.row_dropout(saved.dropout_p, saved.rng, saved.site),
+        dtype=_native.DTYPE_CODES[word.dtype],
+        threads=_native.threads(),
+    )
+    if saved.sparse and wanted.dword:
+        padding = lookup.input_ids.view(-1, 1) == saved.padding_idx
+        gradients[0] = dh if saved.padding_idx < 0 else dh.masked_fill_(padding, 0.0)
+    dword, dposition, dtoken_type = (word.new_empty(0) if g is None else g.to(word.dtype) for g in gradients)
+    dweight = word.new_empty(0) if dweight is None else dweight.to(saved.weight.dtype)
+    return Gradients(dword, dposition, dtoken_type, dweight, out.dbias)
