@@ -185,7 +185,7 @@ def tune(
 
     gpu = torch.cuda.get_device_name()
     out = out or tuner.user_table(gpu)
-    ops = op or [name for name in _registry.AUTO if "triton" in _registry.backends(name)]
+    ops = op or [name for name in _registry.ops() if "triton" in _registry.backends(name)]
     found = tuner.tune(ops, getattr(torch, dtype), say=typer.echo)
     tuner.write_table(out, gpu, found)
     typer.echo(f"{sum(map(len, found.values()))} configurations: {out}")

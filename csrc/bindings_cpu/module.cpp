@@ -21,6 +21,10 @@ std::vector<Method>& methods() {
   static std::vector<Method> all;
   return all;
 }
+std::vector<std::pair<const char*, int64_t>>& constants() {
+  static std::vector<std::pair<const char*, int64_t>> all;
+  return all;
+}
 }  // namespace fastlm::python
 
 namespace {

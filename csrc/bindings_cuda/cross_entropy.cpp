@@ -50,6 +50,7 @@ FASTLM_FIELDS(fastlm::cuda::CrossEntropyBackward) {
 
 namespace fastlm::cuda {
 
+FASTLM_CONSTANT(LOSS_PARTS, kLossParts);
 FASTLM_BIND(cross_entropy_fwd, "args", "dtype", "place");
 FASTLM_BIND(cross_entropy_count, "args", "place");
 FASTLM_BIND(cross_entropy_sum, "args", "place");

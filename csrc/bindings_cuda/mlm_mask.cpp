@@ -51,6 +51,8 @@ FASTLM_FIELDS(fastlm::cuda::MlmMask) {
 
 namespace fastlm::cuda {
 
+FASTLM_CONSTANT(MASK_BLOCK, kMaskBlock);
+FASTLM_CONSTANT(MASK_RANGES, kMaskRanges);
 FASTLM_BIND(mlm_mask, "args", "place");
 
 }  // namespace fastlm::cuda

@@ -7,9 +7,7 @@
 
 #include "bindings.h"
 #include "cuda/attention.h"
-#include "cuda/cross_entropy.h"
 #include "cuda/device.h"
-#include "cuda/mlm_mask.h"
 #include "cuda/recorder.h"
 #include "fields.h"
 
@@ -20,6 +18,10 @@ using namespace fastlm::cuda;
 namespace fastlm::python {
 std::vector<Method>& methods() {
   static std::vector<Method> all;
+  return all;
+}
+std::vector<std::pair<const char*, int64_t>>& constants() {
+  static std::vector<std::pair<const char*, int64_t>> all;
   return all;
 }
 }  // namespace fastlm::python
@@ -98,9 +100,6 @@ void bind_attention(py::module_& m) {
 
 PYBIND11_MODULE(_cuda, m) {
   python::add_methods(m.ptr());
-  m.attr("LOSS_PARTS") = kLossParts;
-  m.attr("MASK_BLOCK") = kMaskBlock;
-  m.attr("MASK_RANGES") = kMaskRanges;
   py::class_<Device>(m, "Device")
       .def_readonly("name", &Device::name)
       .def_readonly("capability", &Device::capability)

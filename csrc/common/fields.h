@@ -347,7 +347,9 @@ struct Method {
   void (*describe)(const std::vector<const char*>&);
   std::vector<const char*> names;
 };
-std::vector<Method>& methods();  // one list in each module, defined beside its PyInit
+// One of each list in a module, defined beside its PyInit.
+std::vector<Method>& methods();
+std::vector<std::pair<const char*, int64_t>>& constants();
 
 template <auto function>
 bool bind(const char* name, std::vector<const char*> names) {
@@ -361,12 +363,19 @@ bool bind(const char* name, std::vector<const char*> names) {
 #define FASTLM_BIND(function, ...) \
   [[maybe_unused]] static const bool bound_##function = fastlm::python::bind<function>(#function, {__VA_ARGS__})
 
+// An integer that Python reads as an attribute of the module.
+#define FASTLM_CONSTANT(name, value) \
+  [[maybe_unused]] static const bool constant_##name = (fastlm::python::constants().emplace_back(#name, value), true)
+
 // Puts all that was bound into a module. The list must not grow afterwards: Python keeps the definitions' addresses.
 inline void add_methods(PyObject* module) {
   for (Method& method : methods()) {
     method.describe(method.names);
     PyObject* const function = PyCFunction_New(&method.definition, nullptr);
     if (!function || PyModule_AddObject(module, method.definition.ml_name, function) < 0) throw Failed{};
+  }
+  for (const auto& [name, value] : constants()) {
+    if (PyModule_AddObject(module, name, PyLong_FromLongLong(value)) < 0) throw Failed{};
   }
 }
 
