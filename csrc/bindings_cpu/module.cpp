@@ -5,7 +5,6 @@
 
 #include "bindings.h"
 #include "cpu/adamw.h"
-#include "cpu/attention.h"
 #include "cpu/cross_entropy.h"
 #include "cpu/embedding.h"
 #include "cpu/gelu.h"
@@ -53,69 +52,6 @@ void bind_adamw(py::module_& m) {
           settings.push_back({lr, beta1, beta2, eps, weight_decay});
         }
         adamw(all, settings, grad_scale, threads);
-      },
-      py::call_guard<py::gil_scoped_release>());
-}
-
-void bind_attention(py::module_& m) {
-  using StrideTuple = std::array<int64_t, 3>;  // sequence, row, head
-  py::class_<Attention>(m, "Attention")
-      .def(
-          py::init([](Address q, Address k, Address v, StrideTuple q_stride, StrideTuple k_stride, StrideTuple v_stride,
-                      Address cu_q, Address cu_k, Address key_mask, Address table, Address starts, int64_t one_way,
-                      bool bidirectional, int64_t batch, int64_t heads, int64_t kv_heads, int64_t d, int64_t sq,
-                      int64_t sk, int64_t left, int64_t right, float scale, uint64_t threshold, float dropout_scale,
-                      Address rng, uint32_t site, int64_t lse_sequence, int64_t lse_head) {
-            return Attention{input(q),
-                             input(k),
-                             input(v),
-                             {q_stride[0], q_stride[1], q_stride[2]},
-                             {k_stride[0], k_stride[1], k_stride[2]},
-                             {v_stride[0], v_stride[1], v_stride[2]},
-                             input<int32_t>(cu_q),
-                             input<int32_t>(cu_k),
-                             input<uint8_t>(key_mask),
-                             input<float>(table),
-                             input<int32_t>(starts),
-                             one_way,
-                             bidirectional,
-                             batch,
-                             heads,
-                             kv_heads,
-                             d,
-                             sq,
-                             sk,
-                             left,
-                             right,
-                             scale,
-                             {threshold, dropout_scale, input<int64_t>(rng), site},
-                             lse_sequence,
-                             lse_head};
-          }));
-  m.def(
-      "attention_fwd",
-      [](const Attention& args, Address out, Address lse, int dtype, int threads) {
-        attention_fwd(args, pointer(out), pointer<float>(lse), DType(dtype), threads);
-      },
-      py::call_guard<py::gil_scoped_release>());
-  m.def(
-      "attention_bwd",
-      [](const Attention& args, Address out, Address dout, StrideTuple dout_stride, Address lse, Address dlse,
-         Address dq, Address dk, Address dv, Address partial, Address dtable, Address dtable_partial, int dtype,
-         int threads) {
-        attention_bwd(args,
-                      {input(out),
-                       input(dout),
-                       {dout_stride[0], dout_stride[1], dout_stride[2]},
-                       input<float>(lse),
-                       input<float>(dlse),
-                       pointer(dq),
-                       pointer(dk),
-                       pointer(dv),
-                       pointer<float>(partial),
-                       pointer<float>(dtable),
-                       pointer<float>(dtable_partial)},
-                      DType(dtype), threads);
       },
       py::call_guard<py::gil_scoped_release>());
 }
@@ -245,7 +181,6 @@ PYBIND11_MODULE(_cpu, m) {
     return py::make_tuple(w.r0, w.r1, w.r2, w.r3);
   });
   bind_adamw(m);
-  bind_attention(m);
   bind_cross_entropy(m);
   m.def("philox_many", [](Address counters, int64_t n, uint32_t k0, uint32_t k1) {  // (4, n), n <= 256, in place
     Lanes lanes;
