@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastlm.ops.attention import relative_buckets
+from fastlm.ops._relative_bias import relative_buckets
 
 
 class Unsupported(Exception):

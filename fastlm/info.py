@@ -66,13 +66,12 @@ def machine() -> dict[str, object]:
 
 
 def _auto(op: str, device: str, dtype: torch.dtype) -> str:
-    order = _registry.AUTO[op].get(device, ())
-    return next((name for name in order if _registry.reason(op, name, device, dtype) is None), "reference")
+    return next((name for name in _registry.auto(op, device) if _registry.reason(op, name, device, dtype) is None), "reference")
 
 
 def backends_table(device: str) -> list[str]:
     """Lines: an op each, its backends on `device`; below, the reasons of those that cannot run, each once."""
-    columns = [name for name in BACKENDS if any(name in _registry.backends(op) for op in _registry.AUTO)]
+    columns = [name for name in BACKENDS if any(name in _registry.backends(op) for op in _registry.ops())]
     reasons: list[str] = []
 
     def word(op, backend, dtype):
@@ -89,7 +88,7 @@ def backends_table(device: str) -> list[str]:
         words = [word(op, backend, dtype) for dtype in (torch.float32, torch.bfloat16)]
         return "/".join(dict.fromkeys(words))  # one word where both dtypes have the same
 
-    rows = [(f"on {device}", *columns), *((op, *(cell(op, name) for name in columns)) for op in _registry.AUTO)]
+    rows = [(f"on {device}", *columns), *((op, *(cell(op, name) for name in columns)) for op in _registry.ops())]
     lines = [f"{row[0]:<24}" + "".join(f"{word:<14}" for word in row[1:]).rstrip() for row in rows]
     return lines + [f"  ({i}) {reason}" for i, reason in enumerate(reasons, 1)]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastlm import ops
-from fastlm.ops.attention import bucket_starts, relative_buckets
+from fastlm.ops._relative_bias import bucket_starts, relative_buckets
 from fastlm.testing.cases import CASES, Variant
 from fastlm.testing.compare import Comparison
 

@@ -15,7 +15,9 @@ from test_cuda import device as cuda_on_ptx
 from test_cuda import pytestmark as cuda_is_built
 
 from fastlm import _native, ops
-from fastlm.ops.linear_cross_entropy import chunk_rows
+from fastlm.ops import _registry
+from fastlm.ops._chunks import chunk_rows
+from fastlm.ops.cross_entropy import LossArgs
 from fastlm.testing.ahead_of_time import compile_for
 
 ROWS, VOCABULARY, FEATURES = 6, 37, 5
@@ -200,13 +202,13 @@ def test_sums_over_many_rows(rows, generator):
 @pytest.mark.parametrize("rows", [0, 1, 4097, 20_000])
 def test_cuda_sums_over_many_rows(rows, generator):
     """The same of the CUDA kernels."""
-    losses_of = sys.modules["fastlm.ops.cross_entropy"].LossesCUDA
     target = torch.randint(-2, 9, (rows,), generator=generator)
     weight, loss = torch.rand(7, generator=generator) + 0.1, torch.rand(rows, generator=generator)
     counts = (target >= 0) & (target < 7) & (target != 3)
     with running("cuda"):
-        number = losses_of(target, None, 7, (3, 0.0, 0.0), "mean").parts.sum()
-        losses = losses_of(target, weight, 7, (3, 0.0, 0.0), "mean")
+        losses_of = _registry.column("cross_entropy", "cuda").Losses
+        number = losses_of(LossArgs(target, None, 3, 0.0, 0.0, "mean"), 7).parts.sum()
+        losses = losses_of(LossArgs(target, weight, 3, 0.0, 0.0, "mean"), 7)
         losses.each.copy_(loss)
         mean = losses.loss()
         losses.parts = None
@@ -251,8 +253,8 @@ def test_cuda_offsets_past_32_bits(generator):
     logits = memory.as_strided((2, 50), (2**31 + 5, 1), 7).copy_(values)
     module = torch.ops.fastlm
     results = []
-    with running("cuda", workers=1):  # more of them would copy the memory first
-        _native.address(memory)  # whole, so that no state is kept of each of its bytes
+    with running("cuda", workers=1) as remember:  # more of them would copy the memory first
+        remember(memory)  # whole, so that no state is kept of each of its bytes
         for x in (values.clone(), logits):
             loss = module.cross_entropy_fwd_(x, target, None, -100, 0.1, 0.0, "sum", "cuda")
             module.cross_entropy_bwd_(x, torch.tensor(0.5), "cuda")

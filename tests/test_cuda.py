@@ -6,7 +6,6 @@ executes them, and checks memory, races and barriers on the way.
 
 import functools
 import os
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,20 +44,38 @@ def kernels() -> str:
 def device(**options):
     """CPU tensors are taken by the cuda backend, and its kernels are executed. options: of ptx.run.
 
-    A kernel may touch what the op asked for the address of in the same call.
+    A kernel may touch the tensors that were arguments of a call into fastlm._cuda, and what the yielded function is
+    told of.
     """
-    address, tensors = _native.address, []
+    tensors = []
 
-    def remember(tensor):
-        if tensor is not None:
-            tensors.append(tensor)
-        return address(tensor)
+    def remember(value):
+        if isinstance(value, torch.Tensor):
+            tensors.append(value)
+        elif isinstance(value, (tuple, list)):
+            for item in value:
+                remember(item)
 
+    class Module:
+        """fastlm._cuda, that remembers what its functions are called with."""
+
+        def __getattr__(self, name):
+            found = getattr(module, name)
+            if not callable(found):
+                return found
+
+            def call(*args, **named):
+                remember([*args, *named.values()])
+                return found(*args, **named)
+
+            return call
+
+    module = _native.cuda()
     with (
-        mock.patch.object(_native, "address", remember),
+        mock.patch.object(_native, "cuda", Module),
         ptx.cuda_on_ptx(_native.record_cuda, kernels(), lambda: tensors, **options),
     ):
-        yield
+        yield remember
 
 
 @pytest.mark.parametrize("dtype", SEEDS, ids=lambda d: str(d)[6:])
@@ -83,15 +100,14 @@ def test_compile(case):
 
 
 def test_mlm_mask_says_how_many_ranges_of_special_ids_it_takes():
-    mlm_mask = sys.modules["fastlm.ops.mlm_mask"]  # fastlm.ops.mlm_mask is the op
-    assert mlm_mask.CUDA_RANGES == _native.cuda().MASK_RANGES
+    assert _registry.column("mlm_mask", "cuda").MOST_RANGES == _native.cuda().MASK_RANGES
     ids = torch.arange(3000).view(2, 1500)
     options = {"mask_token_id": 4, "vocab_size": 3000, "seed": 1}
     with device():
-        most = mlm_mask.mlm_mask(ids, special_ids=range(4, 4 + 2 * 64, 2), backend="cuda", **options)
+        most = ops.mlm_mask(ids, special_ids=range(4, 4 + 2 * 64, 2), backend="cuda", **options)
         with pytest.raises(ValueError, match="at most 64 ranges of special ids, and there are 65"):
-            mlm_mask.mlm_mask(ids, special_ids=range(4, 4 + 2 * 65, 2), backend="cuda", **options)
-    for got, want in zip(most, mlm_mask.mlm_mask(ids, special_ids=range(4, 4 + 2 * 64, 2), **options)):
+            ops.mlm_mask(ids, special_ids=range(4, 4 + 2 * 65, 2), backend="cuda", **options)
+    for got, want in zip(most, ops.mlm_mask(ids, special_ids=range(4, 4 + 2 * 64, 2), **options)):
         assert torch.equal(got, want)
 
 
@@ -115,7 +131,16 @@ def test_a_grid_past_what_a_device_takes_is_an_error():
     try:
         with pytest.raises(ValueError, match=r"at most 2\^31 - 1 blocks of a CUDA kernel, got one of 2147483648"):
             _native.cuda().layer_norm_fwd(
-                0, 0, 0, 0, 0, 0, 0, 0, 2**31, 1 << 16, 1 << 16, 0, 1e-5, True, True, 0, 1.0, 0, 0, 0, 0, 0
+                **dict.fromkeys(("x", "residual", "weight", "bias", "h", "y", "mean", "rstd", "dropout")),
+                rows=2**31,
+                cols=1 << 16,
+                stride_x=1 << 16,
+                stride_residual=0,
+                eps=1e-5,
+                weight_is_float=True,
+                bias_is_float=True,
+                dtype=0,
+                place=(0, 0),
             )
     finally:
         _native.record_cuda(None)

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlm import _native, ops
 from fastlm.ops import _registry
+from fastlm.ops.gelu import Args
 from fastlm.testing import checks
 from fastlm.testing.cases import CASES
 
@@ -107,7 +108,7 @@ def test_what_is_no_plain_tensor_takes_the_dispatcher(raw):
         gelu()
     assert took_it()
     with pytest.raises(ValueError, match=r"fastlm::gelu_fwd: backend is one of .*'nonsense'"):
-        _registry.call("gelu_fwd", X, BIAS, None, False, "nonsense")
+        _registry.call("gelu_fwd", Args(X, BIAS, None, tanh=False), "nonsense")
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])

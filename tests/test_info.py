@@ -12,7 +12,7 @@ def test_report_names_every_op_and_what_runs_it():
     report = info.report()
     table = {line.split()[0]: line.split()[1:] for line in report.splitlines() if line.split()[:1]}
     header = table["on"][1:]
-    for op in _registry.AUTO:
+    for op in _registry.ops():
         cells = dict(zip(header, table[op]))
         x = torch.zeros(1)
         assert cells[_registry.choose(op, "auto", x)].startswith("auto")
@@ -35,7 +35,7 @@ def test_machine_is_json_and_says_what_is_missing():
 
 def test_on_a_gpu_without_triton_the_cuda_kernels_are_next(monkeypatch):
     monkeypatch.setattr(_native, "missing_cuda", lambda: None)
-    has_both = [op for op in _registry.AUTO if {"triton", "cuda"} <= set(_registry.backends(op)) and op != "attention"]
+    has_both = [op for op in _registry.ops() if {"triton", "cuda"} <= set(_registry.backends(op)) and op != "attention"]
     assert {"layer_norm", "rms_norm", "cross_entropy", "linear_cross_entropy", "mlm_mask"} <= set(has_both)
     for installed, name in ((True, "triton"), (False, "cuda")):
         monkeypatch.setattr(_registry, "_triton_installed", lambda installed=installed: installed)

@@ -156,23 +156,20 @@ def test_triton_launches_on_the_device_of_its_tensors(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
     monkeypatch.setattr(torch.cuda, "device", device)
-    monkeypatch.setattr(_registry, "_implementations", {})
-    for backend in ("triton", "cuda"):
-        _registry.implement("an_op", backend)(lambda x, y: seen.append((current[0], y)))
-    run, run_cuda = (_registry._implementations["an_op", backend] for backend in ("triton", "cuda"))
+    run = _registry._on_its_device(lambda args: seen.append((current[0], args[1])))
     on = {name: SimpleNamespace(device=torch.device(name)) for name in ("cuda:0", "cuda:1")}
-    run(on["cuda:0"], "a")
-    run(on["cuda:1"], "b")
-    run_cuda(on["cuda:1"], "c")
-    assert (seen, switches, current) == ([(0, "a"), (1, "b"), (0, "c")], [1], [0])
+    run((on["cuda:0"], "a"))
+    run((on["cuda:1"], "b"))
+    run(((on["cuda:1"], 0), "c"))  # a group of arguments
+    assert (seen, switches, current) == ([(0, "a"), (1, "b"), (1, "c")], [1, 1], [0])
     monkeypatch.setattr(torch.cuda, "current_device", None)  # an interpreter's tensors ask for no device
-    run(torch.zeros(1), "d")
+    run((torch.zeros(1), "d"))
     assert seen[-1] == (0, "d")
 
 
 def test_triton_implementations_take_a_tensor_first():
     """Whose device is the one to launch on."""
-    for name in {name for name, backend in _registry._implementations if backend == "triton"}:
+    for name in _registry._raw:
         first = getattr(torch.ops.fastlm, name).default._schema.arguments[0]
         assert str(first.type) == "Tensor", name
 

@@ -6,7 +6,6 @@
 #include <array>
 
 #include "bindings.h"
-#include "cuda/attention.h"
 #include "cuda/device.h"
 #include "cuda/recorder.h"
 #include "fields.h"
@@ -25,78 +24,6 @@ std::vector<std::pair<const char*, int64_t>>& constants() {
   return all;
 }
 }  // namespace fastlm::python
-
-namespace {
-
-Place place(int device, Address stream) { return {device, reinterpret_cast<CUstream_st*>(stream)}; }
-
-using RowStrides = std::array<int64_t, 3>;  // sequence, row, head
-
-Rows rows(Address data, const RowStrides& stride) { return {input(data), stride[0], stride[1], stride[2], false}; }
-
-void bind_attention(py::module_& m) {
-  py::class_<Attention>(m, "Attention")
-      .def(py::init([](Address q, Address k, Address v, RowStrides q_stride, RowStrides k_stride, RowStrides v_stride,
-                       Address cu_q, Address cu_k, Address key_mask, Address bias, int sequences, int heads, int group,
-                       int d, int sq, int sk, int left, int right, int far, int far_right, float scale,
-                       uint64_t threshold, float dropout_scale, Address rng, uint32_t site) {
-        return Attention{rows(q, q_stride),
-                         rows(k, k_stride),
-                         rows(v, v_stride),
-                         input<int32_t>(cu_q),
-                         input<int32_t>(cu_k),
-                         input<uint8_t>(key_mask),
-                         input<float>(bias),
-                         sequences,
-                         heads,
-                         group,
-                         d,
-                         sq,
-                         sk,
-                         left,
-                         right,
-                         far,
-                         far_right,
-                         scale,
-                         {threshold, dropout_scale, input<int64_t>(rng), site}};
-      }));
-  m.def(
-      "attention_bias",
-      [](Address table, Address bias, const std::vector<int>& starts, int heads, bool bidirectional, int dtype,
-         int device, Address queue) {
-        attention_bias(input<float>(table), pointer<float>(bias), starts, heads, bidirectional, DType(dtype),
-                       place(device, queue));
-      },
-      py::call_guard<py::gil_scoped_release>());
-  m.def(
-      "attention_fwd",
-      [](const Attention& args, Address out, Address lse, int dtype, int device, Address queue) {
-        attention_fwd({args, pointer(out), pointer<float>(lse), false}, DType(dtype), place(device, queue));
-      },
-      py::call_guard<py::gil_scoped_release>());
-  m.def("attention_tiles", [](const Attention& args, int dtype) { return attention_tiles(args, DType(dtype)); });
-  m.def(
-      "attention_bwd",
-      [](const Attention& args, Address dout, RowStrides dout_stride, Address out, Address lse, Address dlse,
-         Address delta, Address sequence, Address dq, Address dk, Address dv, Address partial, int dtype, int device,
-         Address queue) {
-        attention_bwd(
-            {args, rows(dout, dout_stride), input(out), input<float>(lse), input<float>(dlse), pointer<float>(delta),
-             pointer<int32_t>(sequence), pointer(dq), pointer(dk), pointer(dv), pointer<float>(partial), false},
-            DType(dtype), place(device, queue));
-      },
-      py::call_guard<py::gil_scoped_release>());
-  m.def(
-      "attention_dtable",
-      [](Address partial, Address dtable, int64_t tiles, const std::vector<int>& starts, int heads, bool bidirectional,
-         int device, Address queue) {
-        attention_dtable(input<float>(partial), pointer<float>(dtable), tiles, starts, heads, bidirectional,
-                         place(device, queue));
-      },
-      py::call_guard<py::gil_scoped_release>());
-}
-
-}  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
   python::add_methods(m.ptr());
@@ -128,7 +55,6 @@ PYBIND11_MODULE(_cuda, m) {
       "f(entry, grid, block, shared_bytes, params) is called in place of every launch; None ends it.");
   m.def("drop_launches", &drop_launches,
         "Leaves launches out, for measuring the host's share of a call; False ends it.");
-  bind_attention(m);
   m.def("compiler", &compiler, "The version of the nvcc that made this build, as '13.0.48'.");
   m.def("architectures", &architectures, "Architectures with machine code in this build, as '800,900,1000'.");
 }

@@ -17,7 +17,7 @@ import torch
 
 from fastlm import ops
 from fastlm.hf._swap import Patched
-from fastlm.ops.attention import relative_buckets
+from fastlm.ops._relative_bias import relative_buckets
 
 NAME = "fastlm"
 

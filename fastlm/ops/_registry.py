@@ -54,6 +54,8 @@ _COLUMNS = {
     for column in pkgutil.iter_modules([str(_HERE)])
     if column.ispkg and column.name.startswith("_")
 }
+# Backend -> its column's package; the modules in it are imported when they are first asked for.
+_PACKAGES = {backend: importlib.import_module(f"fastlm.ops._{backend}") for backend in _COLUMNS}
 
 _library = torch.library.Library("fastlm", "DEF")  # lives as long as the process
 
@@ -120,7 +122,17 @@ def backends(op: str) -> tuple[str, ...]:
 
 def column(page: str, backend: str):
     """The module with a backend's adapters for a page."""
-    return importlib.import_module(f"fastlm.ops._{backend}.{page}")
+    _load(page, backend)
+    return getattr(_PACKAGES[backend], page)
+
+
+def _load(page: str, backend: str) -> None:
+    """Imports a module of a column, which then is an attribute of the column's package."""
+    if not hasattr(_PACKAGES[backend], page):
+        importlib.import_module(f"fastlm.ops._{backend}.{page}")
+
+
+_load._dynamo_marked_constant = True  # torch.compile cannot trace an import of a computed name
 
 
 def _missing(backend: str, device: str) -> str | None:
@@ -157,15 +169,11 @@ def _triton_takes_cpu() -> bool:
     return bool(active) and active.get_active_torch_device().type == "cpu"
 
 
-@functools.cache
 def _limit(op: str, backend: str) -> Callable | None:
     """f(x, **features) -> reason or None: what a backend cannot do for an op; None where it has no such limits."""
     if backend not in _COLUMNS:
         return None
     return getattr(column(_pages[op].name, backend), "limit", None)
-
-
-_limit._dynamo_marked_constant = True
 
 
 def reason(op: str, backend: str, device: str, dtype: torch.dtype | None, x=None, **features) -> str | None:
@@ -341,7 +349,7 @@ def _is_plain(keys: int) -> bool:
 
 
 def _dispatch(name: str, args, backend: str):
-    return getattr(torch.ops.fastlm, name)(*layout(type(args)).flatten(args), backend)
+    return getattr(torch.ops.fastlm, name)(*_raw[name].arguments.flatten(args), backend)
 
 
 def call(name: str, args: tuple, backend: str):

@@ -20,6 +20,11 @@ def unit_stride(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
+def sequence_strides(x: torch.Tensor) -> tuple[int, int, int]:
+    """The strides of sequence, row and head of (B, S, H, D), or of packed (T, H, D), which counts as one sequence."""
+    return (0, *x.stride()[:2]) if x.dim() == 3 else x.stride()[:3]
+
+
 def contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
     return None if x is None else x.contiguous()
 

@@ -36,9 +36,8 @@ def total_norm(gradients: Iterable[torch.Tensor]) -> torch.Tensor:
     if not gradients or not runs_on(gradients):
         return torch.nn.utils.get_total_norm(gradients)
     dense = [g if _is_dense(g) else g.contiguous() for g in gradients]
-    spans = [(g.data_ptr(), g.numel()) for g in dense]
     with record_function("fastlm::squared_norm"):
-        square = _native.cpu().squared_norm(spans, _native.threads())
+        square = _native.cpu().squared_norm(spans=[(g, g.numel()) for g in dense], threads=_native.threads())
     return torch.tensor(math.sqrt(square), dtype=torch.float32)
 
 
@@ -104,14 +103,14 @@ class AdamW(torch.optim.AdamW):
                 _check("step", state["step"])
                 gradient = _ordered_as(work, w.grad)
                 written += (w, state["exp_avg"], state["exp_avg_sq"], state["step"])
-                kept = work, gradient, state["exp_avg"], state["exp_avg_sq"], state["step"]
-                tensors.append((kept, w.numel(), number))
+                moments = state["exp_avg"], state["exp_avg_sq"]
+                tensors.append((work, gradient, *moments, state["step"], w.numel(), number))
         with record_function("fastlm::adamw"):
             _native.cpu().adamw(
-                [(*(x.data_ptr() for x in kept), n, number) for kept, n, number in tensors],
-                groups,
-                1.0 if grad_scale is None else grad_scale.item(),
-                _native.threads(),
+                tensors=tensors,
+                groups=groups,
+                grad_scale=1.0 if grad_scale is None else grad_scale.item(),
+                threads=_native.threads(),
             )
         for w, work in copies:
             w.copy_(work)

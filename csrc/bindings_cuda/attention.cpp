@@ -1,0 +1,59 @@
+#include "cuda/attention.h"
+
+#include "ops.h"
+
+// attention_fwd and attention_bwd set `wide`.
+FASTLM_TUPLE(fastlm::cuda::Rows, &fastlm::cuda::Rows::data, &fastlm::cuda::Rows::sequence, &fastlm::cuda::Rows::row,
+             &fastlm::cuda::Rows::head);
+
+FASTLM_FIELDS(fastlm::cuda::Attention) {
+  FIELD(q);
+  FIELD(k);
+  FIELD(v);
+  FIELD(cu_q);
+  FIELD(cu_k);
+  FIELD(key_mask);
+  FIELD(bias);
+  FIELD(sequences);
+  FIELD(heads);
+  FIELD(group);
+  FIELD(d);
+  FIELD(sq);
+  FIELD(sk);
+  FIELD(left);
+  FIELD(right);
+  FIELD(far);
+  FIELD(far_right);
+  FIELD(scale);
+  FIELD(dropout);
+}
+
+FASTLM_FIELDS(fastlm::cuda::AttentionForward) {
+  FIELD(attention);
+  FIELD(out);
+  FIELD(lse);
+}
+
+FASTLM_FIELDS(fastlm::cuda::AttentionBackward) {
+  FIELD(attention);
+  FIELD(dout);
+  FIELD(out);
+  FIELD(lse);
+  FIELD(dlse);
+  FIELD(delta);
+  FIELD(sequence);
+  FIELD(dq);
+  FIELD(dk);
+  FIELD(dv);
+  FIELD(partial);
+}
+
+namespace fastlm::cuda {
+
+FASTLM_BIND(attention_bias, "table", "bias", "starts", "heads", "bidirectional", "dtype", "place");
+FASTLM_BIND(attention_fwd, "args", "dtype", "place");
+FASTLM_BIND(attention_bwd, "args", "dtype", "place");
+FASTLM_BIND(attention_tiles, "args", "dtype");
+FASTLM_BIND(attention_dtable, "partial", "dtable", "tiles", "starts", "heads", "bidirectional", "place");
+
+}  // namespace fastlm::cuda

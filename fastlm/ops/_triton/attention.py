@@ -1,0 +1,80 @@
+"""attention on Triton: kernels/attention.py, attention_fwd.py, attention_bwd.py."""
+
+from __future__ import annotations
+
+import torch
+
+from fastlm.kernels import attention as kernels
+from fastlm.ops import _random
+from fastlm.ops._shapes import contiguous
+from fastlm.ops.attention import (
+    Args,
+    BackwardArgs,
+    Gradients,
+    Outputs,
+    check_cu_seqlens,
+    empty_backward,
+    empty_forward,
+)
+
+
+def limit(q, **features) -> str | None:
+    return None if q.shape[-1] <= 256 else f"it takes head dimensions up to 256, not {q.shape[-1]}"
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """x, or a contiguous copy where Triton would not see that its rows and heads begin on 16 bytes.
+
+    It sees it of strides that 16 divides. Else a load takes two bytes: slower than the copy, and a kernel of its own.
+    """
+    strides = [stride for size, stride in zip(x.shape[:-1], x.stride()) if size > 1]
+    seen = x.stride(-1) == 1 and not any(n % 16 for n in (*strides, x.data_ptr()))
+    return x if seen else x.contiguous()
+
+
+def _shared(args: Args) -> dict:
+    """The keyword arguments that both launchers take."""
+    check_cu_seqlens(args)
+    dropout = _random.attention_dropout(args.dropout_p, args.rng, args.site)
+    return {
+        "cu_seqlens_q": contiguous(args.cu_seqlens_q),
+        "cu_seqlens_k": contiguous(args.cu_seqlens_k),
+        "key_mask": contiguous(args.key_mask),
+        "table": contiguous(args.table),
+        "starts": args.starts,
+        "bidirectional": args.bidirectional,
+        "left": args.window_left,
+        "right": args.window_right,
+        "scale": args.softmax_scale,
+        "threshold": dropout.threshold,
+        "dropout_scale": dropout.scale,
+        "rng": dropout.rng,
+        "site": dropout.site,
+    }
+
+
+def attention_fwd(args: Args) -> Outputs:
+    shared, outputs = _shared(args), empty_forward(args)
+    kernels.attention_fwd(_aligned(args.q), _aligned(args.k), _aligned(args.v), outputs.out, outputs.lse, **shared)
+    return outputs
+
+
+def attention_bwd(args: BackwardArgs) -> Gradients:
+    forward, gradients = args.forward, empty_backward(args)
+    kernels.attention_bwd(
+        _aligned(args.dout),
+        contiguous(args.dlse),
+        _aligned(forward.q),
+        _aligned(forward.k),
+        _aligned(forward.v),
+        args.out.contiguous(),
+        args.lse.contiguous(),
+        gradients.dq,
+        gradients.dk,
+        gradients.dv,
+        gradients.dtable if args.table_gradient else None,
+        max_seqlen_q=forward.max_seqlen_q,
+        max_seqlen_k=forward.max_seqlen_k,
+        **_shared(forward),
+    )
+    return gradients
