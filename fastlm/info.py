@@ -66,7 +66,8 @@ def machine() -> dict[str, object]:
 
 
 def _auto(op: str, device: str, dtype: torch.dtype) -> str:
-    return next((name for name in _registry.auto(op, device) if _registry.reason(op, name, device, dtype) is None), "reference")
+    order = _registry.auto(op, device)
+    return next((name for name in order if _registry.reason(op, name, device, dtype) is None), "reference")
 
 
 def backends_table(device: str) -> list[str]:

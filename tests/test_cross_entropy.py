@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from test_cuda import device as cuda_on_ptx
 from test_cuda import pytestmark as cuda_is_built
 
-from fastlm import _native, ops
+from fastlm import ops
 from fastlm.ops import _registry
 from fastlm.ops._chunks import chunk_rows
 from fastlm.ops.cross_entropy import LossArgs

@@ -1,7 +1,6 @@
-// fastlm._cpu: the CPU kernels as Python functions over addresses (`tensor.data_ptr()`; 0 for an absent tensor), sizes
-// and a thread count. No torch here: fastlm/ops/<op>.py allocates, checks and calls. The GIL is released in every call.
+// fastlm._cpu: the CPU kernels as Python functions of named arguments (csrc/common/fields.h), one file an op beside
+// this one. No torch here: fastlm/ops/_cpu/<op>.py allocates and calls. The GIL is released while a kernel runs.
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include "bindings.h"
 #include "cpu/math.h"
@@ -14,16 +13,7 @@ namespace py = pybind11;
 using namespace fastlm;
 using namespace fastlm::cpu;
 
-namespace fastlm::python {
-std::vector<Method>& methods() {
-  static std::vector<Method> all;
-  return all;
-}
-std::vector<std::pair<const char*, int64_t>>& constants() {
-  static std::vector<std::pair<const char*, int64_t>> all;
-  return all;
-}
-}  // namespace fastlm::python
+FASTLM_BINDINGS;
 
 namespace {
 

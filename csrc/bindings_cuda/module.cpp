@@ -1,11 +1,8 @@
-// fastlm._cuda: the CUDA kernels as Python functions over addresses, sizes, a device and a stream. No torch here.
-// The CUDA runtime is linked statically, so the module imports on a machine without a GPU or a driver.
+// fastlm._cuda: the CUDA kernels as Python functions of named arguments (csrc/common/fields.h), one file an op beside
+// this one. No torch here. The CUDA runtime is linked statically, so the module imports on a machine without a GPU or a
+// driver.
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
-#include <array>
-
-#include "bindings.h"
 #include "cuda/device.h"
 #include "cuda/recorder.h"
 #include "fields.h"
@@ -14,16 +11,7 @@ namespace py = pybind11;
 using namespace fastlm;
 using namespace fastlm::cuda;
 
-namespace fastlm::python {
-std::vector<Method>& methods() {
-  static std::vector<Method> all;
-  return all;
-}
-std::vector<std::pair<const char*, int64_t>>& constants() {
-  static std::vector<std::pair<const char*, int64_t>> all;
-  return all;
-}
-}  // namespace fastlm::python
+FASTLM_BINDINGS;
 
 PYBIND11_MODULE(_cuda, m) {
   python::add_methods(m.ptr());

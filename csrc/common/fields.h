@@ -347,9 +347,20 @@ struct Method {
   void (*describe)(const std::vector<const char*>&);
   std::vector<const char*> names;
 };
-// One of each list in a module, defined beside its PyInit.
+// The lists of one module. FASTLM_BINDINGS defines them in the file that makes it.
 std::vector<Method>& methods();
 std::vector<std::pair<const char*, int64_t>>& constants();
+
+#define FASTLM_BINDINGS                                                       \
+  std::vector<fastlm::python::Method>& fastlm::python::methods() {            \
+    static std::vector<Method> all;                                           \
+    return all;                                                               \
+  }                                                                           \
+  std::vector<std::pair<const char*, int64_t>>& fastlm::python::constants() { \
+    static std::vector<std::pair<const char*, int64_t>> all;                  \
+    return all;                                                               \
+  }                                                                           \
+  static_assert(true)
 
 template <auto function>
 bool bind(const char* name, std::vector<const char*> names) {

@@ -145,7 +145,7 @@ class CrossAttention(torch.nn.Module):
 
 
 class Layer(torch.nn.Module):
-    """Self-attention, in the decoder cross-attention, and feed-forward, each after a norm. Takes six dropout site numbers."""
+    """Self-attention, in the decoder cross-attention, and feed-forward, each after a norm. Six dropout sites."""
 
     def __init__(self, config: T5Config, site: int, decoder: bool, **factory) -> None:
         super().__init__()

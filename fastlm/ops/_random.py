@@ -1,6 +1,7 @@
 """Dropout's random bits, in torch: the definition that every kernel reproduces. The generator: fastlm/philox.py.
 
-rng is int64[2], (seed, step), on the device of the op; it is read, never written. Each dropout call site has a number, `site`.
+rng is int64[2], (seed, step), on the device of the op; it is read, never written. `site` is the number of the dropout
+call site.
 The key of one call is words r0, r1 of Philox(counter = (step low, step high, site, 0), key(seed, DROPOUT_DOMAIN)).
 """
 

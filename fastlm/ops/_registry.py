@@ -10,7 +10,7 @@ A raw op `torch.ops.fastlm.<name>` takes its arguments flat, and behind them a r
     page(__name__, "op", ...)              the public ops of a page, their order of backends, their autocast rule
     define("name", Args, empty)            a raw op: its schema, and its shapes below autograd
     differentiable("name", save, backward) one Autograd-key function that redispatches below autograd
-    choose("op", backend, x, ...)          in the public function: a backend that can run, or a ValueError with the reason
+    choose("op", backend, x, ...)          in the public function: a backend that can run, or a ValueError with why not
     call("name", Args(...), backend)       calls a raw op: past the dispatcher where nothing there would do anything
 """
 
@@ -35,8 +35,8 @@ from fastlm.ops import _autocast
 from fastlm.ops._args import Layout, layout, returns
 from fastlm.ops._autocast import device_type
 
-# Device -> backends in the order `auto` tries them, of those that the op has. On cuda the order is a guess still: Triton
-# and CUDA C++ both ran on an H100, and were not timed beside each other. A page may give another order.
+# Device -> backends in the order `auto` tries them, of those that the op has. The order on cuda is a guess: Triton and
+# CUDA C++ both ran on an H100 and were not timed beside each other. A page may give another order.
 AUTO = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 
 _FLOATS = {
@@ -150,8 +150,8 @@ def _missing(backend: str, device: str) -> str | None:
     return None
 
 
-# torch.compile takes the answer as a constant (torch.compiler.assume_constant_result, whose import of the compiler takes
-# a second): it looks past functools.cache, and cannot trace a search of sys.path or C++.
+# torch.compile takes the answer as a constant, since it cannot trace a search of sys.path or C++. This is what
+# torch.compiler.assume_constant_result does, whose import of the compiler takes a second.
 _missing._dynamo_marked_constant = True
 
 

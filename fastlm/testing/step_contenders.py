@@ -19,6 +19,7 @@ Any other name is "module:name", a Contender that lies elsewhere.
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib
 import json
 import math
@@ -222,7 +223,8 @@ def _prepare_transformers(form: _Form, job: Job, model) -> tuple[Loss, Step]:
     if form.compiled:  # one number of predicted tokens for all batches
         longest = max(map(len, indexes))
         indexes = [torch.nn.functional.pad(index, (0, longest - len(index))) for index in indexes]
-        targets = [torch.nn.functional.pad(target, (0, longest - len(target)), value=ops.IGNORE_INDEX) for target in targets]
+        pad = functools.partial(torch.nn.functional.pad, value=ops.IGNORE_INDEX)
+        targets = [pad(target, (0, longest - len(target))) for target in targets]
 
     def dense_loss(batch, index, target):
         return model(**batch).loss

@@ -7,7 +7,6 @@ from fastlm.ops import IGNORE_INDEX
 from fastlm.testing.cases._case import OpCase, Variant
 
 
-
 def make_target(generator, rows, vocabulary, ignored=0):
     """Any classes, the last one among them; ignored: 1 for a fifth of the rows, 2 for all."""
     target = torch.randint(0, vocabulary, (rows,), generator=generator)
