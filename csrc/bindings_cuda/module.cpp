@@ -2,8 +2,10 @@
 // this one. No torch here. The CUDA runtime is linked statically, so the module imports on a machine without a GPU or a
 // driver.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "cuda/device.h"
+#include "cuda/ops.h"
 #include "cuda/recorder.h"
 #include "fields.h"
 

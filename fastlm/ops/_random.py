@@ -58,8 +58,13 @@ class Dropout(NamedTuple):
     site: int
 
 
+NO_DROPOUT = Dropout(0, 1.0, None, 0)
+
+
 def row_dropout(p: float, rng: torch.Tensor | None, site: int) -> Dropout:
     """Dropout of rows, whose words are compared with floor(p·2^32)."""
+    if p == 0.0:
+        return NO_DROPOUT
     return Dropout(philox.threshold(p), row_scale(p), rng, site)
 
 
@@ -80,6 +85,8 @@ def attention_threshold(p: float) -> int:
 
 def attention_dropout(p: float, rng: torch.Tensor | None, site: int) -> Dropout:
     """Dropout of attention, whose bytes are compared with round(256·p)."""
+    if p == 0.0:
+        return NO_DROPOUT
     return Dropout(attention_threshold(p), attention_scale(p), rng, site)
 
 

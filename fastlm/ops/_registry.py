@@ -73,6 +73,7 @@ class _Raw:
         self.name, self.page, self.arguments = name, page, arguments
         self.implementations: dict[str, Callable] = {}
         self.function: type[torch.autograd.Function] | None = None  # where it is differentiable
+        self.flatten, self.tensors = arguments.flatten, arguments.tensors  # of what `call` asks each time
 
     def implementation(self, backend: str) -> Callable | None:
         """The adapter of a backend, a function of the arguments' NamedTuple; None where there is none."""
@@ -129,7 +130,8 @@ def column(page: str, backend: str):
 def _load(page: str, backend: str) -> None:
     """Imports a module of a column, which then is an attribute of the column's package."""
     if not hasattr(_PACKAGES[backend], page):
-        importlib.import_module(f"fastlm.ops._{backend}.{page}")
+        module = importlib.import_module(f"fastlm.ops._{backend}.{page}")
+        module.limit = getattr(module, "limit", None)  # a lookup that fails takes 0.6 µs
 
 
 _load._dynamo_marked_constant = True  # torch.compile cannot trace an import of a computed name
@@ -171,9 +173,11 @@ def _triton_takes_cpu() -> bool:
 
 def _limit(op: str, backend: str) -> Callable | None:
     """f(x, **features) -> reason or None: what a backend cannot do for an op; None where it has no such limits."""
-    if backend not in _COLUMNS:
+    if backend in COMPOSITE and backend not in _COLUMNS:
         return None
-    return getattr(column(_pages[op].name, backend), "limit", None)
+    page = _pages[op].name
+    found = getattr(_PACKAGES[backend], page, None)  # what `auto` asks at every call: no import, no function of ours
+    return (found or column(page, backend)).limit
 
 
 def reason(op: str, backend: str, device: str, dtype: torch.dtype | None, x=None, **features) -> str | None:
@@ -288,8 +292,7 @@ def differentiable(name: str, save: Callable, backward: Callable, *, constant: t
 
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, run, backend, *flat):
-            args = arguments.unflatten(flat)
+        def forward(ctx, run, backend, args, *flat):
             ctx.set_materialize_grads(False)
             outputs = run(args)
             tensors, ctx.others = split(save(args, outputs))
@@ -302,9 +305,9 @@ def differentiable(name: str, save: Callable, backward: Callable, *, constant: t
         @staticmethod
         @once_differentiable
         def backward(ctx, *grads):
-            needs = arguments.unflatten(ctx.needs_input_grad[2:])
+            needs = arguments.unflatten(ctx.needs_input_grad[3:])
             gradients = backward(merge(ctx.saved_tensors, ctx.others), needs, ctx.backend, *grads)
-            return None, None, *map(gradients.get, names)
+            return None, None, None, *map(gradients.get, names)
 
     Function.__name__ = Function.__qualname__ = name  # the name that a profile and a graph show
     raw.function = Function
@@ -321,7 +324,7 @@ def differentiable(name: str, save: Callable, backward: Callable, *, constant: t
         if torch.is_grad_enabled():
             for a in flat:  # a generator for any() takes as long as a small kernel
                 if isinstance(a, torch.Tensor) and a.requires_grad:
-                    return Function.apply(redispatch, backend, *flat[:-1])
+                    return Function.apply(redispatch, backend, arguments.unflatten(flat[:-1]), *flat[:-1])
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & below, *flat)
 
@@ -365,8 +368,8 @@ def call(name: str, args: tuple, backend: str):
     implementation = raw.implementations.get(backend) or raw.implementation(backend)
     if implementation is None or _included().raw_repr() not in _NO_MODE or _function_mode() or _profiled():
         return _dispatch(name, args, backend)
-    grad, differentiates, flat = torch.is_grad_enabled(), False, raw.arguments.flatten(args)
-    for i in raw.arguments.tensors:
+    grad, differentiates, flat = torch.is_grad_enabled(), False, raw.flatten(args)
+    for i in raw.tensors:
         a = flat[i]
         if a is None:
             continue
@@ -378,4 +381,4 @@ def call(name: str, args: tuple, backend: str):
         return implementation(args)
     if raw.function is None:
         return _dispatch(name, args, backend)
-    return raw.function.apply(implementation, backend, *flat)
+    return raw.function.apply(implementation, backend, args, *flat)

@@ -62,4 +62,6 @@ def layer_norm_bwd(args: BackwardArgs) -> Gradients:
         dtype=_native.DTYPE_CODES[h.dtype],
         threads=_native.threads(),
     )
-    return out if weight is None else out._replace(dweight=dweight.to(saved.weight.dtype))
+    if weight is None:
+        return out
+    return Gradients(out.dresidual, out.dx, dweight.to(saved.weight.dtype), out.dbias)
