@@ -11,9 +11,9 @@ import torch
 from training import corpus, small
 
 from fastlm.data import open_dataset, prepare
+from fastlm.run.checkpoint import load_newest, read_checkpoint, restore, save_checkpoint
+from fastlm.run.metrics import read_metrics
 from fastlm.train import loop, pretrain
-from fastlm.train.checkpoint import load_newest, read_checkpoint, restore, save_checkpoint
-from fastlm.train.metrics import read_metrics
 
 
 def parts():
@@ -194,7 +194,7 @@ def test_never_refuses_a_directory_with_a_run(run, text, tmp_path):
 def test_resume_from_a_named_checkpoint_starts_another_run(run, text, tmp_path):
     pretrain(small(), text, tmp_path / "branch", resume=str(run / "checkpoints" / "step-00000008"))
     assert losses(tmp_path / "branch") == losses(run)
-    with pytest.raises(ValueError, match=r"holds a run that is not at .*; go on with it by --resume auto"):
+    with pytest.raises(ValueError, match=r"holds a run that is not at .*; continue it with --resume auto"):
         pretrain(small(), text, run, resume=str(run / "checkpoints" / "step-00000008"))
     with pytest.raises(ValueError, match="expected auto, never, or a checkpoint's or a run's directory"):
         pretrain(small(), text, tmp_path / "nowhere", resume=str(tmp_path / "missing"))
@@ -268,7 +268,7 @@ def test_the_same_command_goes_on_with_a_run_from_another(by, killed, text, tmp_
         stop_after(patch, 11)
         with pytest.raises(KeyboardInterrupt):
             pretrain(recipe, text, branch, resume="auto")
-    with pytest.raises(ValueError, match=r"and was started from .*step-00000004; go on with it by --resume auto"):
+    with pytest.raises(ValueError, match=r"and was started from .*step-00000004; continue it with --resume auto"):
         pretrain(recipe, text, branch, resume=str(source / "checkpoints" / "step-00000012"))
     result = pretrain(recipe, text, branch, resume=resume)
     assert result.step == 12

@@ -14,7 +14,7 @@ from fastlm import _malloc, cli
 from fastlm.data import Tokenizer
 from fastlm.fill_mask import fill_mask
 from fastlm.models import Bert, BertConfig
-from fastlm.train.progress import ProgressLine
+from fastlm.run.progress import ProgressLine
 
 
 def run(*arguments):

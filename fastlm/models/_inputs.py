@@ -9,7 +9,6 @@ import torch
 from fastlm.ops import IGNORE_INDEX, _checks
 
 
-
 class Sequences(NamedTuple):
     """Token ids and what says which of them are a sequence.
 
