@@ -127,10 +127,21 @@ class Embeddings(torch.nn.Module):
         """word, sparse: of `tied`, where a head reads the table too."""
         word = self.word if word is None else word
         x = ops.embedding(
-            input_ids, word, self.position, self.token_type, positions=positions, token_type_ids=token_type_ids,
-            weight=self.norm.weight, bias=self.norm.bias, eps=self.norm.eps, padding_idx=self.padding_idx,
-            dropout_p=self.dropout_p if self.training else 0.0, rng=rng, site=self.site, sparse=sparse,
-        )  # fmt: skip
+            input_ids,
+            word,
+            self.position,
+            self.token_type,
+            positions=positions,
+            token_type_ids=token_type_ids,
+            weight=self.norm.weight,
+            bias=self.norm.bias,
+            eps=self.norm.eps,
+            padding_idx=self.padding_idx,
+            dropout_p=self.dropout_p if self.training else 0.0,
+            rng=rng,
+            site=self.site,
+            sparse=sparse,
+        )
         return as_stream(x)
 
 
@@ -334,11 +345,14 @@ class Bert(BertEncoder):
     def transformers_names(cls, config: BertConfig) -> _checkpoint.Names:
         return {
             **encoder_names(config),
-            **_checkpoint.module_names({
-                "head.dense": "cls.predictions.transform.dense", "head.norm": "cls.predictions.transform.LayerNorm",
-            }),
+            **_checkpoint.module_names(
+                {
+                    "head.dense": "cls.predictions.transform.dense",
+                    "head.norm": "cls.predictions.transform.LayerNorm",
+                }
+            ),
             "head.bias": ("cls.predictions.bias",),
-        }  # fmt: skip
+        }
 
 
 def encoder_names(config: BertConfig) -> _checkpoint.Names:

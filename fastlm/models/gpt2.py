@@ -212,9 +212,14 @@ class GPT2(Model):
         config, drops = self.config, float(self.training)
         positions = given.positions() if positions is None else positions
         embedded = ops.embedding(
-            given.ids, word, self.position, positions=positions, dropout_p=drops * config.embd_pdrop, rng=rng,
+            given.ids,
+            word,
+            self.position,
+            positions=positions,
+            dropout_p=drops * config.embd_pdrop,
+            rng=rng,
             sparse=sparse,
-        )  # fmt: skip
+        )
         x, delta, sequences = as_stream(embedded), None, given.attend()
         for layer in self.layers:
             x, delta = self.run(layer, x, delta, sequences, rng=rng)

@@ -14,12 +14,12 @@ from __future__ import annotations
 import difflib
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from fastlm.models import Config
-from fastlm.settings import key, meaning, typed
+from fastlm.settings import Table, meaning, typed
 from fastlm.tasks import DataTable, Task, TrainTable, find_task
 
 if sys.version_info >= (3, 11):
@@ -35,8 +35,11 @@ TASK = "masked_lm"  # of a recipe that does not say, as none did before there we
 FREE_KEYS = {"train.checkpoint_every", "train.keep_checkpoints"}
 # Keys of preparation: a run on data that is prepared takes the data as it is.
 PREPARATION_KEYS = {"data.tokenizer", "data.documents", "data.min_chars"}
-# Keys that decide which others there are.
-_KINDS = ("task", "model.architecture")
+# Keys that decide which others there are, and their meaning.
+_KINDS = {
+    "task": "what the model is trained to do: a module of fastlm.tasks",
+    "model.architecture": "which model; the other keys of this table are its own",
+}
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Recipe:
     data, train: the task's tables; None: their defaults.
     """
 
-    task: str = key(TASK, "what the model is trained to do: a module of fastlm.tasks")
+    task: str = TASK
     model: Config | None = None
     data: DataTable | None = None
     train: TrainTable | None = None
@@ -126,20 +129,18 @@ class Recipe:
     def from_dict(cls, content: dict[str, object], name: str = "recipe") -> Recipe:
         """The recipe whose `to_dict()` this is; what it leaves out has its default. ValueError for a wrong one."""
         values = _flat(content)
-        task = values.get("task", TASK)
-        models = find_task(task)
-        architecture = values.get("model.architecture", models.models[0].config_class.model_type)
-        config = models.model_class(architecture).config_class()
-        return cls(task, config, name=name).with_values(values)
+        task = find_task(values.get("task", TASK))
+        default = task.models[0].config_class.model_type
+        config = task.model_class(values.get("model.architecture", default)).config_class
+        new = _entries(values, _keys(config, **task.tables))
+        model = _config_of(lambda: config(**new["model"]))
+        tables = {table: kind(**new[table]) for table, kind in task.tables.items()}
+        return cls(values.get("task", TASK), model, **tables, name=name)
 
     def as_toml(self) -> str:
         """A file that `load_recipe` reads, every key in it with its meaning. A key that is None is left out."""
         lines, table = [], ""
-        meanings = {name: "" if of is None else meaning(of) for name, of in self._keys().items()}
-        meanings |= {
-            "task": meaning(Recipe.__dataclass_fields__["task"]),
-            "model.architecture": "which model; the other keys of this table are its own",
-        }
+        meanings = {name: _KINDS[name] if name in _KINDS else meaning(of) for name, of in self._keys().items()}
         for name, value in _flat(self.to_dict()).items():
             if (group := name.rpartition(".")[0]) != table:
                 table = group
@@ -168,20 +169,17 @@ class Recipe:
         ValueError for a key that does not exist, a value of another type, or one out of range, or another task or
         architecture, whose keys are others.
         """
-        keys, current = self._keys(), _flat(self.to_dict())
-        new = {table: {} for table in TABLES}
-        for name, value in values.items():
-            if name not in keys:
-                raise ValueError(f"{name}: there is no such key; {_nearest(name, keys)}")
-            if name not in _KINDS:
-                table, _, entry = name.partition(".")
-                new[table][entry] = typed(name, value, keys[name])
-            elif value != current[name]:
+        current = _flat(self.to_dict())
+        new = _entries(values, self._keys())
+        for name in _KINDS:
+            if name in values and values[name] != current[name]:
                 raise ValueError(
-                    f"{name}: expected {current[name]!r}, the recipe's, on which its other keys depend, got {value!r}; "
-                    "take or write a recipe file with another"
+                    f"{name}: expected {current[name]!r}, the recipe's, on which its other keys depend, got "
+                    f"{values[name]!r}; take a recipe file that has it, or write one"
                 )
-        return replace(self, **{table: self._changed(table, changes) for table, changes in new.items() if changes})
+        model = _config_of(lambda: replace(self.model, **new["model"]))
+        tables = {table: replace(getattr(self, table), **new[table]) for table in ("data", "train")}
+        return replace(self, model=model, **tables)
 
     def with_settings(self, settings: Iterable[str]) -> Recipe:
         """The recipe with `key=value` strings applied, as `--set` takes them; a value is written as in TOML."""
@@ -194,19 +192,7 @@ class Recipe:
         return self.with_values(values)
 
     def _keys(self) -> dict[str, Field | None]:
-        """Every key that the recipe has, "task" or "table.entry", and its field; None for those of _KINDS."""
-        model = {f"model.{of.name}": of for of in self.model.settings()}
-        tables = {f"{name}.{of.name}": of for name in ("data", "train") for of in fields(getattr(self, name))}
-        return dict.fromkeys(_KINDS) | model | tables
-
-    def _changed(self, table: str, changes: dict[str, object]):
-        """The table with other entries. ValueError, the key by its full name, for what its class does not accept."""
-        if table != "model":
-            return replace(getattr(self, table), **changes)
-        try:
-            return replace(self.model, **changes)
-        except ValueError as error:  # a configuration does not know that it is a recipe's table
-            raise ValueError(f"model.{error}") from error
+        return _keys(type(self.model), data=type(self.data), train=type(self.train))
 
 
 def load_recipe(name) -> Recipe:
@@ -233,6 +219,36 @@ def _flat(content: dict) -> dict[str, object]:
     """{"task": ..., "model.architecture": ..., "train.lr": ...} of what `Recipe.to_dict` returns, or a part of it."""
     task = {"task": content["task"]} if "task" in content else {}
     return task | {f"{table}.{name}": value for table in TABLES for name, value in content.get(table, {}).items()}
+
+
+def _keys(config: type[Config], **tables: type[Table]) -> dict[str, Field | None]:
+    """Every key of a recipe, "task" or "table.entry", and its field; None for those of _KINDS."""
+    model = {f"model.{of.name}": of for of in config.settings()}
+    others = {f"{table}.{of.name}": of for table, kind in tables.items() for of in fields(kind)}
+    return dict.fromkeys(_KINDS) | model | others
+
+
+def _entries(values: dict[str, object], keys: dict[str, Field | None]) -> dict[str, dict[str, object]]:
+    """{"model": {...}, "data": {...}, "train": {...}} of {"train.lr": 1e-3, ...}, without those of _KINDS.
+
+    ValueError for a key that does not exist, or a value of another type.
+    """
+    entries = {table: {} for table in TABLES}
+    for name, value in values.items():
+        if name not in keys:
+            raise ValueError(f"{name}: there is no such key; {_nearest(name, keys)}")
+        if name not in _KINDS:
+            table, _, entry = name.partition(".")
+            entries[table][entry] = typed(name, value, keys[name])
+    return entries
+
+
+def _config_of(make: Callable[[], Config]) -> Config:
+    """make(), a configuration, whose errors then name the key of the recipe."""
+    try:
+        return make()
+    except ValueError as error:
+        raise ValueError(f"model.{error}") from error
 
 
 def _nearest(name: str, keys: Iterable[str]) -> str:
