@@ -56,7 +56,7 @@ def prepare(
     documents: Annotated[str, typer.Option(help="A document of a text file: file, line, blank.")] = "file",
 ) -> None:
     """Clean and tokenize text, and pack it into rows that `pretrain` reads."""
-    from fastlm.train.progress import prepare_with_progress
+    from fastlm.run.progress import prepare_with_progress
 
     dataset = prepare_with_progress(data, tokenizer, out, row_tokens=row_tokens, documents=documents)
     report = dataset.manifest["report"]
@@ -82,13 +82,13 @@ def pretrain(
     resume: Annotated[
         str,
         typer.Option(
-            help="auto: go on with the run in OUT, if there is one. never: OUT must hold none. Another run's directory "
-            "or checkpoint: start a run in OUT from there; the same command again goes on with that one."
+            help="auto: continue the run in OUT, if there is one. never: OUT must hold none. Another run's directory "
+            "or checkpoint: start a run in OUT from there; the same command again continues that one."
         ),
     ] = "auto",
 ) -> None:
     """Pretrain a model; the finished one lies in OUT/hf, for `AutoModel.from_pretrained`."""
-    from fastlm.train.recipe import load_recipe
+    from fastlm.run.recipe import load_recipe
 
     flags = {"train.max_steps": max_steps, "train.seed": seed, "train.dtype": dtype, "data.tokenizer": tokenizer}
     chosen = load_recipe(recipe).with_settings(settings or [])
@@ -104,9 +104,10 @@ def pretrain(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     result = train.pretrain(chosen, data, out, device=device, resume=resume)
     if result.summary is not None:
-        first, final, entropy = (result.summary[key] for key in ("first_loss", "final_loss", "unigram_entropy"))
+        first, final, entropy = (result.summary.get(key) for key in ("first_loss", "final_loss", "unigram_entropy"))
         losses = "no loss" if first is None else f"loss {first:.3f} -> {final:.3f}"  # none: no step predicted a token
-        typer.echo(f"{losses} (unigram entropy {entropy:.3f}); the model is in {out / 'hf'}")
+        level = "" if entropy is None else f" (unigram entropy {entropy:.3f})"
+        typer.echo(f"{losses}{level}; the model is in {out / 'hf'}")
 
 
 @app.command()
@@ -115,7 +116,7 @@ def recipe(
     settings: SetOption = None,
 ) -> None:
     """Print a recipe with every key and its meaning: a TOML file to start from."""
-    from fastlm.train.recipe import load_recipe
+    from fastlm.run.recipe import load_recipe
 
     typer.echo(load_recipe(name).with_settings(settings or []).as_toml(), nl=False)
 
@@ -152,7 +153,7 @@ def profile(
     from rich.console import Console
 
     from fastlm import profile as profiler
-    from fastlm.train.loop import parse_device
+    from fastlm.chip import parse_device
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     parse_device(device)

@@ -1,7 +1,7 @@
 """`python -m fastlm.demo --out runs/demo`: a BERT that learns from this machine's Python documentation, in minutes.
 
 A corpus, a tokenizer, pretraining of a BERT-mini for about `--seconds`, a sentence filled in, and the same training
-step beside Transformers'. Everything it writes lies in `--out`; a demo that was stopped goes on there, a finished one
+step beside Transformers'. It writes everything into `--out`. A demo that was stopped continues there, a finished one
 starts anew.
 """
 
@@ -40,11 +40,11 @@ def demo(
     """
     from fastlm.data import open_dataset, python_documentation
     from fastlm.fill_mask import fill_mask
+    from fastlm.run.directory import DATA, MODEL
+    from fastlm.run.progress import prepare_with_progress
     from fastlm.testing.steps import from_dataset
     from fastlm.testing.train_step import compare_steps, table
     from fastlm.train import pretrain
-    from fastlm.train.progress import prepare_with_progress
-    from fastlm.train.run import DATA, MODEL
 
     say = Console(highlight=False, soft_wrap=True).print
     started = _stopped_demo(out, say)
@@ -63,7 +63,7 @@ def demo(
         recipe = started
     result = pretrain(recipe, out / DATA, out)
     if result.summary is None:
-        say("Stopped; the same command goes on.")
+        say("Stopped; the same command continues the run.")
         return None
     summary = result.summary
     first, final, entropy = summary["first_loss"], summary["final_loss"], summary["unigram_entropy"]
@@ -101,8 +101,8 @@ def judge(summary: dict) -> tuple[bool, str]:
 
 def _stopped_demo(out: Path, say):
     """The recipe of a demo in `out` that was stopped; None where a new one starts, what a finished one left removed."""
-    from fastlm.train import Recipe
-    from fastlm.train.run import RECIPE, SUMMARY, WRITTEN, read_recipe
+    from fastlm.run.directory import RECIPE, SUMMARY, WRITTEN, read_recipe
+    from fastlm.run.recipe import Recipe
 
     content = read_recipe(out)
     if content is None:
@@ -110,8 +110,8 @@ def _stopped_demo(out: Path, say):
     if content.get("name") != "demo":
         raise ValueError(f"--out: {out} holds a run that is no demo; name another directory")
     if not (out / SUMMARY).exists():
-        say(f"Going on with the demo that was stopped in {out}")
-        return Recipe.of(content, name="demo")
+        say(f"Continuing the demo that was stopped in {out}")
+        return Recipe.from_dict(content, name="demo")
     say(f"Starting anew: the finished demo in {out} is replaced, its corpus and tokenizer are used again")
     # The summary says that it is finished, the recipe that it is a demo: killed in between, the next starts anew too.
     for name in (*sorted({*WRITTEN} - {SUMMARY, RECIPE}), SUMMARY, RECIPE):
@@ -124,16 +124,16 @@ def _seconds_a_step(recipe, dataset) -> float:
     """Measured on a model that is thrown away: the second fastest of a few steps after the first two."""
     import torch
 
-    from fastlm.train import make_model
-    from fastlm.train.objective import MaskedLM
+    from fastlm.tasks import find_task, make_model
     from fastlm.train.optimizer import make_optimizer, train_step
 
     model = make_model(recipe, dataset.tokenizer.vocab_size, dataset.tokenizer.pad_id).train()
-    optimizer, objective = make_optimizer(model, recipe.train), MaskedLM(recipe, dataset, torch.device("cpu"))
+    task = find_task(recipe.task)(recipe, dataset, torch.device("cpu"))
+    optimizer = make_optimizer(model, recipe.train)
     times = []
     for step in range(_CALIBRATION):
         began = time.perf_counter()
-        micros = [objective.micro(step, m) for m in range(recipe.micro_count)]
+        micros = [task.micro(step, m) for m in range(recipe.micro_count)]
         train_step(model, optimizer, micros, lr=1e-4, grad_clip=recipe.train.grad_clip, dtype=torch.float32)
         times.append(time.perf_counter() - began)
     return sorted(times[2:])[1]

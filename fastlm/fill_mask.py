@@ -48,9 +48,11 @@ def fill_mask(directory, text: str, *, top: int = 5) -> list[list[Candidate]]:
     if len(ids) > longest:
         raise ValueError(f"text: expected at most {longest} tokens, which is the model's length, got {len(ids)}")
     logits = model(
-        torch.tensor(ids), cu_seqlens=torch.tensor([0, len(ids)], dtype=torch.int32), max_seqlen=len(ids),
+        torch.tensor(ids),
+        cu_seqlens=torch.tensor([0, len(ids)], dtype=torch.int32),
+        max_seqlen=len(ids),
         index=torch.tensor(places),
-    )[:, : tokenizer.vocab_size]  # fmt: skip
+    )[:, : tokenizer.vocab_size]
     best = logits.float().softmax(-1).topk(min(top, logits.shape[-1]))
     filled = []
     for place, probabilities, tokens in zip(places, best.values.tolist(), best.indices.tolist()):

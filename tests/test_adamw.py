@@ -10,11 +10,11 @@ from training import corpus, small
 from fastlm import _native
 from fastlm.data import open_dataset, prepare
 from fastlm.models import Bert
-from fastlm.train import make_model
+from fastlm.run.checkpoint import load_newest, restore, save_checkpoint
+from fastlm.tasks import make_model
+from fastlm.tasks.masked_lm import MaskedLM
 from fastlm.train import optimizer as optimizers
 from fastlm.train.adamw import AdamW, total_norm
-from fastlm.train.checkpoint import load_newest, restore, save_checkpoint
-from fastlm.train.objective import MaskedLM
 
 # No element, one, around a vector and a block of 16384, several blocks.
 SHAPES = ((0,), (0, 5), (), (1,), (15,), (17, 3), (16384,), (16385,), (3, 100, 211))
@@ -303,7 +303,7 @@ def data(tmp_path_factory):
 
 def mean_step(model, optimizer, micros, *, lr, grad_clip, dtype):
     """The step as a formula: each loss divided by the number of tokens before backward, clipped gradients."""
-    predicted, total = sum(micro.predicted for micro in micros), 0.0
+    predicted, total = sum(micro.counts.predicted for micro in micros), 0.0
     for micro in micros:
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             loss = model(**micro.inputs) / predicted

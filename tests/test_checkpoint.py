@@ -11,9 +11,10 @@ import torch
 from training import corpus, small
 
 from fastlm.data import open_dataset, prepare
+from fastlm.run.checkpoint import load_newest, read_checkpoint, restore, save_checkpoint
+from fastlm.run.metrics import read_metrics
+from fastlm.run.recipe import Recipe
 from fastlm.train import loop, pretrain
-from fastlm.train.checkpoint import load_newest, read_checkpoint, restore, save_checkpoint
-from fastlm.train.metrics import read_metrics
 
 
 def parts():
@@ -194,7 +195,7 @@ def test_never_refuses_a_directory_with_a_run(run, text, tmp_path):
 def test_resume_from_a_named_checkpoint_starts_another_run(run, text, tmp_path):
     pretrain(small(), text, tmp_path / "branch", resume=str(run / "checkpoints" / "step-00000008"))
     assert losses(tmp_path / "branch") == losses(run)
-    with pytest.raises(ValueError, match=r"holds a run that is not at .*; go on with it by --resume auto"):
+    with pytest.raises(ValueError, match=r"holds a run that is not at .*; continue it with --resume auto"):
         pretrain(small(), text, run, resume=str(run / "checkpoints" / "step-00000008"))
     with pytest.raises(ValueError, match="expected auto, never, or a checkpoint's or a run's directory"):
         pretrain(small(), text, tmp_path / "nowhere", resume=str(tmp_path / "missing"))
@@ -268,7 +269,7 @@ def test_the_same_command_goes_on_with_a_run_from_another(by, killed, text, tmp_
         stop_after(patch, 11)
         with pytest.raises(KeyboardInterrupt):
             pretrain(recipe, text, branch, resume="auto")
-    with pytest.raises(ValueError, match=r"and was started from .*step-00000004; go on with it by --resume auto"):
+    with pytest.raises(ValueError, match=r"and was started from .*step-00000004; continue it with --resume auto"):
         pretrain(recipe, text, branch, resume=str(source / "checkpoints" / "step-00000012"))
     result = pretrain(recipe, text, branch, resume=resume)
     assert result.step == 12
@@ -345,6 +346,44 @@ def test_a_damaged_recipe_is_said_with_its_remedy(content, run, text):
     assert names(run) == before
     (run / "recipe.json").unlink()
     assert pretrain(small(), text, run).step == 12
+
+
+def before_tasks(content):
+    """What Recipe.to_dict gave before recipes named their task and a model's whole configuration."""
+    model = {key: value for key, value in content["model"].items() if key not in ("hidden_act", "type_vocab_size")}
+    return {"model": model, "data": content["data"], "train": content["train"]}
+
+
+def test_runs_of_recipes_without_a_task_are_continued(text, tmp_path, monkeypatch):
+    recipe = small()
+    pretrain(recipe, text, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 6)
+        to_dict = Recipe.to_dict
+        patch.setattr(Recipe, "to_dict", lambda self: before_tasks(to_dict(self)))
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(recipe, text, tmp_path / "run")
+    stored = json.loads((tmp_path / "run" / "recipe.json").read_text())
+    assert "task" not in stored
+    assert read_checkpoint(tmp_path / "run" / "checkpoints" / "step-00000004").state["recipe"] == before_tasks(stored)
+    with pytest.raises(ValueError, match=r"model\.hidden_act is 'gelu_new', was 'gelu'"):
+        pretrain(small(model__hidden_act="gelu_new"), text, tmp_path / "run")
+    assert pretrain(recipe, text, tmp_path / "run").step == 12
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_a_recipe_that_this_version_does_not_read(run, text):
+    shutil.rmtree(run / "checkpoints")
+    for name in ("hf", "summary.json"):
+        shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink()
+    stored = json.loads((run / "recipe.json").read_text())
+    for change, reason in (
+        ({"task": "of_tomorrow"}, "task: expected one of .*, got 'of_tomorrow'"),
+        ({"train": {**stored["train"], "momentum": 1}}, "train.momentum: there is no such key"),
+    ):
+        (run / "recipe.json").write_text(json.dumps({**stored, **change}))
+        with pytest.raises(ValueError, match=rf"a recipe that this version of fastlm does not read \({reason}"):
+            pretrain(small(), text, run)
 
 
 @pytest.mark.parametrize("killed_in", ["MetricsFile", "train_step", "plot_loss"])

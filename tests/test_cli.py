@@ -14,7 +14,7 @@ from fastlm import _malloc, cli
 from fastlm.data import Tokenizer
 from fastlm.fill_mask import fill_mask
 from fastlm.models import Bert, BertConfig
-from fastlm.train.progress import ProgressLine
+from fastlm.run.progress import ProgressLine
 
 
 def run(*arguments):
@@ -47,14 +47,12 @@ def text(tmp_path_factory):
 
 def test_from_text_to_a_filled_mask(text, tmp_path, fastlm):
     """prepare, pretrain, fill-mask, each in a process of its own or as good."""
-    status, out, _ = fastlm(
-        "prepare", "--data", text, "--tokenizer", "train:200", "--out", tmp_path / "data",
-        "--row-tokens", 32, "--documents", "line",
-    )  # fmt: skip
+    rows = ["--tokenizer", "train:200", "--row-tokens", 32, "--documents", "line"]
+    status, out, _ = fastlm("prepare", "--data", text, "--out", tmp_path / "data", *rows)
     assert status == 0
     assert "rows of 32 tokens" in out
-    done = run("pretrain", "bert-mini", "--data", tmp_path / "data", "--out", tmp_path / "run", "--max-steps", 40,
-               "--seed", 3, "--device", "cpu", "--dtype", "float32", *set_options())  # fmt: skip
+    options = ["--max-steps", 40, "--seed", 3, "--device", "cpu", "--dtype", "float32", *set_options()]
+    done = run("pretrain", "bert-mini", "--data", tmp_path / "data", "--out", tmp_path / "run", *options)
     assert done.returncode == 0, done.stderr
     assert "loss" in done.stdout
     assert "tokens/s" in done.stderr
@@ -164,11 +162,8 @@ def test_fill_mask_errors(tmp_path, fastlm):
 
 def test_a_vocabulary_rounded_up_fills_no_mask_with_what_is_no_token(tmp_path):
     tokenizer = Tokenizer.train(lambda: ["the cat sat on the mat"] * 9, 30)
-    config = BertConfig(
-        vocab_size=tokenizer.vocab_size + 7, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
-        intermediate_size=8,
-    )  # fmt: skip
-    model = Bert(config)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    model = Bert(BertConfig(vocab_size=tokenizer.vocab_size + 7, **sizes))
     with torch.no_grad():
         model.head.bias[-7:] = 100.0
     model.save_pretrained(tmp_path, tokenizer)

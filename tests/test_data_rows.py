@@ -1,6 +1,5 @@
 """Documents -> rows -> batches: no token is lost, doubled or mislabelled, whatever the batch is split into."""
 
-import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -196,35 +195,6 @@ def test_the_order_is_the_designs(dataset):
     rows = np.concatenate([batches.at(step).input_ids.view(6, 16).numpy() for step in range(20)])
     expected = [int(perm(g % dataset.rows, dataset.rows, g // dataset.rows, 9)) for g in range(120)]
     assert np.array_equal(rows, dataset.gather(np.array(expected))[0])
-
-
-def test_iterate_prefetches_the_same_batches_in_order(dataset):
-    batches = Batches(dataset, batch_rows=6, seed=1)
-    made = list(batches.iterate(3, 7, micros=(1, 2), micro_count=3))
-    assert len(made) == 8
-    expected = [batches.at(step, micro, 3) for step in range(3, 7) for micro in (1, 2)]
-    assert all(same(a, b) for a, b in zip(made, expected))
-    assert list(batches.iterate(3, 3)) == []
-
-
-def test_iterate_raises_the_threads_error_and_ends_its_thread(dataset, monkeypatch):
-    batches = Batches(dataset, batch_rows=6, seed=1)
-    at = batches.at
-
-    def failing(step, micro, micro_count):
-        if step == 2:
-            raise OSError("the disk went away")
-        return at(step, micro, micro_count)
-
-    monkeypatch.setattr(batches, "at", failing)
-    made = batches.iterate(0, 5)
-    assert [next(made).max_seqlen, next(made).max_seqlen] == [16, 16]
-    with pytest.raises(OSError, match="the disk went away"):
-        next(made)
-    monkeypatch.undo()
-    for _ in batches.iterate(0, 10**9):
-        break  # the generator is dropped, and its thread must end with it
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("fastlm-batches")]
 
 
 def test_batch_moves(dataset):

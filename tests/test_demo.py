@@ -8,8 +8,8 @@ import pytest
 from training import small
 
 from fastlm import demo
+from fastlm.run.metrics import read_metrics
 from fastlm.testing import train_step
-from fastlm.train.metrics import read_metrics
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def run_demo(tmp_path):
 
 
 def test_demo(run_demo, tmp_path, capsys, monkeypatch):
-    """Everything is there, a second run starts anew, a stopped one goes on."""
+    """Everything is there, a second run starts anew, a stopped one continues."""
     pytest.importorskip("transformers")
     summary = run_demo()
     assert {"corpus.jsonl", "data", "metrics.jsonl", "summary.json", "loss.png", "hf"} <= {
@@ -44,7 +44,7 @@ def test_demo(run_demo, tmp_path, capsys, monkeypatch):
     losses = [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl")]
     (tmp_path / "summary.json").unlink()
     run_demo()
-    assert "Going on with the demo that was stopped" in capsys.readouterr().out
+    assert "Continuing the demo that was stopped" in capsys.readouterr().out
     assert [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl")] == losses
     assert steps >= 6
 
@@ -76,7 +76,7 @@ def test_what_the_demo_must_reach(final, steps, good, words, tmp_path, monkeypat
 
 def test_a_finished_demo_is_known_until_nothing_of_it_is_left(tmp_path, monkeypatch):
     """Killed at any point of its removal, the next call starts anew as well."""
-    (tmp_path / "recipe.json").write_text(json.dumps({"name": "demo", **small().tables()}))
+    (tmp_path / "recipe.json").write_text(json.dumps({"name": "demo", **small().to_dict()}))
     for name in ("metrics.jsonl", "summary.json", "loss.png", "corpus.jsonl"):
         (tmp_path / name).write_text("{}")
     for name in ("checkpoints", "hf", "data"):

@@ -14,29 +14,32 @@ FILES = sorted(path for path in (ROOT / "fastlm").rglob("*.py") if ROOT / "fastl
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 
 # Part of the package -> the other parts that it may import. DESIGN: nothing imports upwards.
-LOW = {"philox", "storage", "_native", "_malloc"}
+LOW = {"philox", "storage", "settings", "chip", "_native", "_malloc"}
 MODELS = LOW | {"ops", "nn", "models", "data"}
+RUN = MODELS | {"tasks", "run"}
 FLOORS = {
     "philox": set(),
     "storage": set(),
+    "settings": set(),
+    "chip": set(),
     "_malloc": set(),
     "_native": {"_cpu", "_cuda"},
     "kernels": set(),
     "ops": {"philox", "_native", "kernels"},
     "data": {"philox", "storage", "ops"},
     "nn": {"ops"},
-    "models": {"storage", "ops", "nn"},
+    "models": {"storage", "settings", "ops", "nn"},
     "hf": {"ops", "nn"},
-    "testing": MODELS | {"train", "hf"},
+    "testing": RUN | {"train", "hf"},
     "info": LOW | {"ops"},
     "tune": LOW | {"ops", "kernels", "testing"},
-    "train": MODELS,
-    "finetune": MODELS | {"train"},
-    "generate": MODELS,
+    "tasks": MODELS,
+    "run": MODELS | {"tasks"},
+    "train": RUN,
     "fill_mask": MODELS,
-    "profile": MODELS | {"train", "testing"},
-    "demo": MODELS | {"train", "info", "fill_mask", "testing"},
-    "cli": MODELS | {"train", "finetune", "generate", "fill_mask", "profile", "demo", "info", "tune", "hf"},
+    "profile": RUN | {"train", "testing"},
+    "demo": RUN | {"train", "fill_mask", "testing"},
+    "cli": RUN | {"train", "fill_mask", "profile", "info", "tune"},
     "__main__": {"cli"},
     "__init__": set(),
 }

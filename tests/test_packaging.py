@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from training import corpus, set_options
 
-from fastlm.train.recipe import tomllib
+from fastlm.run.recipe import tomllib
 
 pytest.importorskip("pybind11", reason="pybind11 and setuptools are needed to build a wheel")
 ROOT = Path(__file__).parent.parent

@@ -9,8 +9,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from training import small
 
+from fastlm.models import GPT2, T5, Counts, GPT2Config, T5Config
 from fastlm.testing import step_contenders, steps, train_step
-from fastlm.train import flops
 
 OTHERS = "contenders_on_purpose"  # the module
 
@@ -247,16 +247,17 @@ def test_flops_of_other_models(tmp_path):
     ids = torch.zeros(3, 16, dtype=torch.long)
     with FlopCounterMode(display=False) as counter:
         model(ids)
-    want = flops.gpt2_flops(48, 2 * 3 * 16**2, 48, layers=2, hidden=32, inner=128, vocab=100)
+    ours = GPT2(GPT2Config(vocab_size=100, n_embd=32, n_layer=2, n_head=2))
+    want = ours.flops(Counts(tokens=48, pairs=2 * 3 * 16**2, predicted=48))
     assert counter.get_total_flops() == want / 3
 
     sizes = {"vocab_size": 100, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 1}
-    sizes |= {"num_heads": 3, "feed_forward_proj": "gated-gelu", "attn_implementation": "eager"}
-    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes))
+    sizes |= {"num_heads": 3, "feed_forward_proj": "gated-gelu"}
+    config = transformers.T5Config(**sizes, attn_implementation="eager")
+    model = transformers.T5ForConditionalGeneration(config)
     with FlopCounterMode(display=False) as counter:
         model(ids, decoder_input_ids=ids[:, :5])
-    want = flops.t5_flops(
-        48, 15, 3 * 16**2, 2 * 3 * 5**2, 3 * 16 * 5,
-        layers=2, decoder_layers=1, hidden=32, heads=24, inner=48, vocab=100, gated=True,
-    )  # fmt: skip
+    want = T5(T5Config(**sizes)).flops(
+        Counts(48, 3 * 16**2, predicted=15, target_tokens=15, target_pairs=2 * 3 * 5**2, cross_pairs=3 * 16 * 5)
+    )
     assert counter.get_total_flops() == want / 3

@@ -2,7 +2,7 @@
 
 import random
 
-from fastlm.train.recipe import Recipe
+from fastlm.run.recipe import Recipe
 
 NAMES = ("anna", "boris", "clara", "david", "elena", "felix", "greta", "hugo")
 THINGS = ("a red apple", "the old clock", "two green stones", "a paper boat", "the last letter", "some warm bread")

@@ -6,9 +6,6 @@ neither accumulation, nor the number of ranks, nor a resume changes what is trai
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -76,22 +73,6 @@ class Batches:
         rows = self.batch_rows // micro_count
         first = step * self.batch_rows + micro * rows
         return self._batch(*self._order(first, rows))
-
-    def iterate(self, start: int, stop: int, *, micros: Sequence[int] = (0,), micro_count: int = 1) -> Iterator[Batch]:
-        """at(step, micro, micro_count) for each micro of each step in [start, stop), made ahead in one thread.
-
-        An error in the thread is raised here, at the batch it belongs to.
-        """
-        ahead = 2 * len(micros)
-        pending = deque()
-        with ThreadPoolExecutor(1, thread_name_prefix="fastlm-batches") as thread:
-            for step in range(start, stop):
-                for micro in micros:
-                    pending.append(thread.submit(self.at, step, micro, micro_count))
-                    if len(pending) > ahead:
-                        yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
 
     def _order(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """(epoch, row), (count,) int64 each, of the global rows from `first` on."""

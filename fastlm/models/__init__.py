@@ -1,5 +1,7 @@
 """Whole models, packed end to end; they read and write checkpoints in Transformers' layout."""
 
+from fastlm.models._config import Config
+from fastlm.models._model import Counts, Model
 from fastlm.models.bert import Bert, BertConfig
 from fastlm.models.bert_heads import (
     BertForQuestionAnswering,
@@ -19,6 +21,9 @@ __all__ = [
     "BertForSequenceClassification",
     "BertForTokenClassification",
     "BertModel",
+    "Config",
+    "Counts",
     "GPT2Config",
+    "Model",
     "T5Config",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, fields
+from dataclasses import Field, asdict, fields
 from typing import ClassVar
 
 # an activation in config.json -> `approximate` of ops.gelu
@@ -15,10 +15,27 @@ class Config:
 
     model_type: Transformers' name of the family.
     fixed: entries that must have these values, or be absent: what the model does not do.
+    decided: entries that the tokenizer or the head decides. The others are keys of a recipe's [model] table, with the
+        meaning that fastlm.settings.key gives them.
+    length: the entry that bounds a sequence's length; None where nothing does.
+    attention_dropout: the entry with the dropout of attention.
     """
 
     model_type: ClassVar[str]
     fixed: ClassVar[dict[str, object]]
+    decided: ClassVar[tuple[str, ...]]
+    length: ClassVar[str | None] = None
+    attention_dropout: ClassVar[str]
+
+    @classmethod
+    def settings(cls) -> list[Field]:
+        """The entries that a recipe has."""
+        return [field for field in fields(cls) if field.name not in cls.decided]
+
+    @property
+    def longest(self) -> tuple[str, int] | None:
+        """The entry that bounds a sequence's length, and its value."""
+        return None if self.length is None else (self.length, getattr(self, self.length))
 
     def __post_init__(self):
         for field in fields(self):

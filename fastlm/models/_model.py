@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -15,6 +16,29 @@ from fastlm.models import _checkpoint
 from fastlm.models._config import Config
 
 
+class Counts(NamedTuple):
+    """What a step runs on; padding counts nowhere.
+
+    tokens          input tokens
+    pairs           Σ length² over the input's sequences
+    predicted       tokens whose logits are computed
+    target_tokens   the decoder's tokens, in a model with an encoder and a decoder
+    target_pairs    Σ length² over the decoder's sequences
+    cross_pairs     Σ length · target length over both
+    """
+
+    tokens: int = 0
+    pairs: int = 0
+    predicted: int = 0
+    target_tokens: int = 0
+    target_pairs: int = 0
+    cross_pairs: int = 0
+
+    @classmethod
+    def total(cls, counts: Iterable[Counts]) -> Counts:
+        return cls(*map(sum, zip(cls(), *counts)))
+
+
 class Model(torch.nn.Module):
     """A model that reads and writes Transformers' checkpoints. A subclass has, for it:
 
@@ -22,6 +46,8 @@ class Model(torch.nn.Module):
     architecture: the name of Transformers' class with the same head.
     backbone: prefixes of Transformers' tensors that every checkpoint has to have; any other is a head's.
     transformers_names(config): see fastlm.models._checkpoint; canonical(tensors, config).
+    reset_parameters(): the initial weights, as its configuration says.
+    flops(counts), where it is pretrained.
 
     checkpoint_activations: set it, and a training forward keeps the layers' inputs alone; backward runs each layer
         again (Chen et al. 2016, arXiv:1604.06174), with the same dropout, to the same gradients, bit for bit.
@@ -38,6 +64,19 @@ class Model(torch.nn.Module):
             return layer(*args, rng=rng)
         # With rng, (seed, step) say what drops; without, torch's generator, whose state is then kept too.
         return checkpoint(layer, *args, rng=rng, use_reentrant=False, preserve_rng_state=rng is None)
+
+    def reset_parameters(self) -> None:
+        """Draws the initial weights from torch's generator; called at the end of __init__."""
+        raise NotImplementedError
+
+    def flops(self, counts: Counts) -> float:
+        """FLOPs of the matrix products of a step, 3 times those of its forward: once more for either factor's gradient.
+
+        The head counts for the predicted tokens. Attention counts for the pairs of tokens within a sequence, of which a
+        causal one sees half. Padding, recomputation and what is no matrix product count nothing. Source: Chowdhery et
+        al. 2022 (arXiv:2204.02311), appendix B.
+        """
+        raise NotImplementedError
 
     @classmethod
     def transformers_names(cls, config: Config) -> _checkpoint.Names:

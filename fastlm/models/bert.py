@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from fastlm import nn, ops
 from fastlm.models import _checkpoint, _inputs
 from fastlm.models._config import GELUS, Config
-from fastlm.models._model import Model, as_stream, tied
+from fastlm.models._model import Counts, Model, as_stream, tied
 from fastlm.ops import _checks
+from fastlm.settings import key
 
 _PROBLEMS = (None, "regression", "single_label_classification", "multi_label_classification")
 
@@ -39,17 +40,17 @@ class BertConfig(Config):
     """
 
     vocab_size: int = 30522
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    hidden_act: str = "gelu"
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
-    max_position_embeddings: int = 512
-    type_vocab_size: int = 2
-    initializer_range: float = 0.02
-    layer_norm_eps: float = 1e-12
+    hidden_size: int = key(768, "width of the residual stream")
+    num_hidden_layers: int = key(12, "layers")
+    num_attention_heads: int = key(12, "heads; they divide hidden_size")
+    intermediate_size: int = key(3072, "width of the MLP")
+    hidden_act: str = key("gelu", "gelu, or its tanh form gelu_new")
+    hidden_dropout_prob: float = key(0.1, "dropout of embeddings and of what a block adds")
+    attention_probs_dropout_prob: float = key(0.1, "dropout of attention: 0, or at least 1/256")
+    max_position_embeddings: int = key(512, "positions that have an embedding; at least data.row_tokens")
+    type_vocab_size: int = key(2, "segments that have an embedding")
+    initializer_range: float = key(0.02, "standard deviation of the initial weights")
+    layer_norm_eps: float = key(1e-12, "added to the variance")
     pad_token_id: int | None = 0
     labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")
     classifier_dropout: float | None = None
@@ -62,6 +63,15 @@ class BertConfig(Config):
         "tie_word_embeddings": True,
         "position_embedding_type": "absolute",
     }
+    decided: ClassVar[tuple[str, ...]] = (
+        "vocab_size",
+        "pad_token_id",
+        "labels",
+        "classifier_dropout",
+        "problem_type",
+    )
+    length: ClassVar[str | None] = "max_position_embeddings"
+    attention_dropout: ClassVar[str] = "attention_probs_dropout_prob"
 
     def __post_init__(self):
         super().__post_init__()
@@ -117,10 +127,21 @@ class Embeddings(torch.nn.Module):
         """word, sparse: of `tied`, where a head reads the table too."""
         word = self.word if word is None else word
         x = ops.embedding(
-            input_ids, word, self.position, self.token_type, positions=positions, token_type_ids=token_type_ids,
-            weight=self.norm.weight, bias=self.norm.bias, eps=self.norm.eps, padding_idx=self.padding_idx,
-            dropout_p=self.dropout_p if self.training else 0.0, rng=rng, site=self.site, sparse=sparse,
-        )  # fmt: skip
+            input_ids,
+            word,
+            self.position,
+            self.token_type,
+            positions=positions,
+            token_type_ids=token_type_ids,
+            weight=self.norm.weight,
+            bias=self.norm.bias,
+            eps=self.norm.eps,
+            padding_idx=self.padding_idx,
+            dropout_p=self.dropout_p if self.training else 0.0,
+            rng=rng,
+            site=self.site,
+            sparse=sparse,
+        )
         return as_stream(x)
 
 
@@ -200,9 +221,13 @@ class BertEncoder(Model):
     def sequences(self, input_ids, cu_seqlens, max_seqlen, attention_mask) -> _inputs.Sequences:
         """The checked inputs: see `encode`."""
         return _inputs.sequences(
-            input_ids, cu_seqlens, max_seqlen, attention_mask, device=self.embeddings.word.device,
-            longest=("max_position_embeddings", self.config.max_position_embeddings),
-        )  # fmt: skip
+            input_ids,
+            cu_seqlens,
+            max_seqlen,
+            attention_mask,
+            device=self.embeddings.word.device,
+            longest=self.config.longest,
+        )
 
     def encode(
         self,
@@ -309,15 +334,25 @@ class Bert(BertEncoder):
             return F.linear(x, decoder, self.head.bias)
         return ops.linear_cross_entropy(x, decoder, targets, self.head.bias, reduction=reduction)
 
+    def flops(self, counts: Counts) -> float:
+        c = self.config
+        layer = 4 * c.hidden_size * c.hidden_size + 2 * c.hidden_size * c.intermediate_size
+        layers = c.num_hidden_layers * (2 * counts.tokens * layer + 4 * counts.pairs * c.hidden_size)
+        head = 2 * counts.predicted * (c.hidden_size * c.hidden_size + c.hidden_size * c.vocab_size)
+        return 3.0 * (layers + head)
+
     @classmethod
     def transformers_names(cls, config: BertConfig) -> _checkpoint.Names:
         return {
             **encoder_names(config),
-            **_checkpoint.module_names({
-                "head.dense": "cls.predictions.transform.dense", "head.norm": "cls.predictions.transform.LayerNorm",
-            }),
+            **_checkpoint.module_names(
+                {
+                    "head.dense": "cls.predictions.transform.dense",
+                    "head.norm": "cls.predictions.transform.LayerNorm",
+                }
+            ),
             "head.bias": ("cls.predictions.bias",),
-        }  # fmt: skip
+        }
 
 
 def encoder_names(config: BertConfig) -> _checkpoint.Names:

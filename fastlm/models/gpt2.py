@@ -23,8 +23,9 @@ from fastlm import nn, ops
 from fastlm.models import _checkpoint, _inputs
 from fastlm.models._checkpoint import Transposed
 from fastlm.models._config import GELUS, Config
-from fastlm.models._model import Model, add_norm, as_stream, tied
+from fastlm.models._model import Counts, Model, add_norm, as_stream, tied
 from fastlm.ops import _checks
+from fastlm.settings import key
 
 
 @dataclass(frozen=True)
@@ -38,17 +39,17 @@ class GPT2Config(Config):
     """
 
     vocab_size: int = 50257
-    n_positions: int = 1024
-    n_embd: int = 768
-    n_layer: int = 12
-    n_head: int = 12
-    n_inner: int | None = None
-    activation_function: str = "gelu_new"
-    resid_pdrop: float = 0.1
-    embd_pdrop: float = 0.1
-    attn_pdrop: float = 0.1
-    layer_norm_epsilon: float = 1e-5
-    initializer_range: float = 0.02
+    n_positions: int = key(1024, "positions that have an embedding; at least data.row_tokens")
+    n_embd: int = key(768, "width of the residual stream")
+    n_layer: int = key(12, "layers")
+    n_head: int = key(12, "heads; they divide n_embd")
+    n_inner: int | None = key(None, "width of the MLP; by default 4 n_embd")
+    activation_function: str = key("gelu_new", "gelu, or its tanh form gelu_new")
+    resid_pdrop: float = key(0.1, "dropout of what a block adds")
+    embd_pdrop: float = key(0.1, "dropout of the embeddings")
+    attn_pdrop: float = key(0.1, "dropout of attention: 0, or at least 1/256")
+    layer_norm_epsilon: float = key(1e-5, "added to the variance")
+    initializer_range: float = key(0.02, "standard deviation of the initial weights")
     bos_token_id: int | None = 50256
     eos_token_id: int | None = 50256
     pad_token_id: int | None = None
@@ -60,6 +61,9 @@ class GPT2Config(Config):
         "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": False,
     }
+    decided: ClassVar[tuple[str, ...]] = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
+    length: ClassVar[str | None] = "n_positions"
+    attention_dropout: ClassVar[str] = "attn_pdrop"
 
     def __post_init__(self):
         super().__post_init__()
@@ -188,19 +192,34 @@ class GPT2(Model):
             return F.linear(x, head)
         return ops.linear_cross_entropy(x, head, given.next_tokens(labels), reduction=reduction)
 
+    def flops(self, counts: Counts) -> float:
+        c = self.config
+        layer = 4 * c.n_embd * c.n_embd + 2 * c.n_embd * (c.n_inner or 4 * c.n_embd)
+        layers = c.n_layer * (2 * counts.tokens * layer + 2 * counts.pairs * c.n_embd)
+        return 3.0 * (layers + 2 * counts.predicted * c.n_embd * c.vocab_size)
+
     def _sequences(self, input_ids, cu_seqlens, max_seqlen, attention_mask) -> _inputs.Sequences:
         return _inputs.sequences(
-            input_ids, cu_seqlens, max_seqlen, attention_mask, device=self.word.device,
-            longest=("n_positions", self.config.n_positions),
-        )  # fmt: skip
+            input_ids,
+            cu_seqlens,
+            max_seqlen,
+            attention_mask,
+            device=self.word.device,
+            longest=self.config.longest,
+        )
 
     def _decode(self, given: _inputs.Sequences, positions, rng, word, sparse=False) -> torch.Tensor:
         config, drops = self.config, float(self.training)
         positions = given.positions() if positions is None else positions
         embedded = ops.embedding(
-            given.ids, word, self.position, positions=positions, dropout_p=drops * config.embd_pdrop, rng=rng,
+            given.ids,
+            word,
+            self.position,
+            positions=positions,
+            dropout_p=drops * config.embd_pdrop,
+            rng=rng,
             sparse=sparse,
-        )  # fmt: skip
+        )
         x, delta, sequences = as_stream(embedded), None, given.attend()
         for layer in self.layers:
             x, delta = self.run(layer, x, delta, sequences, rng=rng)

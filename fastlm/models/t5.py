@@ -26,8 +26,9 @@ import torch.nn.functional as F
 from fastlm import nn, ops
 from fastlm.models import _checkpoint, _inputs
 from fastlm.models._config import Config
-from fastlm.models._model import Model, add_norm, as_stream, tied
+from fastlm.models._model import Counts, Model, add_norm, as_stream, tied
 from fastlm.ops import IGNORE_INDEX, _checks
+from fastlm.settings import key
 
 _SITES = 6  # dropouts of a layer
 
@@ -46,26 +47,28 @@ class T5Config(Config):
     """
 
     vocab_size: int = 32128
-    d_model: int = 512
-    d_kv: int = 64
-    d_ff: int = 2048
-    num_layers: int = 6
-    num_decoder_layers: int | None = None
-    num_heads: int = 8
-    relative_attention_num_buckets: int = 32
-    relative_attention_max_distance: int = 128
-    dropout_rate: float = 0.1
-    layer_norm_epsilon: float = 1e-6
-    initializer_factor: float = 1.0
-    feed_forward_proj: str = "relu"
-    tie_word_embeddings: bool = True
-    scale_decoder_outputs: bool | None = None
+    d_model: int = key(512, "width of the residual stream")
+    d_kv: int = key(64, "width of a head")
+    d_ff: int = key(2048, "width of the MLP")
+    num_layers: int = key(6, "layers of the encoder")
+    num_decoder_layers: int | None = key(None, "layers of the decoder; by default num_layers")
+    num_heads: int = key(8, "heads")
+    relative_attention_num_buckets: int = key(32, "distances that have a bias of their own or share one")
+    relative_attention_max_distance: int = key(128, "the distance from which on all share one")
+    dropout_rate: float = key(0.1, "of every dropout: 0, or at least 1/256")
+    layer_norm_epsilon: float = key(1e-6, "added to the mean square")
+    initializer_factor: float = key(1.0, "of the initial weights' standard deviations")
+    feed_forward_proj: str = key("relu", "relu (T5) or gated-gelu (v1.1)")
+    tie_word_embeddings: bool = key(True, "the head is the word table (T5), or a matrix of its own (v1.1)")
+    scale_decoder_outputs: bool | None = key(None, "by 1/sqrt(d_model) before the head; by default where it is tied")
     pad_token_id: int | None = 0
     eos_token_id: int | None = 1
     decoder_start_token_id: int | None = None
 
     model_type: ClassVar[str] = "t5"
     fixed: ClassVar[dict[str, object]] = {"is_encoder_decoder": True}
+    decided: ClassVar[tuple[str, ...]] = ("vocab_size", "pad_token_id", "eos_token_id", "decoder_start_token_id")
+    attention_dropout: ClassVar[str] = "dropout_rate"
 
     def __post_init__(self):
         for name, default in (
@@ -116,9 +119,17 @@ class SelfAttention(torch.nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)  # views, (..., heads, d_kv)
         bias = ops.RelativeBias(table, bidirectional=not self.decoder, max_distance=self.max_distance)
         attended = ops.attention(
-            q, k, v, causal=self.decoder, softmax_scale=1.0, relative_bias=bias,
-            dropout_p=self.dropout_p if self.training else 0.0, rng=rng, site=self.site, **sequences,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            causal=self.decoder,
+            softmax_scale=1.0,
+            relative_bias=bias,
+            dropout_p=self.dropout_p if self.training else 0.0,
+            rng=rng,
+            site=self.site,
+            **sequences,
+        )
         return self.out(attended.flatten(-2))
 
 
@@ -138,9 +149,15 @@ class CrossAttention(torch.nn.Module):
         q = self.q(x).unflatten(-1, (self.heads, -1))
         k, v = self.kv(source).unflatten(-1, (2, self.heads, -1)).unbind(-3)
         attended = ops.attention(
-            q, k, v, softmax_scale=1.0, dropout_p=self.dropout_p if self.training else 0.0, rng=rng,
-            site=self.site, **sequences,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            softmax_scale=1.0,
+            dropout_p=self.dropout_p if self.training else 0.0,
+            rng=rng,
+            site=self.site,
+            **sequences,
+        )
         return self.out(attended.flatten(-2))
 
 
@@ -158,9 +175,16 @@ class Layer(torch.nn.Module):
         self.norm2 = nn.RMSNorm(size, **norm)
         gated = config.feed_forward_proj == "gated-gelu"
         self.mlp = nn.MLP(
-            size, config.d_ff, gated=gated, activation="gelu" if gated else "relu", approximate="tanh", bias=False,
-            dropout=config.dropout_rate, site=site + 5, **factory,
-        )  # fmt: skip
+            size,
+            config.d_ff,
+            gated=gated,
+            activation="gelu" if gated else "relu",
+            approximate="tanh",
+            bias=False,
+            dropout=config.dropout_rate,
+            site=site + 5,
+            **factory,
+        )
 
     def forward(self, x, delta, table, sequences, source=None, cross_sequences=None, *, rng):
         """(x, delta) -> (x, delta), each (..., d_model), packed or padded; the first layer is given no delta."""
@@ -307,6 +331,16 @@ class T5(Model):
         if target.real is not None:
             labels = torch.where(target.real, labels, IGNORE_INDEX)
         return ops.linear_cross_entropy(x, head, labels, reduction=reduction)
+
+    def flops(self, counts: Counts) -> float:
+        c = self.config
+        heads = c.num_heads * c.d_kv
+        mlp = (3 if c.feed_forward_proj == "gated-gelu" else 2) * c.d_model * c.d_ff
+        encoder = 2 * counts.tokens * (4 * c.d_model * heads + mlp) + 4 * counts.pairs * heads
+        decoder = 2 * counts.target_tokens * (6 * c.d_model * heads + mlp) + 2 * counts.target_pairs * heads
+        cross = 2 * counts.tokens * 2 * c.d_model * heads + 4 * counts.cross_pairs * heads
+        head = 2 * counts.predicted * c.d_model * c.vocab_size
+        return 3.0 * (c.num_layers * encoder + c.num_decoder_layers * (decoder + cross) + head)
 
     def _sequences(self, ids, cu_seqlens, max_seqlen, attention_mask, **names) -> _inputs.Sequences:
         return _inputs.sequences(ids, cu_seqlens, max_seqlen, attention_mask, device=self.word.device, **names)

@@ -19,7 +19,6 @@ Any other name is "module:name", a Contender that lies elsewhere.
 from __future__ import annotations
 
 import ctypes
-import functools
 import importlib
 import json
 import math
@@ -37,10 +36,9 @@ from safetensors.torch import load_file
 
 import fastlm
 from fastlm import _malloc, models, ops
+from fastlm.tasks import Micro, TrainTable
 from fastlm.testing.steps import BATCHES, Batch, is_padded
-from fastlm.train.objective import Micro
 from fastlm.train.optimizer import make_optimizer, train_step
-from fastlm.train.recipe import TrainTable
 
 MATMUL = "matmul"  # the worker of the bound
 MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}  # rows and columns
@@ -115,7 +113,7 @@ def _micro(cls, table, input_ids, labels, lengths) -> Micro:
     if cls is models.Bert:
         index = _predicted(labels[real])
         inputs["index"], inputs["targets"], predicted = index, labels[real][index], len(index)
-    return Micro({**inputs, "reduction": "sum"}, tokens=0, pairs=0, predicted=predicted, dropped=0)
+    return Micro({**inputs, "reduction": "sum"}, counts=models.Counts(predicted=predicted))
 
 
 def _predicted(labels: torch.Tensor) -> torch.Tensor:
@@ -136,7 +134,7 @@ def fastlm_step(model, table: TrainTable, batches: list[Batch]) -> tuple[Loss, S
         with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             total = model.eval()(**micros[0].inputs).item()
         model.train()
-        return total / micros[0].predicted
+        return total / micros[0].counts.predicted
 
     def step(number):
         micro = micros[number % len(micros)]
@@ -223,8 +221,9 @@ def _prepare_transformers(form: _Form, job: Job, model) -> tuple[Loss, Step]:
     if form.compiled:  # one number of predicted tokens for all batches
         longest = max(map(len, indexes))
         indexes = [torch.nn.functional.pad(index, (0, longest - len(index))) for index in indexes]
-        pad = functools.partial(torch.nn.functional.pad, value=ops.IGNORE_INDEX)
-        targets = [pad(target, (0, longest - len(target))) for target in targets]
+        targets = [
+            torch.nn.functional.pad(target, (0, longest - len(target)), value=ops.IGNORE_INDEX) for target in targets
+        ]
 
     def dense_loss(batch, index, target):
         return model(**batch).loss

@@ -15,10 +15,8 @@ import torch
 from fastlm import models
 from fastlm.data import Dataset
 from fastlm.ops import IGNORE_INDEX
-from fastlm.train import Recipe, load_recipe, make_model
-from fastlm.train.flops import gpt2_flops, recipe_flops, t5_flops
-from fastlm.train.objective import MaskedLM
-from fastlm.train.recipe import DataTable, ModelTable, TrainTable
+from fastlm.run.recipe import Recipe, load_recipe
+from fastlm.tasks import find_task, make_model
 
 BATCHES = 4  # different ones, in turn
 # Of the fixed steps, which have no warm-up. BERT-small's losses leap from 6 to 14 nats within twenty steps at 1e-4, in
@@ -78,17 +76,18 @@ def _masked_inputs(recipe: Recipe, vocab_size: int, pad_id: int, batches: list[B
     """BERT's, of `tokens` in all batches."""
     pairs = sum(int(lengths.square().sum()) for _, _, lengths in batches)
     predicted = sum(int((labels != IGNORE_INDEX).sum()) for _, labels, _ in batches)
-    flops = recipe_flops(recipe, vocab_size, tokens, pairs, predicted) / len(batches)
-    return StepInputs(make_model(recipe, vocab_size, pad_id), batches, round(tokens / len(batches)), flops)
+    model = make_model(recipe, vocab_size, pad_id)
+    flops = model.flops(models.Counts(tokens, pairs, predicted)) / len(batches)
+    return StepInputs(model, batches, round(tokens / len(batches)), flops)
 
 
 def from_dataset(recipe: Recipe, dataset: Dataset) -> StepInputs:
     """The first micro-batches of a run, every row one sequence."""
-    objective, shape = MaskedLM(recipe, dataset, torch.device("cpu")), (-1, recipe.data.row_tokens)
+    task, shape = find_task(recipe.task)(recipe, dataset, torch.device("cpu")), (-1, recipe.data.row_tokens)
     batches, tokens = [], 0
     for step in range(BATCHES):
-        micro = objective.micro(step, 0)
-        inputs, tokens = micro.inputs, tokens + micro.tokens
+        micro = task.micro(step, 0)
+        inputs, tokens = micro.inputs, tokens + micro.counts.tokens
         labels = torch.full_like(inputs["input_ids"], IGNORE_INDEX)
         labels[inputs["index"]] = inputs["targets"]
         batches.append(_full(inputs["input_ids"].view(shape), labels.view(shape)))
@@ -137,12 +136,8 @@ def gpt2_step(rows: int = 4, length: int = 256, dtype: str = "float32", **sizes)
     torch.manual_seed(0)
     model = models.GPT2(models.GPT2Config(**sizes))
     ids = [_draw_ids((rows, length), model.config.vocab_size, draw) for _ in range(BATCHES)]
-    c = model.config
-    flops = gpt2_flops(
-        rows * length, rows * length**2, rows * (length - 1),
-        layers=c.n_layer, hidden=c.n_embd, inner=c.n_inner or 4 * c.n_embd, vocab=c.vocab_size,
-    )  # fmt: skip
-    return recipe, StepInputs(model, [_full(i, i) for i in ids], rows * length, flops)
+    counts = models.Counts(tokens=rows * length, pairs=rows * length**2, predicted=rows * (length - 1))
+    return recipe, StepInputs(model, [_full(i, i) for i in ids], rows * length, model.flops(counts))
 
 
 def t5_step(
@@ -155,21 +150,28 @@ def t5_step(
     batches = [
         _full(*(_draw_ids((rows, n), model.config.vocab_size, draw) for n in (length, target))) for _ in range(BATCHES)
     ]
-    c = model.config
-    flops = t5_flops(
-        rows * length, rows * target, rows * length**2, rows * target**2, rows * length * target,
-        layers=c.num_layers, decoder_layers=c.num_decoder_layers, hidden=c.d_model, heads=c.num_heads * c.d_kv,
-        inner=c.d_ff, vocab=c.vocab_size, gated=c.feed_forward_proj == "gated-gelu",
-    )  # fmt: skip
-    return recipe, StepInputs(model, batches, rows * length, flops)
+    counts = models.Counts(
+        tokens=rows * length,
+        pairs=rows * length**2,
+        predicted=rows * target,
+        target_tokens=rows * target,
+        target_pairs=rows * target**2,
+        cross_pairs=rows * length * target,
+    )
+    return recipe, StepInputs(model, batches, rows * length, model.flops(counts))
 
 
 def _recipe(rows: int, length: int, dtype: str) -> Recipe:
     """Of rows, optimizer and dtype alone; its model table is not read."""
-    return Recipe(
-        model=ModelTable(max_position_embeddings=length), data=DataTable(row_tokens=length),
-        train=TrainTable(batch_tokens=rows * length, lr=_LR, dtype=dtype),
-    )  # fmt: skip
+    return Recipe().with_values(
+        {
+            "model.max_position_embeddings": length,
+            "data.row_tokens": length,
+            "train.batch_tokens": rows * length,
+            "train.lr": _LR,
+            "train.dtype": dtype,
+        }
+    )
 
 
 def bert_step(

@@ -7,7 +7,7 @@ in turn: a slow moment of the machine meets them all, and an allocator's setting
 round is not measured: it finds the caches full of another process.
 
 Beside the contenders a large matrix product is timed, in the same rounds: a step that did nothing but its matrix
-products (fastlm/train/flops.py, attention's included), at the rate of that one, is the bound. Only real tokens count.
+products (Model.flops, attention's included), at the rate of that one, is the bound. Only real tokens count.
 
 Where losses of the first steps are kept, they have to be fastlm's within noise. Without dropout all contenders compute
 the same, and only rounding, which grows, parts them. With dropout each draws its own: means over windows of steps are
@@ -25,7 +25,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -34,12 +34,13 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from fastlm import _malloc
+from fastlm.chip import peak_flops
+from fastlm.run.recipe import Recipe
+from fastlm.tasks import TrainTable
 from fastlm.testing import step_contenders
 from fastlm.testing.step_contenders import MATMUL, MATMUL_SIZE, TENSORS
 from fastlm.testing.steps import BATCHES, StepInputs
 from fastlm.testing.timing import Timing
-from fastlm.train import Recipe
-from fastlm.train.flops import peak_flops
 
 CONTENDERS = ("fastlm", "transformers", "transformers tuned")
 EVERY = tuple(step_contenders.CONTENDERS)
@@ -241,7 +242,8 @@ def _write_inputs(recipe: Recipe, inputs: StepInputs, directory: Path, device: s
     }
     save_file(tensors, directory / "batches.safetensors")
     model = type(inputs.model).__name__
-    spec = {"model": model, "train": asdict(recipe.train), "device": device, "threads": threads}
+    train = {field.name: getattr(recipe.train, field.name) for field in fields(TrainTable)}  # without the task's own
+    spec = {"model": model, "train": train, "device": device, "threads": threads}
     (directory / "spec.json").write_text(json.dumps(spec))
 
 

@@ -1,13 +1,8 @@
 """`pretrain`: a run, from a recipe, data and a directory to a model that others can load.
 
-    OUT/data/             the text, prepared, where text was given
-    OUT/recipe.json       what the run is
-    OUT/metrics.jsonl     a line a step; see fastlm.train.metrics
-    OUT/checkpoints/      see fastlm.train.checkpoint
-    OUT/summary.json, OUT/loss.png, OUT/hf/     at the end
-
-What is learned is a function of the recipe and the data alone: order, masks and dropout depend on (seed, step). So a
-run that was killed goes on from its newest checkpoint to bit-identical losses, on the same machine and software.
+fastlm/run/directory.py lists what it writes. What is learned is a function of the recipe and the data alone: order,
+masks and dropout depend on (seed, step). So a run that was killed continues from its newest checkpoint with
+bit-identical losses, on the same machine and software.
 """
 
 from __future__ import annotations
@@ -28,17 +23,17 @@ from pathlib import Path
 import torch
 
 import fastlm
+from fastlm.chip import chip_name, parse_device, peak_flops
 from fastlm.data import Dataset
-from fastlm.models import Bert, BertConfig
+from fastlm.models import Counts
+from fastlm.run import directory as runs
+from fastlm.run.checkpoint import load_newest, restore, save_checkpoint
+from fastlm.run.metrics import MetricsFile, first_and_final_loss, plot_loss, read_metrics
+from fastlm.run.progress import ProgressLine, duration
+from fastlm.run.recipe import Recipe
 from fastlm.storage import atomic_directory, json_checksum, replace_json
-from fastlm.train import run as runs
-from fastlm.train.checkpoint import load_newest, restore, save_checkpoint
-from fastlm.train.flops import chip, peak_flops, recipe_flops
-from fastlm.train.metrics import MetricsFile, first_and_final_loss, plot_loss, read_metrics
-from fastlm.train.objective import OBJECTIVES, MaskedLM, Micro, log_frequencies
+from fastlm.tasks import Micro, Task, find_task, make_model
 from fastlm.train.optimizer import lr_at, make_optimizer, train_step
-from fastlm.train.progress import ProgressLine, duration
-from fastlm.train.recipe import Recipe
 
 PATIENCE = 10  # steps without finite gradients, one after another, that end a run; all of a shorter one
 
@@ -74,8 +69,8 @@ def pretrain(recipe: Recipe, data, out, *, device: str = "cpu", resume: str = "a
     data     what `fastlm.data.prepare` wrote, with rows of recipe.data.row_tokens; or text, a path or several, which
              is prepared into OUT/data first
     device   "cpu", "cuda", "cuda:1"
-    resume   "auto": go on from the newest checkpoint in `out`, if there is one; "never": `out` must hold no run;
-             a checkpoint's or a run's directory: start a new run in `out` from there; given again, go on with that one
+    resume   "auto": continue from the newest checkpoint in `out`, if there is one; "never": `out` must hold no run;
+             a checkpoint's or a run's directory: start a new run in `out` from there; given again, continue that one
 
     SIGTERM and SIGINT finish the step, write a checkpoint and return; a second one ends the process.
     ValueError where data, checkpoints or `out` do not fit the recipe. `Diverged` after ten steps in a row without
@@ -88,36 +83,12 @@ def pretrain(recipe: Recipe, data, out, *, device: str = "cpu", resume: str = "a
         return _Run(recipe, dataset, out, device, start).train()
 
 
-def parse_device(name: str) -> torch.device:
-    """ValueError where `name` is no device, or one that torch does not see."""
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device: expected cpu or cuda, got {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"device: expected cpu, or one of the {torch.cuda.device_count()} CUDA devices that torch "
-            f"{torch.__version__} sees, got {name}"
-        )
-    return device
-
-
-def make_model(recipe: Recipe, vocab_size: int, pad_id: int) -> Bert:
-    """The recipe's model on the CPU, its weights drawn from the recipe's seed: the same for every device."""
-    sizes = {key: value for key, value in asdict(recipe.model).items() if key != "architecture"}
-    config = BertConfig(vocab_size=vocab_size, pad_token_id=pad_id, **sizes)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.train.seed)
-        return Bert(config)
-
-
 class _Launched:
     """A step that was given to the device: what the host knows of it, and the result that the device will have."""
 
     def __init__(self, number: int, micros: list[Micro], lr: float, result: torch.Tensor):
-        self.number, self.micros, self.lr = number, micros, lr
+        self.number, self.lr = number, lr
+        self.counts, self.dropped = Counts.total(m.counts for m in micros), sum(m.dropped for m in micros)
         self._result, self._done = result, None
         if result.is_cuda:
             self._result = torch.empty(result.shape, pin_memory=True).copy_(result, non_blocking=True)
@@ -131,9 +102,6 @@ class _Launched:
         loss, norm = self._result.tolist()
         return loss, norm
 
-    def count(self, what: str) -> int:
-        return sum(getattr(micro, what) for micro in self.micros)
-
 
 class _Run:
     """One run, from `start` to its last step or a signal."""
@@ -141,10 +109,9 @@ class _Run:
     def __init__(self, recipe: Recipe, dataset: Dataset, out: Path, device: torch.device, start: runs.Start):
         self.recipe, self.dataset, self.out, self.device = recipe, dataset, out, device
         self.dtype = getattr(torch, recipe.train.dtype)
+        self.task = find_task(recipe.task)(recipe, dataset, device)
         model = make_model(recipe, dataset.tokenizer.vocab_size, dataset.tokenizer.pad_id)
-        if recipe.train.unigram_bias:
-            with torch.no_grad():
-                model.head.bias.copy_(log_frequencies(dataset, recipe.train.seed))
+        self.task.initialize(model)
         self.model = model.to(device).train()
         self.optimizer = make_optimizer(self.model, recipe.train)
         self.counters = Counters()
@@ -166,7 +133,6 @@ class _Run:
         self.metrics = MetricsFile(self.out / runs.METRICS, first)
         if self.start.branches:
             self._save()  # the other run may drop the checkpoint that this one starts from
-        objective = OBJECTIVES[self.recipe.model.architecture](self.recipe, self.dataset, self.device)
         launched: deque[_Launched] = deque()
         with ProgressLine(self.recipe.name, table.max_steps) as self.line, _stop_signal() as stop:
             self._headline()
@@ -177,7 +143,7 @@ class _Run:
                 )
             self.clock = time.perf_counter()
             try:
-                for step, micros in _ahead(objective, self.recipe.micro_count, first, table.max_steps):
+                for step, micros in _ahead(self.task, self.recipe.micro_count, first, table.max_steps):
                     lr = lr_at(step, table)
                     moved = [micro.to(self.device) for micro in micros]
                     result = train_step(
@@ -197,7 +163,7 @@ class _Run:
                 self.metrics.close()
             if self.counters.step < table.max_steps:
                 self.line.note(
-                    f"stopped at step {self.counters.step}; the same command goes on after step {self.saved}"
+                    f"stopped at step {self.counters.step}; the same command continues after step {self.saved}"
                 )
                 return Result(self.out, self.counters.step, None)
         return Result(self.out, self.counters.step, self._finish())
@@ -208,18 +174,18 @@ class _Run:
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
         finite = math.isfinite(loss) and math.isfinite(norm)
-        counters, tokens = self.counters, step.count("tokens")
+        counters, tokens = self.counters, step.counts.tokens
         counters.step = step.number
         counters.tokens += tokens
         counters.seconds += seconds
-        counters.dropped += step.count("dropped")
+        counters.dropped += step.dropped
         counters.skipped += not finite
         counters.streak = 0 if finite else counters.streak + 1
-        mfu = None if self.peak is None else self._flops(step) / (seconds * self.peak)
+        mfu = None if self.peak is None else self.model.flops(step.counts) / (seconds * self.peak)
         self.metrics.add(
             {
                 "step": step.number,
-                "loss": loss if step.count("predicted") else None,
+                "loss": loss if step.counts.predicted else None,
                 "tokens": counters.tokens,
                 "tokens_per_s": round(tokens / seconds, 1),
                 "lr": step.lr,
@@ -250,15 +216,11 @@ class _Run:
                 f"{self.recipe.train.warmup_steps} train.warmup_steps"
             )
 
-    def _flops(self, step: _Launched) -> float:
-        counts = (step.count(what) for what in ("tokens", "pairs", "predicted"))
-        return recipe_flops(self.recipe, self.dataset.tokenizer.vocab_size, *counts)
-
     def _save(self) -> None:
         self.metrics.sync()
         state = {
             "counters": asdict(self.counters),
-            "recipe": self.recipe.tables(),
+            "recipe": self.recipe.to_dict(),
             "data": {"manifest": json_checksum(self.dataset.manifest), "accepted": self.dataset.accepted},
             "rng": {"seed": self.recipe.train.seed, "step": self.counters.step},
             "versions": versions(),
@@ -278,7 +240,7 @@ class _Run:
         recipe, dataset, parameters = self.recipe, self.dataset, sum(p.numel() for p in self.model.parameters())
         peak = "n/a, no peak is known" if self.peak is None else f"against {self.peak / 1e12:g} TFLOP/s"
         self.line.note(
-            f"{recipe.name}: {parameters / 1e6:.3g} M parameters on {chip(self.device)} in {recipe.train.dtype}; "
+            f"{recipe.name}: {parameters / 1e6:.3g} M parameters on {chip_name(self.device)} in {recipe.train.dtype}; "
             f"{dataset.rows:,} rows of {dataset.row_tokens} tokens, vocabulary {dataset.tokenizer.vocab_size:,}\n"
             f"MFU = 3 · forward FLOPs of matrix products on real tokens / (seconds · peak): {peak}"
         )
@@ -294,14 +256,14 @@ class _Run:
             "steps": counters.step,
             "first_loss": first,
             "final_loss": final,
-            "unigram_entropy": self.dataset.unigram_entropy,
+            **self.task.metrics(),
             "tokens": counters.tokens,
             "seconds": round(counters.seconds, 3),
             "tokens_per_s": round(counters.tokens / counters.seconds, 1),
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "skipped_steps": counters.skipped,
             "dropped_predictions": counters.dropped,
-            "device": chip(self.device),
+            "device": chip_name(self.device),
             "dtype": self.recipe.train.dtype,
             "versions": versions(),
         }
@@ -309,8 +271,7 @@ class _Run:
             self.line.note(
                 f"{counters.dropped} selected tokens, beyond the capacity of their batch, were not predicted"
             )
-        title, entropy = f"fastlm {self.recipe.name}", self.dataset.unigram_entropy
-        plot_loss(rows, self.out / runs.PLOT, unigram_entropy=entropy, title=title)
+        plot_loss(rows, self.out / runs.PLOT, levels=self.task.metrics(), title=f"fastlm {self.recipe.name}")
         model = self.out / runs.MODEL
         with atomic_directory(model) as partial:
             self.model.eval().save_pretrained(partial, self.dataset.tokenizer)
@@ -324,12 +285,12 @@ def versions() -> dict[str, str]:
     return {"fastlm": fastlm.__version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
-def _ahead(objective: MaskedLM, micro_count: int, start: int, stop: int) -> Iterator[tuple[int, list[Micro]]]:
+def _ahead(task: Task, micro_count: int, start: int, stop: int) -> Iterator[tuple[int, list[Micro]]]:
     """(step, its micro-batches) for each step, made on the host by one thread while the steps before them run."""
-    pin = objective.device.type == "cuda"
+    pin = task.device.type == "cuda"
 
     def make(step: int) -> list[Micro]:
-        micros = [objective.micro(step, m) for m in range(micro_count)]
+        micros = [task.micro(step, m) for m in range(micro_count)]
         return [micro.pin() for micro in micros] if pin else micros
 
     with ThreadPoolExecutor(1, thread_name_prefix="fastlm-batches") as thread:

@@ -1,9 +1,9 @@
 """AdamW, the learning rate, and one training step.
 
-A fused AdamW, fastlm's on a CPU and torch's elsewhere, reads two scalars on the device that torch.amp.GradScaler made
-it read: gradients are divided by `grad_scale`, and nothing is updated where `found_inf` is 1. So neither clipping nor
-the mean over the predicted tokens costs a pass over the gradients, and a gradient that is not finite skips the step,
-none of it with the host looking.
+A fused AdamW, fastlm's on a CPU and torch's elsewhere, reads two device scalars, as under torch.amp.GradScaler:
+gradients are divided by `grad_scale`, and nothing is updated where `found_inf` is 1. So neither clipping nor the mean
+over the predicted tokens costs a pass over the gradients, and a gradient that is not finite skips the step. The host
+reads neither scalar.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from fastlm.tasks import Micro, TrainTable
 from fastlm.train.adamw import AdamW, runs_on, total_norm
-from fastlm.train.objective import Micro
-from fastlm.train.recipe import TrainTable
 
 
 def make_optimizer(model: nn.Module, table: TrainTable) -> torch.optim.AdamW:
@@ -65,7 +64,7 @@ def train_step(
     parameters and the optimizer's state are as they were. No parameter has a .grad afterwards.
     """
     device = micros[0].inputs["input_ids"].device
-    predicted = max(1, sum(micro.predicted for micro in micros))
+    predicted = max(1, sum(micro.counts.predicted for micro in micros))
     losses = []
     for micro in micros:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

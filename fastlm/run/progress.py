@@ -1,4 +1,4 @@
-"""What a person sees while something runs: one live line on a terminal, a plain line now and then elsewhere."""
+"""Progress on stderr: one live line on a terminal, elsewhere a plain line every ten seconds."""
 
 from __future__ import annotations
 

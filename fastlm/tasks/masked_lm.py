@@ -1,12 +1,13 @@
-"""What a model is trained to predict: batches of rows in, arguments of the model's forward out.
+"""Masked language modelling (Devlin et al. 2018, section 3.1): about 15% of the tokens are predicted from the others.
 
-A micro-batch is a pure function of (recipe, dataset, step, m). It is made on the host, where the number of predicted
-tokens is known without asking the device; the mask is the same on any device.
+`ops.mlm_mask` selects them: most become the mask token, some a random one, the rest stay. The mask is made on the host,
+where the number of predicted tokens is known without asking the device; it is the same on any device.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -15,56 +16,55 @@ from fastlm import ops
 from fastlm.data import Batches, Dataset
 from fastlm.data.order import rows_at
 from fastlm.data.packing import PADDING_SAMPLE
-from fastlm.train.recipe import Recipe
+from fastlm.models import Bert, Counts, Model
+from fastlm.settings import Table, key
+from fastlm.tasks._tables import DataTable, TrainTable
+from fastlm.tasks._task import Micro, Task
 
 _COUNTED_ROWS = 1 << 14  # two million tokens at 128 a row
 
 
 @dataclass(frozen=True)
-class Micro:
-    """One forward.
+class MaskedLMData(DataTable):
+    mlm_probability: float = key(0.15, "share of the tokens that are predicted", above=0.0, most=1.0)
+    mask_replace_prob: float = key(0.8, "share of those that become the mask token", least=0.0, most=1.0)
+    random_replace_prob: float = key(0.1, "share of those that become a random token", least=0.0, most=1.0)
 
-    inputs      keyword arguments of the model, `reduction="sum"` and its dropout's rng among them
-    tokens      how many of the input tokens are real
-    pairs       sum over pieces of length²: what attention scores
-    predicted   how many tokens the loss is summed over
-    dropped     how many more were selected than the fixed capacity holds; they are left out of the loss
-    """
-
-    inputs: dict[str, object]
-    tokens: int
-    pairs: int
-    predicted: int
-    dropped: int
-
-    def pin(self) -> Micro:
-        """With tensors in pinned memory, from where a copy to the device does not wait."""
-        return self._map(lambda tensor: tensor.pin_memory())
-
-    def to(self, device: torch.device) -> Micro:
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def _map(self, function) -> Micro:
-        inputs = {k: function(v) if isinstance(v, torch.Tensor) else v for k, v in self.inputs.items()}
-        return replace(self, inputs=inputs)
+    def __post_init__(self):
+        super().__post_init__()
+        if self.mask_replace_prob + self.random_replace_prob > 1:
+            raise ValueError(
+                "data.random_replace_prob: expected at most 1 together with data.mask_replace_prob="
+                f"{self.mask_replace_prob}, got {self.random_replace_prob}"
+            )
 
 
-class MaskedLM:
-    """BERT's objective: 15% of the tokens are selected, and predicted from a text in which most of them are masked."""
+@dataclass(frozen=True)
+class MaskedLMTrain(TrainTable):
+    unigram_bias: bool = key(False, "the head's bias starts at the tokens' log frequencies, not at 0")
 
-    def __init__(self, recipe: Recipe, dataset: Dataset, device: torch.device):
-        self.recipe, self.dataset, self.tokenizer, self.device = recipe, dataset, dataset.tokenizer, device
+
+class MaskedLM(Task):
+    models = (Bert,)
+    tables: ClassVar[dict[str, type[Table]]] = {"data": MaskedLMData, "train": MaskedLMTrain}
+
+    def __init__(self, recipe, dataset: Dataset, device: torch.device):
+        super().__init__(recipe, dataset, device)
         self.batches = Batches(dataset, batch_rows=recipe.batch_rows, seed=recipe.train.seed)
 
+    def initialize(self, model: Model) -> None:
+        if self.recipe.train.unigram_bias:
+            with torch.no_grad():
+                model.head.bias.copy_(log_frequencies(self.dataset, self.recipe.train.seed))
+
     def micro(self, step: int, m: int) -> Micro:
-        """Micro-batch m, 0 to M-1, of step `step`, on the host."""
-        recipe = self.recipe
+        recipe, tokenizer = self.recipe, self.dataset.tokenizer
         batch = self.batches.at(step, m, recipe.micro_count)
         masked = ops.mlm_mask(
             batch.input_ids,
-            mask_token_id=self.tokenizer.mask_id,
-            vocab_size=self.tokenizer.vocab_size,
-            special_ids=self.tokenizer.special_ids,
+            mask_token_id=tokenizer.mask_id,
+            vocab_size=tokenizer.vocab_size,
+            special_ids=tokenizer.special_ids,
             seed=recipe.train.seed,
             epoch=batch.epochs,
             sample_ids=batch.sample_ids,
@@ -90,11 +90,12 @@ class MaskedLM:
                 "targets": masked.targets[:places],
                 "reduction": "sum",
             },
-            tokens=batch.tokens,
-            pairs=int((starts.diff().square() * real).sum()),
-            predicted=predicted,
+            counts=Counts(batch.tokens, int((starts.diff().square() * real).sum()), predicted),
             dropped=selected - predicted,
         )
+
+    def metrics(self) -> dict[str, float]:
+        return {"unigram_entropy": self.dataset.unigram_entropy}
 
 
 def log_frequencies(dataset: Dataset, seed: int) -> torch.Tensor:
@@ -108,6 +109,3 @@ def log_frequencies(dataset: Dataset, seed: int) -> torch.Tensor:
     counts[list(dataset.tokenizer.special_ids)] = 0
     shares = (counts + 0.5) / (counts + 0.5).sum()
     return torch.from_numpy(np.log(shares)).float()
-
-
-OBJECTIVES = {"bert": MaskedLM}

@@ -1,4 +1,11 @@
-"""The directory of a run: who may write it, and where a run in it starts."""
+"""The directory of a run: the lock on it, where a run in it starts, and the data in it.
+
+OUT/data/             the text, prepared, where text was given
+OUT/recipe.json       what the run is
+OUT/metrics.jsonl     a line a step; see fastlm.run.metrics
+OUT/checkpoints/      see fastlm.run.checkpoint
+OUT/summary.json, OUT/loss.png, OUT/hf/     at the end
+"""
 
 from __future__ import annotations
 
@@ -14,10 +21,10 @@ from pathlib import Path
 
 from fastlm.data import Dataset, is_prepared, open_dataset
 from fastlm.data.sources import RUN_FILES
+from fastlm.run.checkpoint import Checkpoint, load_newest, read_checkpoint
+from fastlm.run.progress import prepare_with_progress
+from fastlm.run.recipe import TABLES, Recipe
 from fastlm.storage import atomic_file, json_checksum, replace_json
-from fastlm.train.checkpoint import Checkpoint, load_newest, read_checkpoint
-from fastlm.train.progress import prepare_with_progress
-from fastlm.train.recipe import TABLES, Recipe
 
 DATA = "data"
 WRITTEN = *RUN_FILES, "checkpoints", "summary.json", "loss.png", "hf"  # by a run, beside DATA
@@ -58,7 +65,7 @@ def alone_in(out: Path) -> Iterator[None]:
 class Start:
     """Where a run starts.
 
-    checkpoint   what it goes on from, None for new weights
+    checkpoint   the one it continues; None for new weights
     origin       the checkpoint of another run that this one was started from, as recipe.json stores it, or None
     branches     whether `checkpoint` is that one
     """
@@ -94,7 +101,7 @@ def find_start(recipe: Recipe, out: Path, resume: str) -> Start:
         if _holds_run(out) and (newest is None or not newest.path.samefile(start.path)):
             from_where = f", and was started from {origin}" if origin is not None else ""
             raise ValueError(
-                f"resume: {out} holds a run that is not at {start.path}{from_where}; go on with it by --resume auto, "
+                f"resume: {out} holds a run that is not at {start.path}{from_where}; continue it with --resume auto, "
                 "or name a new directory to start another from there"
             )
         if newest is None:
@@ -106,7 +113,7 @@ def find_start(recipe: Recipe, out: Path, resume: str) -> Start:
     finished = [name for name in (MODEL, SUMMARY) if (out / name).exists()]
     if newest is None and finished:
         raise ValueError(
-            f"out: expected no finished run in {out}, where there is no checkpoint of it to go on from; found "
+            f"out: expected no finished run in {out}, where there is no checkpoint of it to continue from; found "
             f"{' and '.join(finished)}. Delete what is there to train anew, or name another directory"
         )
     return Start(start, origin, branches=start is not None and newest is None)
@@ -117,7 +124,7 @@ def _holds_run(out: Path) -> bool:
 
 
 def read_recipe(out: Path) -> dict | None:
-    """What recipe.json in `out` holds: the recipe's name, its tables, and the origin; None where there is none."""
+    """What recipe.json in `out` holds: `Recipe.to_dict()`, its name, and the origin; None where there is none."""
     path = out / RECIPE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -127,8 +134,8 @@ def read_recipe(out: Path) -> dict | None:
         return None
     except ValueError as error:
         raise ValueError(
-            f"out: {path} is damaged ({error}); delete it: a run with checkpoints goes on from the newest, one without "
-            "starts again"
+            f"out: {path} is damaged ({error}); delete it: a run with checkpoints continues from the newest, one "
+            "without starts again"
         ) from error
     return content
 
@@ -142,7 +149,7 @@ def finished_summary(out: Path) -> dict | None:
 
 def write_recipe(out: Path, recipe: Recipe, origin: str | None) -> None:
     replace_json(
-        out / RECIPE, {"name": recipe.name, **({} if origin is None else {"origin": origin}), **recipe.tables()}
+        out / RECIPE, {"name": recipe.name, **({} if origin is None else {"origin": origin}), **recipe.to_dict()}
     )
 
 
@@ -167,8 +174,15 @@ def _named(path: Path) -> Checkpoint:
     return newest
 
 
-def _same_recipe(recipe: Recipe, tables: dict, where: Path) -> None:
-    if differences := recipe.differences(tables):
+def _same_recipe(recipe: Recipe, content: dict, where: Path) -> None:
+    try:
+        differences = recipe.differences(content)
+    except ValueError as error:
+        raise ValueError(
+            f"resume: the run in {where} has a recipe that this version of fastlm does not read ({error}); resume it "
+            "with the version that started it, or name another directory"
+        ) from error
+    if differences:
         raise ValueError(
             f"resume: the run in {where} has another recipe: {'; '.join(differences)}. Resume it with its own, or name "
             "another directory for this one"
@@ -198,10 +212,8 @@ def open_data(recipe: Recipe, data, out: Path, start: Checkpoint | None) -> Data
         directory = prepared[0]
     else:
         directory = out / DATA
-        prepare_with_progress(
-            paths, table.tokenizer, directory,
-            row_tokens=table.row_tokens, documents=table.documents, min_chars=table.min_chars, outputs=[out],
-        )  # fmt: skip
+        keys = {"row_tokens": table.row_tokens, "documents": table.documents, "min_chars": table.min_chars}
+        prepare_with_progress(paths, table.tokenizer, directory, **keys, outputs=[out])
     dataset = open_dataset(directory, None if start is None else start.state["data"]["accepted"])
     if start is not None and json_checksum(dataset.manifest) != start.state["data"]["manifest"]:
         raise ValueError(f"data: {directory} is not what the run was started on; resume with the same data")

@@ -1,4 +1,4 @@
-"""What a run leaves to read: metrics.jsonl, summary.json, loss.png."""
+"""What a run leaves to read: metrics.jsonl and loss.png."""
 
 from __future__ import annotations
 
@@ -75,8 +75,11 @@ def first_and_final_loss(rows: list[dict]) -> tuple[float | None, float | None]:
     return float(np.mean(losses[:_MEAN_OF])), float(np.mean(losses[-_MEAN_OF:]))
 
 
-def plot_loss(rows: list[dict], path: Path, *, unigram_entropy: float, title: str) -> None:
-    """The loss against real tokens as a PNG: every step, a running mean, and the unigram entropy as a dashed line."""
+def plot_loss(rows: list[dict], path: Path, *, levels: dict[str, float], title: str) -> None:
+    """The loss against real tokens as a PNG: every step, a running mean, and a dashed line for each of `levels`.
+
+    levels: losses to read the curve against, by name, as `Task.metrics` has them.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -88,17 +91,18 @@ def plot_loss(rows: list[dict], path: Path, *, unigram_entropy: float, title: st
     axes = figure.add_subplot()
     axes.plot(tokens, losses, color="#9ecae1", linewidth=0.8, label="each step")
     axes.plot(tokens, _running_mean(losses), color="#08519c", linewidth=1.8, label="running mean")
-    axes.axhline(unigram_entropy, color="#d94801", linestyle="--", linewidth=1.2)
-    axes.annotate(
-        f"unigram entropy {unigram_entropy:.2f}",
-        (1.0, unigram_entropy),
-        xycoords=("axes fraction", "data"),
-        xytext=(-4, 4),
-        textcoords="offset points",
-        ha="right",
-        color="#d94801",
-        fontsize=9,
-    )
+    for name, level in levels.items():
+        axes.axhline(level, color="#d94801", linestyle="--", linewidth=1.2)
+        axes.annotate(
+            f"{name.replace('_', ' ')} {level:.2f}",
+            (1.0, level),
+            xycoords=("axes fraction", "data"),
+            xytext=(-4, 4),
+            textcoords="offset points",
+            ha="right",
+            color="#d94801",
+            fontsize=9,
+        )
     axes.set_xlabel("tokens")
     axes.set_ylabel("loss (nats a predicted token)")
     axes.set_title(title)

@@ -1,0 +1,64 @@
+"""Keys of recipes and model configurations: a default, a meaning, the type and the range of a value.
+
+Fields of frozen dataclasses: `lr: float = key(1e-3, "peak learning rate", above=0.0)`. Their modules need
+`from __future__ import annotations`: types are read as they are written.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from dataclasses import Field, field, fields
+from typing import ClassVar
+
+_KINDS = {"bool": bool, "int": int, "float": float, "str": str}
+_WORDS = {"bool": "true or false", "int": "an integer", "float": "a number", "str": "a string"}
+_HOLDS = {"at least": operator.ge, "more than": operator.gt, "at most": operator.le, "less than": operator.lt}
+
+
+def key(default, doc: str, *, least=None, above=None, most=None, below=None, one_of: tuple = ()):
+    """A field with its default, its meaning, and the values that it may have."""
+    bounds = {"at least": least, "more than": above, "at most": most, "less than": below}
+    bounds = {words: bound for words, bound in bounds.items() if bound is not None}
+    return field(default=default, metadata={"doc": doc, "bounds": bounds, "one_of": one_of})
+
+
+def meaning(of: Field) -> str:
+    return of.metadata.get("doc", "")
+
+
+def typed(name: str, value, of: Field):
+    """`value`, read from a file or a command line, in the field's type. ValueError where it has another."""
+    kind, _, alternative = of.type.partition(" | ")
+    if value is None and alternative == "None":
+        return None
+    if kind == "float" and type(value) is int:
+        return float(value)
+    if kind == "int" and type(value) is float and value.is_integer():
+        return int(value)  # 1e6
+    if type(value) is not _KINDS[kind]:
+        raise ValueError(f"{name}: expected {_WORDS[kind]}, got {value!r}")
+    return value
+
+
+class Table:
+    """Base of a table of a recipe: a frozen dataclass of keys, whose ranges are checked when it is made.
+
+    table: its name in a recipe.
+    """
+
+    table: ClassVar[str]
+
+    def __post_init__(self):
+        for of in fields(self):
+            _check_range(f"{self.table}.{of.name}", getattr(self, of.name), of.metadata)
+
+
+def _check_range(name: str, value, meta) -> None:
+    if value in (math.inf, -math.inf):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+    if meta["one_of"] and value not in meta["one_of"]:
+        raise ValueError(f"{name}: expected {' or '.join(map(repr, meta['one_of']))}, got {value!r}")
+    bounds = meta["bounds"]
+    if not all(_HOLDS[words](value, bound) for words, bound in bounds.items()):
+        raise ValueError(f"{name}: expected {' and '.join(f'{w} {b}' for w, b in bounds.items())}, got {value}")

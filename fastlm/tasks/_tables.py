@@ -1,0 +1,40 @@
+"""The recipe's tables [data] and [train], as every task has them. A task with more keys derives its tables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fastlm.settings import Table, key
+
+
+@dataclass(frozen=True)
+class DataTable(Table):
+    tokenizer: str = key("train:8192", "train:N for a WordPiece of N tokens, or a tokenizer's directory")
+    row_tokens: int = key(128, "length of a row of packed pieces", least=8)
+    documents: str = key("file", "what of a plain-text file is a document", one_of=("file", "line", "blank"))
+    min_chars: int = key(8, "a document of fewer characters is dropped", least=0)
+
+    table: ClassVar[str] = "data"
+
+
+@dataclass(frozen=True)
+class TrainTable(Table):
+    batch_tokens: int = key(4096, "tokens in the global batch of a step, padding included", least=1)
+    micro_batch_tokens: int = key(0, "tokens in one forward; it divides batch_tokens; 0: all of them", least=0)
+    max_steps: int = key(1000, "steps", least=1)
+    lr: float = key(1e-3, "peak learning rate", above=0.0)
+    warmup_steps: int = key(100, "steps of linear warm-up", least=0)
+    schedule: str = key("linear", "from the peak to the last step", one_of=("linear", "cosine", "constant"))
+    final_lr: float = key(0.0, "where linear and cosine end, as a share of lr", least=0.0, most=1.0)
+    weight_decay: float = key(0.01, "AdamW's, on matrices; none on biases and norms", least=0.0)
+    beta1: float = key(0.9, "AdamW's", least=0.0, below=1.0)
+    beta2: float = key(0.98, "AdamW's", least=0.0, below=1.0)
+    eps: float = key(1e-6, "AdamW's", above=0.0)
+    grad_clip: float = key(1.0, "largest norm of the gradient; 0: as it is", least=0.0)
+    dtype: str = key("float32", "of the matrix products; parameters are float32", one_of=("float32", "bfloat16"))
+    seed: int = key(0, "of the initial weights, order, masks and dropout", least=0, most=2**63 - 1)
+    checkpoint_every: int = key(500, "steps between checkpoints; 0: only the last", least=0)
+    keep_checkpoints: int = key(2, "how many are kept, the newest", least=1)
+
+    table: ClassVar[str] = "train"
