@@ -1,22 +1,27 @@
-"""attention in Triton: configurations and launchers. The maths: fastlm/ops/attention.py; the kernels: attention_fwd.py
-and attention_bwd.py, with what they share in attention_tile.py.
+"""attention in Triton: configurations and launchers. The maths: fastlm/ops/attention.py.
+
+The kernels: attention_fwd.py, attention_bwd.py and attention_bias.py. They share attention_plan.py and
+attention_tile.py.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 
 import torch
 import triton
 
+from . import attention_bias as bias_kernels
 from . import attention_bwd as bwd
 from . import attention_fwd as fwd
+from .attention_plan import Features, Rows
 from .device import architecture, multiprocessors
 from .tuning import choose
 
 
 @dataclass(frozen=True)
 class Config:
-    """Queries and keys of a block, warps, and stages of the loads in flight, of one kernel."""
+    """One kernel's block of queries and keys, its warps, and the stages of its loads in flight."""
 
     block_m: int
     block_n: int
@@ -24,27 +29,27 @@ class Config:
     num_stages: int
 
 
-# By the head dimension, rounded up to a power of two; without spills, packed with dropout too.
+# By the head dimension, rounded up to a power of two. None spills, packed input with dropout included.
 #
-# sm_90 and sm_100, 228 KB of shared memory. Of 64 and 128 the fastest of 30 to 40 on an H100 (LOG.md, 2026-11-26). Blocks
-# of 64 rows, one group of four warps for wgmma: two or three of them a multiprocessor hide each other's exp2, and a
-# thread's registers are half empty with eight warps. Only without dropout is a forward of 128 rows, in blocks of 32 keys,
-# ahead, by 7%. d 256, not measured, has room for 64 rows, and in dkdv, which holds two tiles of gradients, for none of
-# wgmma's: mma.sync.
+# sm_90 and sm_100 have 228 KB of shared memory. d 64 and 128: the fastest of 30 to 40 on an H100 (LOG.md, 2026-11-26).
+# Blocks have 64 rows, one group of four warps for wgmma. Two or three such blocks on a multiprocessor hide each other's
+# exp2; with eight warps half of a thread's registers would be empty. A forward of 128 rows in blocks of 32 keys is
+# faster only without dropout, by 7%. d 256 is not measured: it has room for 64 rows, but dkdv, which holds two tiles of
+# gradients, has no room for wgmma's tiles and uses mma.sync.
 _WGMMA = {
     "fwd": {64: Config(128, 32, 8, 3), 128: Config(64, 64, 4, 3), 256: Config(64, 32, 8, 2)},
     "dkdv": {64: Config(64, 64, 4, 3), 128: Config(32, 128, 8, 3), 256: Config(32, 32, 8, 1)},
     "dq": {64: Config(64, 64, 4, 3), 128: Config(128, 64, 8, 3), 256: Config(64, 32, 8, 2)},
 }
 _WGMMA_DROPOUT = {"fwd": {64: Config(64, 64, 4, 3)}, "dkdv": {64: Config(64, 64, 4, 2)}}
-# sm_80, and sm_86, sm_89 and sm_120 with their 99 KB: mma.sync takes its operands from registers, so tiles are smaller.
-# The largest that ptxas fits into 255 registers, with eight warps; with four most spill. Not measured.
+# sm_80, and sm_86, sm_89 and sm_120 with 99 KB: mma.sync takes its operands from registers, so tiles are smaller. These
+# are the largest that ptxas fits into 255 registers, with eight warps; with four most spill. Not measured.
 _MMA = {
     "fwd": {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 3), 256: Config(64, 32, 8, 2)},
     "dkdv": {64: Config(32, 128, 8, 2), 128: Config(32, 64, 8, 2), 256: Config(32, 32, 8, 1)},
     "dq": {64: Config(64, 32, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(64, 32, 8, 1)},
 }
-# float32 goes through FMA, unrolled over the whole tile: small tiles, or the code is huge.
+# float32 uses FMA, unrolled over the whole tile: larger tiles would make the code huge.
 _FLOAT32 = {64: Config(32, 32, 8, 1), 128: Config(32, 32, 8, 1), 256: Config(16, 32, 8, 1)}
 
 
@@ -55,7 +60,7 @@ def config(kernel: str, block_d: int, itemsize: int, dropout: bool) -> Config:
 
 
 def _rule(kernel: str, block_d: int, itemsize: int, arch: int, dropout: int) -> Config:
-    if kernel == "dtable":  # the larger the tile, the fewer diagonals of tiles are near: what 99 KB hold
+    if kernel == "dtable":  # the largest that 99 KB hold: larger tiles leave fewer diagonals of tiles near
         return Config(64, 64, 8, 1) if block_d * itemsize <= 256 else Config(32, 32, 8, 1)
     width = max(64, block_d)
     if itemsize == 4:
@@ -67,18 +72,15 @@ def _rule(kernel: str, block_d: int, itemsize: int, arch: int, dropout: int) -> 
 
 def _others(kernel: str, itemsize: int) -> list[Config]:
     sizes, stages = ((32, 64), (1, 2)) if itemsize == 4 else ((32, 64, 128), (1, 2, 3, 4))
-    return [
-        Config(m, n, warps, stage)
-        for m in sizes for n in sizes for warps in (4, 8) for stage in stages
-        if kernel != "dtable" or m == n
-    ]  # fmt: skip
+    every = [Config(*fields) for fields in itertools.product(sizes, sizes, (4, 8), stages)]
+    return [c for c in every if kernel != "dtable" or c.block_m == c.block_n]
 
 
-_NO_LIMIT = 2**30  # of a window: past any sequence, and its sums with an index stay in 32 bits
+_NO_LIMIT = 2**30  # of a window: past any sequence, and sums with an index stay in 32 bits
 
 
 def _limit(before_or_after: int) -> int:
-    """A side of the window as the kernels take it; -1: no limit."""
+    """One side of the window for the kernels; -1: no limit."""
     return min(before_or_after, _NO_LIMIT) if before_or_after >= 0 else _NO_LIMIT
 
 
@@ -91,43 +93,39 @@ def _config(kernel: str, q: torch.Tensor, threshold: int) -> Config:
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """Of the products: float32's are float32, unless torch's own switch allows tf32."""
+    """Of the products: float32 stays float32, unless torch's switch allows tf32."""
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-def _strides(x):
-    """(sequence, row, head); a packed tensor is one sequence. 0 where there is one alone: to compile for one number."""
+def _rows(x: torch.Tensor) -> Rows:
+    """x for the kernels; a packed tensor is one sequence. Strides of size 1 are 0, to compile for one number."""
     strides = [stride if size > 1 and x.numel() else 0 for size, stride in zip(x.shape[:-1], x.stride())]
-    return (0, *strides) if x.dim() == 3 else tuple(strides)
+    return Rows(x, 0, *strides) if x.dim() == 3 else Rows(x, *strides)
 
 
-def _named_strides(**tensors):
-    """stride_qb, stride_qm, stride_qh for q, and so on; k and v count rows by n."""
-    names = {}
-    for name, x in tensors.items():
-        b, m, h = _strides(x)
-        names |= {f"stride_{name}b": b, f"stride_{name}{'n' if name in 'kv' else 'm'}": m, f"stride_{name}h": h}
-    return names
-
-
-def _arguments(
-    q, k, cu_seqlens_q, cu_seqlens_k, key_mask, rng, bias, starts, bidirectional, left, right, scale, threshold,
-    dropout_scale, site,
-):  # fmt: skip
-    """What all kernels take. bias: expanded, or None."""
-    packed = cu_seqlens_q is not None
-    d = q.shape[-1]
-    far = 1 if bias is None else starts[-1]
+def _numbers(q, k, cu_seqlens_q, starts, bidirectional, left, right, site, threshold):
+    """The loose arguments of all kernels: integers that must not be specialised, and constants."""
+    far = starts[-1] if starts else 1
     return {
-        "cu_q_ptr": cu_seqlens_q, "cu_k_ptr": cu_seqlens_k, "mask_ptr": key_mask, "bias_ptr": bias, "rng_ptr": rng,
-        "sequences": cu_seqlens_q.numel() - 1 if packed else q.shape[0],
-        "sq": q.shape[-3], "sk": k.shape[-3], "heads": q.shape[-2], "group": q.shape[-2] // k.shape[-2],
-        "left": _limit(left), "right": _limit(right),
-        "scale": scale, "far": far, "far_right": far if bidirectional else 0,
-        "site": site, "threshold": threshold, "dropout_scale": dropout_scale,
-        "PACKED": packed, "HAS_MASK": key_mask is not None, "DROPOUT": threshold > 0,
-        "D": d, "BLOCK_D": _block_d(d), "PRECISION": _precision(q.dtype),
-    }  # fmt: skip
+        "sequences": cu_seqlens_q.numel() - 1 if cu_seqlens_q is not None else q.shape[0],
+        "sq": q.shape[-3],
+        "sk": k.shape[-3],
+        "heads": q.shape[-2],
+        "group": q.shape[-2] // k.shape[-2],
+        "left": _limit(left),
+        "right": _limit(right),
+        "far": far,
+        "far_right": far if bidirectional else 0,
+        "site": site,
+        "threshold": threshold,
+        "D": q.shape[-1],
+        "BLOCK_D": _block_d(q.shape[-1]),
+        "PRECISION": _precision(q.dtype),
+    }
+
+
+def _blocks(c: Config):
+    return {"BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "num_warps": c.num_warps, "num_stages": c.num_stages}
 
 
 def _expand(table, starts, bidirectional, dtype):
@@ -137,17 +135,11 @@ def _expand(table, starts, bidirectional, dtype):
     """
     if table is None:
         return None
-    heads, width = table.shape[1], 2 * starts[-1] + 1
+    heads, far, unit = table.shape[1], starts[-1], 1.0 if dtype == torch.float32 else math.log2(math.e)
+    width = 2 * far + 1
     bias = table.new_empty(heads, width, dtype=torch.float32)
-    bwd._expand_bias[(heads, triton.cdiv(width, 256))](
-        table,
-        bias,
-        heads,
-        starts[-1],
-        1.0 if dtype == torch.float32 else math.log2(math.e),
-        STARTS=starts,
-        BIDIRECTIONAL=bidirectional,
-        BLOCK=256,
+    bias_kernels._expand_bias[(heads, triton.cdiv(width, 256))](
+        table, bias, heads, far, unit, STARTS=starts, BIDIRECTIONAL=bidirectional, BLOCK=256
     )
     return bias
 
@@ -157,9 +149,26 @@ def _batch(q):
 
 
 def attention_fwd(
-    q, k, v, out, lse, *, cu_seqlens_q, cu_seqlens_k, key_mask, table, starts, bidirectional, left, right, scale,
-    threshold, dropout_scale, rng, site,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    out,
+    lse,
+    *,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    key_mask,
+    table,
+    starts,
+    bidirectional,
+    left,
+    right,
+    scale,
+    threshold,
+    dropout_scale,
+    rng,
+    site,
+):
     """Fills out, like q, and lse (B, H, Sq) or (H, Tq), float32; both contiguous.
 
     q, k, v: any strides with a unit last one; the rest contiguous. table (buckets, heads) or None, starts: the smallest
@@ -169,91 +178,107 @@ def attention_fwd(
         return
     c = _config("fwd", q, threshold)
     bias = _expand(table, starts, bidirectional, q.dtype)
-    arguments = _arguments(
-        q, k, cu_seqlens_q, cu_seqlens_k, key_mask, rng, bias, starts, bidirectional, left, right, scale, threshold,
-        dropout_scale, site,
-    )  # fmt: skip
+    features = Features(cu_seqlens_q, cu_seqlens_k, key_mask, bias, rng if threshold else None, scale, dropout_scale)
+    numbers = _numbers(q, k, cu_seqlens_q, starts, bidirectional, left, right, site, threshold)
     tiles = triton.cdiv(q.shape[-3], c.block_m)
     fwd._fwd[(tiles * q.shape[-2] * _batch(q),)](
-        q, k, v, out, lse, **_named_strides(q=q, k=k, v=v), **arguments, tiles=tiles, HAS_BIAS=bias is not None,
-        BLOCK_M=c.block_m, BLOCK_N=c.block_n, num_warps=c.num_warps, num_stages=c.num_stages,
-    )  # fmt: skip
+        _rows(q), _rows(k), _rows(v), out, lse, features, tiles=tiles, **numbers, **_blocks(c)
+    )
 
 
 def attention_bwd(
-    dout, dlse, q, k, v, out, lse, dq, dk, dv, dtable, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-    key_mask, table, starts, bidirectional, left, right, scale, threshold, dropout_scale, rng, site,
-):  # fmt: skip
-    """Fills dq, dk, dv, contiguous, and dtable (buckets, heads) float32 where it is not None.
+    dout,
+    dlse,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    dq,
+    dk,
+    dv,
+    dtable,
+    *,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    key_mask,
+    table,
+    starts,
+    bidirectional,
+    left,
+    right,
+    scale,
+    threshold,
+    dropout_scale,
+    rng,
+    site,
+):
+    """Fills dq, dk, dv, contiguous, and dtable (buckets, heads) float32 unless it is None.
 
-    dout: any strides with a unit last one; dlse like lse, or None. No sequence is longer than max_seqlen_q, _k; padded:
-    not read. The rest as of attention_fwd.
+    dout: any strides with a unit last one; dlse like lse, or None. No sequence is longer than max_seqlen_q, _k; padded
+    input does not read them. The rest as in attention_fwd.
     """
-    if q.numel() == 0:  # nothing that a gradient could come from
+    if q.numel() == 0:  # no gradient comes from anywhere
         for gradient in (dk, dv, dtable):
             if gradient is not None:
                 gradient.zero_()
         return
-    heads, d = q.shape[-2:]
-    sq, sk, batch = q.shape[-3], k.shape[-3], _batch(q)
-    block_d = _block_d(d)
+    heads, sq, sk, batch = q.shape[-2], q.shape[-3], k.shape[-3], _batch(q)
     bias = _expand(table, starts, bidirectional, q.dtype)
-    arguments = _arguments(
-        q, k, cu_seqlens_q, cu_seqlens_k, key_mask, rng, bias, starts, bidirectional, left, right, scale, threshold,
-        dropout_scale, site,
-    )  # fmt: skip
-    strides = _named_strides(q=q, k=k, v=v, do=dout)
-    packed, dropout = arguments["PACKED"], arguments["DROPOUT"]
+    features = Features(cu_seqlens_q, cu_seqlens_k, key_mask, bias, rng if threshold else None, scale, dropout_scale)
+    numbers = _numbers(q, k, cu_seqlens_q, starts, bidirectional, left, right, site, threshold)
+    packed = cu_seqlens_q is not None
     delta = torch.empty_like(lse)
-    sequence = torch.empty(sq, dtype=torch.int32, device=q.device) if packed and dropout else None
-
-    block_m = 16 if q.dtype == torch.float32 else max(16, 4096 // block_d)
-    tiles = triton.cdiv(sq, block_m)
-    bwd._delta[(tiles * heads * batch,)](
-        out, dout, dlse, delta, sequence, cu_seqlens_q, strides["stride_dob"], strides["stride_dom"],
-        strides["stride_doh"], arguments["sequences"], sq, heads, tiles,
-        HAS_DLSE=dlse is not None, SEQUENCE=sequence is not None, D=d, BLOCK_D=block_d, BLOCK_M=block_m, num_warps=4,
-    )  # fmt: skip
-
+    inputs = (*map(_rows, (q, k, v, dout)), lse, delta)
+    sequence = torch.empty(sq, dtype=torch.int32, device=q.device) if packed and threshold else None
+    _launch_delta(out, inputs[3], dlse, delta, sequence, cu_seqlens_q, numbers, batch)
     if k.numel():
         c = _config("dkdv", q, threshold)
         tiles = triton.cdiv(sk, c.block_n)
         bwd._dkdv[(tiles * k.shape[-2] * batch,)](
-            q, k, v, dout, lse, delta, dk, dv, sequence_ptr=sequence, **strides, **arguments, tiles=tiles,
-            HAS_BIAS=bias is not None, BLOCK_M=c.block_m, BLOCK_N=c.block_n, num_warps=c.num_warps,
-            num_stages=c.num_stages,
-        )  # fmt: skip
+            *inputs, dk, dv, sequence, features, tiles=tiles, **numbers, **_blocks(c)
+        )
     c = _config("dq", q, threshold)
     tiles = triton.cdiv(sq, c.block_m)
     far = q.new_empty(heads, batch * tiles, 2, dtype=torch.float32) if dtable is not None else None
-    bwd._dq[(tiles * heads * batch,)](
-        q, k, v, dout, lse, delta, dq, far, **strides, **arguments, tiles=tiles, HAS_BIAS=bias is not None,
-        HAS_DTABLE=dtable is not None, BLOCK_M=c.block_m, BLOCK_N=c.block_n, num_warps=c.num_warps,
-        num_stages=c.num_stages,
-    )  # fmt: skip
-    if dtable is None:
-        return
-    c = _config("dtable", q, threshold)
-    longest_q, longest_k = (max_seqlen_q, max_seqlen_k) if packed else (sq, sk)
-    far_right = arguments["far_right"]
+    bwd._dq[(tiles * heads * batch,)](*inputs, dq, far, features, tiles=tiles, **numbers, **_blocks(c))
+    if dtable is not None:
+        longest = (max_seqlen_q, max_seqlen_k) if packed else (sq, sk)
+        _launch_dtable(inputs, features, numbers, starts, bidirectional, longest, far, dtable)
+
+
+def _launch_delta(out, dout, dlse, delta, sequence, cu_seqlens_q, numbers, batch):
+    block_m = 16 if out.dtype == torch.float32 else max(16, 4096 // numbers["BLOCK_D"])
+    tiles = triton.cdiv(numbers["sq"], block_m)
+    shared = {name: numbers[name] for name in ("sequences", "sq", "heads", "D", "BLOCK_D")}
+    bwd._delta[(tiles * numbers["heads"] * batch,)](
+        out, dout, dlse, delta, sequence, cu_seqlens_q, tiles=tiles, BLOCK_M=block_m, num_warps=4, **shared
+    )
+
+
+def _launch_dtable(inputs, features, numbers, starts, bidirectional, longest, far, dtable):
+    """dtable = the sum of `far`, by `_dq`, and of the tiles near the diagonal. longest: most queries, most keys."""
+    q, (buckets, heads) = inputs[0].ptr, dtable.shape
+    c = _config("dtable", q, numbers["threshold"])
     # The relative positions that are near and can occur, and the diagonals of tiles that hold one of them.
-    low, high = 1 - min(starts[-1], longest_k), min(far_right, longest_q) - 1
-    low, high = max(low, -arguments["left"]), min(high, arguments["right"])
+    low, high = 1 - min(starts[-1], longest[1]), min(numbers["far_right"], longest[0]) - 1
+    low, high = max(low, -numbers["left"]), min(high, numbers["right"])
     first_tile, last_tile = low // c.block_m, (high + c.block_m - 1) // c.block_m
     diagonals = max(1, last_tile - first_tile + 1)
-    tiles = triton.cdiv(longest_q, c.block_m)
-    items = tiles * arguments["sequences"]
-    # Four programs a multiprocessor, as far as there is work: each ends with a pass over its tile for every bucket.
+    tiles = triton.cdiv(longest[0], c.block_m)
+    items = tiles * numbers["sequences"]
+    # At most four programs a multiprocessor: each ends with a pass over its tile for every bucket.
     programs = max(1, min(items, triton.cdiv(4 * multiprocessors(q.device), diagonals * heads)))
-    buckets = dtable.shape[0]
     partial = q.new_empty(programs, diagonals, heads, buckets, dtype=torch.float32)
-    bwd._dtable[(programs, diagonals, heads)](
-        q, k, v, dout, lse, delta, partial, **strides, **arguments, items=items, first_tile=first_tile, tiles=tiles,
-        STARTS=starts, BIDIRECTIONAL=bidirectional, BUCKETS=buckets, BLOCK=c.block_m, num_warps=c.num_warps,
-        num_stages=c.num_stages,
-    )  # fmt: skip
-    bwd._sum_dtable[(heads,)](
-        partial, far, dtable, programs * diagonals, far.shape[1], heads,
-        len(starts) - 1, 2 * len(starts) - 1 if bidirectional else 0,
-        BUCKETS=buckets, BLOCK_B=triton.next_power_of_2(buckets), BLOCK_P=32, num_warps=4,
-    )  # fmt: skip
+    constants = {"STARTS": starts, "BIDIRECTIONAL": bidirectional, "BUCKETS": buckets, "BLOCK": c.block_m}
+    constants |= {"num_warps": c.num_warps, "num_stages": c.num_stages}
+    bias_kernels._dtable[(programs, diagonals, heads)](
+        *inputs, partial, features, items=items, first_tile=first_tile, tiles=tiles, **numbers, **constants
+    )
+    left, right = len(starts) - 1, 2 * len(starts) - 1 if bidirectional else 0  # the buckets of far positions
+    block_b, fars = triton.next_power_of_2(buckets), far.shape[1]
+    bias_kernels._sum_dtable[(heads,)](
+        partial, far, dtable, programs * diagonals, fars, heads, left, right, buckets, block_b, 32, num_warps=4
+    )

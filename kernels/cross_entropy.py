@@ -1,17 +1,18 @@
 """cross_entropy in Triton: a row's loss and its gradient in one kernel. The maths: fastlm/ops/cross_entropy.py.
 
-A program takes one row. Up to WHOLE classes lie in its registers: one read, one exp an element. A longer row is swept
-twice in blocks, for Σ exp under a running maximum, then for the gradient; the second sweep goes backward, so that it
-begins with what the first has just brought into the cache of its multiprocessor. Memory is read once and written once.
+A program takes one row. Up to WHOLE classes are held in registers: one read, one exp an element. A longer row is swept
+twice in blocks: for Σ exp under a running maximum, then for the gradient. The second sweep goes backward, so it begins
+with what the first has just brought into the multiprocessor's cache. Memory is read once and written once.
 
-Rows of an odd vocabulary start anywhere. So a row is taken as a head of less than 16 bytes, a body that starts on 16
-bytes and is a multiple of them, and a tail of less than 16: the body moves in 16-byte accesses under masks that hold
-for a whole access, head and tail together in one scalar access of 2·VEC lanes. Nothing outside of the row is touched.
+Rows of an odd vocabulary start at any address. A row is split into a head of less than 16 bytes, a body that starts on
+16 bytes and is a multiple of them, and a tail of less than 16. The body moves in 16-byte accesses, with one mask for a
+whole access; head and tail together are one scalar access of 2·VEC lanes. Nothing outside the row is touched.
 
-The mean's denominator is summed before, by at most PARTS programs, each of which leaves its part, and every row adds
-the parts; the losses are summed after. All in a fixed order: the same bits in every run, without atomics.
+The mean's denominator is summed first, by at most PARTS programs, each of which leaves a partial sum; every row adds
+these. The losses are summed last. All sums have a fixed order: the same bits in every run, without atomics.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -19,13 +20,14 @@ import triton
 import triton.language as tl
 
 from .device import multiprocessors
+from .rows import Matrix, matrix
 from .tuning import choose
 
 
 @dataclass(frozen=True)
 class Config:
-    """Elements of a block and the warps that take it. per_sm: programs a multiprocessor that loop over the rows, which
-    are swept twice; 0: a program a row, which lies in its registers."""
+    """Elements of a block, and its warps. per_sm: programs a multiprocessor, which loop over the rows and sweep each
+    twice; 0: one program a row, which it holds in registers."""
 
     block_n: int
     num_warps: int
@@ -34,24 +36,24 @@ class Config:
     def limit(self) -> dict[str, int]:
         """Registers of a thread with which per_sm programs are resident at once.
 
-        ptxas also uses them when it is told: for float32 with smoothing it otherwise stops at 32, and spills. As it is
-        nothing spills on sm_80 and sm_90 (V of 30522, 32128, 50257, 128256, 151936; bfloat16 and float32; each option):
-        48 to 64 registers, all loads and stores of logits 16 bytes wide.
+        ptxas uses them all only with this limit: for float32 with smoothing it otherwise stops at 32, and spills. With
+        it nothing spills on sm_80 and sm_90 (V of 30522, 32128, 50257, 128256, 151936; bfloat16 and float32; each
+        option): 48 to 64 registers, all loads and stores of logits 16 bytes wide.
         """
         return {"maxnreg": min(255, 65536 // (32 * self.num_warps * self.per_sm) // 8 * 8)} if self.per_sm else {}
 
 
-# Longest row in registers: 512 threads hold 32 elements each, and two programs fit a multiprocessor, so that one loads
-# while the other computes. At twice the length there would be one.
+# Longest row in registers: 512 threads hold 32 elements each, and two programs fit a multiprocessor, so one loads while
+# the other computes. At twice the length only one would fit.
 WHOLE = 16384
-# A longer row must be cached from one sweep to the next. Two programs of 512 threads a multiprocessor, while two rows
-# fit its L1 (256 KB on sm_90, less shared memory), else one of 1024. More at once would be read from memory twice: two
-# rows of 128256 in bfloat16 on each of 132 multiprocessors are 68 MB, and L2 has 50.
+# A longer row must stay cached from one sweep to the next. A multiprocessor runs two programs of 512 threads where two
+# rows fit its L1 (256 KB on sm_90, less shared memory), else one of 1024. More rows at once would be read from memory
+# twice: two rows of 128256 in bfloat16 on each of 132 multiprocessors are 68 MB, and L2 has 50.
 L1 = 208 * 1024
-# Bytes that a thread loads at once in a sweep, four accesses: 64 KB of a multiprocessor in flight, twice what latency
-# times bandwidth asks for. Class weights are aligned otherwise than the row: 4-byte loads, each with its address.
+# Bytes that a thread loads at once in a sweep, in four accesses: a multiprocessor then has 64 KB in flight, twice the
+# product of latency and bandwidth. Class weights are not aligned as the row is: 4-byte loads, each with an address.
 SWEEP, SWEEP_WEIGHTED = 64, 16
-PARTS = 64  # partial sums at most of what `_sum` adds up
+PARTS = 64  # partial sums at most in what `_sum` adds
 SUM_BLOCK = 4096
 SCALE_BLOCK = 4096  # 128 threads, 32 elements each
 
@@ -64,7 +66,7 @@ def config(cols: int, itemsize: int, weighted: bool) -> Config:
 
 
 def _rule(cols: int, itemsize: int, weighted: bool) -> Config:
-    """The numbers above; half of SWEEP where a last, part-filled block would cost more than a tenth."""
+    """By the constants above; half of SWEEP where the last block, partly filled, would cost more than a tenth."""
     if cols <= WHOLE:
         block_n = max(256, triton.next_power_of_2(cols))
         return Config(block_n, max(1, block_n // 1024), per_sm=0)
@@ -78,11 +80,8 @@ def _others(cols: int, itemsize: int, weighted: bool) -> list[Config]:
     rule = _rule(cols, itemsize, weighted)
     if not rule.per_sm:
         return [Config(rule.block_n, w, 0) for w in (1, 2, 4, 8, 16, 32) if 8 <= rule.block_n // (32 * w) <= 64]
-    return [
-        Config(32 * w * loaded // itemsize, w, per_sm)
-        for w in (8, 16, 32) for per_sm in (1, 2, 3, 4, 6) for loaded in (16, 32, 64)
-        if 16 <= w * per_sm <= 64
-    ]  # fmt: skip
+    every = itertools.product((8, 16, 32), (1, 2, 3, 4, 6), (16, 32, 64))
+    return [Config(32 * w * loaded // itemsize, w, sm) for w, sm, loaded in every if 16 <= w * sm <= 64]
 
 
 def vec(x: torch.Tensor) -> int:
@@ -95,14 +94,14 @@ def _split(ptr, cols, VEC: tl.constexpr):
     """(head, body): of `cols` elements from ptr on, those before the first 16-byte boundary, and the multiple of VEC
     after it."""
     past = ptr.to(tl.int64) // (16 // VEC) % VEC
-    # int32 for all cols: the pointer to the body then stays one of its own, on which the hint that it is aligned lies.
+    # int32 for all cols: the body then keeps a pointer of its own, which carries the hint that it is aligned.
     head = tl.minimum((VEC - past) % VEC, cols).to(tl.int32)
     return head, (cols - head) // VEC * VEC
 
 
 @triton.jit
 def _edge(head, body, VEC: tl.constexpr):
-    """The columns of head and tail, (2·VEC,); those from cols - body on are none."""
+    """The columns of head and tail, (2·VEC,); from cols - body on they do not exist."""
     lane = tl.arange(0, 2 * VEC)
     return lane, tl.where(lane < head, lane, lane + body)
 
@@ -118,20 +117,20 @@ def _tile(BLOCK_N: tl.constexpr, VEC: tl.constexpr):
 
 
 @triton.jit
-def _weighted(x, w_ptr, col, mask, reference, HAS_W: tl.constexpr):
+def _weighted(x, w_ptr, col, mask, reference):
     """w (reference - x), where the mask is set, else 0."""
     distance = tl.where(mask, reference - x, 0.0)
-    if HAS_W:
+    if w_ptr is not None:
         distance *= tl.load(w_ptr + col, mask=mask, other=0.0).to(tl.float32)
     return distance
 
 
 @triton.jit
-def _gradient(e, factor, uniform, w_ptr, col, mask, SMOOTHS: tl.constexpr, HAS_W: tl.constexpr):
-    """exp(x - maximum) factor - ε/V w; the target's part is missing."""
+def _gradient(e, factor, uniform, w_ptr, col, mask, SMOOTHS: tl.constexpr):
+    """exp(x - maximum) factor - ε/V w; without the target's part."""
     dx = e * factor
     if SMOOTHS:
-        if HAS_W:
+        if w_ptr is not None:
             dx -= uniform * tl.load(w_ptr + col, mask=mask, other=0.0).to(tl.float32)
         else:
             dx -= uniform
@@ -140,42 +139,57 @@ def _gradient(e, factor, uniform, w_ptr, col, mask, SMOOTHS: tl.constexpr, HAS_W
 
 @triton.jit
 def _fwd(
-    x_ptr, target_ptr, w_ptr, w_sum_ptr, part_ptr, dloss_ptr, loss_ptr, dx_ptr,
-    rows, cols, stride_xm, stride_dm, parts, ignore_index: tl.int64, smoothing, z_loss,
-    HAS_W: tl.constexpr, SMOOTHS: tl.constexpr, HAS_Z: tl.constexpr, MEAN: tl.constexpr, HAS_DLOSS: tl.constexpr,
-    HAS_DX: tl.constexpr, WHOLE: tl.constexpr, PARTS: tl.constexpr, VEC: tl.constexpr,
+    x: Matrix,
+    target_ptr,
+    w_ptr,
+    w_sum_ptr,
+    part_ptr,
+    dloss_ptr,
+    loss_ptr,
+    dx: Matrix,
+    rows,
+    cols,
+    parts,
+    ignore_index: tl.int64,
+    smoothing,
+    z_loss,
+    SMOOTHS: tl.constexpr,
+    HAS_Z: tl.constexpr,
+    WHOLE: tl.constexpr,
+    PARTS: tl.constexpr,
+    VEC: tl.constexpr,
     BLOCK_N: tl.constexpr,
-):  # fmt: skip
+):
+    """loss (rows,) and dx. w_ptr and w_sum_ptr, part_ptr (the mean's denominator), dloss_ptr, dx: each may be None."""
     program, count = tl.program_id(0), tl.num_programs(0)
     group, tile = _tile(BLOCK_N, VEC)
     denominator = 1.0
-    if MEAN:
+    if part_ptr is not None:
         part = tl.arange(0, PARTS)
         denominator = tl.sum(tl.load(part_ptr + part, mask=part < parts, other=0.0))
     t_next = tl.load(target_ptr + program)
     end, step = rows, count
-    if WHOLE:  # a loop that the compiler sees to be none, and spends no registers on
+    if WHOLE:  # the compiler sees a loop of one turn and spends no registers on it
         end, step = program + 1, 1
     for index in range(program, end, step):
         t = t_next
-        t_next = tl.load(
-            target_ptr + tl.minimum(index + count, rows - 1)
-        )  # else every row would begin with its latency
+        # Loaded one row ahead: each row would otherwise begin with this latency.
+        t_next = tl.load(target_ptr + tl.minimum(index + count, rows - 1))
         row = tl.cast(index, tl.int64)
-        row_ptr = x_ptr + row * stride_xm
+        row_ptr = x.ptr + row * x.stride
         head, body = _split(row_ptr, cols, VEC)
         lane, edge_col = _edge(head, body, VEC)
         in_edge = lane < cols - body
         body_ptr = tl.multiple_of(row_ptr + head, 16)
-        if HAS_DX:
-            dx_row_ptr = dx_ptr + row * stride_dm
+        if dx is not None:
+            dx_row_ptr = dx.ptr + row * dx.stride
             dx_body_ptr = tl.multiple_of(dx_row_ptr + head, 16)
 
         if t == ignore_index:
             tl.store(loss_ptr + row, 0.0)
-            if HAS_DX:
-                tl.store(dx_row_ptr + edge_col, tl.zeros((2 * VEC,), dx_ptr.dtype.element_ty), mask=in_edge)
-                zeros = tl.zeros((BLOCK_N // VEC, VEC), dx_ptr.dtype.element_ty)
+            if dx is not None:
+                tl.store(dx_row_ptr + edge_col, tl.zeros((2 * VEC,), dx.ptr.dtype.element_ty), mask=in_edge)
+                zeros = tl.zeros((BLOCK_N // VEC, VEC), dx.ptr.dtype.element_ty)
                 for start in range(0, body, BLOCK_N):
                     tl.store(dx_body_ptr + start + tile, zeros, mask=(start + group < body)[:, None])
         else:
@@ -183,7 +197,7 @@ def _fwd(
             x_t = tl.load(row_ptr + t, mask=is_class, other=float("nan")).to(tl.float32)
             w_t = 1.0
             w_sum = tl.cast(cols, tl.float32)
-            if HAS_W:
+            if w_ptr is not None:
                 w_t = tl.load(w_ptr + t, mask=is_class, other=0.0).to(tl.float32)
                 w_sum = tl.load(w_sum_ptr)
 
@@ -193,12 +207,12 @@ def _fwd(
             distance = 0.0
             if WHOLE:
                 in_body = (group < body)[:, None]
-                x = tl.load(body_ptr + tile, mask=in_body, other=-float("inf")).to(tl.float32)
-                # Not below the least float: where a row holds -inf alone, its exponentials are 0.
-                maximum = tl.maximum(tl.maximum(tl.max(x), tl.max(edge)), -3.4028234663852886e38)
+                logit = tl.load(body_ptr + tile, mask=in_body, other=-float("inf")).to(tl.float32)
+                # Not below the least float: the exponentials of a row that is all -inf are then 0.
+                maximum = tl.maximum(tl.maximum(tl.max(logit), tl.max(edge)), -3.4028234663852886e38)
                 if SMOOTHS:
-                    distance = tl.sum(_weighted(x, w_ptr, head + tile, in_body, reference, HAS_W))
-                e = tl.exp(x - maximum)
+                    distance = tl.sum(_weighted(logit, w_ptr, head + tile, in_body, reference))
+                e = tl.exp(logit - maximum)
                 total = tl.sum(e)
             else:
                 top = tl.full((BLOCK_N // VEC,), -3.4028234663852886e38, tl.float32)
@@ -206,19 +220,19 @@ def _fwd(
                 distances = tl.zeros((BLOCK_N // VEC,), tl.float32)
                 for start in range(0, body, BLOCK_N):
                     in_body = (start + group < body)[:, None]
-                    x = tl.load(body_ptr + start + tile, mask=in_body, other=-float("inf")).to(tl.float32)
-                    # A maximum for each access: nothing crosses threads, and an access costs one exp more.
-                    higher = tl.maximum(top, tl.max(x, axis=1))
-                    sums = sums * tl.exp(top - higher) + tl.sum(tl.exp(x - higher[:, None]), axis=1)
+                    logit = tl.load(body_ptr + start + tile, mask=in_body, other=-float("inf")).to(tl.float32)
+                    # A maximum for each access: no exchange between threads, at the cost of one more exp an access.
+                    higher = tl.maximum(top, tl.max(logit, axis=1))
+                    sums = sums * tl.exp(top - higher) + tl.sum(tl.exp(logit - higher[:, None]), axis=1)
                     top = higher
                     if SMOOTHS:
-                        distances += tl.sum(_weighted(x, w_ptr, head + start + tile, in_body, reference, HAS_W), axis=1)
+                        distances += tl.sum(_weighted(logit, w_ptr, head + start + tile, in_body, reference), axis=1)
                 maximum = tl.maximum(tl.max(top), tl.max(edge))
                 total = tl.sum(sums * tl.exp(top - maximum))
                 if SMOOTHS:
                     distance = tl.sum(distances)
             if SMOOTHS:
-                distance += tl.sum(_weighted(edge, w_ptr, edge_col, in_edge, reference, HAS_W))
+                distance += tl.sum(_weighted(edge, w_ptr, edge_col, in_edge, reference))
             edge = tl.exp(edge - maximum)
             total += tl.sum(edge)
 
@@ -233,9 +247,9 @@ def _fwd(
                 loss += z_loss * lse * lse
             tl.store(loss_ptr + row, tl.where(is_class, loss, float("nan")))
 
-            if HAS_DX:
+            if dx is not None:
                 scale = tl.where(is_class, 1.0, float("nan")) / denominator
-                if HAS_DLOSS:
+                if dloss_ptr is not None:
                     scale *= tl.load(dloss_ptr + row)
                 one_hot *= scale
                 uniform = each * scale
@@ -243,24 +257,24 @@ def _fwd(
                 if HAS_Z:
                     numerator += 2.0 * scale * z_loss * lse
                 factor = numerator / total
-                dtype = dx_ptr.dtype.element_ty
-                tl.debug_barrier()  # every thread has read the edge and the target's element, and one overwrites each
-                edge = _gradient(edge, factor, uniform, w_ptr, edge_col, in_edge, SMOOTHS, HAS_W)
+                dtype = dx.ptr.dtype.element_ty
+                tl.debug_barrier()  # every thread has read the edge and the target's element; both are overwritten now
+                edge = _gradient(edge, factor, uniform, w_ptr, edge_col, in_edge, SMOOTHS)
                 tl.store(dx_row_ptr + edge_col, edge.to(dtype), mask=in_edge)
                 if WHOLE:
                     in_body = (group < body)[:, None]
-                    d = _gradient(e, factor, uniform, w_ptr, head + tile, in_body, SMOOTHS, HAS_W)
+                    d = _gradient(e, factor, uniform, w_ptr, head + tile, in_body, SMOOTHS)
                     tl.store(dx_body_ptr + tile, d.to(dtype), mask=in_body)
                 else:
                     blocks = tl.cdiv(body, BLOCK_N)
                     for i in range(0, blocks):
                         start = (blocks - 1 - i) * BLOCK_N
                         in_body = (start + group < body)[:, None]
-                        x = tl.load(body_ptr + start + tile, mask=in_body, other=-float("inf")).to(tl.float32)
-                        e = tl.exp(x - maximum)
-                        d = _gradient(e, factor, uniform, w_ptr, head + start + tile, in_body, SMOOTHS, HAS_W)
+                        logit = tl.load(body_ptr + start + tile, mask=in_body, other=-float("inf")).to(tl.float32)
+                        e = tl.exp(logit - maximum)
+                        d = _gradient(e, factor, uniform, w_ptr, head + start + tile, in_body, SMOOTHS)
                         tl.store(dx_body_ptr + start + tile, d.to(dtype), mask=in_body)
-                tl.debug_barrier()  # the target's element is written twice, this time last
+                tl.debug_barrier()  # the target's element is written again: this write must be the last
                 dx_t = tl.exp(x_t - maximum) * factor - one_hot
                 if SMOOTHS:
                     dx_t -= uniform * w_t
@@ -269,10 +283,18 @@ def _fwd(
 
 @triton.jit
 def _scale(
-    x_ptr, dloss_ptr, y_ptr, rows, cols, stride_xm, stride_ym,
-    PER_ROW: tl.constexpr, IN_PLACE: tl.constexpr, ALIGNED: tl.constexpr, VEC: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """y = x dloss. Few programs that loop: where dloss is 1, as it mostly is, they only have to see that."""
+    x: Matrix,
+    dloss_ptr,
+    y: Matrix,
+    rows,
+    cols,
+    PER_ROW: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    VEC: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """y = x dloss. Few programs, which loop: dloss is mostly 1, and in place there is then nothing to do."""
     dloss = tl.load(dloss_ptr)
     group, tile = _tile(BLOCK_N, VEC)
     blocks = (cols - 1) // BLOCK_N + 1  # cdiv's sum overflows just below 2^31 elements
@@ -282,8 +304,8 @@ def _scale(
     for index in range(tl.program_id(0), tiles, tl.num_programs(0)):
         row = tl.cast(index, tl.int64) // blocks
         start = tl.cast(index % blocks, tl.int64) * BLOCK_N
-        source_ptr = x_ptr + row * stride_xm
-        out_ptr = y_ptr + row * stride_ym
+        source_ptr = x.ptr + row * x.stride
+        out_ptr = y.ptr + row * y.stride
         head, body = _split(source_ptr, cols, VEC)
         if PER_ROW:
             dloss = tl.load(dloss_ptr + row)
@@ -292,40 +314,35 @@ def _scale(
         if ALIGNED:
             out_body_ptr = tl.multiple_of(out_body_ptr, 16)
         in_body = (start + group < body)[:, None]
-        x = tl.load(body_ptr + start + tile, mask=in_body).to(tl.float32)
-        tl.store(out_body_ptr + start + tile, (x * dloss).to(y_ptr.dtype.element_ty), mask=in_body)
+        block = tl.load(body_ptr + start + tile, mask=in_body).to(tl.float32)
+        tl.store(out_body_ptr + start + tile, (block * dloss).to(y.ptr.dtype.element_ty), mask=in_body)
         if start == 0:
             lane, edge_col = _edge(head, body, VEC)
             edge = tl.load(source_ptr + edge_col, mask=lane < cols - body).to(tl.float32)
-            tl.debug_barrier()  # every thread has read it, few overwrite it
-            tl.store(out_ptr + edge_col, (edge * dloss).to(y_ptr.dtype.element_ty), mask=lane < cols - body)
+            tl.debug_barrier()  # every thread has read it before some overwrite it
+            tl.store(out_ptr + edge_col, (edge * dloss).to(y.ptr.dtype.element_ty), mask=lane < cols - body)
 
 
 # ---- sums over the rows
 
 
 @triton.jit
-def _sum(
-    x_ptr, part_ptr, out_ptr, n, share, parts,
-    MEAN: tl.constexpr, PARTS: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """out[program] = Σ x over the program's share, divided by Σ part for MEAN."""
+def _sum(x_ptr, part_ptr, out_ptr, n, share, parts, PARTS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """out[program] = Σ x over the program's share, divided by Σ part unless part_ptr is None."""
     begin = tl.program_id(0) * share
     sums = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(begin, min(begin + share, n), BLOCK_N):
         i = start + tl.arange(0, BLOCK_N)
         sums += tl.load(x_ptr + i, mask=i < n, other=0.0)
     total = tl.sum(sums)
-    if MEAN:
+    if part_ptr is not None:
         part = tl.arange(0, PARTS)
         total /= tl.sum(tl.load(part_ptr + part, mask=part < parts, other=0.0))
     tl.store(out_ptr + tl.program_id(0), total)
 
 
 @triton.jit
-def _count(
-    target_ptr, w_ptr, out_ptr, n, share, cols, ignore_index: tl.int64, HAS_W: tl.constexpr, BLOCK_N: tl.constexpr
-):
+def _count(target_ptr, w_ptr, out_ptr, n, share, cols, ignore_index: tl.int64, BLOCK_N: tl.constexpr):
     """out[program] = Σ w_t over the program's share of the targets, those that are classes and not ignored."""
     begin = tl.program_id(0) * share
     sums = tl.zeros((BLOCK_N,), tl.float32)
@@ -333,7 +350,7 @@ def _count(
         i = start + tl.arange(0, BLOCK_N)
         t = tl.load(target_ptr + i, mask=i < n, other=-1)
         counts = (t >= 0) & (t < cols) & (t != ignore_index)
-        if HAS_W:
+        if w_ptr is not None:
             sums += tl.load(w_ptr + t, mask=counts, other=0.0).to(tl.float32)
         else:
             sums += tl.where(counts, 1.0, 0.0)
@@ -354,27 +371,24 @@ def count_targets(target, weight, cols, ignore_index):
     programs, share = _shares(target.numel())
     parts = target.new_empty(programs, dtype=torch.float32)
     _count[(programs,)](
-        target, weight, parts, target.numel(), share, cols, ignore_index,
-        HAS_W=weight is not None, BLOCK_N=SUM_BLOCK, num_warps=8,
-    )  # fmt: skip
+        target, weight, parts, target.numel(), share, cols, ignore_index, BLOCK_N=SUM_BLOCK, num_warps=8
+    )
     return parts
 
 
 def sum_losses(loss, parts):
     """Σ loss (rows,), divided by Σ parts unless that is None; a scalar."""
 
-    def reduce(x, programs, share, mean):
+    def reduce(x, programs, share, parts):
         out = x.new_empty(programs)
-        _sum[(programs,)](
-            x, parts, out, x.numel(), share, parts.numel() if mean else 0,
-            MEAN=mean, PARTS=PARTS, BLOCK_N=SUM_BLOCK, num_warps=8,
-        )  # fmt: skip
+        count = 0 if parts is None else parts.numel()
+        _sum[(programs,)](x, parts, out, x.numel(), share, count, PARTS=PARTS, BLOCK_N=SUM_BLOCK, num_warps=8)
         return out
 
     programs, share = _shares(loss.numel())
     if programs > 1:
-        loss = reduce(loss, programs, share, False)
-    return reduce(loss, 1, SUM_BLOCK, parts is not None).view(())
+        loss = reduce(loss, programs, share, None)
+    return reduce(loss, 1, SUM_BLOCK, parts).view(())
 
 
 def aligned_alike(x, y) -> bool:
@@ -385,8 +399,8 @@ def aligned_alike(x, y) -> bool:
 
 def cross_entropy_fwd(
     logits, target, weight, weight_sum, parts, dloss, loss, dlogits, *, ignore_index, label_smoothing, z_loss
-):  # fmt: skip
-    """Fills loss (rows,) float32 and, unless it is None, dlogits, which may be logits, and is aligned as they are.
+):
+    """Fills loss (rows,) float32 and dlogits, unless it is None. It may be logits, and must be aligned as they are.
 
     parts: of the mean's denominator, by count_targets; dloss: (rows,) float32; each may be None, for 1.
     weight_sum: Σ weight, float32, where there is a weight.
@@ -397,14 +411,11 @@ def cross_entropy_fwd(
     assert dlogits is None or aligned_alike(logits, dlogits)
     c = config(cols, logits.element_size(), weight is not None)
     programs = min(rows, c.per_sm * multiprocessors(logits.device)) if c.per_sm else rows
-    _fwd[(programs,)](
-        logits, target, weight, weight_sum, parts, dloss, loss, dlogits,
-        rows, cols, logits.stride(0), 0 if dlogits is None else dlogits.stride(0),
-        0 if parts is None else parts.numel(), ignore_index, label_smoothing, z_loss,
-        HAS_W=weight is not None, SMOOTHS=label_smoothing > 0.0, HAS_Z=z_loss != 0.0, MEAN=parts is not None,
-        HAS_DLOSS=dloss is not None, HAS_DX=dlogits is not None,
-        WHOLE=c.per_sm == 0, PARTS=PARTS, VEC=vec(logits), BLOCK_N=c.block_n, num_warps=c.num_warps, **c.limit(),
-    )  # fmt: skip
+    tensors = matrix(logits), target, weight, weight_sum, parts, dloss, loss, matrix(dlogits)
+    constants = {"SMOOTHS": label_smoothing > 0.0, "HAS_Z": z_loss != 0.0, "WHOLE": c.per_sm == 0, "PARTS": PARTS}
+    constants |= {"VEC": vec(logits), "BLOCK_N": c.block_n, "num_warps": c.num_warps, **c.limit()}
+    count = 0 if parts is None else parts.numel()
+    _fwd[(programs,)](*tensors, rows, cols, count, ignore_index, label_smoothing, z_loss, **constants)
 
 
 def cross_entropy_bwd(dlogits, dloss, out):
@@ -417,8 +428,6 @@ def cross_entropy_bwd(dlogits, dloss, out):
     rows, cols = out.shape
     block_n = min(SCALE_BLOCK, max(256, triton.next_power_of_2(cols)))
     programs = min(rows * triton.cdiv(cols, block_n), 8 * multiprocessors(out.device))
-    _scale[(programs,)](
-        dlogits, dloss, out, rows, cols, dlogits.stride(0), out.stride(0),
-        PER_ROW=per_row, IN_PLACE=out.data_ptr() == dlogits.data_ptr(), ALIGNED=aligned_alike(dlogits, out),
-        VEC=vec(out), BLOCK_N=block_n, num_warps=max(1, block_n // 1024),
-    )  # fmt: skip
+    in_place, warps = out.data_ptr() == dlogits.data_ptr(), max(1, block_n // 1024)
+    constants = {"PER_ROW": per_row, "IN_PLACE": in_place, "ALIGNED": aligned_alike(dlogits, out), "VEC": vec(out)}
+    _scale[(programs,)](matrix(dlogits), dloss, matrix(out), rows, cols, **constants, BLOCK_N=block_n, num_warps=warps)

@@ -1,4 +1,4 @@
-"""What the launchers ask of a device."""
+"""What the launchers read of a device."""
 
 import functools
 
@@ -8,14 +8,14 @@ import triton
 
 @functools.lru_cache(maxsize=64)
 def multiprocessors(device: torch.device) -> int:
-    """SMs of a CUDA device; 2 where an interpreter takes CPU tensors, so that persistent kernels loop there too."""
+    """SMs of a CUDA device; 2 for an interpreter's CPU tensors, so that persistent kernels loop there too."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def architecture() -> int:
-    """What Triton compiles for: 80 for sm_80. That of the current device, or of the driver that stands in for one.
+    """What Triton compiles for, 80 for sm_80: the current device, or the driver in place of one.
 
-    Under TRITON_INTERPRET=1, where there is neither, 80.
+    80 under TRITON_INTERPRET=1, where there is neither.
     """
     if triton.knobs.runtime.interpret:
         return 80

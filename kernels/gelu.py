@@ -1,7 +1,7 @@
 """gelu in Triton, with a bias before it and a gate after it. The maths, with its source: fastlm/ops/gelu.py.
 
-A program takes a tile of elements; where backward sums the bias's gradient it walks down its columns, and leaves one
-partial sum.
+A program takes a tile of elements. Where backward sums the bias's gradient, a program loops down its columns and leaves
+one partial sum. A bias, gate or partial sum that is None is absent.
 """
 
 from dataclasses import dataclass
@@ -12,13 +12,14 @@ import triton.language as tl
 
 from .device import multiprocessors
 from .partials import sum_partials
+from .rows import Matrix, load_tile, matrix
 from .tuning import choose
 
 
 @dataclass(frozen=True)
 class Config:
-    """Tile and warps: 16 elements a thread, two 16-byte loads of bfloat16 in flight for each tensor; in gelu's backward,
-    which has more tensors and the column's sum, 8."""
+    """Tile and warps. A thread has 16 elements: two 16-byte loads of bfloat16 in flight for each tensor. In gelu's
+    backward, which has more tensors and the sum of the columns, it has 8."""
 
     block_m: int
     block_n: int
@@ -26,12 +27,13 @@ class Config:
 
 
 def config(cols: int, kernel: str) -> Config:
-    """2048 elements; 256 columns of a row, one warp's 16-byte loads, where there are as many."""
-    block_n = min(256, max(16, triton.next_power_of_2(cols)))
-    return choose(
-        kernel, (block_n,), lambda: Config(2048 // block_n, block_n, 8 if kernel == "gelu_bwd" else 4),
-        lambda: [Config(tile // block_n, block_n, warps) for tile in (1024, 2048, 4096) for warps in (2, 4, 8)],
-    )  # fmt: skip
+    """2048 elements; 256 columns of a row, one warp's 16-byte loads, where a row has so many."""
+    n = min(256, max(16, triton.next_power_of_2(cols)))
+    return choose(kernel, (n,), lambda: Config(2048 // n, n, 8 if kernel == "gelu_bwd" else 4), lambda: _others(n))
+
+
+def _others(n: int) -> list[Config]:
+    return [Config(tile // n, n, warps) for tile in (1024, 2048, 4096) for warps in (2, 4, 8)]
 
 
 @triton.jit
@@ -52,53 +54,69 @@ def _normal(h, TANH: tl.constexpr):
 
 @triton.jit
 def _fwd(
-    x_ptr, bias_ptr, gate_ptr, y_ptr, rows, cols, stride_xm, stride_gm,
-    TANH: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    x: Matrix,
+    bias_ptr,
+    gate: Matrix,
+    y_ptr,
+    rows,
+    cols,
+    TANH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = (row < rows)[:, None] & (col < cols)[None, :]
-    h = tl.load(x_ptr + row[:, None] * stride_xm + col[None, :], mask=mask, other=0.0).to(tl.float32)
-    if HAS_BIAS:
+    h = load_tile(x, row, col, mask)
+    if bias_ptr is not None:
         h += tl.load(bias_ptr + col, mask=col < cols, other=0.0).to(tl.float32)[None, :]
     phi, _ = _normal(h, TANH)
     y = h * phi
-    if HAS_GATE:
-        y *= tl.load(gate_ptr + row[:, None] * stride_gm + col[None, :], mask=mask, other=0.0).to(tl.float32)
+    if gate is not None:
+        y *= load_tile(gate, row, col, mask)
     tl.store(y_ptr + row[:, None] * cols + col[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _bwd(
-    dy_ptr, x_ptr, bias_ptr, gate_ptr, dx_ptr, dgate_ptr, partial_ptr, rows, cols, stride_dym, stride_xm, stride_gm,
-    TANH: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GATE: tl.constexpr, HAS_DBIAS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    dy: Matrix,
+    x: Matrix,
+    bias_ptr,
+    gate: Matrix,
+    dx_ptr,
+    dgate_ptr,
+    partial_ptr,
+    rows,
+    cols,
+    TANH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     program, count = tl.program_id(0), tl.num_programs(0)
     col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_col = col < cols
-    if HAS_BIAS:
+    if bias_ptr is not None:
         bias = tl.load(bias_ptr + col, mask=in_col, other=0.0).to(tl.float32)[None, :]
-    if HAS_DBIAS:
+    if partial_ptr is not None:
         dbias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for tile in range(program, tl.cdiv(rows, BLOCK_M), count):
         row = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         mask = (row < rows)[:, None] & in_col[None, :]
-        dy = tl.load(dy_ptr + row[:, None] * stride_dym + col[None, :], mask=mask, other=0.0).to(tl.float32)
-        h = tl.load(x_ptr + row[:, None] * stride_xm + col[None, :], mask=mask, other=0.0).to(tl.float32)
-        if HAS_BIAS:
+        dy_tile = load_tile(dy, row, col, mask)
+        h = load_tile(x, row, col, mask)
+        if bias_ptr is not None:
             h += bias
         phi, slope = _normal(h, TANH)
         out = row[:, None] * cols + col[None, :]
-        if HAS_GATE:
-            gate = tl.load(gate_ptr + row[:, None] * stride_gm + col[None, :], mask=mask, other=0.0).to(tl.float32)
-            tl.store(dgate_ptr + out, (dy * (h * phi)).to(dgate_ptr.dtype.element_ty), mask=mask)
-            dy *= gate
-        dx = dy * slope
+        if gate is not None:
+            gate_tile = load_tile(gate, row, col, mask)
+            tl.store(dgate_ptr + out, (dy_tile * (h * phi)).to(dgate_ptr.dtype.element_ty), mask=mask)
+            dy_tile *= gate_tile
+        dx = dy_tile * slope
         tl.store(dx_ptr + out, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        if HAS_DBIAS:
+        if partial_ptr is not None:
             dbias += dx
-    if HAS_DBIAS:
+    if partial_ptr is not None:
         tl.store(partial_ptr + program * cols + col, tl.sum(dbias, axis=0), mask=in_col)
 
 
@@ -112,10 +130,8 @@ def gelu_fwd(x, bias, gate, y, *, tanh):
         return
     c = config(cols, "gelu_fwd")
     _fwd[(triton.cdiv(rows, c.block_m), triton.cdiv(cols, c.block_n))](
-        x, bias, gate, y, rows, cols, x.stride(0), 0 if gate is None else gate.stride(0),
-        TANH=tanh, HAS_BIAS=bias is not None, HAS_GATE=gate is not None,
-        BLOCK_M=c.block_m, BLOCK_N=c.block_n, num_warps=c.num_warps,
-    )  # fmt: skip
+        matrix(x), bias, matrix(gate), y, rows, cols, tanh, c.block_m, c.block_n, num_warps=c.num_warps
+    )
 
 
 def gelu_bwd(dy, x, bias, gate, dx, dbias, dgate, *, tanh):
@@ -127,14 +143,10 @@ def gelu_bwd(dy, x, bias, gate, dx, dbias, dgate, *, tanh):
         return
     c = config(cols, "gelu_bwd")
     tiles, blocks = triton.cdiv(rows, c.block_m), triton.cdiv(cols, c.block_n)
-    # With a sum over the rows, eight programs a multiprocessor in all, each with its part of the rows.
+    # With a sum over the rows: eight programs a multiprocessor in all, each with a part of the rows.
     count = tiles if dbias is None else min(tiles, triton.cdiv(8 * multiprocessors(x.device), blocks))
     partial = None if dbias is None else x.new_empty(1, count, cols, dtype=torch.float32)
-    _bwd[(count, blocks)](
-        dy, x, bias, gate, dx, dgate, partial,
-        rows, cols, dy.stride(0), x.stride(0), 0 if gate is None else gate.stride(0),
-        TANH=tanh, HAS_BIAS=bias is not None, HAS_GATE=gate is not None, HAS_DBIAS=dbias is not None,
-        BLOCK_M=c.block_m, BLOCK_N=c.block_n, num_warps=c.num_warps,
-    )  # fmt: skip
+    inputs = matrix(dy), matrix(x), bias, matrix(gate)
+    _bwd[(count, blocks)](*inputs, dx, dgate, partial, rows, cols, tanh, c.block_m, c.block_n, num_warps=c.num_warps)
     if dbias is not None:
         sum_partials(partial, dbias)

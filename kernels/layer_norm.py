@@ -1,9 +1,11 @@
 """layer_norm and rms_norm in Triton. The maths, with its source: fastlm/ops/layer_norm.py.
 
-Forward: a program takes BLOCK_M whole rows in registers; every tensor is read and written once. Backward: a fixed
-number of programs walk over the rows and keep the weights' gradients in registers, one partial sum a program, added in
-order by a second kernel: the same bits in every run. Rows too long for registers go through `_fwd_long` and `_bwd_long`
-in blocks, their weight gradients through `_weights_long`.
+Forward: a program holds BLOCK_M whole rows in registers; every tensor is read and written once. Backward: a fixed
+number of programs loop over the rows and keep the weights' gradients in registers, one partial sum a program. A second
+kernel adds these in order, so every run gives the same bits. `_fwd_long` and `_bwd_long` take rows too long for
+registers in blocks; `_weights_long` computes their weights' gradients.
+
+An argument that is None is absent: mean_ptr for rms_norm, residual, w_ptr, b_ptr, h_ptr where h equals x, dropout.
 """
 
 from dataclasses import dataclass
@@ -14,7 +16,8 @@ import triton.language as tl
 
 from .device import multiprocessors
 from .partials import sum_partials
-from .philox import dropout_key, keep_rows
+from .philox import dropout_key
+from .rows import Dropout, Matrix, drop_rows, dropout_argument, load_tile, matrix
 from .tuning import choose
 
 
@@ -28,11 +31,11 @@ class Config:
     long: bool = False
 
 
-# Elements of a tile, while a row is shorter. Forward 16 a thread of 4 warps, two 16-byte loads of bfloat16 in flight;
-# backward holds x̂, dy and two sums of gradients at once, 16 a thread of 8 warps. Of 6 to 19 on an H100 (LOG.md,
-# 2026-11-26), rows of 512, 768, 4096 and 8192, the fastest or within 3% of it.
+# Elements of a tile, where a row is shorter. Forward: 16 a thread of 4 warps, two 16-byte loads of bfloat16 in flight.
+# Backward holds x̂, dy and two sums of gradients at once: 16 a thread of 8 warps. The fastest of 6 to 19 on an H100, or
+# within 3% of it, for rows of 512, 768, 4096 and 8192 (LOG.md, 2026-11-26).
 FWD_TILE, BWD_TILE = 2048, 4096
-# Longest row in registers: 512 threads have 128 registers each, for 32 elements forward, 16 with backward's sums.
+# Longest row in registers: 512 threads have 128 registers each, for 32 elements in forward, 16 beside backward's sums.
 FWD_LONGEST, BWD_LONGEST = 16384, 8192
 LONG_BLOCK = 4096
 
@@ -52,19 +55,19 @@ def _others(cols: int, backward: bool) -> list[Config]:
 
 
 def _rule(cols: int, backward: bool) -> Config:
-    """Rows that share a program while they are short; as they grow no more rows, then more warps."""
+    """Short rows share a program; as they grow, a program has fewer rows and then more warps."""
     tile, longest = (BWD_TILE, BWD_LONGEST) if backward else (FWD_TILE, FWD_LONGEST)
     if cols > longest:
         return Config(1, LONG_BLOCK, 8, long=True)
     block_n = max(16, triton.next_power_of_2(cols))
-    # A thread holds up to 64 elements forward before more warps pay.
+    # In forward a thread holds up to 64 elements before more warps are faster.
     warps = max(8, block_n // 512) if backward else 4 if block_n <= 8192 else 16
-    # Past 16 rows of a tile nothing is gained, and few rows would leave SMs idle.
+    # More than 16 rows a tile are no faster, and a matrix of few rows would leave SMs idle.
     return Config(min(16, max(1, tile // block_n)), block_n, warps)
 
 
 def programs(rows: int, block_m: int, device: torch.device) -> int:
-    """Programs of the backward pass, each with its partial sums: two a multiprocessor."""
+    """Programs of the backward pass, each with partial sums: two a multiprocessor."""
     return min(triton.cdiv(rows, block_m), 2 * multiprocessors(device))
 
 
@@ -73,26 +76,36 @@ def programs(rows: int, block_m: int, device: torch.device) -> int:
 
 @triton.jit
 def _fwd(
-    x_ptr, residual_ptr, w_ptr, b_ptr, h_ptr, y_ptr, mean_ptr, rstd_ptr, rng_ptr,
-    rows, cols, stride_xm, stride_rm, eps, site, threshold: tl.int64, scale,
-    RMS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_W: tl.constexpr, HAS_B: tl.constexpr, KEEPS_H: tl.constexpr,
-    DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    x: Matrix,
+    residual: Matrix,
+    w_ptr,
+    b_ptr,
+    h_ptr,
+    y_ptr,
+    mean_ptr,
+    rstd_ptr,
+    dropout: Dropout,
+    rows,
+    cols,
+    eps,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     col = tl.arange(0, BLOCK_N)
     in_row, in_col = row < rows, col < cols
     mask = in_row[:, None] & in_col[None, :]
-    h = tl.load(x_ptr + row[:, None] * stride_xm + col[None, :], mask=mask, other=0.0).to(tl.float32)
-    if DROPOUT:
-        k0, k1 = dropout_key(rng_ptr, site)
-        h = tl.where(keep_rows(row, tl.arange(0, BLOCK_N // 4), k0, k1, threshold), h * scale, 0.0)
-    if HAS_RESIDUAL:
-        h += tl.load(residual_ptr + row[:, None] * stride_rm + col[None, :], mask=mask, other=0.0).to(tl.float32)
-    if KEEPS_H:  # statistics of h as it is stored, since backward normalises that
+    h = load_tile(x, row, col, mask)
+    if dropout is not None:
+        k0, k1 = dropout_key(dropout.rng_ptr, dropout.site)
+        h = drop_rows(h, dropout, k0, k1, row, tl.arange(0, BLOCK_N // 4))
+    if residual is not None:
+        h += load_tile(residual, row, col, mask)
+    if h_ptr is not None:  # statistics of h as it is stored, since backward normalises that
         rounded = h.to(h_ptr.dtype.element_ty)
         tl.store(h_ptr + row[:, None] * cols + col[None, :], rounded, mask=mask)
         h = rounded.to(tl.float32)
-    if RMS:
+    if mean_ptr is None:
         centred = h
     else:
         mean = tl.sum(h, axis=1) / cols
@@ -101,60 +114,71 @@ def _fwd(
     rstd = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, axis=1) / cols + eps)
     tl.store(rstd_ptr + row, rstd, mask=in_row)
     y = centred * rstd[:, None]
-    if HAS_W:
+    if w_ptr is not None:
         y *= tl.load(w_ptr + col, mask=in_col, other=0.0).to(tl.float32)[None, :]
-    if HAS_B:
+    if b_ptr is not None:
         y += tl.load(b_ptr + col, mask=in_col, other=0.0).to(tl.float32)[None, :]
     tl.store(y_ptr + row[:, None] * cols + col[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _bwd(
-    dy_ptr, dh_ptr, h_ptr, w_ptr, mean_ptr, rstd_ptr, dresidual_ptr, dx_ptr, partial_ptr, rng_ptr,
-    rows, cols, stride_dym, stride_dhm, stride_hm, site, threshold: tl.int64, scale,
-    RMS: tl.constexpr, HAS_DH: tl.constexpr, HAS_W: tl.constexpr, HAS_B: tl.constexpr, DROPOUT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    dy: Matrix,
+    dh: Matrix,
+    h: Matrix,
+    w_ptr,
+    mean_ptr,
+    rstd_ptr,
+    dresidual_ptr,
+    dx_ptr,
+    partial_ptr,
+    dropout: Dropout,
+    rows,
+    cols,
+    HAS_B: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     program, count = tl.program_id(0), tl.num_programs(0)
     col = tl.arange(0, BLOCK_N)
     in_col = col < cols
-    if HAS_W:
+    if w_ptr is not None:
         w = tl.load(w_ptr + col, mask=in_col, other=0.0).to(tl.float32)[None, :]
         dw = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if HAS_B:
         db = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if DROPOUT:
-        k0, k1 = dropout_key(rng_ptr, site)
+    if dropout is not None:
+        k0, k1 = dropout_key(dropout.rng_ptr, dropout.site)
     for tile in range(program, tl.cdiv(rows, BLOCK_M), count):
         row = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         in_row = row < rows
         mask = in_row[:, None] & in_col[None, :]
-        dy = tl.load(dy_ptr + row[:, None] * stride_dym + col[None, :], mask=mask, other=0.0).to(tl.float32)
-        h = tl.load(h_ptr + row[:, None] * stride_hm + col[None, :], mask=mask, other=0.0).to(tl.float32)
+        dy_tile = load_tile(dy, row, col, mask)
+        h_tile = load_tile(h, row, col, mask)
         rstd = tl.load(rstd_ptr + row, mask=in_row, other=0.0)[:, None]
-        if RMS:
-            xhat = h * rstd
+        if mean_ptr is None:
+            xhat = h_tile * rstd
         else:
             mean = tl.load(mean_ptr + row, mask=in_row, other=0.0)[:, None]
-            xhat = tl.where(mask, (h - mean) * rstd, 0.0)
-        g = dy
-        if HAS_W:
-            g = dy * w
-            dw += dy * xhat
+            xhat = tl.where(mask, (h_tile - mean) * rstd, 0.0)
+        g = dy_tile
+        if w_ptr is not None:
+            g = dy_tile * w
+            dw += dy_tile * xhat
         if HAS_B:
-            db += dy
+            db += dy_tile
         d = g - xhat * (tl.sum(g * xhat, axis=1) / cols)[:, None]
-        if not RMS:
+        if mean_ptr is not None:
             d -= (tl.sum(g, axis=1) / cols)[:, None]
         d *= rstd
-        if HAS_DH:
-            d += tl.load(dh_ptr + row[:, None] * stride_dhm + col[None, :], mask=mask, other=0.0).to(tl.float32)
+        if dh is not None:
+            d += load_tile(dh, row, col, mask)
         out = row[:, None] * cols + col[None, :]
         tl.store(dresidual_ptr + out, d.to(dresidual_ptr.dtype.element_ty), mask=mask)
-        if DROPOUT:
-            d = tl.where(keep_rows(row, tl.arange(0, BLOCK_N // 4), k0, k1, threshold), d * scale, 0.0)
+        if dropout is not None:
+            d = drop_rows(d, dropout, k0, k1, row, tl.arange(0, BLOCK_N // 4))
             tl.store(dx_ptr + out, d.to(dx_ptr.dtype.element_ty), mask=mask)
-    if HAS_W:
+    if w_ptr is not None:
         tl.store(partial_ptr + program * cols + col, tl.sum(dw, axis=0), mask=in_col)
     if HAS_B:
         tl.store(partial_ptr + (count + program) * cols + col, tl.sum(db, axis=0), mask=in_col)
@@ -165,42 +189,51 @@ def _bwd(
 
 @triton.jit
 def _fwd_long(
-    x_ptr, residual_ptr, w_ptr, b_ptr, h_ptr, y_ptr, mean_ptr, rstd_ptr, rng_ptr,
-    rows, cols, stride_xm, stride_rm, eps, site, threshold: tl.int64, scale,
-    RMS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_W: tl.constexpr, HAS_B: tl.constexpr, KEEPS_H: tl.constexpr,
-    DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    x: Matrix,
+    residual: Matrix,
+    w_ptr,
+    b_ptr,
+    h_ptr,
+    y_ptr,
+    mean_ptr,
+    rstd_ptr,
+    dropout: Dropout,
+    rows,
+    cols,
+    eps,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     block = tl.arange(0, BLOCK_N)
-    source_ptr = x_ptr + row * stride_xm
+    source_ptr = x.ptr + row * x.stride
     sums, squares = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
-    if DROPOUT:
-        k0, k1 = dropout_key(rng_ptr, site)
+    if dropout is not None:
+        k0, k1 = dropout_key(dropout.rng_ptr, dropout.site)
     for start in range(0, cols, BLOCK_N):
         col = start + block
         mask = col < cols
         h = tl.load(source_ptr + col, mask=mask, other=0.0).to(tl.float32)
-        if DROPOUT:
+        if dropout is not None:
             quad = start // 4 + tl.arange(0, BLOCK_N // 4)
-            keep = keep_rows(row + tl.arange(0, 1), quad, k0, k1, threshold)
-            h = tl.where(tl.reshape(keep, (BLOCK_N,)), h * scale, 0.0)
-        if HAS_RESIDUAL:
-            h += tl.load(residual_ptr + row * stride_rm + col, mask=mask, other=0.0).to(tl.float32)
-        if KEEPS_H:
+            h = tl.reshape(drop_rows(h[None, :], dropout, k0, k1, row + tl.arange(0, 1), quad), (BLOCK_N,))
+        if residual is not None:
+            h += tl.load(residual.ptr + row * residual.stride + col, mask=mask, other=0.0).to(tl.float32)
+        if h_ptr is not None:
             rounded = h.to(h_ptr.dtype.element_ty)
             tl.store(h_ptr + row * cols + col, rounded, mask=mask)
             h = rounded.to(tl.float32)
         sums += h
-        if RMS:
+        if mean_ptr is None:
             squares += h * h
     mean = 0.0
-    if not RMS:
+    if mean_ptr is not None:
         mean = tl.sum(sums, axis=0) / cols
         tl.store(mean_ptr + row, mean)
-    if KEEPS_H:
+    if h_ptr is not None:
         tl.debug_barrier()  # h is read back below
         source_ptr = h_ptr + row * cols
-    if not RMS:
+    if mean_ptr is not None:
         for start in range(0, cols, BLOCK_N):
             col = start + block
             h = tl.load(source_ptr + col, mask=col < cols, other=0.0).to(tl.float32)
@@ -212,64 +245,80 @@ def _fwd_long(
         col = start + block
         mask = col < cols
         y = (tl.load(source_ptr + col, mask=mask, other=0.0).to(tl.float32) - mean) * rstd
-        if HAS_W:
+        if w_ptr is not None:
             y *= tl.load(w_ptr + col, mask=mask, other=0.0).to(tl.float32)
-        if HAS_B:
+        if b_ptr is not None:
             y += tl.load(b_ptr + col, mask=mask, other=0.0).to(tl.float32)
         tl.store(y_ptr + row * cols + col, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _bwd_long(
-    dy_ptr, dh_ptr, h_ptr, w_ptr, mean_ptr, rstd_ptr, dresidual_ptr, dx_ptr, rng_ptr,
-    cols, stride_dym, stride_dhm, stride_hm, site, threshold: tl.int64, scale,
-    RMS: tl.constexpr, HAS_DH: tl.constexpr, HAS_W: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    dy: Matrix,
+    dh: Matrix,
+    h: Matrix,
+    w_ptr,
+    mean_ptr,
+    rstd_ptr,
+    dresidual_ptr,
+    dx_ptr,
+    dropout: Dropout,
+    cols,
+    BLOCK_N: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     block = tl.arange(0, BLOCK_N)
     rstd = tl.load(rstd_ptr + row)
     mean = 0.0
-    if not RMS:
+    if mean_ptr is not None:
         mean = tl.load(mean_ptr + row)
     sum_g, sum_gx = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
     for start in range(0, cols, BLOCK_N):
         col = start + block
         mask = col < cols
-        g = tl.load(dy_ptr + row * stride_dym + col, mask=mask, other=0.0).to(tl.float32)
-        if HAS_W:
+        g = tl.load(dy.ptr + row * dy.stride + col, mask=mask, other=0.0).to(tl.float32)
+        if w_ptr is not None:
             g *= tl.load(w_ptr + col, mask=mask, other=0.0).to(tl.float32)
-        h = tl.load(h_ptr + row * stride_hm + col, mask=mask, other=0.0).to(tl.float32)
+        h_row = tl.load(h.ptr + row * h.stride + col, mask=mask, other=0.0).to(tl.float32)
         sum_g += g
-        sum_gx += g * ((h - mean) * rstd)
+        sum_gx += g * ((h_row - mean) * rstd)
     mean_gx = tl.sum(sum_gx, axis=0) / cols
     mean_g = 0.0
-    if not RMS:
+    if mean_ptr is not None:
         mean_g = tl.sum(sum_g, axis=0) / cols
-    if DROPOUT:
-        k0, k1 = dropout_key(rng_ptr, site)
+    if dropout is not None:
+        k0, k1 = dropout_key(dropout.rng_ptr, dropout.site)
     for start in range(0, cols, BLOCK_N):
         col = start + block
         mask = col < cols
-        g = tl.load(dy_ptr + row * stride_dym + col, mask=mask, other=0.0).to(tl.float32)
-        if HAS_W:
+        g = tl.load(dy.ptr + row * dy.stride + col, mask=mask, other=0.0).to(tl.float32)
+        if w_ptr is not None:
             g *= tl.load(w_ptr + col, mask=mask, other=0.0).to(tl.float32)
-        h = tl.load(h_ptr + row * stride_hm + col, mask=mask, other=0.0).to(tl.float32)
-        d = rstd * (g - mean_g - (h - mean) * rstd * mean_gx)
-        if HAS_DH:
-            d += tl.load(dh_ptr + row * stride_dhm + col, mask=mask, other=0.0).to(tl.float32)
+        h_row = tl.load(h.ptr + row * h.stride + col, mask=mask, other=0.0).to(tl.float32)
+        d = rstd * (g - mean_g - (h_row - mean) * rstd * mean_gx)
+        if dh is not None:
+            d += tl.load(dh.ptr + row * dh.stride + col, mask=mask, other=0.0).to(tl.float32)
         tl.store(dresidual_ptr + row * cols + col, d.to(dresidual_ptr.dtype.element_ty), mask=mask)
-        if DROPOUT:
+        if dropout is not None:
             quad = start // 4 + tl.arange(0, BLOCK_N // 4)
-            keep = keep_rows(row + tl.arange(0, 1), quad, k0, k1, threshold)
-            d = tl.where(tl.reshape(keep, (BLOCK_N,)), d * scale, 0.0)
+            d = tl.reshape(drop_rows(d[None, :], dropout, k0, k1, row + tl.arange(0, 1), quad), (BLOCK_N,))
             tl.store(dx_ptr + row * cols + col, d.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _weights_long(
-    dy_ptr, h_ptr, mean_ptr, rstd_ptr, partial_ptr, rows, cols, stride_dym, stride_hm,
-    RMS: tl.constexpr, HAS_W: tl.constexpr, HAS_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    dy: Matrix,
+    h: Matrix,
+    mean_ptr,
+    rstd_ptr,
+    partial_ptr,
+    rows,
+    cols,
+    HAS_W: tl.constexpr,
+    HAS_B: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """Partial sums of the weights' gradients: a program takes BLOCK_N columns, and its share of the tiles of rows."""
     program, count = tl.program_id(1), tl.num_programs(1)
     col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -279,14 +328,14 @@ def _weights_long(
         row = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         in_row = row < rows
         mask = in_row[:, None] & in_col[None, :]
-        dy = tl.load(dy_ptr + row[:, None] * stride_dym + col[None, :], mask=mask, other=0.0).to(tl.float32)
+        dy_tile = load_tile(dy, row, col, mask)
         if HAS_W:
-            h = tl.load(h_ptr + row[:, None] * stride_hm + col[None, :], mask=mask, other=0.0).to(tl.float32)
-            if not RMS:
-                h -= tl.load(mean_ptr + row, mask=in_row, other=0.0)[:, None]
-            dw += dy * (h * tl.load(rstd_ptr + row, mask=in_row, other=0.0)[:, None])
+            h_tile = load_tile(h, row, col, mask)
+            if mean_ptr is not None:
+                h_tile -= tl.load(mean_ptr + row, mask=in_row, other=0.0)[:, None]
+            dw += dy_tile * (h_tile * tl.load(rstd_ptr + row, mask=in_row, other=0.0)[:, None])
         if HAS_B:
-            db += dy
+            db += dy_tile
     if HAS_W:
         tl.store(partial_ptr + program * cols + col, tl.sum(dw, axis=0), mask=in_col)
     if HAS_B:
@@ -303,47 +352,40 @@ def layer_norm_fwd(x, residual, weight, bias, h, y, mean, rstd, *, eps, threshol
         return
     c = config(cols, backward=False)
     kernel = _fwd_long if c.long else _fwd
+    dropout = dropout_argument(rng, site, threshold, scale)
+    inputs = matrix(x), matrix(residual), weight, bias
+    shape = {"BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "num_warps": c.num_warps}
     kernel[(triton.cdiv(rows, c.block_m),)](
-        x, residual, weight, bias, h, y, mean, rstd, rng,
-        rows, cols, x.stride(0), 0 if residual is None else residual.stride(0), eps, site, threshold, scale,
-        RMS=rms, HAS_RESIDUAL=residual is not None, HAS_W=weight is not None, HAS_B=bias is not None,
-        KEEPS_H=h is not None, DROPOUT=threshold > 0, BLOCK_M=c.block_m, BLOCK_N=c.block_n, num_warps=c.num_warps,
-    )  # fmt: skip
+        *inputs, h, y, None if rms else mean, rstd, dropout, rows, cols, eps, **shape
+    )
 
 
-def layer_norm_bwd(
-    dy, dh, h, weight, mean, rstd, dresidual, dx, dweight, dbias, *, threshold, scale, rng, site, rms
-):  # fmt: skip
-    """Fills dresidual, dx (where threshold > 0), dweight and dbias (None: not wanted)."""
+def layer_norm_bwd(dy, dh, h, weight, mean, rstd, dresidual, dx, dweight, dbias, *, threshold, scale, rng, site, rms):
+    """Fills dresidual, dx (where threshold > 0), dweight (None: no weight) and dbias (None: not wanted)."""
     rows, cols = h.shape
     if rows == 0:
         for out in (dweight, dbias):
             if out is not None:
                 out.zero_()
         return
-    has_weight, has_dbias = dweight is not None, dbias is not None
+    assert (weight is None) == (dweight is None)
+    has_dbias = dbias is not None
     c = config(cols, backward=True)
     count = programs(rows, c.block_m, h.device)
-    partial = h.new_empty(2 if has_dbias else 1, count, cols, dtype=torch.float32) if has_weight or has_dbias else None
-    stride_dh = 0 if dh is None else dh.stride(0)
-    common = {"RMS": rms, "HAS_W": has_weight}
+    sums = weight is not None or has_dbias
+    partial = h.new_empty(2 if has_dbias else 1, count, cols, dtype=torch.float32) if sums else None
+    mean = None if rms else mean
+    inputs = matrix(dy), matrix(dh), matrix(h), weight, mean, rstd
+    dropout = dropout_argument(rng, site, threshold, scale)
     if c.long:
-        _bwd_long[(rows,)](
-            dy, dh, h, weight, mean, rstd, dresidual, dx, rng,
-            cols, dy.stride(0), stride_dh, h.stride(0), site, threshold, scale,
-            HAS_DH=dh is not None, DROPOUT=threshold > 0, BLOCK_N=c.block_n, num_warps=c.num_warps, **common,
-        )  # fmt: skip
-        if partial is not None:
+        _bwd_long[(rows,)](*inputs, dresidual, dx, dropout, cols, BLOCK_N=c.block_n, num_warps=c.num_warps)
+        if sums:
+            has = {"HAS_W": weight is not None, "HAS_B": has_dbias}
             _weights_long[(triton.cdiv(cols, 256), count)](
-                dy, h, mean, rstd, partial, rows, cols, dy.stride(0), h.stride(0),
-                HAS_B=has_dbias, BLOCK_M=8, BLOCK_N=256, num_warps=4, **common,
-            )  # fmt: skip
+                inputs[0], inputs[2], mean, rstd, partial, rows, cols, BLOCK_M=8, BLOCK_N=256, num_warps=4, **has
+            )
     else:
-        _bwd[(count,)](
-            dy, dh, h, weight, mean, rstd, dresidual, dx, partial, rng,
-            rows, cols, dy.stride(0), stride_dh, h.stride(0), site, threshold, scale,
-            HAS_DH=dh is not None, HAS_B=has_dbias, DROPOUT=threshold > 0,
-            BLOCK_M=c.block_m, BLOCK_N=c.block_n, num_warps=c.num_warps, **common,
-        )  # fmt: skip
-    if partial is not None:
+        shape = {"BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "num_warps": c.num_warps}
+        _bwd[(count,)](*inputs, dresidual, dx, partial, dropout, rows, cols, HAS_B=has_dbias, **shape)
+    if sums:
         sum_partials(partial, dweight, dbias)

@@ -1,7 +1,7 @@
 """Philox4x32-10 as Triton device functions: the bits of fastlm's dropout and masking on a GPU.
 
-Every word is uint32 and cast so here: with int64 counters `tl.philox` silently becomes Philox4x64, other bits.
-The definition, with its source, is fastlm/philox.py; the C++ and CUDA form is csrc/common/philox.h.
+Every word is cast to uint32 here: with int64 counters `tl.philox` silently becomes Philox4x64, which gives other bits.
+The definition and its source: fastlm/philox.py; the C++ and CUDA form: csrc/common/philox.h.
 """
 
 import triton
@@ -10,8 +10,8 @@ import triton.language as tl
 MASK_DOMAIN = tl.constexpr(0x4B53414D)
 DROPOUT_DOMAIN = tl.constexpr(0x504F5244)
 
-# Ten rounds in PTX: a hundred operations fewer to compile at each call, where a pass of Triton's, coalescing, takes
-# time with their square. Triton's interpreter has no PTX, and computes them one by one.
+# Ten rounds in PTX leave a hundred operations fewer to compile at each call; Triton's coalescing pass takes time with
+# the square of their number. Triton's interpreter has no PTX and computes the rounds one by one.
 _ROUND = """
 mul.wide.u32 p, c0, 0xD2511F53; mul.wide.u32 q, c2, 0xCD9E8D57;
 xor.b32 c0, c1, k0; xor.b32 c2, c3, k1;
@@ -25,6 +25,7 @@ mov.b32 c0, $4; mov.b32 c1, $5; mov.b32 c2, $6; mov.b32 c3, $7; mov.b32 k0, $8; 
 {_NEXT_KEY.join([_ROUND] * 10)}
 mov.b32 $0, c0; mov.b32 $1, c1; mov.b32 $2, c2; mov.b32 $3, c3;
 }}""")
+_REGISTERS = tl.constexpr("=r,=r,=r,=r,r,r,r,r,r,r")
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -47,10 +48,10 @@ def philox4x32(c0, c1, c2, c3, k0, k1):
             k1 += 0xBB67AE85
         return c0, c1, c2, c3
     else:
+        words = (c0, c1, c2, c3, k0, k1)
         return tl.inline_asm_elementwise(
-            _ROUNDS, "=r,=r,=r,=r,r,r,r,r,r,r", (c0, c1, c2, c3, k0, k1),
-            dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32), is_pure=True, pack=1,
-        )  # fmt: skip
+            _ROUNDS, _REGISTERS, words, dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32), is_pure=True, pack=1
+        )
 
 
 @triton.jit
@@ -74,9 +75,9 @@ def dropout_key(rng_ptr, site):
 def keep_rows(row, quad, k0, k1, threshold):
     """Which elements of rows stay: bool (M, 4Q) for row (M,), any integer, and quad = column div 4 (Q,).
 
-    threshold: floor(p·2^32), 1 to 2^32, int64. Compared as the last word that drops, which 32 bits hold.
+    threshold: floor(p·2^32), 1 to 2^32. The comparison is with threshold - 1, which fits into 32 bits.
     """
     row = row.to(tl.int64)[:, None]
     r0, r1, r2, r3 = philox4x32(quad[None, :], row, row >> 32, 0, k0, k1)
     words = tl.join(tl.join(r0, r2), tl.join(r1, r3))  # (M, Q, 2, 2), flattened r0 r1 r2 r3
-    return tl.reshape(words, (row.shape[0], 4 * quad.shape[0])) > (threshold - 1).to(tl.uint32)
+    return tl.reshape(words, (row.shape[0], 4 * quad.shape[0])) > tl.cast(threshold - 1, tl.uint32)

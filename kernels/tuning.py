@@ -1,12 +1,12 @@
-"""Configurations measured on a GPU, ahead of the rules that each kernel's file has for all of them.
+"""Kernel configurations measured on a GPU. They replace the rules that each kernel's file has for every GPU.
 
-    choose(kernel, shape, rule, candidates)     what a launcher asks
+    choose(kernel, shape, rule, candidates)     the configuration for a launcher
 
 A table is a JSON file for one GPU and one version of triton:
     {"gpu": "NVIDIA H200", "triton": "3.7.1", "configurations": {"layer_norm_fwd": {"1024": {"block_m": 4, ...}}}}
-Tables lie in `tables/` beside this file, committed with the measurement in LOG.md, and in the user's cache directory,
-where `fastlm tune` writes; the user's wins. Nothing is ever measured during a run. Where neither has a kernel, or no
-GPU is in use, the rule decides. The table is the current device's: two GPUs of one process may differ.
+Tables are in `tables/` beside this file, committed with the measurement in LOG.md, and in the user's cache directory,
+where `fastlm tune` writes; the user's table has precedence. Nothing is ever measured during a run. The rule decides for
+a kernel that no table has, and where no GPU is in use. Each GPU of a process has a table.
 """
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ def shape_name(shape: tuple[int, ...]) -> str:
 
 
 def choose(kernel: str, shape: tuple[int, ...], rule: Callable[[], C], candidates: Callable[[], Iterable[C]]) -> C:
-    """The configuration of a kernel for a shape class: a table's, else the rule's.
+    """The configuration of a kernel for a shape class: from a table, else by the rule.
 
-    shape: what the rule looks at, the architecture too if it does. candidates: others for `fastlm tune` to measure.
+    shape: all that the rule reads, the architecture included. candidates: others for `fastlm tune` to measure.
     """
     key = kernel, shape
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
@@ -100,7 +100,7 @@ def choose(kernel: str, shape: tuple[int, ...], rule: Callable[[], C], candidate
 
 @contextlib.contextmanager
 def observe():
-    """Collects what is asked of `choose` inside: {(kernel, shape): (configuration, candidates)}."""
+    """Collects the calls of `choose` inside: {(kernel, shape): (configuration, candidates)}."""
     global _observed
     before, _observed = _observed, {}
     try:
@@ -111,7 +111,7 @@ def observe():
 
 @contextlib.contextmanager
 def override(key: Key, configuration):
-    """`choose` gives `configuration` for one kernel and shape inside."""
+    """Inside, `choose` returns `configuration` for one kernel and shape."""
     before = _overrides.get(key)
     _overrides[key] = configuration
     try:
@@ -121,6 +121,6 @@ def override(key: Key, configuration):
 
 
 def forget() -> None:
-    """Tables are read again."""
+    """Makes `choose` read the tables again."""
     _chosen.clear()
     _tables.clear()

@@ -61,14 +61,12 @@ class _Driver:
     def launcher(self, source, metadata):
         from triton.runtime.jit import TensorWrapper
 
-        types = list(source.signature.values())
-        names = [name for name, type_ in source.signature.items() if type_ != "constexpr"]
-
         def launch(x, y, z, stream, function, packed, launch_metadata, enter, exit_, *args):
             if x * y * z == 0:  # as Triton's own launcher
                 return
-            arguments = [value for value, type_ in zip(args, types) if type_ != "constexpr"]
-            arguments = [value.base if isinstance(value, TensorWrapper) else value for value in arguments]
+            named = list(_flat(source.signature, source.signature.values(), args))
+            names = [name for name, _ in named]
+            arguments = [value.base if isinstance(value, TensorWrapper) else value for _, value in named]
             # After the kernel's own parameters come pointers to scratch memory, for every block its share.
             hidden = len(function.parameters) - len(arguments)
             size = getattr(metadata, "global_scratch_size", 0) * x * y * z
@@ -80,6 +78,16 @@ class _Driver:
             self.launches.reports.append((metadata.name, report))
 
         return launch
+
+
+def _flat(names, types, values):
+    """(name, value) of each parameter in PTX: a tuple's elements one by one, constants not at all."""
+    for name, type_, value in zip(names, types, values):
+        if isinstance(type_, tuple):
+            fields = getattr(type_, "_fields", range(len(type_)))
+            yield from _flat([f"{name}.{field}" for field in fields], type_, value)
+        elif type_ != "constexpr":
+            yield name, value
 
 
 @contextlib.contextmanager
