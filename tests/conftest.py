@@ -30,3 +30,8 @@ def device(request):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("--device cuda: torch sees no CUDA device")
     return device
+
+
+@pytest.fixture
+def seeded():
+    torch.manual_seed(0)
