@@ -48,13 +48,37 @@ def text(tmp_path_factory):
 def test_from_text_to_a_filled_mask(text, tmp_path, fastlm):
     """prepare, pretrain, fill-mask, each in a process of its own or as good."""
     status, out, _ = fastlm(
-        "prepare", "--data", text, "--tokenizer", "train:200", "--out", tmp_path / "data",
-        "--row-tokens", 32, "--documents", "line",
-    )  # fmt: skip
+        "prepare",
+        "--data",
+        text,
+        "--tokenizer",
+        "train:200",
+        "--out",
+        tmp_path / "data",
+        "--row-tokens",
+        32,
+        "--documents",
+        "line",
+    )
     assert status == 0
     assert "rows of 32 tokens" in out
-    done = run("pretrain", "bert-mini", "--data", tmp_path / "data", "--out", tmp_path / "run", "--max-steps", 40,
-               "--seed", 3, "--device", "cpu", "--dtype", "float32", *set_options())  # fmt: skip
+    done = run(
+        "pretrain",
+        "bert-mini",
+        "--data",
+        tmp_path / "data",
+        "--out",
+        tmp_path / "run",
+        "--max-steps",
+        40,
+        "--seed",
+        3,
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        *set_options(),
+    )
     assert done.returncode == 0, done.stderr
     assert "loss" in done.stdout
     assert "tokens/s" in done.stderr
@@ -165,9 +189,12 @@ def test_fill_mask_errors(tmp_path, fastlm):
 def test_a_vocabulary_rounded_up_fills_no_mask_with_what_is_no_token(tmp_path):
     tokenizer = Tokenizer.train(lambda: ["the cat sat on the mat"] * 9, 30)
     config = BertConfig(
-        vocab_size=tokenizer.vocab_size + 7, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
+        vocab_size=tokenizer.vocab_size + 7,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
         intermediate_size=8,
-    )  # fmt: skip
+    )
     model = Bert(config)
     with torch.no_grad():
         model.head.bias[-7:] = 100.0

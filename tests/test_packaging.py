@@ -20,8 +20,19 @@ from fastlm.train.recipe import tomllib
 pytest.importorskip("pybind11", reason="pybind11 and setuptools are needed to build a wheel")
 ROOT = Path(__file__).parent.parent
 FOLDERS = (".ci", "benchmarks", "csrc", "fastlm", "kernels", "tests")
-FILES = (".clang-format", ".pre-commit-config.yaml", "CONTRIBUTING.md", "LICENSE", "LOG.md", "MANIFEST.in", "Makefile",
-         "README.md", "constraints.txt", "pyproject.toml", "setup.py")  # fmt: skip
+FILES = (
+    ".clang-format",
+    ".pre-commit-config.yaml",
+    "CONTRIBUTING.md",
+    "LICENSE",
+    "LOG.md",
+    "MANIFEST.in",
+    "Makefile",
+    "README.md",
+    "constraints.txt",
+    "pyproject.toml",
+    "setup.py",
+)
 IGNORED = shutil.ignore_patterns("*.so", "__pycache__")
 KERNELS = sorted(path.name for path in (ROOT / "kernels").glob("*.py"))
 

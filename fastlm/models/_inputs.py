@@ -9,7 +9,6 @@ import torch
 from fastlm.ops import IGNORE_INDEX, _checks
 
 
-
 class Sequences(NamedTuple):
     """Token ids and what says which of them are a sequence.
 
@@ -27,9 +26,11 @@ class Sequences(NamedTuple):
         if self.cu_seqlens is None:
             return {"key_mask": keys.real}
         return {
-            "cu_seqlens_q": self.cu_seqlens, "max_seqlen_q": self.max_seqlen,
-            "cu_seqlens_k": keys.cu_seqlens, "max_seqlen_k": keys.max_seqlen,
-        }  # fmt: skip
+            "cu_seqlens_q": self.cu_seqlens,
+            "max_seqlen_q": self.max_seqlen,
+            "cu_seqlens_k": keys.cu_seqlens,
+            "max_seqlen_k": keys.max_seqlen,
+        }
 
     def positions(self) -> torch.Tensor | None:
         """Like ids: counted from 0 in each sequence, real tokens alone; None where that is the column."""

@@ -117,10 +117,21 @@ class Embeddings(torch.nn.Module):
         """word, sparse: of `tied`, where a head reads the table too."""
         word = self.word if word is None else word
         x = ops.embedding(
-            input_ids, word, self.position, self.token_type, positions=positions, token_type_ids=token_type_ids,
-            weight=self.norm.weight, bias=self.norm.bias, eps=self.norm.eps, padding_idx=self.padding_idx,
-            dropout_p=self.dropout_p if self.training else 0.0, rng=rng, site=self.site, sparse=sparse,
-        )  # fmt: skip
+            input_ids,
+            word,
+            self.position,
+            self.token_type,
+            positions=positions,
+            token_type_ids=token_type_ids,
+            weight=self.norm.weight,
+            bias=self.norm.bias,
+            eps=self.norm.eps,
+            padding_idx=self.padding_idx,
+            dropout_p=self.dropout_p if self.training else 0.0,
+            rng=rng,
+            site=self.site,
+            sparse=sparse,
+        )
         return as_stream(x)
 
 
@@ -200,9 +211,13 @@ class BertEncoder(Model):
     def sequences(self, input_ids, cu_seqlens, max_seqlen, attention_mask) -> _inputs.Sequences:
         """The checked inputs: see `encode`."""
         return _inputs.sequences(
-            input_ids, cu_seqlens, max_seqlen, attention_mask, device=self.embeddings.word.device,
+            input_ids,
+            cu_seqlens,
+            max_seqlen,
+            attention_mask,
+            device=self.embeddings.word.device,
             longest=("max_position_embeddings", self.config.max_position_embeddings),
-        )  # fmt: skip
+        )
 
     def encode(
         self,
@@ -313,11 +328,14 @@ class Bert(BertEncoder):
     def transformers_names(cls, config: BertConfig) -> _checkpoint.Names:
         return {
             **encoder_names(config),
-            **_checkpoint.module_names({
-                "head.dense": "cls.predictions.transform.dense", "head.norm": "cls.predictions.transform.LayerNorm",
-            }),
+            **_checkpoint.module_names(
+                {
+                    "head.dense": "cls.predictions.transform.dense",
+                    "head.norm": "cls.predictions.transform.LayerNorm",
+                }
+            ),
             "head.bias": ("cls.predictions.bias",),
-        }  # fmt: skip
+        }
 
 
 def encoder_names(config: BertConfig) -> _checkpoint.Names:

@@ -190,17 +190,26 @@ class GPT2(Model):
 
     def _sequences(self, input_ids, cu_seqlens, max_seqlen, attention_mask) -> _inputs.Sequences:
         return _inputs.sequences(
-            input_ids, cu_seqlens, max_seqlen, attention_mask, device=self.word.device,
+            input_ids,
+            cu_seqlens,
+            max_seqlen,
+            attention_mask,
+            device=self.word.device,
             longest=("n_positions", self.config.n_positions),
-        )  # fmt: skip
+        )
 
     def _decode(self, given: _inputs.Sequences, positions, rng, word, sparse=False) -> torch.Tensor:
         config, drops = self.config, float(self.training)
         positions = given.positions() if positions is None else positions
         embedded = ops.embedding(
-            given.ids, word, self.position, positions=positions, dropout_p=drops * config.embd_pdrop, rng=rng,
+            given.ids,
+            word,
+            self.position,
+            positions=positions,
+            dropout_p=drops * config.embd_pdrop,
+            rng=rng,
             sparse=sparse,
-        )  # fmt: skip
+        )
         x, delta, sequences = as_stream(embedded), None, given.attend()
         for layer in self.layers:
             x, delta = self.run(layer, x, delta, sequences, rng=rng)

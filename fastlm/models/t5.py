@@ -116,9 +116,17 @@ class SelfAttention(torch.nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)  # views, (..., heads, d_kv)
         bias = ops.RelativeBias(table, bidirectional=not self.decoder, max_distance=self.max_distance)
         attended = ops.attention(
-            q, k, v, causal=self.decoder, softmax_scale=1.0, relative_bias=bias,
-            dropout_p=self.dropout_p if self.training else 0.0, rng=rng, site=self.site, **sequences,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            causal=self.decoder,
+            softmax_scale=1.0,
+            relative_bias=bias,
+            dropout_p=self.dropout_p if self.training else 0.0,
+            rng=rng,
+            site=self.site,
+            **sequences,
+        )
         return self.out(attended.flatten(-2))
 
 
@@ -138,14 +146,20 @@ class CrossAttention(torch.nn.Module):
         q = self.q(x).unflatten(-1, (self.heads, -1))
         k, v = self.kv(source).unflatten(-1, (2, self.heads, -1)).unbind(-3)
         attended = ops.attention(
-            q, k, v, softmax_scale=1.0, dropout_p=self.dropout_p if self.training else 0.0, rng=rng,
-            site=self.site, **sequences,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            softmax_scale=1.0,
+            dropout_p=self.dropout_p if self.training else 0.0,
+            rng=rng,
+            site=self.site,
+            **sequences,
+        )
         return self.out(attended.flatten(-2))
 
 
 class Layer(torch.nn.Module):
-    """Self-attention, in the decoder cross-attention, and feed-forward, each after a norm. Takes six dropout site numbers."""
+    """Self-attention, in the decoder cross-attention, and feed-forward, each after a norm. Six dropout sites."""
 
     def __init__(self, config: T5Config, site: int, decoder: bool, **factory) -> None:
         super().__init__()
@@ -158,9 +172,16 @@ class Layer(torch.nn.Module):
         self.norm2 = nn.RMSNorm(size, **norm)
         gated = config.feed_forward_proj == "gated-gelu"
         self.mlp = nn.MLP(
-            size, config.d_ff, gated=gated, activation="gelu" if gated else "relu", approximate="tanh", bias=False,
-            dropout=config.dropout_rate, site=site + 5, **factory,
-        )  # fmt: skip
+            size,
+            config.d_ff,
+            gated=gated,
+            activation="gelu" if gated else "relu",
+            approximate="tanh",
+            bias=False,
+            dropout=config.dropout_rate,
+            site=site + 5,
+            **factory,
+        )
 
     def forward(self, x, delta, table, sequences, source=None, cross_sequences=None, *, rng):
         """(x, delta) -> (x, delta), each (..., d_model), packed or padded; the first layer is given no delta."""
