@@ -64,6 +64,8 @@ def tree(tmp_path_factory):
         shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=IGNORED)
     for objects in (ROOT / "build").glob("temp.*"):
         shutil.copytree(objects, tree / "build" / objects.name)
+    if (ROOT / "build" / "nvcc-flags").is_file():  # a new one would be newer than the objects, and nvcc takes minutes
+        shutil.copy2(ROOT / "build" / "nvcc-flags", tree / "build")
     return tree
 
 
@@ -75,7 +77,7 @@ def sdist(tree, tmp_path_factory):
     return next(out.glob("*.tar.gz"))
 
 
-@pytest.fixture(scope="module", params=["tree", "sdist"])
+@pytest.fixture(scope="module", params=["tree", pytest.param("sdist", marks=pytest.mark.long)])
 def wheel(request, tmp_path_factory):
     """From the tree: with CUDA if nvcc is here. From the sdist: the portable CPU code, and no CUDA."""
     out = tmp_path_factory.mktemp("wheel")
@@ -98,6 +100,7 @@ def test_sdist_is_a_tree_that_make_test_runs_in(sdist, tree):
     assert names - own == wanted
 
 
+@pytest.mark.long
 def test_an_unpacked_sdist_collects_every_test(sdist, tmp_path):
     """With the extension of this tree, since the wheel's tests build it from the sdist."""
     shutil.unpack_archive(sdist, tmp_path)
