@@ -1,7 +1,8 @@
 # One command each; every one sets its environment up by itself:
 #   make setup      the virtual environment and the compiled kernels
 #   make demo       pretrain a small BERT in about three minutes (runs/demo)
-#   make test       the test suite, in two processes; TESTS="tests/test_ops.py -k gelu" for a part of it
+#   make test       the tests of every change, in two processes; TESTS="tests/test_ops.py -k gelu" for a part of them
+#   make test-all   those and the tests marked long, by hand: every variant of the GPU kernels, the wheel of the sdist
 #   make lint       ruff and clang-format
 #   make test-gpu   the op and model tests on a CUDA device, with PYTHON's own torch if that sees one
 #   make bench      ops and training steps beside their peers (benchmarks/results/cpu)
@@ -18,6 +19,8 @@ TESTS ?= tests
 JOBS ?= 2
 
 PY := $(VENV)/bin/python
+# Threads that spin while they wait would take the other process's processor.
+PYTEST := OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(JOBS) --dist worksteal
 PIP := $(PY) -m pip install --disable-pip-version-check --quiet -c constraints.txt
 OUT := benchmarks/results/cpu
 STEPS := bert-mini-16x128 bert-small-8x128 bert-small-32x128 bert-base-4x128 bert-mini-text bert-small-text
@@ -27,7 +30,7 @@ SOURCES := setup.py fastlm kernels tests benchmarks
 # An environment that could not be made (Debian without python3-venv leaves one without pip) is made again.
 .DELETE_ON_ERROR:
 
-.PHONY: setup demo test lint test-gpu bench bench-check
+.PHONY: setup demo test test-all lint test-gpu bench bench-check
 
 setup: $(VENV)/.installed
 	@$(PY) setup.py --quiet build_ext --inplace
@@ -35,9 +38,11 @@ setup: $(VENV)/.installed
 demo: setup
 	$(PY) -m fastlm.demo --out runs/demo
 
-# Threads that spin while they wait would take the other process's processor.
 test: setup $(VENV)/.test
-	OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(JOBS) --dist worksteal $(TESTS)
+	$(PYTEST) $(TESTS)
+
+test-all: setup $(VENV)/.test
+	$(PYTEST) --all $(TESTS)
 
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check $(SOURCES)

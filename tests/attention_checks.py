@@ -82,7 +82,7 @@ LONG = (
     Variant({"b": 1, "s": 300, "h": 1, "d": 16, "padding": "left"}, {"window_size": (200, 30), "dropout_p": 0.1}),
     Variant({"b": 1, "s": 300, "sk": 200, "h": 1, "d": 8}, {"softmax_scale": -0.3}),
     Variant({"b": 1, "s": 70, "h": 1, "d": 8}, {"softmax_scale": 0.0, "causal": True}),
-)  # fmt: skip
+)
 
 
 def padding_has_no_influence(backend, around):

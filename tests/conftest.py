@@ -1,6 +1,7 @@
 """`pytest --device cuda` runs the device-independent tests on a GPU; the default is the CPU.
 
 `--backend cuda` has the tests of all ops (test_ops.py) take that one backend, and leave out the ops that lack it.
+`--all` adds the tests marked long: `make test-all`. A GPU takes seconds for them, so that --device cuda adds them too.
 """
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="device of the op and model tests")
+    parser.addoption("--all", action="store_true", help="the tests marked long too")
     parser.addoption("--backend", default=None, help="the one backend that test_ops.py takes")
 
 
@@ -17,11 +19,16 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """With --device cuda, the tests that never look at the device would only repeat themselves."""
+    """Without --all no long ones. With --device cuda, tests that never look at the device would repeat themselves."""
     if config.getoption("--device") == "cuda":
-        elsewhere = [item for item in items if "device" not in item.fixturenames]
-        config.hook.pytest_deselected(items=elsewhere)
-        items[:] = [item for item in items if "device" in item.fixturenames]
+        left = [item for item in items if "device" not in item.fixturenames]
+    elif config.getoption("--all"):
+        left = []
+    else:
+        left = [item for item in items if item.get_closest_marker("long")]
+    if left:
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in set(left)]
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +37,8 @@ def device(request):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("--device cuda: torch sees no CUDA device")
     return device
+
+
+@pytest.fixture
+def seeded():
+    torch.manual_seed(0)

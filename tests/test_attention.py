@@ -121,8 +121,9 @@ def numpy_bytes(seed, step, site, sequence_head, query, keys):
         return np.array(c, dtype="<u4")
 
     halves = [int(x) & (2**64 - 1) for x in (seed, step)]
-    key = philox([halves[1] & 0xFFFFFFFF, halves[1] >> 32, site, 0],
-                 [halves[0] & 0xFFFFFFFF, (halves[0] >> 32) ^ 0x504F5244])[:2]  # fmt: skip
+    key = philox(
+        [halves[1] & 0xFFFFFFFF, halves[1] >> 32, site, 0], [halves[0] & 0xFFFFFFFF, (halves[0] >> 32) ^ 0x504F5244]
+    )[:2]
     blocks = [philox([block, query, sequence_head, 0], key).view("u1") for block in range(-(-keys // 16))]
     return np.concatenate(blocks)[:keys]
 
@@ -255,8 +256,16 @@ def test_sdpa_agrees_and_refuses():
         with pytest.raises(ValueError, match=reason):
             ops.attention(q, v, v, backend="sdpa", **options)
     with pytest.raises(ValueError, match="cu_seqlens"):
-        ops.attention(q[0], v[0], v[0], cu_seqlens_q=cu_seqlens((30,)), max_seqlen_q=30,
-                      cu_seqlens_k=cu_seqlens((40,)), max_seqlen_k=40, backend="sdpa")  # fmt: skip
+        ops.attention(
+            q[0],
+            v[0],
+            v[0],
+            cu_seqlens_q=cu_seqlens((30,)),
+            max_seqlen_q=30,
+            cu_seqlens_k=cu_seqlens((40,)),
+            max_seqlen_k=40,
+            backend="sdpa",
+        )
 
 
 def test_dtypes_and_autocast():

@@ -1,122 +1,16 @@
-"""fastlm.models.Bert against transformers.BertForMaskedLM: results, gradients, training, checkpoints; its inputs."""
-
-import json
-import signal
-import subprocess
-import sys
-import warnings
+"""fastlm.models.Bert against transformers.BertForMaskedLM: results, gradients, training; its inputs."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
-from models import (
-    gradients,
-    loss_curves,
-    pad,
-    same_state,
-    same_weights,
-    their_gradients,
-    to_transformers,
-    widen,
-)
-from safetensors.torch import load_file, save_file
+from bert_models import LENGTHS, MASK, NO_DROPOUT, PAD, TINY, Batch, make_bert, run_ours, run_theirs
+from models import gradients, loss_curves, to_transformers
 
 from fastlm import ops
 from fastlm.models import Bert, BertConfig
 from fastlm.testing.compare import ModelComparison
 
-TINY = {
-    "vocab_size": 83,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 56,
-    "max_position_embeddings": 24,
-}
-NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-LENGTHS = (11, 3, 16, 1)
-MASK, PAD = 4, 0
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
-def make_bert(seed=0, **changes):
-    return widen(Bert(BertConfig(**{**TINY, **changes})), seed)
-
-
-class Batch:
-    """The same documents packed, padded left and padded right, with the tokens to predict."""
-
-    def __init__(self, seed=0, lengths=LENGTHS, device="cpu"):
-        generator = torch.Generator().manual_seed(seed)
-        documents = [torch.randint(5, TINY["vocab_size"], (n,), generator=generator) for n in lengths]
-        labels = [torch.where(torch.rand(n, generator=generator) < 0.3, d, -100) for n, d in zip(lengths, documents)]
-        labels[0][0] = documents[0][0]  # at least one
-        types = [torch.arange(n) * 2 // n for n in lengths]
-        longest, self.device = max(lengths), device
-
-        self.sides = {}
-        for side, left in (("left", True), ("right", False)):
-            real = pad([torch.ones(n) for n in lengths], 0, left).long()
-            self.sides[side] = (
-                {
-                    "input_ids": pad(documents, PAD, left).to(device),
-                    "attention_mask": real.to(device),
-                    "token_type_ids": pad(types, 0, left).to(device),
-                },
-                pad(labels, -100, left).to(device),
-            )
-        cu = torch.tensor(
-            [0, *torch.tensor(lengths).cumsum(0).tolist(), sum(lengths), sum(lengths)]
-        )  # repeats at the end
-        self.packed = {
-            "input_ids": torch.cat(documents).to(device),
-            "cu_seqlens": cu.int().to(device),
-            "max_seqlen": longest,
-            "token_type_ids": torch.cat(types).to(device),
-        }
-        self.labels = torch.cat(labels).to(device)
-
-    def sparse(self, spare=3):
-        """index, targets, count as mlm_mask gives them, with `spare` entries beyond the count."""
-        index = (self.labels != -100).nonzero().flatten()
-        padding = index.new_zeros(spare)
-        return {
-            "index": torch.cat([index, padding]),
-            "targets": torch.cat([self.labels[index], padding - 100]),
-            "count": torch.tensor(len(index), device=self.device),
-        }
-
-    def theirs(self):
-        """Transformers' arguments: right padding, labels; and which tokens are real."""
-        inputs, labels = self.sides["right"]
-        return {**inputs, "labels": labels}, inputs["attention_mask"].bool()
-
-
-def run_theirs(bert, batch, dtype):
-    """Losses of the predicted tokens, logits of the real ones, gradients of the mean loss."""
-    theirs = to_transformers(bert, dtype)
-    arguments, real = batch.theirs()
-    out = theirs(**arguments)
-    out.loss.backward()
-    logits = out.logits.detach()[real]
-    predicted = batch.labels != -100
-    losses = F.cross_entropy(logits[predicted], batch.labels[predicted], reduction="none")
-    return {"losses": losses, "logits": logits, **their_gradients(theirs, bert)}
-
-
-def run_ours(bert, batch, dtype=None):
-    sparse = batch.sparse()
-    bert.zero_grad()
-    with torch.autocast(batch.device, dtype=dtype, enabled=dtype is not None):
-        losses = bert(**batch.packed, **sparse, reduction="none")[: sparse["count"]]
-        logits = bert(**batch.packed)
-        bert(**batch.packed, **sparse).backward()
-    return {"losses": losses.detach(), "logits": logits.detach(), **gradients(bert)}
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 @pytest.mark.parametrize("act", ["gelu", "gelu_new"])
@@ -237,9 +131,13 @@ def test_masked_training_coincides_with_transformers(device):
     def masked_batch(step):
         batch = Batch(step % 2, device=device)
         return batch, ops.mlm_mask(
-            batch.packed["input_ids"], mask_token_id=MASK, vocab_size=TINY["vocab_size"], special_ids=[PAD],
-            seed=1, mlm_probability=0.4,
-        )  # fmt: skip
+            batch.packed["input_ids"],
+            mask_token_id=MASK,
+            vocab_size=TINY["vocab_size"],
+            special_ids=[PAD],
+            seed=1,
+            mlm_probability=0.4,
+        )
 
     def our_loss(step):
         batch, masked = masked_batch(step)
@@ -346,207 +244,6 @@ def test_initialisation():
     assert bert.embeddings.word[0].any()
 
 
-# ---- checkpoints
-
-
-def test_copies_a_tokenizer(tmp_path):
-    """From anything with save or save_pretrained, or from a directory: a tokenizer's files, and no others."""
-    source = tmp_path / "source"
-    make_bert().save_pretrained(source, SavedTokenizer())
-    (source / "vocab.txt").write_text("[PAD]\n")
-    (source / "README.md").write_text("# a model")
-    make_bert().save_pretrained(tmp_path / "copy", source)
-    assert sorted(path.name for path in (tmp_path / "copy").iterdir()) == [
-        "config.json", "model.safetensors", "tokenizer.json", "vocab.txt",
-    ]  # fmt: skip
-    with pytest.raises(ValueError, match="tokenizer: expected a directory with a tokenizer's files, found none"):
-        make_bert().save_pretrained(tmp_path / "none", tmp_path)
-    assert not (tmp_path / "none").exists()
-
-
-class SavedTokenizer:
-    def save(self, directory):
-        (directory / "tokenizer.json").write_text("{}")
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
-def test_transformers_reads_ours(dtype, tmp_path):
-    bert = make_bert(hidden_act="gelu_new").to(dtype).eval()
-    bert.save_pretrained(tmp_path / "hf", SavedTokenizer())
-    assert sorted(path.name for path in (tmp_path / "hf").iterdir()) == [
-        "config.json", "model.safetensors", "tokenizer.json",
-    ]  # fmt: skip
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        theirs, info = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
-    assert type(theirs) is transformers.BertForMaskedLM
-    assert not any(info.values()), info
-    assert theirs.dtype == dtype
-    assert theirs.cls.predictions.decoder.weight is theirs.bert.embeddings.word_embeddings.weight
-    assert same_weights(bert, theirs)
-    inputs, _ = Batch().sides["right"]
-    real = inputs["attention_mask"].bool()
-    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.1}
-    torch.testing.assert_close(bert(**inputs)[real], theirs(**inputs).logits[real], **tolerance)
-    back = Bert.from_pretrained(tmp_path / "hf", dtype=dtype)
-    assert back.config == bert.config
-    assert same_state(bert, back)
-
-
-@pytest.mark.parametrize("shard", [None, "20KB"], ids=["one", "shards"])
-def test_reads_transformers(shard, tmp_path):
-    theirs = transformers.BertForMaskedLM(transformers.BertConfig(**TINY, pad_token_id=None)).eval()
-    theirs.save_pretrained(tmp_path, **({"max_shard_size": shard} if shard else {}))
-    assert (tmp_path / "model.safetensors.index.json").exists() == bool(shard)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        ours = Bert.from_pretrained(tmp_path)
-    assert same_weights(ours, theirs)
-    assert ours.config == BertConfig(**TINY, pad_token_id=None)
-    assert {p.dtype for p in ours.parameters()} == {torch.float32}
-    ours.save_pretrained(tmp_path / "again")
-    again = transformers.BertForMaskedLM.from_pretrained(tmp_path / "again")
-    assert all(torch.equal(t, again.state_dict()[name]) for name, t in theirs.state_dict().items())
-
-
-def test_reads_a_headless_model(tmp_path):
-    """BertModel: no prefix, no masked-LM head, a pooler."""
-    theirs = transformers.BertModel(transformers.BertConfig(**TINY))
-    theirs.save_pretrained(tmp_path)
-    with (
-        pytest.warns(UserWarning, match=r"head starts anew.*cls.predictions.transform.dense.*cls.predictions.bias"),
-        pytest.warns(UserWarning, match=r"left out, Bert has no place for: bert.pooler.dense.bias, bert.pooler.dense"),
-    ):
-        ours = Bert.from_pretrained(tmp_path)
-    assert torch.equal(ours.layers[1].out.weight, theirs.encoder.layer[1].attention.output.dense.weight)
-    assert (ours.head.norm.weight == 1).all()
-    assert ours.head.dense.weight.std().item() == pytest.approx(0.02, rel=0.2)
-
-
-def test_reads_legacy_names(tmp_path):
-    """LayerNorm.gamma and beta, the position_ids constant, and tied tensors under the decoder's names."""
-    bert = make_bert()
-    bert.save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    legacy = {
-        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
-        for name, tensor in tensors.items()
-    }
-    legacy["bert.embeddings.position_ids"] = torch.arange(24)[None]
-    legacy["cls.predictions.decoder.weight"] = tensors["bert.embeddings.word_embeddings.weight"].clone()
-    legacy["cls.predictions.decoder.bias"] = legacy.pop("cls.predictions.bias")
-    save_file(legacy, tmp_path / "model.safetensors")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        ours = Bert.from_pretrained(tmp_path)
-    assert same_state(bert, ours)
-
-
-def test_save_is_atomic(tmp_path, monkeypatch):
-    """A save that fails midway leaves the earlier checkpoint whole, and nothing beside it."""
-    first = make_bert(1)
-    first.save_pretrained(tmp_path)
-
-    class Broken:
-        def save(self, directory):
-            raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        make_bert(2).save_pretrained(tmp_path, Broken())
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
-    assert torch.equal(Bert.from_pretrained(tmp_path).embeddings.word, first.embeddings.word)
-
-
-def test_a_save_sweeps_what_a_killed_one_left(tmp_path):
-    code = """
-import os, signal, sys
-from fastlm.models import Bert, BertConfig
-class Killed:
-    def save(self, directory):
-        os.kill(os.getpid(), signal.SIGKILL)
-sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
-Bert(BertConfig(vocab_size=10, **sizes)).save_pretrained(sys.argv[1], Killed())
-"""
-    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=60)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    (left,) = tmp_path.iterdir()
-    assert (left / "model.safetensors").exists()
-    make_bert().save_pretrained(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
-
-
-def edit_config(directory, **changes):
-    config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps({**config, **changes}))
-
-
-def edit_tensors(directory, edit):
-    tensors = load_file(directory / "model.safetensors")
-    edit(tensors)
-    save_file(tensors, directory / "model.safetensors")
-
-
-def replace_weights(directory, name=None):
-    (directory / "model.safetensors").unlink()
-    if name:
-        (directory / name).write_bytes(b"\x80\x04")
-
-
-LAST = "bert.encoder.layer.1.output.dense.weight"
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda d: (d / "config.json").unlink(), "expected a config.json"),
-        (lambda d: (d / "config.json").write_text("{"), "config.json cannot be read"),
-        (lambda d: (d / "config.json").write_text("[]"), "JSON object, got list"),
-        (lambda d: edit_config(d, model_type="gpt2"), "expected model_type \"bert\".*got 'gpt2'"),
-        (lambda d: edit_config(d, hidden_act="relu"), "hidden_act: expected one of 'gelu'.*got 'relu'"),
-        (lambda d: edit_config(d, is_decoder=True), "is_decoder: expected False.*got True"),
-        (lambda d: edit_config(d, position_embedding_type="relative_key"), "position_embedding_type"),
-        (lambda d: edit_config(d, tie_word_embeddings=False), "tie_word_embeddings: expected True"),
-        (lambda d: edit_config(d, vocab_size=90), r"word_embeddings.weight: expected \(90, 32\), got \(83, 32\)"),
-        (
-            lambda d: edit_config(d, num_hidden_layers=1),
-            "no tensor beyond config.json's architecture, got bert.encoder",
-        ),
-        (lambda d: edit_tensors(d, lambda t: t.pop(LAST)), f"every tensor but a head's, {LAST} missing"),
-        (
-            lambda d: edit_tensors(d, lambda t: t.update({"cls.predictions.decoder.weight": torch.zeros(83, 32)})),
-            "expected cls.predictions.decoder.weight equal to",
-        ),
-        (lambda d: edit_config(d, hidden_size=64), r"; and \d+ more$"),
-        (lambda d: replace_weights(d), "expected model.safetensors or model.safetensors.index.json"),
-        (
-            lambda d: replace_weights(d, "pytorch_model.bin"),
-            "pytorch_model.bin, which is pickled.*load it with Transformers' AutoModel and save_pretrained it",
-        ),
-        (lambda d: (d / "model.safetensors").write_bytes(b"broken"), "model.safetensors cannot be read"),
-    ],
-)
-def test_checkpoint_errors(damage, message, tmp_path):
-    make_bert().save_pretrained(tmp_path)
-    damage(tmp_path)
-    with pytest.raises(ValueError, match=message):
-        Bert.from_pretrained(tmp_path)
-
-
-def test_missing_shard_and_directory(tmp_path):
-    theirs = transformers.BertForMaskedLM(transformers.BertConfig(**TINY))
-    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
-    next(tmp_path.glob("model-*.safetensors")).unlink()
-    with pytest.raises(ValueError, match=r"model-.*safetensors cannot be read"):
-        Bert.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"dtype: expected a floating-point one, got torch.int8"):
-        Bert.from_pretrained(tmp_path, dtype=torch.int8)
-    with pytest.raises(ValueError, match=r"expected a directory with config.json.*google-bert/bert-base-uncased"):
-        Bert.from_pretrained("google-bert/bert-base-uncased")
-
-
-# ---- errors of the configuration and the inputs
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -567,6 +264,7 @@ def test_config_errors(changes, message):
 
 
 IDS, CU = torch.ones(6, dtype=torch.long), torch.tensor([0, 2, 6], dtype=torch.int32)
+
 INDEX = torch.tensor([1, 4])
 
 

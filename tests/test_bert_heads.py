@@ -68,13 +68,17 @@ CASES = {
     "several": (SEQUENCE, {"labels": THREE}, lambda n: {"labels": floats(len(n), 3).round()}),
     "number": (SEQUENCE, {"labels": ("score",)}, lambda n: {"labels": floats(len(n))}),
     "numbers": (
-        SEQUENCE, {"labels": THREE, "problem_type": "regression"}, lambda n: {"labels": floats(len(n), 3)},
+        SEQUENCE,
+        {"labels": THREE, "problem_type": "regression"},
+        lambda n: {"labels": floats(len(n), 3)},
     ),
     "tokens": (TOKEN, {"labels": THREE}, lambda n: {"labels": [class_labels(length) for length in n]}),
     "answer": (
-        ANSWER, {}, lambda n: {"start_positions": torch.tensor(n) // 3, "end_positions": torch.tensor(n) // 2},
+        ANSWER,
+        {},
+        lambda n: {"start_positions": torch.tensor(n) // 3, "end_positions": torch.tensor(n) // 2},
     ),
-}  # fmt: skip
+}
 ALL = pytest.mark.parametrize("name", CASES)
 
 
@@ -95,10 +99,14 @@ class Batch:
 
         self.packed = {
             "max_seqlen": max(lengths),
-            **to({
-                "input_ids": torch.cat(documents), "token_type_ids": torch.cat(types), "cu_seqlens": offsets(lengths),
-            }),
-        }  # fmt: skip
+            **to(
+                {
+                    "input_ids": torch.cat(documents),
+                    "token_type_ids": torch.cat(types),
+                    "cu_seqlens": offsets(lengths),
+                }
+            ),
+        }
         self.packed_labels = per_token(lambda rows, _: torch.cat(rows))
         for key, value in self.packed_labels.items():
             if not isinstance(labels[key], list):  # a row for the empty sequence
@@ -202,8 +210,9 @@ def test_training_coincides_with_transformers(name, device):
     inputs, labels = Batch(name, lengths=(9,) * 5, device=device).sides["right"]
     ours, eager = loss_curves(
         [(model, lambda _: model(**inputs, **labels)), (theirs, lambda _: theirs(**inputs, **labels).loss)],
-        steps=10, lr=0.02,
-    )  # fmt: skip
+        steps=10,
+        lr=0.02,
+    )
     assert ours == pytest.approx(eager, rel=1e-4)
     assert ours[-1] < 0.9 * ours[0]
 

@@ -88,9 +88,13 @@ def test_sample_ids_decide(tokenizer):
     assert "sample_id" not in whole
     padded = collate._pad([{"input_ids": row["input_ids"]} for row in examples])["input_ids"]
     masked = ops.mlm_mask(
-        padded, mask_token_id=MASK, vocab_size=len(tokenizer), special_ids=tokenizer.all_special_ids, seed=7,
+        padded,
+        mask_token_id=MASK,
+        vocab_size=len(tokenizer),
+        special_ids=tokenizer.all_special_ids,
+        seed=7,
         sample_ids=torch.arange(1000, 1004),
-    )  # fmt: skip
+    )
     assert torch.equal(whole["input_ids"], masked.input_ids)
     assert torch.equal(whole["labels"], masked.labels)
     for side in ("right", "left"):
@@ -291,9 +295,17 @@ def test_trainer(sample_ids, tokenizer, tmp_path):
     )
     fastlm.patch(model, fused_loss=True)
     arguments = transformers.TrainingArguments(
-        output_dir=tmp_path, max_steps=4, per_device_train_batch_size=4, logging_steps=1, dataloader_num_workers=2,
-        remove_unused_columns=not sample_ids, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no",
-    )  # fmt: skip
+        output_dir=tmp_path,
+        max_steps=4,
+        per_device_train_batch_size=4,
+        logging_steps=1,
+        dataloader_num_workers=2,
+        remove_unused_columns=not sample_ids,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+    )
     collate = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.3)
     trainer = transformers.Trainer(model=model, args=arguments, train_dataset=Rows(examples), data_collator=collate)
     trainer.train()

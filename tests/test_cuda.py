@@ -14,6 +14,7 @@ from unittest import mock
 import ptx
 import pytest
 import torch
+from variants import of_its_kind, seeds, sweep
 
 from fastlm import _native, ops
 from fastlm.ops import _registry
@@ -22,10 +23,8 @@ from fastlm.testing.cases import CASES
 
 CSRC = Path(__file__).parent.parent / "csrc"
 INCLUDES = (str(CSRC), str(CSRC / "common"))
-# Seeds of each dtype. Five for bfloat16, what one trains in; the others differ in few instructions.
-SEEDS = {torch.float32: 2, torch.bfloat16: 5, torch.float16: 2}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HAVE = [case for case in CASES.values() if "cuda" in _registry.backends(case.op)]
-EVERY = [pytest.param(case, variant, id=f"{case.op}-{variant}") for case in HAVE for variant in case.tests]
 
 pytestmark = pytest.mark.skipif(
     _native.cuda() is None or ptx.nvcc() is None, reason="fastlm._cuda is not built, or there is no nvcc"
@@ -78,18 +77,22 @@ def device(**options):
         yield remember
 
 
-@pytest.mark.parametrize("dtype", SEEDS, ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize(("case", "variant"), EVERY)
-def test_error_bound(case, variant, dtype):
+def daily(case, variant, dtype):
+    """Every variant in float32 and bfloat16, the kinds in float16, which differs from bfloat16 in few instructions."""
+    return dtype != torch.float16 or of_its_kind(case, variant)
+
+
+@pytest.mark.parametrize(("case", "variant", "dtype"), sweep(HAVE, DTYPES, daily))
+def test_error_bound(case, variant, dtype, pytestconfig):
     if dtype not in case.dtypes and dtype != torch.float16:
         pytest.skip(f"{case.op} is tested in {case.dtypes}")
-    checks.error_bound(case, variant, dtype, "cpu", ["cuda"], range(SEEDS[dtype]), device)
+    checks.error_bound(case, variant, dtype, "cpu", ["cuda"], seeds(pytestconfig, dtype), device)
 
 
 @pytest.mark.parametrize(
     "check", [checks.non_contiguous, checks.deterministic, checks.opcheck], ids=lambda f: f.__name__
 )
-@pytest.mark.parametrize(("case", "variant"), EVERY)
+@pytest.mark.parametrize(("case", "variant"), sweep(HAVE))
 def test_check(check, case, variant):
     check(case, variant, torch.bfloat16, "cpu", "cuda", around=device)
 

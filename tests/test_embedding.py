@@ -18,9 +18,14 @@ def tables(dtype=torch.float32, cols=6):
 def test_defaults_are_the_column_and_type_0(backend):
     word, position, token_type = tables()
     given = ops.embedding(
-        IDS.int(), word, position, token_type, positions=torch.arange(3).expand(2, 3).int(),
-        token_type_ids=torch.zeros(2, 3, dtype=torch.int32), backend=backend,
-    )  # fmt: skip
+        IDS.int(),
+        word,
+        position,
+        token_type,
+        positions=torch.arange(3).expand(2, 3).int(),
+        token_type_ids=torch.zeros(2, 3, dtype=torch.int32),
+        backend=backend,
+    )
     default = ops.embedding(IDS, word, position, token_type, backend=backend)
     assert torch.equal(given, default)
     assert torch.equal(default, word[IDS] + position[:3] + token_type[0])

@@ -1,4 +1,4 @@
-"""Imports: what a fresh process loads and pays, and that no floor of the house reaches for a higher one."""
+"""Imports: what a fresh process loads and pays; no floor imports a higher one; no circles."""
 
 import ast
 import json
@@ -74,6 +74,54 @@ def test_floors(path):
                 assert other in FLOORS[part], f"fastlm.{part} may not import {name}"
         elif name == "fastlm":
             assert part not in ("kernels", "ops", "nn", "data"), f"{path.name} imports the whole of fastlm"
+
+
+def import_graph():
+    """Module -> the modules of fastlm that it imports, at its top or inside a function. No package is implied."""
+    modules = {name_of(path).removesuffix(".__init__"): path for path in [*FILES, *KERNELS]}
+    graph = {}
+    for module, path in modules.items():
+        # `from fastlm.ops import gelu` is the module fastlm.ops.gelu where there is one, else a name in fastlm.ops.
+        named = {name if name in modules else name.rpartition(".")[0] for name in imports(path)}
+        graph[module] = sorted(name for name in named if name in modules and name != module)
+    return graph
+
+
+def circles(graph):
+    """The strongly connected components of more than one node, each sorted (Tarjan's algorithm)."""
+    index, low, stack, found = {}, {}, [], []
+
+    def visit(node):
+        index[node] = low[node] = len(index)
+        stack.append(node)
+        for other in graph[node]:
+            if other not in index:
+                visit(other)
+            if other in stack:
+                low[node] = min(low[node], low[other])
+        if low[node] == index[node]:
+            component = stack[stack.index(node) :]
+            del stack[stack.index(node) :]
+            if len(component) > 1:
+                found.append(sorted(component))
+
+    for node in graph:
+        if node not in index:
+            visit(node)
+    return sorted(found)
+
+
+def test_circles_are_found():
+    graph = {"a": ["b"], "b": ["c", "d"], "c": ["b"], "d": ["e"], "e": ["f"], "f": ["d", "g"], "g": []}
+    assert circles(graph) == [["b", "c"], ["d", "e", "f"]]
+
+
+def test_no_import_circles():
+    """Imports inside functions count: they hide a circle, and the order of first calls decides whether it shows."""
+    graph = import_graph()
+    assert "fastlm.hf.attention" in graph["fastlm.hf._swap"]
+    assert "fastlm.kernels.tuning" in graph["fastlm.kernels.gelu"]
+    assert circles(graph) == []
 
 
 FRESH = """

@@ -17,10 +17,22 @@ BERT = {"mask_token_id": 4, "vocab_size": 97, "special_ids": (0, 1, 2, 3), "seed
 
 
 def numpy_mask(
-    ids, *, mask_token_id, vocab_size, special_ids, seed, epoch=0, sample_ids=None, positions=None,
-    special_tokens_mask=None, mlm_probability=0.15, mask_replace_prob=0.8, random_replace_prob=0.1, word_starts=None,
+    ids,
+    *,
+    mask_token_id,
+    vocab_size,
+    special_ids,
+    seed,
+    epoch=0,
+    sample_ids=None,
+    positions=None,
+    special_tokens_mask=None,
+    mlm_probability=0.15,
+    mask_replace_prob=0.8,
+    random_replace_prob=0.1,
+    word_starts=None,
     capacity=None,
-):  # fmt: skip
+):
     """The five outputs for ids of (B, S) or (T,), as lists of Python integers."""
     shape = ids.shape
     rows = shape if ids.ndim == 2 else (1, *shape)

@@ -20,8 +20,19 @@ from fastlm.run.recipe import tomllib
 pytest.importorskip("pybind11", reason="pybind11 and setuptools are needed to build a wheel")
 ROOT = Path(__file__).parent.parent
 FOLDERS = (".ci", "benchmarks", "csrc", "fastlm", "kernels", "tests")
-FILES = (".clang-format", ".pre-commit-config.yaml", "CONTRIBUTING.md", "LICENSE", "LOG.md", "MANIFEST.in", "Makefile",
-         "README.md", "constraints.txt", "pyproject.toml", "setup.py")  # fmt: skip
+FILES = (
+    ".clang-format",
+    ".pre-commit-config.yaml",
+    "CONTRIBUTING.md",
+    "LICENSE",
+    "LOG.md",
+    "MANIFEST.in",
+    "Makefile",
+    "README.md",
+    "constraints.txt",
+    "pyproject.toml",
+    "setup.py",
+)
 IGNORED = shutil.ignore_patterns("*.so", "__pycache__")
 KERNELS = sorted(path.name for path in (ROOT / "kernels").glob("*.py"))
 
@@ -53,6 +64,8 @@ def tree(tmp_path_factory):
         shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=IGNORED)
     for objects in (ROOT / "build").glob("temp.*"):
         shutil.copytree(objects, tree / "build" / objects.name)
+    if (ROOT / "build" / "nvcc-flags").is_file():  # a new one would be newer than the objects, and nvcc takes minutes
+        shutil.copy2(ROOT / "build" / "nvcc-flags", tree / "build")
     return tree
 
 
@@ -64,7 +77,7 @@ def sdist(tree, tmp_path_factory):
     return next(out.glob("*.tar.gz"))
 
 
-@pytest.fixture(scope="module", params=["tree", "sdist"])
+@pytest.fixture(scope="module", params=["tree", pytest.param("sdist", marks=pytest.mark.long)])
 def wheel(request, tmp_path_factory):
     """From the tree: with CUDA if nvcc is here. From the sdist: the portable CPU code, and no CUDA."""
     out = tmp_path_factory.mktemp("wheel")
@@ -87,6 +100,7 @@ def test_sdist_is_a_tree_that_make_test_runs_in(sdist, tree):
     assert names - own == wanted
 
 
+@pytest.mark.long
 def test_an_unpacked_sdist_collects_every_test(sdist, tmp_path):
     """With the extension of this tree, since the wheel's tests build it from the sdist."""
     shutil.unpack_archive(sdist, tmp_path)

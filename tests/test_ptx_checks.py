@@ -65,7 +65,10 @@ CUDA = {
     "alignment_of_an_atomic": ("alignment", 1, 32, lambda ok: [torch.zeros(32, dtype=torch.int8), 4 if ok else 6]),
     "uninitialised_shared_memory": ("uninitialised", 1, 64, lambda ok: [ints(64), 64 if ok else 60]),
     "uninitialised_global_memory": (
-        "uninitialised", 1, 32, lambda ok: [ints(32) if ok else ptx.uninitialised(torch.empty(32)), ints(32)],
+        "uninitialised",
+        1,
+        32,
+        lambda ok: [ints(32) if ok else ptx.uninitialised(torch.empty(32)), ints(32)],
     ),
     "uninitialised_local_memory": ("uninitialised", 1, 32, lambda ok: [ints(32, 7), 32 if ok else 20]),
     "divergence_within_a_warp": ("divergence", 1, 32, lambda ok: [ints(32)]),
@@ -77,7 +80,7 @@ CUDA = {
     "assertion": ("assert", 1, 32, lambda ok: [ints(32), 32 if ok else 31]),
     "trapped": ("trap", 1, 32, lambda ok: [ints(32), 32 if ok else 31]),
     "endless": ("timeout", 1, 32, lambda ok: [ints(1, 0)]),
-}  # fmt: skip
+}
 
 
 def launch_cuda(kernel, ok, **options):
@@ -158,7 +161,7 @@ EDITS = {
     "alignment_of_shared_memory": ("alignment", r"(ldmatrix[^;]*)\];", 0, r"\1+2];", A_LOADED),
     "bounds_of_shared_memory": ("bounds", r"(ldmatrix[^;]*)\];", 0, r"\1+163840];", A_LOADED),
     "divergence_of_a_barrier": ("divergence", r"bar\.sync\s+0;", 4, HALF_A_WARP, "tl.store(c_tile, "),
-}  # fmt: skip
+}
 
 
 @pytest.mark.filterwarnings("ignore:tl.make_block_ptr is deprecated")

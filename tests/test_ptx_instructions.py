@@ -146,8 +146,11 @@ def test_shuffle(mode, width):
         got = warp(f"shfl.sync.{mode}.b32 y|%p1, x0, {offset}, {c}, -1; @!%p1 xor.b32 y, y, 1;", VALUES)
         first, last = LANES // width * width, LANES // width * width + width - 1
         source = {
-            "up": LANES - offset, "down": LANES + offset, "bfly": LANES ^ offset, "idx": first | offset & (width - 1),
-        }[mode]  # fmt: skip
+            "up": LANES - offset,
+            "down": LANES + offset,
+            "bfly": LANES ^ offset,
+            "idx": first | offset & (width - 1),
+        }[mode]
         inside = source >= first if mode == "up" else source <= last
         expected = np.where(inside, VALUES[np.where(inside, source, 0)], VALUES ^ 1)
         np.testing.assert_array_equal(got, expected, err_msg=f"offset {offset}")
@@ -306,12 +309,17 @@ def test_ldmatrix_stmatrix_and_movmatrix(tiles, transposed):
 
 # shape: rows, depth, registers of A and B, elements in a register
 MMA = {
-    "m16n8k16.row.col.f32.bf16.bf16.f32": ("bf16", 16, 16), "m16n8k8.row.col.f32.bf16.bf16.f32": ("bf16", 16, 8),
-    "m16n8k16.row.col.f32.f16.f16.f32": ("f16", 16, 16), "m16n8k16.row.col.f16.f16.f16.f16": ("f16", 16, 16),
-    "m16n8k8.row.col.f32.tf32.tf32.f32": ("tf32", 16, 8), "m16n8k4.row.col.f32.tf32.tf32.f32": ("tf32", 16, 4),
-    "m16n8k32.row.col.s32.s8.s8.s32": ("s8", 16, 32), "m16n8k16.row.col.s32.u8.s8.s32": ("u8", 16, 16),
-    "m8n8k16.row.col.s32.s8.s8.s32": ("s8", 8, 16), "m8n8k4.row.col.f64.f64.f64.f64": ("f64", 8, 4),
-}  # fmt: skip
+    "m16n8k16.row.col.f32.bf16.bf16.f32": ("bf16", 16, 16),
+    "m16n8k8.row.col.f32.bf16.bf16.f32": ("bf16", 16, 8),
+    "m16n8k16.row.col.f32.f16.f16.f32": ("f16", 16, 16),
+    "m16n8k16.row.col.f16.f16.f16.f16": ("f16", 16, 16),
+    "m16n8k8.row.col.f32.tf32.tf32.f32": ("tf32", 16, 8),
+    "m16n8k4.row.col.f32.tf32.tf32.f32": ("tf32", 16, 4),
+    "m16n8k32.row.col.s32.s8.s8.s32": ("s8", 16, 32),
+    "m16n8k16.row.col.s32.u8.s8.s32": ("u8", 16, 16),
+    "m8n8k16.row.col.s32.s8.s8.s32": ("s8", 8, 16),
+    "m8n8k4.row.col.f64.f64.f64.f64": ("f64", 8, 4),
+}
 
 
 @pytest.mark.parametrize("shape", MMA)

@@ -92,9 +92,14 @@ def test_register_of_another_width_is_an_error(code, found):
 
 @pytest.mark.parametrize(
     ("type_", "register"),
-    [(f"{sign}{bits}", name) for sign in "su" for bits in (8, 16, 32) for name in ("%h", "%r", "%d")
-     if bits < 32 or name != "%h"],
-)  # fmt: skip
+    [
+        (f"{sign}{bits}", name)
+        for sign in "su"
+        for bits in (8, 16, 32)
+        for name in ("%h", "%r", "%d")
+        if bits < 32 or name != "%h"
+    ],
+)
 def test_loads_stores_and_conversions_take_wider_registers(type_, register):
     size = int(type_[1:]) // 8
     # Through memory into a wider register, back from its low bytes, and a conversion of them.

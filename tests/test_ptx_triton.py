@@ -125,9 +125,20 @@ def test_functions_of_libdevice():
     tf.functions[(1,)](x, y, n, BLOCK=128)
     v = x.double()
     exact = [
-        v.erf(), (-v).exp(), v.exp2(), v.rsqrt(), v.tanh(), v.log(), v.log1p(), v.sin(), v.sigmoid(), v**1.5, 1 / v,
-        v.sqrt(), torch.erfinv(v / 8),
-    ]  # fmt: skip
+        v.erf(),
+        (-v).exp(),
+        v.exp2(),
+        v.rsqrt(),
+        v.tanh(),
+        v.log(),
+        v.log1p(),
+        v.sin(),
+        v.sigmoid(),
+        v**1.5,
+        1 / v,
+        v.sqrt(),
+        torch.erfinv(v / 8),
+    ]
     for k, expected in enumerate(exact):
         torch.testing.assert_close(y[k].double(), expected, rtol=4e-7, atol=4e-7, msg=lambda m, k=k: f"row {k}: {m}")
     assert torch.equal(y[10], 1 / x)  # correctly rounded
@@ -159,8 +170,13 @@ def test_casts():
     ]
     tf.casts[(1,)](x, *out, BLOCK=256)
     expected = [
-        x.half(), x.bfloat16(), x.double() / 3, x.to(torch.int8), x.to(torch.float8_e5m2).float(), x.view(torch.int32)
-    ]  # fmt: skip
+        x.half(),
+        x.bfloat16(),
+        x.double() / 3,
+        x.to(torch.int8),
+        x.to(torch.float8_e5m2).float(),
+        x.view(torch.int32),
+    ]
     for got, want in zip(out, expected):
         assert torch.equal(got, want), want.dtype
 
@@ -168,11 +184,14 @@ def test_casts():
 @pytest.mark.parametrize(
     ("dtype", "precision", "out"),
     [
-        (torch.bfloat16, "tf32", torch.float32), (torch.float16, "tf32", torch.float16),
-        (torch.float32, "tf32x3", torch.float32), (torch.float32, "ieee", torch.float32),
-        (torch.float32, "bf16x3", torch.float32), (torch.float64, "ieee", torch.float64),
+        (torch.bfloat16, "tf32", torch.float32),
+        (torch.float16, "tf32", torch.float16),
+        (torch.float32, "tf32x3", torch.float32),
+        (torch.float32, "ieee", torch.float32),
+        (torch.float32, "bf16x3", torch.float32),
+        (torch.float64, "ieee", torch.float64),
     ],
-)  # fmt: skip
+)
 def test_batched_dot_is_exact_on_integers(dtype, precision, out):
     a, b = (x.to(dtype) for x in ints(2, 2, 16, 16, low=-8, high=9))
     c = torch.empty(2, 16, 16, dtype=out)

@@ -13,37 +13,42 @@ from contextlib import nullcontext
 import ptx
 import pytest
 import torch
+from variants import of_its_kind, seeds, sweep
 
 from fastlm.ops import _registry
 from fastlm.testing import checks
 from fastlm.testing.cases import CASES
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# Seeds of each dtype. Five for bfloat16, what one trains in; the others differ in few instructions.
-SEEDS = {torch.float32: 1} if INTERPRETED else {torch.float32: 2, torch.bfloat16: 5, torch.float16: 2}
+DTYPES = (torch.float32,) if INTERPRETED else (torch.float32, torch.bfloat16, torch.float16)
 DEVICE = nullcontext if INTERPRETED else ptx.triton_on_ptx
 HAVE = [case for case in CASES.values() if "triton" in _registry.backends(case.op)]
 # What compiles for seconds is tested in float16, which differs from bfloat16 in one cast, where it has dropout alone:
 # that only adds to a kernel, and attention's variants with it reach every kernel and all of its loops.
 FLOAT16 = {"attention": "dropout_p"}
-EVERY = [pytest.param(case, variant, id=f"{case.op}-{variant}") for case in HAVE for variant in case.tests]
 
 
-@pytest.mark.parametrize("dtype", SEEDS, ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize(("case", "variant"), EVERY)
-def test_error_bound(case, variant, dtype):
+def daily(case, variant, dtype):
+    """Every variant in bfloat16, the kinds in float16; in float32 the kinds of what is slow: attention, interpreted."""
+    every = dtype == torch.bfloat16 or (dtype == torch.float32 and case.op not in FLOAT16 and not INTERPRETED)
+    return every or of_its_kind(case, variant)
+
+
+@pytest.mark.parametrize(("case", "variant", "dtype"), sweep(HAVE, DTYPES, daily))
+def test_error_bound(case, variant, dtype, pytestconfig):
     if dtype not in case.dtypes and dtype != torch.float16:
         pytest.skip(f"{case.op} is tested in {case.dtypes}")
     if dtype == torch.float16 and case.op in FLOAT16 and FLOAT16[case.op] not in variant.options:
         pytest.skip("float16 is tested with dropout")
-    checks.error_bound(case, variant, dtype, "cpu", ["triton"], range(SEEDS[dtype]), DEVICE)
+    count = range(1) if INTERPRETED else seeds(pytestconfig, dtype)
+    checks.error_bound(case, variant, dtype, "cpu", ["triton"], count, DEVICE)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="of the host's code, and the same in both")
 @pytest.mark.parametrize(
     "check", [checks.non_contiguous, checks.deterministic, checks.opcheck], ids=lambda f: f.__name__
 )
-@pytest.mark.parametrize(("case", "variant"), EVERY)
+@pytest.mark.parametrize(("case", "variant"), sweep(HAVE))
 def test_check(check, case, variant):
     check(case, variant, torch.bfloat16, "cpu", "triton", around=DEVICE)
 
@@ -55,9 +60,10 @@ def test_compile(case):
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
-def test_error_bound_through_tritons_interpreter():
+def test_error_bound_through_tritons_interpreter(pytestconfig):
     """The first test above, in a process where Triton interprets."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    command += ["--all"] if pytestconfig.getoption("--all") else []
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]

@@ -29,14 +29,24 @@ def test_dropout_bits_are_the_cpus(layout, causal):
     dropout_bits_are_the_cpus(layout, causal, "triton", ptx.triton_on_ptx)
 
 
-@pytest.mark.parametrize("variant", LONG, ids=str)
+# Of the two that are for --all, dropout and a scale are with other features in the rest.
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(v, id=str(v), marks=pytest.mark.long if v in (LONG[0], LONG[6]) else ()) for v in LONG],
+)
 def test_blocks_without_a_mask(variant):
     error_bound(variant, torch.bfloat16)
 
 
 @pytest.mark.parametrize(
     ("d", "buckets", "dtype"),
-    [*((d, 0, torch.bfloat16) for d in (1, 96, 160)), (256, 8, torch.bfloat16), (256, 0, torch.float32)],
+    [
+        (1, 0, torch.bfloat16),
+        (96, 0, torch.bfloat16),
+        pytest.param(160, 0, torch.bfloat16, marks=pytest.mark.long),
+        (256, 8, torch.bfloat16),
+        pytest.param(256, 0, torch.float32, marks=pytest.mark.long),
+    ],
 )
 def test_head_dims(d, buckets, dtype):
     """Both sides of the OpCase's; 256 with the bias's gradient too, whose tiles are smaller there."""
@@ -46,6 +56,7 @@ def test_head_dims(d, buckets, dtype):
     )
 
 
+@pytest.mark.long
 def test_combinations():
     """Random combinations of features; the plain blocks and most of the OpCase's shapes are above."""
     draw = random.Random(5)
@@ -104,7 +115,7 @@ def test_float32_products_follow_torchs_switch():
         torch.backends.cuda.matmul.allow_tf32 = False
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [pytest.param(False, marks=pytest.mark.long), True])
 def test_a_philox_call_serves_sixteen_keys(packed):
     """No thread repeats another's work: of a call's twenty high products, no more than the tile needs.
 

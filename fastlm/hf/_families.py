@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from fastlm.hf import modules
-from fastlm.hf.attention import T5Attention
 from fastlm.hf.loss import FusedLoss, FusedLossFunction, T5FusedLoss
+from fastlm.hf.t5_attention import T5Attention
 
 # model_type -> {class of transformers.models.<model_type>: (mixin, what it does)}
 _BERT = {

@@ -11,6 +11,8 @@ import functools
 
 import torch
 
+from fastlm.hf.attention import register
+
 
 class Patched:
     """The base of all mixins: how instances are copied and pickled."""
@@ -31,9 +33,7 @@ class Patched:
 
 
 def _make_again(mixin: type, base: type):
-    from fastlm.hf.attention import register  # a model may be unpickled where nothing has been patched
-
-    register()
+    register()  # a model may be unpickled where nothing has been patched
     cls = _class(mixin, base)
     return cls.__new__(cls)
 

@@ -1,12 +1,15 @@
-"""attn_implementation="fastlm": Transformers' attention interface on fastlm.ops.attention, and T5's attention module.
+"""attn_implementation="fastlm": Transformers' attention interface on fastlm.ops.attention.
 
 Transformers asks a mask function for a mask once a forward, and hands it to the attention function of every layer.
 Ours gives what the op takes: None, or the key mask (B, keys), bool, True for a real token. Causality and window come
 with the module (`is_causal`, `sliding_window`); both are aligned bottom right, so a key mask shorter than the cache
 cuts it to the tokens seen so far (a static cache holds room for more).
 
-Any other mask (4-D ones that the user made, packed position_ids, masks with functions laid over them) is 4-D, and that
+Any other mask (a 4-D one that the user made, packed position_ids, a mask function combined with another) is 4-D. That
 call runs on Transformers' "sdpa", with a warning.
+
+T5's attention module takes its mask and options from here too (fastlm.hf.t5_attention). This module imports nothing of
+fastlm.hf: unpickling a patched model (fastlm.hf._swap) registers the interface.
 """
 
 from __future__ import annotations
@@ -16,8 +19,6 @@ import warnings
 import torch
 
 from fastlm import ops
-from fastlm.hf._swap import Patched
-from fastlm.ops._relative_bias import relative_buckets
 
 NAME = "fastlm"
 
@@ -52,9 +53,17 @@ def key_mask(
     prefill = isinstance(q_offset, torch.Tensor) and q_length > 1  # into a static cache that holds tokens already
     if use_vmap or not known or (prefill and torch.compiler.is_compiling()):
         return sdpa_mask(
-            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, use_vmap=use_vmap,
-            device=device, **{**kwargs, "allow_is_causal_skip": False},
-        )  # fmt: skip
+            batch_size,
+            q_length,
+            kv_length,
+            q_offset,
+            kv_offset,
+            mask_function,
+            attention_mask,
+            use_vmap=use_vmap,
+            device=device,
+            **{**kwargs, "allow_is_causal_skip": False},
+        )
 
     real = attention_mask
     if real is not None:
@@ -80,7 +89,7 @@ _REFUSED = {
 }
 
 
-def _refuse(options):
+def refuse_options(options):
     for name, why in _REFUSED.items():
         if options.get(name) is not None and options[name] is not False:
             why = why or "the fused kernel has no such thing"
@@ -90,7 +99,7 @@ def _refuse(options):
             )
 
 
-def _warn_other_mask():
+def warn_other_mask():
     if not torch.compiler.is_compiling():
         warnings.warn(
             "fastlm: this attention mask is neither padding (B, keys) nor causal nor a window, so attention runs on "
@@ -100,13 +109,13 @@ def _warn_other_mask():
         )
 
 
-def _is_causal(module, is_causal):
+def module_is_causal(module, is_causal):
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     # A configuration can make a decoder an encoder.
     return is_causal and getattr(getattr(module, "config", None), "is_causal", True)
 
 
-def _autocast(*tensors):
+def in_autocast_dtype(*tensors):
     """q, k, v in one dtype, autocast's: rotary embeddings may leave q and k in another than v."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
@@ -131,9 +140,9 @@ def attention(
     Rows packed without padding come as one row with Transformers' cu_seq_lens_q, cu_seq_lens_k, max_length_q and
     max_length_k (DataCollatorWithFlattening makes them); no mask is read then.
     """
-    _refuse(kwargs)
-    query, key, value = _autocast(query, key, value)
-    causal = _is_causal(module, is_causal)
+    refuse_options(kwargs)
+    query, key, value = in_autocast_dtype(query, key, value)
+    causal = module_is_causal(module, is_causal)
     options = {"softmax_scale": scaling, "dropout_p": dropout, "causal": causal}
     if sliding_window is not None:  # it counts the query's own position
         options["window_size"] = sliding_window - 1, 0 if causal else sliding_window - 1
@@ -152,109 +161,31 @@ def attention(
                 )
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         out = ops.attention(
-            q, k, v, cu_seqlens_q=cu_seqlens.int(), cu_seqlens_k=kwargs["cu_seq_lens_k"].int(),
-            max_seqlen_q=int(kwargs["max_length_q"]), max_seqlen_k=int(kwargs["max_length_k"]), **options,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            cu_seqlens_q=cu_seqlens.int(),
+            cu_seqlens_k=kwargs["cu_seq_lens_k"].int(),
+            max_seqlen_q=int(kwargs["max_length_q"]),
+            max_seqlen_k=int(kwargs["max_length_k"]),
+            **options,
+        )
         return out[None], None
     if attention_mask is not None and attention_mask.dim() == 4:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        _warn_other_mask()
+        warn_other_mask()
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    return _attend(q, k, v, attention_mask, options), None
+    return attend(q, k, v, attention_mask, options), None
 
 
-def _attend(q, k, v, mask, options):
+def attend(q, k, v, mask, options):
     """q (B, Sq, H, D), k, v (B, Sk, Hkv, D); a mask shorter than Sk cuts k and v."""
     if mask is not None and mask.shape[1] < k.shape[1]:
         k, v = (x[:, : mask.shape[1]] for x in (k, v))
     if q.shape[1] == 1 and "window_size" not in options:  # one query sees every key, wherever in a cache it stands
         options = {**options, "causal": False}
     return ops.attention(q, k, v, key_mask=mask, **options)
-
-
-class T5Attention(Patched):
-    """T5's attention with the relative bias inside the kernel, which gives its table a gradient.
-
-    Transformers passes the bias that the first layer made, (1, H, Sq, Sk), from layer to layer; here it passes the
-    table (buckets, H), and None for cross-attention.
-    """
-
-    def forward(
-        self, hidden_states, mask=None, key_value_states=None, position_bias=None, past_key_values=None, **kwargs
-    ):
-        _refuse(kwargs)
-        heads = (-1, self.key_value_proj_dim)
-        q = self.q(hidden_states).unflatten(-1, heads)
-        past = 0
-        if past_key_values is None:
-            k, v = (proj(hidden_states if key_value_states is None else key_value_states) for proj in (self.k, self.v))
-            k, v = k.unflatten(-1, heads), v.unflatten(-1, heads)
-        else:
-            past = past_key_values.get_seq_length(self.layer_idx)
-            past = past.clone() if isinstance(past, torch.Tensor) else past  # a static cache counts in place
-            k, v = (x.transpose(1, 2) for x in self._cached(hidden_states, key_value_states, past_key_values, heads))
-
-        if self.has_relative_attention_bias:
-            # A copy: reentrant checkpointing makes what a layer returns its own result, never a parameter.
-            position_bias = self.relative_attention_bias.weight.clone()
-        q, k, v = _autocast(q, k, v)
-        options = {"softmax_scale": self.scaling, "dropout_p": self.dropout if self.training else 0.0}
-        causal = _is_causal(self, None)
-        other_mask = mask is not None and mask.dim() == 4
-        if other_mask:
-            _warn_other_mask()
-        aligned = isinstance(past, int) and past + q.shape[1] == k.shape[1]
-        if other_mask or (position_bias is not None and key_value_states is None and causal and not aligned):
-            out = self._attend_by_bias(q, k, v, mask, position_bias, past, causal, options)
-        else:
-            if position_bias is not None:
-                options["relative_bias"] = ops.RelativeBias(
-                    position_bias, bidirectional=not self.is_decoder, max_distance=self.relative_attention_max_distance
-                )
-            out = _attend(q, k, v, mask, {**options, "causal": causal})
-        return self.o(out.flatten(-2)), position_bias, None
-
-    def _cached(self, hidden_states, key_value_states, cache, heads):
-        """k, v (B, H, Sk, D) out of the cache and, but for a cross-attention that is there already, added to it."""
-        from transformers import EncoderDecoderCache
-
-        cross, both = key_value_states is not None, isinstance(cache, EncoderDecoderCache)
-        own = cache
-        if both:
-            own = cache.cross_attention_cache if cross else cache.self_attention_cache
-            if cross and cache.is_updated.get(self.layer_idx):
-                return own.layers[self.layer_idx].keys, own.layers[self.layer_idx].values
-        states = key_value_states if cross else hidden_states
-        k, v = (proj(states).unflatten(-1, heads).transpose(1, 2) for proj in (self.k, self.v))
-        k, v = own.update(k, v, self.layer_idx)
-        if cross and both:
-            cache.is_updated[self.layer_idx] = True
-        return k, v
-
-    def _attend_by_bias(self, q, k, v, mask, table, past, causal, options):
-        """With the bias as a matrix, by torch: for 4-D masks, and where keys follow that are not filled yet."""
-        query = torch.arange(q.shape[1], device=q.device)[:, None] + past
-        relative = torch.arange(k.shape[1], device=q.device) - query
-        visible = relative <= 0 if causal else torch.ones_like(relative, dtype=torch.bool)
-        bias = torch.zeros((), dtype=q.dtype, device=q.device)
-        if mask is not None and mask.dim() == 4:
-            visible = mask if mask.dtype == torch.bool else torch.ones_like(visible)
-            bias = bias if mask.dtype == torch.bool else mask
-        elif mask is not None:
-            mask = torch.nn.functional.pad(mask, (0, k.shape[1] - mask.shape[1]))
-            visible = visible & mask[:, None, None, :]
-        if table is not None:
-            buckets = relative_buckets(
-                relative, table.shape[0], not self.is_decoder, self.relative_attention_max_distance
-            )
-            bias = bias + table[buckets].movedim(-1, 0).to(q.dtype)
-        bias = torch.where(visible, bias, torch.finfo(q.dtype).min)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=bias, scale=options["softmax_scale"], dropout_p=options["dropout_p"]
-        )
-        return out.transpose(1, 2)

@@ -44,9 +44,13 @@ def _cross_entropy(hidden, decoder, target, *, ignore_index=ops.IGNORE_INDEX, nu
     autocast = torch.autocast(hidden.device.type, dtype=hidden.dtype) if wide and low else contextlib.nullcontext()
     with autocast:
         loss = ops.linear_cross_entropy(
-            hidden, decoder.weight, target, decoder.bias, ignore_index=ignore_index,
+            hidden,
+            decoder.weight,
+            target,
+            decoder.bias,
+            ignore_index=ignore_index,
             reduction="mean" if num_items is None else "sum",
-        )  # fmt: skip
+        )
     return loss if num_items is None else loss / torch.as_tensor(num_items).to(loss.device)
 
 

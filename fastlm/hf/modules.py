@@ -217,9 +217,14 @@ class GPT2Block(Patched):
     ):
         if encoder_hidden_states is not None:
             return super().forward(
-                hidden_states, past_key_values, attention_mask, encoder_hidden_states, encoder_attention_mask,
-                use_cache, **kwargs,
-            )  # fmt: skip
+                hidden_states,
+                past_key_values,
+                attention_mask,
+                encoder_hidden_states,
+                encoder_attention_mask,
+                use_cache,
+                **kwargs,
+            )
         attended, _ = self.attn(
             self.ln_1(hidden_states),
             past_key_values=past_key_values,

@@ -114,10 +114,19 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         elif query.dim() == 3 and not self.batch_first:
             q, k, v = (t.transpose(0, 1) for t in (q, k, v))
         out = ops.attention(
-            q, k, v, causal=is_causal, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen,
-            max_seqlen_k=max_seqlen_k, key_mask=real_keys(key_padding_mask, tuple(k.shape[:2])),
-            dropout_p=self.dropout if self.training else 0.0, rng=rng, site=self.site,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            causal=is_causal,
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_k=cu_seqlens_k,
+            max_seqlen_q=max_seqlen,
+            max_seqlen_k=max_seqlen_k,
+            key_mask=real_keys(key_padding_mask, tuple(k.shape[:2])),
+            dropout_p=self.dropout if self.training else 0.0,
+            rng=rng,
+            site=self.site,
+        )
         out = self.out_proj(out.flatten(-2))
         if query.dim() == 2:
             return out.view_as(query), None

@@ -37,9 +37,15 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
                 raise ValueError(f"inplace: expected input (N, C), got {tuple(input.shape)}; flatten it, classes last")
             input = input.movedim(1, -1)
         return ops.cross_entropy(
-            input, target, weight=self.weight, ignore_index=self.ignore_index, reduction=self.reduction,
-            label_smoothing=self.label_smoothing, z_loss=self.z_loss, inplace=self.inplace,
-        )  # fmt: skip
+            input,
+            target,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+            inplace=self.inplace,
+        )
 
 
 class LinearCrossEntropyLoss(torch.nn.Module):
@@ -78,7 +84,13 @@ class LinearCrossEntropyLoss(torch.nn.Module):
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """input (..., in_features), target int64 (...): the loss, a scalar, or of target's shape for "none"."""
         return ops.linear_cross_entropy(
-            input, self.linear.weight, target, self.linear.bias, class_weight=self.weight,
-            ignore_index=self.ignore_index, label_smoothing=self.label_smoothing, z_loss=self.z_loss,
+            input,
+            self.linear.weight,
+            target,
+            self.linear.bias,
+            class_weight=self.weight,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
             reduction=self.reduction,
-        )  # fmt: skip
+        )

@@ -51,9 +51,14 @@ class MLMMasking(torch.nn.Module):
     ) -> ops.MaskedTokens:
         """input_ids (B, S), or (T,) packed. Arguments and result as of `fastlm.ops.mlm_mask`."""
         return ops.mlm_mask(
-            input_ids, epoch=epoch, sample_ids=sample_ids, positions=positions, special_tokens_mask=special_tokens_mask,
-            word_starts=word_starts, **self.options,
-        )  # fmt: skip
+            input_ids,
+            epoch=epoch,
+            sample_ids=sample_ids,
+            positions=positions,
+            special_tokens_mask=special_tokens_mask,
+            word_starts=word_starts,
+            **self.options,
+        )
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

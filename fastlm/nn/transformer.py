@@ -92,9 +92,17 @@ class TransformerEncoderLayer(torch.nn.Module):
         """
         x = self.norm1(src) if self.norm_first else src
         attended, _ = self.self_attn(
-            x, x, x, src_key_padding_mask, need_weights=False, attn_mask=src_mask, is_causal=is_causal,
-            cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, rng=rng,
-        )  # fmt: skip
+            x,
+            x,
+            x,
+            src_key_padding_mask,
+            need_weights=False,
+            attn_mask=src_mask,
+            is_causal=is_causal,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
+            rng=rng,
+        )
         if self.norm_first:
             normed, x = self._add_norm(self.norm2, attended, self.dropout1, src, rng, return_residual=True)
             return x + self.dropout2(self._feed_forward(normed, rng), rng)

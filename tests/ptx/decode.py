@@ -404,9 +404,19 @@ class Decoder:
         sizes = [self.words, self.predicates, len(self.names), self.local_bytes, start]
         program = NativeProgram(self.code, constants, sizes, self.locals, self.shared, self.special)
         return Program(
-            self.entry.name, program, self.texts, self.locations, self.names, parameters, at, variables,
-            sum(size for _, size in self.shared), self.dynamic_align, self.entry.required_threads, self.ordered,
-        )  # fmt: skip
+            self.entry.name,
+            program,
+            self.texts,
+            self.locations,
+            self.names,
+            parameters,
+            at,
+            variables,
+            sum(size for _, size in self.shared),
+            self.dynamic_align,
+            self.entry.required_threads,
+            self.ordered,
+        )
 
     def place_variables(self) -> list[tuple[str, int, bytes, bool]]:
         """Addresses of the module's .global and .const variables, then their initial bytes."""

@@ -27,9 +27,17 @@ GRID_LIMIT, BLOCK_LIMIT = (2**31 - 1, 65535, 65535), (1024, 1024, 64)
 FLOATS = {"f16": np.float16, "f32": np.float32, "f64": np.float64}  # parameters that take any Python number
 
 FINDINGS = (
-    "bounds", "alignment", "uninitialised", "race", "async", "divergence", "unset register", "assert", "trap",
+    "bounds",
+    "alignment",
+    "uninitialised",
+    "race",
+    "async",
+    "divergence",
+    "unset register",
+    "assert",
+    "trap",
     "timeout",
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -310,9 +318,16 @@ def _describe(program: Program, grid, block, found) -> Finding:
     location = str(program.locations[pc] or "")
     other = "" if origin < 0 else place({1: origin})
     return Finding(
-        kind, program.entry, _index(block_number, grid), _index(thread, block), program.instructions[pc], location,
-        message, other, count,
-    )  # fmt: skip
+        kind,
+        program.entry,
+        _index(block_number, grid),
+        _index(thread, block),
+        program.instructions[pc],
+        location,
+        message,
+        other,
+        count,
+    )
 
 
 def run(
@@ -375,9 +390,15 @@ def run(
     if program.ordered:
         workers = 1
     config = [
-        *grid, *block, shared_bytes, workers or os.cpu_count() or 1, max_instructions, max_findings, races,
+        *grid,
+        *block,
+        shared_bytes,
+        workers or os.cpu_count() or 1,
+        max_instructions,
+        max_findings,
+        races,
         bank_conflicts,
-    ]  # fmt: skip
+    ]
     found, printed, counts, extra = program.native.launch(config, params, buffers)
     for tracked, state in back:
         np.copyto(tracked, state, where=state != HOLE)

@@ -119,23 +119,45 @@ class NativeProgram:
             operands += [*results, *sources]
             aux = [*aux, 0, 0, 0, 0, 0, 0][:6]
             records.append(
-                [names[handler], guard_index, first, len(results), len(sources), imm, *aux, target, len(tables),
-                 len(table or ())]
-            )  # fmt: skip
+                [
+                    names[handler],
+                    guard_index,
+                    first,
+                    len(results),
+                    len(sources),
+                    imm,
+                    *aux,
+                    target,
+                    len(tables),
+                    len(table or ()),
+                ]
+            )
             tables += table or ()
         kept = [
             _integers(values)
             for values in (
-                [len(code), *sizes, len(locals_), len(shared)], records, operands, tables, [*locals_, *shared],
+                [len(code), *sizes, len(locals_), len(shared)],
+                records,
+                operands,
+                tables,
+                [*locals_, *shared],
                 [operand for _, operand in special],
             )
-        ]  # fmt: skip
+        ]
         header, records, operands, tables, ranges, special_operands = (pointer for _, pointer in kept)
         self.size = len(code)
         self.pointer = library().ptx_program(
-            header, records, operands, tables, RECORD.join(names).encode(), constants, ctypes.c_uint64(len(constants)),
-            ranges, RECORD.join(name for name, _ in special).encode(), special_operands,
-        )  # fmt: skip
+            header,
+            records,
+            operands,
+            tables,
+            RECORD.join(names).encode(),
+            constants,
+            ctypes.c_uint64(len(constants)),
+            ranges,
+            RECORD.join(name for name, _ in special).encode(),
+            special_operands,
+        )
         weakref.finalize(self, library().ptx_program_free, self.pointer)
 
     def launch(self, config: list[int], params: bytes, buffers: list[tuple]):
@@ -147,9 +169,15 @@ class NativeProgram:
         counts, conflicts = np.zeros((2, self.size), np.uint64)
         names = RECORD.join(buffer[-1] for buffer in buffers).encode()
         result = library().ptx_launch(
-            ctypes.c_void_p(self.pointer), kept[0][1], params, ctypes.c_uint64(len(params)), kept[1][1], names,
-            ctypes.c_void_p(counts.ctypes.data), ctypes.c_void_p(conflicts.ctypes.data),
-        )  # fmt: skip
+            ctypes.c_void_p(self.pointer),
+            kept[0][1],
+            params,
+            ctypes.c_uint64(len(params)),
+            kept[1][1],
+            names,
+            ctypes.c_void_p(counts.ctypes.data),
+            ctypes.c_void_p(conflicts.ctypes.data),
+        )
         try:
             text = library().ptx_findings(result).decode(errors="replace")
             printed = library().ptx_printed(result).decode(errors="replace")

@@ -103,27 +103,59 @@ class Writer:
             name, parameters = self.called
             return f"to<{type_}>({name}({', '.join(self.expression(of, depth - 1) for of in parameters)}))"
         if type_ in REAL:
-            return self.random.choice((
-                f"plus({a}, {b})", f"times({a}, {b})", f"over({a}, {b})", f"root({a})", f"fma_({a}, {b}, {c})",
-                f"-({a})", f"std::fabs({a})", f"({a} < {b} ? {a} : {b})", f"std::floor({a})", f"std::trunc({a})",
-                f"std::rint({a})", f"std::ceil({a})", f"std::copysign({a}, {b})",
-            ))  # fmt: skip
+            return self.random.choice(
+                (
+                    f"plus({a}, {b})",
+                    f"times({a}, {b})",
+                    f"over({a}, {b})",
+                    f"root({a})",
+                    f"fma_({a}, {b}, {c})",
+                    f"-({a})",
+                    f"std::fabs({a})",
+                    f"({a} < {b} ? {a} : {b})",
+                    f"std::floor({a})",
+                    f"std::trunc({a})",
+                    f"std::rint({a})",
+                    f"std::ceil({a})",
+                    f"std::copysign({a}, {b})",
+                )
+            )
         n = self.expression(self.random.choice(INTEGERS), depth - 1)
         bits = bits_of(type_)
         position = self.random.randrange(bits)
         length = self.random.randint(1, bits - position)
         divisor = self.random.choice((3, 7, 10, 100, 64, bits - 1))
-        return self.random.choice((
-            f"add<{type_}>({a}, {b})", f"sub<{type_}>({a}, {b})", f"mul<{type_}>({a}, {b})",
-            f"mad<{type_}>({a}, {b}, {c})", f"mulhi<{type_}>({a}, {b})", f"div<{type_}>({a}, {b})",
-            f"rem<{type_}>({a}, {b})", f"div<{type_}>({a}, {divisor})", f"rem<{type_}>({a}, {divisor})",
-            f"shl<{type_}>({a}, {n})", f"shr<{type_}>({a}, {n})", f"shl_all<{type_}>({a}, {n})",
-            f"shr_all<{type_}>({a}, {n})", f"shr<{type_}>({a}, {position})", f"rotate<{type_}>({a}, {n})",
-            f"rotate<{type_}>({a}, {position})", f"band<{type_}>({a}, {b})", f"bor<{type_}>({a}, {b})",
-            f"bxor<{type_}>({a}, {b})", f"bnot<{type_}>({a})", f"merge<{type_}>({a}, {b}, {c})",
-            f"field<{type_}>({a}, {position}, {length})", f"popcount<{type_}>({a})", f"leading<{type_}>({a})",
-            f"reverse<{type_}>({a})", f"({a} < {b} ? {a} : {b})", f"({a} > {b} ? {a} : {b})",
-        ))  # fmt: skip
+        return self.random.choice(
+            (
+                f"add<{type_}>({a}, {b})",
+                f"sub<{type_}>({a}, {b})",
+                f"mul<{type_}>({a}, {b})",
+                f"mad<{type_}>({a}, {b}, {c})",
+                f"mulhi<{type_}>({a}, {b})",
+                f"div<{type_}>({a}, {b})",
+                f"rem<{type_}>({a}, {b})",
+                f"div<{type_}>({a}, {divisor})",
+                f"rem<{type_}>({a}, {divisor})",
+                f"shl<{type_}>({a}, {n})",
+                f"shr<{type_}>({a}, {n})",
+                f"shl_all<{type_}>({a}, {n})",
+                f"shr_all<{type_}>({a}, {n})",
+                f"shr<{type_}>({a}, {position})",
+                f"rotate<{type_}>({a}, {n})",
+                f"rotate<{type_}>({a}, {position})",
+                f"band<{type_}>({a}, {b})",
+                f"bor<{type_}>({a}, {b})",
+                f"bxor<{type_}>({a}, {b})",
+                f"bnot<{type_}>({a})",
+                f"merge<{type_}>({a}, {b}, {c})",
+                f"field<{type_}>({a}, {position}, {length})",
+                f"popcount<{type_}>({a})",
+                f"leading<{type_}>({a})",
+                f"reverse<{type_}>({a})",
+                f"({a} < {b} ? {a} : {b})",
+                f"({a} > {b} ? {a} : {b})",
+            )
+        )
 
     # ---- statements
 

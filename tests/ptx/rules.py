@@ -21,7 +21,7 @@ from ptx.decode import (
     Program,
     parse_integer,
     rule,
-)  # fmt: skip
+)
 from ptx.parse import SIZES, Function, Instruction, Module, PtxError
 
 INTEGERS = {"u8", "s8", "u16", "s16", "u32", "s32", "u64", "s64"}
@@ -29,16 +29,21 @@ HALVES = {"f16", "bf16", "f16x2", "bf16x2"}
 INTEGRAL = {"rni": 0, "rzi": 1, "rmi": 2, "rpi": 3}
 SIGNED, VOLATILE, NONCOHERENT, ACQUIRE, RELEASE, IN_BLOCK = 1, 2, 4, 8, 16, 64
 SPACES = {
-    "global": GLOBAL, "const": GLOBAL, "shared": SHARED, "shared::cta": SHARED, "local": LOCAL, "param": PARAM,
-    "param::entry": PARAM, "param::func": PARAM,
-}  # fmt: skip
+    "global": GLOBAL,
+    "const": GLOBAL,
+    "shared": SHARED,
+    "shared::cta": SHARED,
+    "local": LOCAL,
+    "param": PARAM,
+    "param::entry": PARAM,
+    "param::func": PARAM,
+}
 SCOPES = {"cta", "gpu", "sys", "cluster", "gl"}
 WINDOWS = {"shared": 0x7000_0000_0000, "local": 0x7100_0000_0000, "param": 0x7200_0000_0000}
 ORDERED = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}
-COMPARISONS = {
-    "lt": 1, "eq": 2, "gt": 4, "le": 3, "ne": 5, "ge": 6, "num": 7, "nan": 8, "ltu": 9, "equ": 10, "leu": 11,
-    "gtu": 12, "neu": 13, "geu": 14,
-}  # fmt: skip
+# Bit by bit: 1 less, 2 equal, 4 greater, 8 unordered.
+COMPARISON_NAMES = "lt eq le gt ne ge num nan ltu equ leu gtu neu geu"
+COMPARISONS = {name: bits for bits, name in enumerate(COMPARISON_NAMES.split(), 1)}
 BOOLEANS = {"and": 1, "or": 2, "xor": 3}
 CLOCKS = {"%clock", "%clock_hi", "%clock64", "%globaltimer", "%globaltimer_lo", "%globaltimer_hi"}
 XORSIGN = 128

@@ -26,6 +26,11 @@ class Variant:
     options: dict[str, object] = field(default_factory=dict)
     float32: tuple[str, ...] = ()
 
+    def words(self) -> set[str]:
+        """Names of its dimensions and options, their values where those are words, and what stays float32."""
+        named = {**self.shape, **self.options}
+        return {*named, *(f"{k}={v}" for k, v in named.items() if isinstance(v, str)), *self.float32}
+
     def __str__(self) -> str:
         words = [f"{k}{v}" for k, v in self.shape.items()]
         words += [k if v is True else f"{k}={v}" for k, v in self.options.items()]
@@ -61,6 +66,20 @@ class OpCase:
     gradcheck: tuple[Variant, ...] = ()  # small ones, for the reference in float64
     backends: tuple[str, ...] = ("cpu", "triton", "cuda", "reference")  # held to the bound where they can run
     thread_invariant: bool = True  # the bits do not depend on the number of threads (a BLAS does not promise that)
+
+    def kinds(self) -> list[Variant]:
+        """The first of `tests`, and few more that between them have every option, input and word of all.
+
+        For tests that are too slow to run on each variant every day. Greedy: the most that is new; of equals the last,
+        since the empty ones come early.
+        """
+        words = [variant.words() for variant in self.tests]
+        chosen, missing = [0], set().union(*words) - words[0]
+        while missing:
+            best = max(range(len(words)), key=lambda i: (len(words[i] & missing), i))
+            chosen.append(best)
+            missing -= words[best]
+        return [self.tests[i] for i in sorted(chosen)]
 
     def inputs(
         self, variant: Variant, seed: int, dtype: torch.dtype, device: str = "cpu", *, draw_on: str = "cpu"

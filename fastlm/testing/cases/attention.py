@@ -37,14 +37,25 @@ def _make(generator, b=0, s=0, h=1, d=8, kv=0, sk=-1, lengths=(), lengths_k=(), 
         key_mask = (torch.arange(sk) >= first) & (torch.arange(sk) < last)
         if padding == "both":
             key_mask[-1] = False
-    packed = {
-        "cu_seqlens_q": _cu_seqlens(lengths), "cu_seqlens_k": _cu_seqlens(lengths_k),
-        "max_seqlen_q": max(lengths), "max_seqlen_k": max(lengths_k),
-    } if lengths else {}  # fmt: skip
+    packed = (
+        {
+            "cu_seqlens_q": _cu_seqlens(lengths),
+            "cu_seqlens_k": _cu_seqlens(lengths_k),
+            "max_seqlen_q": max(lengths),
+            "max_seqlen_k": max(lengths_k),
+        }
+        if lengths
+        else {}
+    )
     return {
-        "q": randn(*rows_q, h, d), "k": randn(*rows_k, kv, d), "v": randn(*rows_k, kv, d),
-        "table": randn(buckets, h) if buckets else None, "key_mask": key_mask, "rng": draw_rng(generator), **packed,
-    }  # fmt: skip
+        "q": randn(*rows_q, h, d),
+        "k": randn(*rows_k, kv, d),
+        "v": randn(*rows_k, kv, d),
+        "table": randn(buckets, h) if buckets else None,
+        "key_mask": key_mask,
+        "rng": draw_rng(generator),
+        **packed,
+    }
 
 
 def _bind(function):

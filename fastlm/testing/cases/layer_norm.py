@@ -48,16 +48,28 @@ _NORM_BENCHMARKS = tuple(
 _NORM_CUDA = tuple(
     Variant({"rows": 32768, "cols": cols, "residual": residual}, {"dropout_p": p} if p else {})
     for cols, residual, p in (
-        (768, 1, 0.1), (768, 0, 0.0), (1024, 1, 0.1), (512, 1, 0.1), (4096, 1, 0.0), (8192, 1, 0.0),
+        (768, 1, 0.1),
+        (768, 0, 0.0),
+        (1024, 1, 0.1),
+        (512, 1, 0.1),
+        (4096, 1, 0.0),
+        (8192, 1, 0.0),
     )
-)  # fmt: skip
+)
 _NORM_PRODUCTION = tuple(
     Variant({"rows": 16, "cols": cols, "residual": residual}, {"dropout_p": p} if p else {}, ("weight", "bias"))
     for cols, residual, p in (
-        (256, 1, 0.1), (512, 1, 0.1), (768, 0, 0.0), (768, 1, 0.1), (1024, 0, 0.0), (1024, 1, 0.1), (4096, 1, 0.0),
-        (8192, 1, 0.0), (16384, 1, 0.0),
+        (256, 1, 0.1),
+        (512, 1, 0.1),
+        (768, 0, 0.0),
+        (768, 1, 0.1),
+        (1024, 0, 0.0),
+        (1024, 1, 0.1),
+        (4096, 1, 0.0),
+        (8192, 1, 0.0),
+        (16384, 1, 0.0),
     )
-)  # fmt: skip
+)
 
 
 def _without_bias(variants):

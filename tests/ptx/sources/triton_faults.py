@@ -58,9 +58,13 @@ def divergence(y_ptr, CORRECT: tl.constexpr):
         tl.debug_barrier()
     else:
         i = tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.lt.s32 p, $1, 16; @p bar.sync 0; @!p bar.sync 0; mov.b32 $0, $1; }", "=r,r",
-            [i], dtype=tl.int32, is_pure=False, pack=1,  # fault
-        )  # fmt: skip
+            "{ .reg .pred p; setp.lt.s32 p, $1, 16; @p bar.sync 0; @!p bar.sync 0; mov.b32 $0, $1; }",
+            "=r,r",
+            [i],  # fault
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
     tl.store(y_ptr + i, i)
 
 

@@ -173,9 +173,17 @@ def pipelined_sum(x_ptr, y_ptr, rows, stride: tl.int64, BLOCK: tl.constexpr, STA
 
 @triton.jit
 def pipelined_matmul(
-    a_ptr, b_ptr, c_ptr, M, N, K,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    a_ptr,
+    b_ptr,
+    c_ptr,
+    M,
+    N,
+    K,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     """c = a b through block pointers, in a loop of STAGES stages."""
     a_tile = tl.make_block_ptr(a_ptr, (M, K), (K, 1), (tl.program_id(0) * BLOCK_M, 0), (BLOCK_M, BLOCK_K), (1, 0))
     b_tile = tl.make_block_ptr(b_ptr, (K, N), (N, 1), (0, tl.program_id(1) * BLOCK_N), (BLOCK_K, BLOCK_N), (1, 0))
@@ -206,9 +214,19 @@ def far_offsets(x_ptr, y_ptr, far, back, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["start"])
 def arguments(
-    y_ptr, keep_ptr, bias_ptr, n, start, big, unsigned, flag, scale, eps,
-    KIND: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    y_ptr,
+    keep_ptr,
+    bias_ptr,
+    n,
+    start,
+    big,
+    unsigned,
+    flag,
+    scale,
+    eps,
+    KIND: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Every kind of argument that a launcher passes; `bias_ptr` may be None, `keep_ptr` is bool."""
     i = tl.arange(0, BLOCK)
     mask = i < n

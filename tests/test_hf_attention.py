@@ -1,0 +1,128 @@
+"""fastlm.patch: attention masks, packed rows, cross-attention, caches and generation."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import transformers
+from hf_models import VOCABULARY, Batch, make, patched, run
+
+import fastlm
+
+pytestmark = pytest.mark.usefixtures("seeded")
+
+
+def test_four_dimensional_masks_run_on_sdpa():
+    """A mask of the user's, or packed position_ids: the same numbers as without fastlm, and a warning."""
+    for name in ("gpt2", "llama", "t5-gated"):
+        model, batch = make(name, attention="sdpa").eval(), Batch(name, lengths=(8, 8))
+        ids = batch.inputs["input_ids"]
+        mask = torch.rand(2, 1, 8, 8) < 0.5
+        mask |= torch.eye(8, dtype=torch.bool)
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        if name == "t5-gated":
+            theirs, ours = copy.deepcopy(model.encoder), model.encoder
+            fastlm.patch(ours)
+            with pytest.warns(UserWarning, match="runs on Transformers' sdpa"):
+                got = ours(**inputs).last_hidden_state
+            torch.testing.assert_close(got, theirs(**inputs).last_hidden_state, rtol=1e-4, atol=1e-4)
+            floating = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+            with pytest.warns(UserWarning, match="sdpa"):
+                got = ours(input_ids=ids, attention_mask=floating).last_hidden_state
+            torch.testing.assert_close(got, theirs(**inputs).last_hidden_state, rtol=1e-4, atol=1e-4)
+            continue
+        ours = patched(model)
+        with pytest.warns(UserWarning, match="neither padding .* nor causal"):
+            got = ours(**inputs).logits
+        torch.testing.assert_close(got, model(**inputs).logits, rtol=1e-4, atol=1e-4)
+        packed = {"input_ids": ids[:1], "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]]), "use_cache": False}
+        with pytest.warns(UserWarning, match="cu_seq_lens_q"):
+            got = ours(**packed).logits
+        torch.testing.assert_close(got, model(**packed).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_packed_rows(name):
+    """DataCollatorWithFlattening's arguments: the kernel's packed form, equal to each row by itself."""
+    model = patched(make(name)).eval()
+    rows = [torch.randint(5, VOCABULARY, (n,)) for n in (5, 3, 8)]
+    collate = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    batch = collate([{"input_ids": row.tolist()} for row in rows])
+    batch.pop("labels")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = model(**batch).logits[0]
+        want = torch.cat([model(input_ids=row[None]).logits[0] for row in rows])
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="expected with one packed row, got a batch of 2"):
+        model(**{**batch, "input_ids": batch["input_ids"].repeat(2, 1)})
+    with pytest.raises(ValueError, match="max_length_k: expected with cu_seq_lens_q, got none"):
+        model(**{name: value for name, value in batch.items() if name != "max_length_k"})
+
+
+def test_cross_attention():
+    """A BERT and a GPT-2 that look at an encoder, its padding on either side."""
+    states, real = torch.randn(2, 5, 32), torch.tensor([[1, 1, 1, 0, 0], [0, 1, 1, 1, 1]])
+    for name, changes in (("bert-causal", {"add_cross_attention": True}), ("gpt2", {"add_cross_attention": True})):
+        model, batch = make(name, **changes), Batch(name, lengths=(6, 6))
+        batch.inputs |= {"encoder_hidden_states": states, "encoder_attention_mask": real}
+        want, got = run(model, batch), run(patched(model, fused_loss=True), batch)
+        for key in want:
+            torch.testing.assert_close(got[key], want[key], rtol=1e-3, atol=1e-5, msg=key)
+
+
+def test_a_decoder_made_an_encoder():
+    """config.is_causal=False, Transformers' way to a bidirectional Llama."""
+    model = make("llama", attention="sdpa").eval()
+    model.config.is_causal = False
+    ids = Batch("llama", lengths=(8, 8)).inputs["input_ids"]
+    ours = patched(model)
+    other = ids.clone()
+    other[:, -1] = 5
+    assert not torch.equal(ours(ids).logits[:, 0], ours(other).logits[:, 0])
+    real = torch.ones_like(ids)
+    real[0, 6:] = 0
+    want = model(ids, attention_mask=real).logits
+    torch.testing.assert_close(ours(ids, attention_mask=real).logits, want, rtol=1e-4, atol=1e-4)
+
+
+def test_refused():
+    model = patched(make("llama"))
+    ids = Batch("llama", lengths=(4, 4)).inputs["input_ids"]
+    with pytest.raises(ValueError, match=r"output_attentions: expected none.*never holds the attention weights"):
+        model(ids, output_attentions=True)
+    t5 = make("t5")
+    t5.set_attn_implementation("fastlm")
+    with pytest.raises(ValueError, match=r"position_bias: expected none.*use fastlm.patch"):
+        t5(input_ids=ids, labels=ids)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("name", ["bert-causal", "gpt2", "t5-gated", "llama"])
+def test_generate(name, cache, device):
+    """The same tokens with a cache as the untouched model, greedily and by beams, from rows padded on the left."""
+    model, batch = make(name).eval().to(device), Batch(name, side="left", lengths=(5, 3, 8), device=device)
+    batch.inputs.pop("position_ids", None)
+    ours = patched(model, fused_loss=True)
+    settings = {"max_new_tokens": 9, "do_sample": False, "cache_implementation": cache if cache == "static" else None}
+    for more in ({}, {"num_beams": 2}):
+        if cache == "static" and (name == "bert-causal" or more):
+            continue
+        want = model.generate(**batch.inputs, **settings, **more)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="fastlm")
+            got = ours.generate(**batch.inputs, **settings, **more)
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_prefill_in_pieces(name):
+    """Several queries at a time on a dynamic and a static cache: the logits of one forward."""
+    model = patched(make(name)).eval()
+    ids = torch.randint(5, VOCABULARY, (2, 12))
+    want = model(ids).logits
+    static = transformers.StaticCache(config=model.config, max_cache_len=20)
+    for cache in (transformers.DynamicCache(config=model.config), static):
+        pieces = [model(piece, past_key_values=cache, use_cache=True).logits for piece in ids.split((5, 4, 1, 2), 1)]
+        torch.testing.assert_close(torch.cat(pieces, 1), want, rtol=1e-4, atol=1e-4)
