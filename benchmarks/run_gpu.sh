@@ -16,7 +16,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 PYTHON=${PYTHON:-python3}
 PARTS=(tests ops train profile report)
 EVERY=("${PARTS[@]}" sanitizer)
-OPS="attention layer_norm rms_norm cross_entropy linear_cross_entropy mlm_mask gelu embedding dropout"
+LIST_OPS="$PYTHON -c 'from fastlm.testing.cases import CASES; print(*CASES, sep=chr(10))'"
 dry=0
 chosen=()
 for argument in "$@"; do
@@ -42,7 +42,7 @@ command_of() {
     # compiling its Triton kernels is most of the time; none runs long, and they share the device. The other tests run
     # whatever these say, and where transformers, say, is missing, without the files that need it.
     tests)
-      echo "cd tests && failed=0 && { printf '%s\n' $OPS |" \
+      echo "cd tests && failed=0 && { $LIST_OPS |" \
         "xargs -P 8 -I@ sh -c '$PYTHON -m pytest --device cuda -q test_ops.py -k \"[@\" >$out/tests-@.log 2>&1'" \
         "|| failed=1; $PYTHON -m pytest --device cuda -q --continue-on-collection-errors --ignore test_ops.py" \
         "|| failed=1; } && exit \$failed"
@@ -106,7 +106,7 @@ if [ $dry -eq 1 ]; then
 import importlib, sys
 failed = False
 for module in ("torch", "triton", "setuptools", "pybind11", "pytest", "fastlm.ops", "fastlm.models", "fastlm.train",
-               "fastlm.profile"):
+               "fastlm.bench.profile"):
     try:
         importlib.import_module(module)
         print(f"  {module}: ok")
