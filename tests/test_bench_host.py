@@ -8,6 +8,7 @@ from fake_clock import FakeClock
 
 from fastlm import _native, ops
 from fastlm.bench import host
+from fastlm.testing.cases import CASES
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def test_microseconds_are_those_of_the_clock(monkeypatch):
         clock.advance(0.005 if len(calls) <= 3 * (host.WARMUP + 4) else 0.007)  # the first of three rounds is faster
         return t["x"] * 2
 
-    monkeypatch.setitem(host.CALLS, "gelu", {"fastlm": fastlm, "aten": lambda t: clock.advance(0.002) or t["x"] * 2})
+    monkeypatch.setitem(host.CALLS, "gelu", {"fastlm": fastlm, "aten": lambda t, _: clock.advance(0.002) or t["x"] * 2})
     rows = host.measure("gelu", ["cpu"], 3, 4, clock)
     by = {(row["contender"], row["pass"]): (row["us"], row["median_us"]) for row in rows}
     assert by == {
@@ -53,7 +54,7 @@ def test_every_op_is_timed(tmp_path, capsys, threads):
     assert report["provenance"]["rounds"] == 1
     assert all(row["us"] == pytest.approx(1000.0) for row in report["rows"])
     timed = {(row["op"], row["pass"]) for row in report["rows"] if row["contender"] == "fastlm cpu"}
-    assert {op for op, _ in timed} == host.CALLS.keys()
+    assert {op for op, _ in timed} == CASES.keys()
     assert ("layer_norm", "fwd+bwd") in timed
     assert len({len(line) for line in said.splitlines() if line.startswith(("us,", "gelu,", "rms_norm,"))}) == 1
     if _native.cuda() is None:

@@ -57,7 +57,7 @@ def test_a_forward_that_computes_its_gradient_is_not_a_plain_forward():
 
 
 def test_the_summary_of_steps_has_a_line_a_step():
-    """Beside Transformers as shipped and its fastest tuned form; a patched model runs fastlm's ops, so it is neither."""
+    """Beside Transformers as shipped and its fastest tuned form; a patched one runs fastlm's ops: neither."""
     rows = [*STEPS, step("transformers tuned", 150.0), step("transformers tuned compiled", 140.0)]
     rows += [step("transformers patched", 90.0), step("fastlm", 50.0, recipe="t5-small-8x256")]
     lines = report.train_summary(rows).splitlines()[2:]

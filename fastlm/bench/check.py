@@ -85,7 +85,7 @@ def ratios(rows: list[dict]) -> dict[tuple[str, str], Ratio]:
 
 
 def compare(recorded: list[dict], now: list[dict]) -> list[Row]:
-    """A row for each that was measured, and for each recorded one whose shape was measured with other contenders."""
+    """A row for each measured ratio, and for each recorded one of a shape that was now measured without it."""
     old, new = ratios(recorded), ratios(now)
     measured = {_shape(row) for row in now}
     kept = ratios([row for row in recorded if _shape(row) in measured])

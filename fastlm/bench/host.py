@@ -1,10 +1,11 @@
 """What a call costs the host, without the kernel: the program of benchmarks/bench_host.py.
 
-Python, dispatcher and allocation are timed, on CPU tensors of eight columns with launches left out: the CUDA kernels'
-where they would be launched (csrc/cuda/launch.h), Triton's in its launcher (fastlm/testing/ahead_of_time.py). Neither a
-GPU nor its driver counts. aten's functions compute such a row in a fraction of a microsecond. Contenders take turns; a
-round is the mean of its calls, and the best round counts, since another process can only make a round slower. "fwd" is
-without gradients, "fwd, graph" makes the autograd graph, "fwd+bwd" takes all gradients.
+Python, dispatcher and allocation are timed, on small CPU tensors (of eight columns in CALLS) with launches left out:
+the CUDA kernels' where they would be launched (csrc/cuda/launch.h), Triton's in its launcher
+(fastlm/testing/ahead_of_time.py). Neither a GPU nor its driver counts. aten's functions compute such a row in a
+fraction of a microsecond. Contenders take turns; a round is the mean of its calls, and the best round counts, since
+another process can only make a round slower. "fwd" is without gradients, "fwd, graph" makes the autograd graph,
+"fwd+bwd" takes all gradients.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import contextlib
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +22,11 @@ import torch.nn.functional as F
 from fastlm import _native, ops
 from fastlm.bench import results, timing
 from fastlm.bench.clock import Clock
+from fastlm.bench.peers import PEERS
 from fastlm.info import version
 from fastlm.ops import _registry
 from fastlm.testing.ahead_of_time import compile_for
+from fastlm.testing.cases import CASES
 
 ROWS, COLS, CLASSES = 4, 8, 8
 BACKENDS = ("cuda", "triton", "cpu")
@@ -39,23 +43,24 @@ def tensors() -> dict[str, torch.Tensor]:
     }
 
 
-# op -> contender -> f(tensors): the output whose gradient is taken, or something else
+# op -> contender -> f(tensors(), backend): the output whose gradient is taken, if it has one. An op without an entry is
+# called on the first test shape of its OpCase, beside SDPA or eager.
 CALLS: dict[str, dict[str, Callable]] = {
     "layer_norm": {
         "fastlm": lambda t, backend: ops.layer_norm(t["x"], t["weight"], t["bias"], backend=backend),
-        "aten": lambda t: F.layer_norm(t["x"], (COLS,), t["weight"], t["bias"]),
+        "aten": lambda t, _: F.layer_norm(t["x"], (COLS,), t["weight"], t["bias"]),
     },
     "rms_norm": {
         "fastlm": lambda t, backend: ops.rms_norm(t["x"], t["weight"], backend=backend),
-        "aten": lambda t: F.rms_norm(t["x"], (COLS,), t["weight"]),
+        "aten": lambda t, _: F.rms_norm(t["x"], (COLS,), t["weight"]),
     },
     "gelu": {
         "fastlm": lambda t, backend: ops.gelu(t["x"], t["bias"], backend=backend),
-        "aten": lambda t: F.gelu(t["x"] + t["bias"]),
+        "aten": lambda t, _: F.gelu(t["x"] + t["bias"]),
     },
     "cross_entropy": {
         "fastlm": lambda t, backend: ops.cross_entropy(t["x"], t["target"], backend=backend),
-        "aten": lambda t: F.cross_entropy(t["x"], t["target"]),
+        "aten": lambda t, _: F.cross_entropy(t["x"], t["target"]),
     },
     "mlm_mask": {
         "fastlm": lambda t, backend: ops.mlm_mask(
@@ -63,6 +68,43 @@ CALLS: dict[str, dict[str, Callable]] = {
         ),
     },
 }
+
+
+@dataclass(frozen=True)
+class HostCall:
+    """What is timed: function(inputs(), backend)."""
+
+    inputs: Callable[[], dict]
+    function: Callable[[dict, str], object]
+    backend: str
+
+
+def contenders(op: str, only: list[str]) -> dict[str, HostCall]:
+    """fastlm's of the backends in `only` that the op has, and aten's."""
+    case, variant = CASES[op], CASES[op].tests[0]
+    backends = [backend for backend in only if backend in _registry.backends(op)]
+    if op in CALLS:
+        out = {f"fastlm {backend}": HostCall(tensors, CALLS[op]["fastlm"], backend) for backend in backends}
+        return out | ({"aten": HostCall(tensors, CALLS[op]["aten"], "aten")} if "aten" in CALLS[op] else {})
+
+    def inputs():
+        return case.inputs(variant, 0, torch.float32)
+
+    def fastlm(inputs, backend):
+        return case.function(**inputs, **variant.options, backend=backend)
+
+    peer = PEERS[op].get("sdpa") or PEERS[op]["eager"]
+    adapt = peer.adapt or (lambda inputs, options: (inputs, options, None))
+    _, options, _ = adapt(inputs(), variant.options)
+
+    def adapted():
+        return adapt(inputs(), variant.options)[0]
+
+    def aten(inputs, _):
+        return peer.function(**inputs, **options)
+
+    out = {f"fastlm {backend}": HostCall(inputs, fastlm, backend) for backend in backends}
+    return out | {"aten": HostCall(adapted, aten, "aten")}
 
 
 @contextlib.contextmanager
@@ -81,29 +123,21 @@ def without_launches(backend: str):
         yield
 
 
-def contenders(op: str, only: list[str]) -> dict[str, tuple[str, Callable]]:
-    """Name -> (backend, f(tensors))."""
-    out = {}
-    for backend in only:
-        if backend in _registry.backends(op):
-            out[f"fastlm {backend}"] = backend, lambda t, b=backend: CALLS[op]["fastlm"](t, b)
-    if "aten" in CALLS[op]:
-        out["aten"] = "aten", CALLS[op]["aten"]
-    return out
-
-
 WARMUP = 10  # calls
 
 
-def timed(function: Callable, which: str, calls: int, clock: Clock) -> float:
+def timed(contender: HostCall, which: str, calls: int, clock: Clock) -> float:
     """Microseconds a call."""
-    t = tensors()
-    wanted = [x.requires_grad_() for x in t.values() if x.dtype.is_floating_point] if which != "fwd" else []
+    inputs = contender.inputs()
+    leaves = [x for x in inputs.values() if isinstance(x, torch.Tensor) and x.dtype.is_floating_point]
+    for x in leaves:
+        x.requires_grad_(which != "fwd")
 
     def call():
-        out = function(t)
+        out = contender.function(inputs, contender.backend)
         if which == "fwd+bwd":
-            torch.autograd.grad(out.sum(), wanted, allow_unused=True)
+            out = out[0] if isinstance(out, tuple) else out
+            torch.autograd.grad(out.sum(), leaves, allow_unused=True)
 
     with torch.set_grad_enabled(which != "fwd"):
         for _ in range(WARMUP):
@@ -112,13 +146,13 @@ def timed(function: Callable, which: str, calls: int, clock: Clock) -> float:
 
 
 def measure(op: str, only: list[str], rounds: int, calls: int, clock: Clock) -> list[dict]:
-    have = contenders(op, only)
     times: dict[tuple[str, str], list[float]] = {}
+    have = contenders(op, only)
     for _ in range(rounds):
-        for name, (backend, function) in have.items():
-            with without_launches(backend):
-                for which in PASSES if op != "mlm_mask" else PASSES[:1]:
-                    times.setdefault((name, which), []).append(timed(function, which, calls, clock))
+        for name, contender in have.items():
+            with without_launches(contender.backend):
+                for which in PASSES if CASES[op].gradients else PASSES[:1]:
+                    times.setdefault((name, which), []).append(timed(contender, which, calls, clock))
     return [
         {
             "op": op,
@@ -144,7 +178,7 @@ def table(rows: list[dict]) -> list[str]:
 
 def main(arguments=None, *, clock: Clock | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
-    parser.add_argument("--op", choices=CALLS, action="append", help="default: all")
+    parser.add_argument("--op", choices=CASES, action="append", help="default: all")
     parser.add_argument("--backend", choices=BACKENDS, action="append", help="default: all that are built or installed")
     parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument("--calls", type=int, default=60, help="of a contender in a round")
@@ -159,7 +193,7 @@ def main(arguments=None, *, clock: Clock | None = None) -> int:
         else:
             print(f"{backend} is left out: it is not built or not installed here")
     rows = []
-    for op in args.op or CALLS:
+    for op in args.op or CASES:
         rows += measure(op, only, args.rounds, args.calls, clock or Clock())
     print("\n".join(table(rows)))
     for row in rows:

@@ -52,7 +52,7 @@ class Row:
 
 
 def command(tool: str, out: Path, arguments: Sequence[str]) -> list[str]:
-    """The command line of a tool around `fastlm profile` with these arguments; what it finds lies in `out`."""
+    """The command line of a tool around `fastlm profile` with these arguments; its results go to `out`."""
     inside = [sys.executable, "-m", "fastlm", "profile", *arguments, "--inside"]
     if tool == "nsys":
         options = [

@@ -1,4 +1,4 @@
-"""What every benchmark writes and reads: a JSON file of rows with their provenance, who wins in a row, and plots."""
+"""What benchmarks write and read: a JSON file of rows with their provenance, the best peer of a row, and plots."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def missing_cuda() -> str | None:
     """Why there is no report of the CUDA kernels here, or None."""
     if _native.cuda() is None:
         return "fastlm._cuda is not built"
-    return None if version("triton") else "triton is not installed, whose cuobjdump reads the machine code"
+    return None if version("triton") else "triton is not installed; its cuobjdump reads the machine code"
 
 
 def cuda_compiler() -> str:

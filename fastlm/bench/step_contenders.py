@@ -9,7 +9,7 @@
     transformers packed            the expert's with several texts in a row, kept apart by a mask: where rows are padded
     transformers patched           fastlm.patch(model), fused AdamW, allocator tuned
 
-Transformers' are in peers/transformers.py. Any other name is "module:name", a Contender that lies elsewhere.
+Transformers' are in peers/transformers.py. Any other name is "module:name", a Contender elsewhere.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ def _fastest(key, now, candidates, function, measure: Measure, say):
 
 
 def user_table(gpu: str) -> Path:
-    """Where a user's table for a GPU lies, and later runs look for it."""
+    """The path of a user's table for a GPU, which later runs read."""
     from fastlm.kernels import tuning
 
     return tuning.user_directory() / tuning.file_name(gpu)
