@@ -27,8 +27,12 @@ def _output(*command: str, cwd: Path | None = None) -> str | None:
 
 
 def provenance(**more) -> dict:
-    """Where a result comes from: machine, versions, settings, commit (None outside a checkout), command, time."""
-    here = Path(__file__).parent
+    """Where a result comes from: machine, versions, settings, commit (None outside a checkout), command, time.
+
+    The checkout is the program's: fastlm may be installed elsewhere.
+    """
+    here = Path(sys.argv[0]).resolve().parent
+    here = here if here.is_dir() else Path.cwd()
     status = _output("git", "status", "--porcelain", "--untracked-files=no", cwd=here)
     return {
         **info.machine(),

@@ -6,20 +6,22 @@ op's file needs no entry in a list.
 
 import importlib
 import pkgutil
+from collections.abc import Iterable
 
 from fastlm.testing.cases._case import OpCase, Variant
 
 
-def _discover() -> dict[str, OpCase]:
+def discover(package: str, path: Iterable[str]) -> dict[str, OpCase]:
+    """{op: case} of the modules in `path`, the directories of `package`."""
     found: dict[str, OpCase] = {}
-    for name in sorted(module.name for module in pkgutil.iter_modules(__path__)):
-        module = importlib.import_module(f"{__name__}.{name}")
+    for name in sorted(module.name for module in pkgutil.iter_modules(path)):
+        module = importlib.import_module(f"{package}.{name}")
         for case in vars(module).values():
             if isinstance(case, OpCase) and found.setdefault(case.op, case) is not case:
                 raise ValueError(f"{module.__name__}: expected one OpCase per op, got another one of {case.op!r}")
     return found
 
 
-CASES: dict[str, OpCase] = _discover()
+CASES: dict[str, OpCase] = discover(__name__, __path__)
 
 __all__ = ["CASES", "OpCase", "Variant"]
