@@ -29,7 +29,8 @@ def test_a_new_file_is_found_and_a_second_case_of_an_op_refused(tmp_path, monkey
     package = tmp_path / "more_cases"
     package.mkdir()
     (package / "__init__.py").touch()
-    source = "from dataclasses import replace\nfrom fastlm.testing.cases import CASES\nNEW = replace(CASES['gelu'], op='{}')\n"
+    lines = ["from dataclasses import replace", "from fastlm.testing.cases import CASES"]
+    source = "\n".join([*lines, "NEW = replace(CASES['gelu'], op='{}')", ""])
     (package / "zelu.py").write_text(source.format("zelu"))
     (package / "elu.py").write_text(source.format("elu"))
     monkeypatch.syspath_prepend(str(tmp_path))
