@@ -23,8 +23,8 @@ PY := $(VENV)/bin/python
 PYTEST := OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(JOBS) --dist worksteal
 PIP := $(PY) -m pip install --disable-pip-version-check --quiet -c constraints.txt
 OUT := benchmarks/results/cpu
-STEPS := bert-mini-16x128 bert-small-8x128 bert-small-32x128 bert-base-4x128 bert-mini-text bert-small-text
-STEPS += gpt2-small4x512 t5-small
+STEPS := bert-mini-16x128 bert-small-8x128 bert-small-32x128 bert-base-4x128 bert-mini-32x128-text
+STEPS += bert-small-16x128-text gpt2-39m-4x256 t5-small-8x256
 SOURCES := setup.py fastlm kernels tests benchmarks
 
 # An environment that could not be made (Debian without python3-venv leaves one without pip) is made again.

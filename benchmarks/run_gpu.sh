@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# What a CUDA machine can tell of fastlm, a part at a time, with the torch and triton that it has and no network:
+# Builds, tests and measures fastlm on a CUDA machine, a part at a time, with the machine's torch and triton, offline:
 #
 #   benchmarks/run_gpu.sh                build, then tests ops train profile report; results in benchmarks/results/<gpu>/
 #   benchmarks/run_gpu.sh tests ops      these parts alone, of: tests ops train profile report sanitizer
 #   benchmarks/run_gpu.sh --dry-run      prints the plan and checks the imports; needs no GPU and writes nothing
 #
 # PYTHON          the interpreter that has torch (default python3)
-# FASTLM_COMMIT   what the results call the commit, where the tree comes without git
-# Each part writes as it goes, <part>.log above all; a part that fails or runs out of time stops no other. The parts that
-# run by themselves take less than ten minutes together, and so does each where it is the only one named: `train` then has
-# time for GPT-2 and T5 behind BERT. sanitizer, five minutes more, is run by its name.
+# FASTLM_COMMIT   the commit to record, for a tree without git
+# Each part writes <part>.log and its results as it goes. A part that fails or runs out of time does not stop the rest. The
+# default parts take less than ten minutes together. A part named alone has ten minutes: `train` then also times GPT-2 and
+# T5. `sanitizer` takes five minutes and runs only when named.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 PYTHON=${PYTHON:-python3}
 PARTS=(tests ops train profile report)
 EVERY=("${PARTS[@]}" sanitizer)
-OPS="attention layer_norm rms_norm cross_entropy linear_cross_entropy mlm_mask gelu embedding dropout"
+LIST_OPS="$PYTHON -c 'from fastlm.testing.cases import CASES; print(*CASES, sep=chr(10))'"
 dry=0
 chosen=()
 for argument in "$@"; do
@@ -38,17 +38,17 @@ out=$PWD/benchmarks/results/${gpu:-gpu}
 # The command of a part that may take so many seconds; and the seconds.
 command_of() {
   case $1 in
-    # From tests/, so that the fastlm that was installed is tested and not the tree's. A process for each op, since
-    # compiling its Triton kernels is most of the time; none runs long, and they share the device. The other tests run
-    # whatever these say, and where transformers, say, is missing, without the files that need it.
+    # From tests/, to test the installed fastlm and not the tree's. A process for each op, since compiling its Triton
+    # kernels takes most of the time; the processes are short and share the device. The other tests run in any case,
+    # without the files that fail to import (where transformers is missing, say).
     tests)
-      echo "cd tests && failed=0 && { printf '%s\n' $OPS |" \
+      echo "cd tests && failed=0 && { $LIST_OPS |" \
         "xargs -P 8 -I@ sh -c '$PYTHON -m pytest --device cuda -q test_ops.py -k \"[@\" >$out/tests-@.log 2>&1'" \
         "|| failed=1; $PYTHON -m pytest --device cuda -q --continue-on-collection-errors --ignore test_ops.py" \
         "|| failed=1; } && exit \$failed"
       ;;
-    # Without torch's cache of memory, so that a tensor's end and its first write are seen. Races are looked for in our
-    # kernels alone; what memory holds depends on all. A tool that runs out of its time stops none of the others.
+    # Without torch's caching allocator, so that the tools see where a tensor ends and its first write. racecheck looks at
+    # fastlm's kernels alone; initcheck needs all. A tool that runs out of time does not stop the rest.
     sanitizer)
       check="compute-sanitizer --target-processes all --error-exitcode 99"
       pytest="$PYTHON -m pytest --device cuda --backend cuda -q test_ops.py -k"
@@ -57,21 +57,21 @@ command_of() {
         "; timeout 90 $check --tool racecheck --kernel-name kns=fastlm $pytest 'error_bound and bfloat16' || failed=1" \
         "; timeout 90 $check --tool initcheck $pytest 'error_bound and bfloat16' || failed=1; } && exit \$failed"
       ;;
-    # The first shapes of all ops first, and none begun in the last seconds.
+    # The first shapes of all ops come first; none begins in the last 40 seconds.
     ops)
       echo "$PYTHON benchmarks/bench_ops.py --op all --device cuda --rounds 5 --min-ms 10 --seconds $(($2 - 40))" \
         "--json $out/ops.json --plot $out/ops.png"
       ;;
-    # BERT-base at 512 tokens, few steps, each of 32768; then the others, if two minutes are left for one.
+    # BERT-base at 512 tokens, few steps of 32768 tokens each; then GPT-2 and T5, if two minutes are left for one.
     train)
       echo "$PYTHON benchmarks/bench_train.py --device cuda --recipe bert-base gpt2-124m-16x1024 t5-base-32x512" \
         "--rounds 5 --seconds 0.5 --stop-after $(($2 - 120))" \
         "--json $out/train.json --plot $out/train.png"
       ;;
-    # torch's tables and trace; then nsys and ncu where they are installed, and their command lines where not. From
-    # benchmarks/, so that it is the fastlm that was installed.
+    # torch's tables and trace; then nsys and ncu where they are installed, else their command lines. From benchmarks/,
+    # to profile the installed fastlm.
     profile) echo "cd benchmarks && $PYTHON -m fastlm profile bert-base --device cuda --steps 2 --out $out/profile" ;;
-    # The page of what there is, from the JSON of this run or an earlier one.
+    # The page, from the JSON of this run or an earlier one.
     report) echo "$PYTHON benchmarks/report.py" ;;
   esac
 }
@@ -106,7 +106,7 @@ if [ $dry -eq 1 ]; then
 import importlib, sys
 failed = False
 for module in ("torch", "triton", "setuptools", "pybind11", "pytest", "fastlm.ops", "fastlm.models", "fastlm.train",
-               "fastlm.profile"):
+               "fastlm.bench.profile"):
     try:
         importlib.import_module(module)
         print(f"  {module}: ok")

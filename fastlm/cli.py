@@ -139,7 +139,7 @@ def fill_mask(
 
 @app.command()
 def profile(
-    recipe: Annotated[str, typer.Argument(help="A recipe's name or TOML file, or gpt2-small4x512, t5-small.")],
+    recipe: Annotated[str, typer.Argument(help="A recipe's name or TOML file, or gpt2-39m-4x256, t5-small-8x256.")],
     out: Annotated[Path, typer.Option(help="Directory to write.")] = Path("runs/profile"),
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; else a GPU where there is one.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps to profile, after the warm-up.")] = 3,
@@ -152,7 +152,7 @@ def profile(
     import torch
     from rich.console import Console
 
-    from fastlm import profile as profiler
+    from fastlm.bench import profile as profiler
     from fastlm.chip import parse_device
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -181,7 +181,7 @@ def tune(
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype: expected float32, bfloat16 or float16, got {dtype!r}")
 
-    from fastlm import tune as tuner
+    from fastlm.bench import tune as tuner
     from fastlm.ops import _registry
 
     gpu = torch.cuda.get_device_name()

@@ -38,12 +38,12 @@ def demo(
 
     The summary of the run, None where it was stopped by a signal; see `judge` for what it must have reached.
     """
+    from fastlm.bench.compare import compare_steps, table
+    from fastlm.bench.steps import from_dataset
     from fastlm.data import open_dataset, python_documentation
     from fastlm.fill_mask import fill_mask
     from fastlm.run.directory import DATA, MODEL
     from fastlm.run.progress import prepare_with_progress
-    from fastlm.testing.steps import from_dataset
-    from fastlm.testing.train_step import compare_steps, table
     from fastlm.train import pretrain
 
     say = Console(highlight=False, soft_wrap=True).print

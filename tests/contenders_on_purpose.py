@@ -1,30 +1,29 @@
-"""Contenders of a training step, for test_train_step.py: each fastlm, slower, wrong or broken on purpose."""
+"""Contenders of a training step for test_bench_steps.py: fastlm's, made slower, wrong or broken on purpose.
+
+CLOCK is the fake clock of those that run in the test's process; in another process it is moved and never read.
+"""
 
 import os
 import signal
-import time
 from dataclasses import replace
 
 import torch
+from fake_clock import FakeClock
 
-from fastlm.testing.step_contenders import FASTLM
+from fastlm.bench.step_contenders import FASTLM
+
+CLOCK = FakeClock()
 
 
 def _paced(ms):
-    """A step of fastlm, and then nothing until so many milliseconds after it began.
-
-    What a busy machine adds to the step, in one process more than in another, is inside of them: from 11 ms on two idle
-    cores to 31 beside six busy threads, 51 at most. It lets a sleeper wait for 2 ms more, 8 at most.
-    """
+    """A step of fastlm that takes so many milliseconds."""
 
     def prepare(job, model):
         loss, step = FASTLM.prepare(job, model)
 
         def paced(number):
-            end = time.perf_counter() + ms / 1e3
-            out = step(number)
-            time.sleep(max(0.0, end - time.perf_counter()))
-            return out
+            CLOCK.advance(ms)
+            return step(number)
 
         return loss, paced
 
@@ -32,16 +31,14 @@ def _paced(ms):
 
 
 def _prepare_cold(job, model):
-    """Where another process ran for a while, the step takes a second longer."""
+    """A second for a step after another process ran, 2 ms otherwise."""
     loss, step = FASTLM.prepare(job, model)
-    last = [0.0]
+    last = [-1.0]
 
     def cold(number):
-        if time.perf_counter() - last[0] > 0.02:
-            time.sleep(1)
-        out = step(number)
-        last[0] = time.perf_counter()
-        return out
+        CLOCK.advance(2 if CLOCK.now() == last[0] else 1000)
+        last[0] = CLOCK.now()
+        return step(number)
 
     return loss, cold
 
@@ -59,9 +56,9 @@ def _prepare_broken(job, model):
 
 
 def _prepare_killed(job, model):
-    """As the system kills a process that takes too much memory."""
+    """Its third step is killed, as the system kills a process that takes too much memory."""
     loss, step = FASTLM.prepare(job, model)
-    return loss, lambda number: step(number) if number == 0 else os.kill(os.getpid(), signal.SIGKILL)
+    return loss, lambda number: step(number) if number < 2 else os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _prepare_idle(job, model):

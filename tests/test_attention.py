@@ -4,6 +4,7 @@ import itertools
 import random
 
 import numpy as np
+import numpy_philox
 import pytest
 import torch
 
@@ -111,21 +112,10 @@ def test_causal_is_aligned_bottom_right(backend):
 def numpy_bytes(seed, step, site, sequence_head, query, keys):
     """Dropout's bytes of one row of probabilities, from the definition, in NumPy."""
 
-    def philox(counter, key):
-        c, k = [np.uint64(x) for x in counter], [np.uint64(x) for x in key]
-        low, s32 = np.uint64(0xFFFFFFFF), np.uint64(32)
-        for _ in range(10):
-            a, b = np.uint64(0xD2511F53) * c[0], np.uint64(0xCD9E8D57) * c[2]
-            c = [(b >> s32) ^ c[1] ^ k[0], b & low, (a >> s32) ^ c[3] ^ k[1], a & low]
-            k = [(k[0] + np.uint64(0x9E3779B9)) & low, (k[1] + np.uint64(0xBB67AE85)) & low]
-        return np.array(c, dtype="<u4")
-
-    halves = [int(x) & (2**64 - 1) for x in (seed, step)]
-    key = philox(
-        [halves[1] & 0xFFFFFFFF, halves[1] >> 32, site, 0], [halves[0] & 0xFFFFFFFF, (halves[0] >> 32) ^ 0x504F5244]
-    )[:2]
-    blocks = [philox([block, query, sequence_head, 0], key).view("u1") for block in range(-(-keys // 16))]
-    return np.concatenate(blocks)[:keys]
+    step = int(step) % 2**64
+    k0, k1, _, _ = numpy_philox.words((step, step >> 32, site, 0), numpy_philox.domain_key(int(seed), 0x504F5244))
+    words = numpy_philox.words((np.arange(-(-keys // 16)), query, sequence_head, 0), (int(k0), int(k1)))
+    return np.stack(words, -1).astype("<u4").view("u1").reshape(-1)[:keys]
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

@@ -1,45 +1,66 @@
-"""benchmarks/bench_host.py: every contender runs with its launches left out, and the table and JSON say so."""
+"""fastlm/bench/host.py: every contender runs with its launches left out; times are those of a fake clock."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from fake_clock import FakeClock
 
 from fastlm import _native, ops
+from fastlm.bench import host
+from fastlm.testing.cases import CASES
 
-ROOT = Path(__file__).parent.parent
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
-def test_every_op_is_timed(tmp_path):
-    command = [
-        sys.executable,
-        "benchmarks/bench_host.py",
-        "--rounds",
-        "1",
-        "--calls",
-        "1",
-        "--json",
-        tmp_path / "host.json",
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    backends = [word for name in ("cuda", "cpu") for word in ("--backend", name)]
-    done = subprocess.run([*command, *backends], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_microseconds_are_those_of_the_clock(monkeypatch):
+    """The best round and the median; contenders that a pass does not concern have no row."""
+    clock, calls = FakeClock(), []
+
+    def fastlm(t, backend):
+        calls.append(torch.is_grad_enabled())
+        clock.advance(0.005 if len(calls) <= 3 * (host.WARMUP + 4) else 0.007)  # the first of three rounds is faster
+        return t["x"] * 2
+
+    monkeypatch.setitem(host.CALLS, "gelu", {"fastlm": fastlm, "aten": lambda t, _: clock.advance(0.002) or t["x"] * 2})
+    rows = host.measure("gelu", ["cpu"], 3, 4, clock)
+    by = {(row["contender"], row["pass"]): (row["us"], row["median_us"]) for row in rows}
+    assert by == {
+        **{("fastlm cpu", which): pytest.approx((5.0, 7.0)) for which in host.PASSES},
+        **{("aten", which): pytest.approx((2.0, 2.0)) for which in host.PASSES},
+    }
+    assert calls[0] is False
+    assert calls[host.WARMUP + 4] is True
+    assert "5.0 (7.0)" in host.table(rows)[1]
+
+
+def test_every_op_is_timed(tmp_path, capsys, threads):
+    """One real call of each, launches left out; a millisecond a call."""
+
+    class Ticking(FakeClock):
+        def now(self):
+            self.advance(1.0)
+            return self.seconds
+
+    options = ["--rounds", "1", "--calls", "1", "--backend", "cuda", "--backend", "cpu"]
+    assert host.main([*options, "--json", str(tmp_path / "host.json")], clock=Ticking()) == 0
+    said = capsys.readouterr().out
     report = json.loads((tmp_path / "host.json").read_text())
     assert report["provenance"]["rounds"] == 1
-    assert all(row["us"] > 0 for row in report["rows"])
+    assert all(row["us"] == pytest.approx(1000.0) for row in report["rows"])
     timed = {(row["op"], row["pass"]) for row in report["rows"] if row["contender"] == "fastlm cpu"}
-    assert {op for op, _ in timed} == {"layer_norm", "rms_norm", "gelu", "cross_entropy", "mlm_mask"}
+    assert {op for op, _ in timed} == CASES.keys()
     assert ("layer_norm", "fwd+bwd") in timed
-    assert len({len(line) for line in done.stdout.splitlines() if line.startswith(("us,", "gelu,", "rms_norm,"))}) == 1
+    assert len({len(line) for line in said.splitlines() if line.startswith(("us,", "gelu,", "rms_norm,"))}) == 1
     if _native.cuda() is None:
-        assert "cuda is left out" in done.stdout
+        assert "cuda is left out" in said
     else:
-        assert "goal of layer_norm, fwd on cuda: 15 us" in done.stdout
+        assert "goal of layer_norm, fwd on cuda: 15 us" in said
 
 
 @pytest.mark.skipif(_native.cuda() is None, reason="fastlm._cuda is not built")

@@ -1,42 +1,38 @@
-"""benchmarks/bench_ops.py: the check before the clock, and what a run writes."""
+"""fastlm/bench/ops.py: the check before the clock, exact times on a fake clock, and what a run prints and writes."""
 
+import dataclasses
 import json
-import os
-import subprocess
-import sys
-import time
 import types
-from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
+from fake_clock import FakeClock
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+from fastlm.bench import op_worker, ops, results
+from fastlm.bench.op_runner import AGREEMENT, OpRunner, disagreement
+from fastlm.bench.op_worker import BENCHMARKS, OpWorker, Process, shapes
+from fastlm.bench.peers import PEERS, Peer
+from fastlm.testing.cases import CASES, Variant
+
 KEYS = {"op", "shape", "dtype", "pass", "contender", "ms", "ms_iqr", "gbps", "tflops", "of_ceiling", "peak_mb"}
+COPY_MS, MATMUL_MS = 0.25, 2.0
 
 
-@pytest.fixture
-def bench_ops(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import bench_ops
-
-    return bench_ops
-
-
-def test_every_op_has_peers_and_distinct_labels(bench_ops):
-    for case in bench_ops.BENCHMARKS.values():
-        assert "eager" in bench_ops.PEERS[case.op]
-        labels = [bench_ops.label(case, variant) for variant in case.benchmarks]
-        assert len(set(labels)) == len(labels)
+def test_every_shape_has_a_label_of_its_own():
+    for name, case in BENCHMARKS.items():
+        for device in ("cpu", "cuda"):
+            labels = [ops.label(case, variant) for variant in shapes(case, device)]
+            assert len(set(labels)) == len(labels) > 0
+        assert shapes(case, "cpu") == case.benchmarks
+        assert name not in CASES or shapes(case, "cuda") != case.benchmarks
 
 
 @pytest.mark.parametrize("skipped", ["rows", "output", "gradient", "gradient of weight", "nothing"])
-def test_skipped_work_fails_the_check(bench_ops, skipped):
-    """A layer_norm that leaves rows out, or an output, or a gradient, is told from eager's; one that works is not."""
-    case = bench_ops.CASES["layer_norm"]
-    sets = [case.inputs(bench_ops.Variant({"rows": 64, "cols": 32}), 0, torch.float32)]
-    eager = bench_ops.PEERS["layer_norm"]["eager"]
+def test_skipped_work_fails_the_check(skipped):
+    """A layer_norm that leaves out rows, an output or a gradient is told from eager's; a complete one is not."""
+    case = CASES["layer_norm"]
+    sets = [case.inputs(Variant({"rows": 64, "cols": 32}), 0, torch.float32)]
+    eager = PEERS["layer_norm"]["eager"]
 
     def contender(x, weight, **arguments):
         y, h = eager.function(x, weight.detach() if skipped == "gradient of weight" else weight, **arguments)
@@ -46,87 +42,95 @@ def test_skipped_work_fails_the_check(bench_ops, skipped):
             return y
         return y, h.detach().requires_grad_() if skipped == "gradient" else h
 
-    got = bench_ops.Contender(contender, sets, {}).results()
-    want = bench_ops.adapted(eager, sets, {}).results()
-    wrong = bench_ops.disagreement(got, want, bench_ops.AGREEMENT[torch.float32])
+    got = OpRunner(contender, sets, {}).results()
+    want = OpRunner.of(eager, sets, {}).results()
+    wrong = disagreement(got, want, AGREEMENT[torch.float32])
     assert (wrong is None) == (skipped == "nothing")
     if skipped in ("output", "gradient of weight"):
         assert wrong == {"output": "output 1", "gradient of weight": "dweight"}[skipped] + " is missing"
 
 
-@pytest.mark.parametrize("lengths", [(), (5, 9, 1)], ids=["padded", "packed"])
-def test_attention_peers_agree_with_the_op(bench_ops, lengths):
-    """The peers' own form of the inputs, padded with a mask where the op's are packed, gives the op's results."""
-    case = bench_ops.CASES["attention"]
-    shape = {"h": 2, "d": 8, "lengths": lengths} if lengths else {"b": 2, "s": 11, "h": 2, "d": 8}
-    options = {} if lengths else {"causal": True}
-    sets = [case.inputs(bench_ops.Variant(shape), 0, torch.float32)]
-    want = bench_ops.Contender(case.reference, sets, options, outputs=1).results()
-    for name in ("eager", "sdpa"):
-        got = bench_ops.adapted(bench_ops.PEERS["attention"][name], sets, options).results()
-        assert {"output 0", "dq", "dk", "dv"} <= got.keys() & want.keys()
-        assert bench_ops.disagreement(got, want, 1e-5) is None
+class Here:
+    """An op_worker.Process without a process: an OpWorker on a fake clock, with ceilings of known durations."""
+
+    def __init__(self, clock):
+        self.clock = clock
+        self.worker = OpWorker(lambda device: clock)
+
+    def __call__(self, method, *arguments):
+        out = getattr(self.worker, method)(*arguments)
+        if method == "prepare_ceilings":
+            for name, ms in (("copy", COPY_MS), ("matmul", MATMUL_MS)):
+                self.worker.ceilings[name] = lambda ms=ms: self.clock.advance(ms)
+            return {"copy": 1000, "matmul": 4000}
+        return out
+
+    def close(self):
+        pass
 
 
-def in_this_process(bench_ops):
-    """What bench_shape asks a process of its own for, asked here."""
-    bench = bench_ops.Bench()
-    return {"": lambda method, *arguments: getattr(bench, method)(*arguments)}
+@pytest.fixture
+def bench(monkeypatch):
+    """(a fake clock, a function that benches peers of layer_norm on a shape of 600 rows)."""
+    clock = FakeClock()
+    eager = PEERS["layer_norm"]["eager"].function
+    case = CASES["layer_norm"]
+
+    def ours(*, backend, **arguments):
+        clock.advance(0.4)
+        return case.function(**arguments, backend=backend)
+
+    def run(whole=False, **functions):
+        peers = {name: Peer(function) for name, function in functions.items()}
+        monkeypatch.setitem(PEERS, "layer_norm", {"eager": Peer(eager), **peers})
+        small = dataclasses.replace(case, function=ours, benchmarks=(Variant({"rows": 600, "cols": 256}),))
+        monkeypatch.setitem(BENCHMARKS, "layer_norm", small)
+        args = types.SimpleNamespace(device="cpu", vs=(*functions, "sdpa"), whole=whole, rounds=5, min_ms=2.0)
+        return ops.bench_shape({"": Here(clock)}, "layer_norm", 0, "float32", args)
+
+    monkeypatch.setattr(op_worker.ceilings, "cache_bytes", lambda device: 1 << 20)
+    monkeypatch.setattr(op_worker, "OURS", ("reference",))
+    return clock, run
 
 
-def ceilings(bench, dtype, device, moved):
-    """None that take time."""
-    bench.ceilings = {"copy": lambda: None, "matmul": lambda: None}
-    return {"copy": 1, "matmul": 1}
-
-
-def peers_of_layer_norm(bench_ops, monkeypatch, **functions):
-    """Puts these beside eager, on a shape of 600 rows, and returns what bench_shape needs."""
-    peers = {name: bench_ops.Peer(function) for name, function in functions.items()}
-    monkeypatch.setitem(bench_ops.PEERS, "layer_norm", {"eager": bench_ops.PEERS["layer_norm"]["eager"], **peers})
-    case = bench_ops.dataclasses.replace(
-        bench_ops.CASES["layer_norm"], benchmarks=(bench_ops.Variant({"rows": 600, "cols": 256}),)
-    )
-    monkeypatch.setitem(bench_ops.BENCHMARKS, "layer_norm", case)
-    monkeypatch.setattr(bench_ops.Bench, "prepare_ceilings", ceilings)
-    monkeypatch.setattr(bench_ops.torch, "compile", lambda function, **_: function)
-    monkeypatch.setattr(bench_ops, "cache_bytes", lambda device: 1 << 20)
-    monkeypatch.setattr(bench_ops, "OURS", ("reference",))
-    args = bench_ops.parse(["--rounds", "41", "--min-ms", "0.1"])
-    args.vs = tuple(functions)
-    return args
-
-
-def test_an_op_that_is_a_fifth_slower_shows_as_that(bench_ops, monkeypatch):
-    """Calls that last so long in all, through all that a shape goes through.
-
-    So short, and in one thread, that few meet a switch to another process where the machine is busy.
-    """
+def test_times_are_those_of_the_clock(bench):
+    """An op that is a fifth slower shows as that; GB/s and shares of a ceiling follow from the times."""
+    clock, run = bench
 
     def paced(ms):
         def call(x, weight=None, bias=None, residual=None, rng=None):
-            until = time.perf_counter() + ms / 1e3
-            out = bench_ops.peers.layer_norm(x, weight, bias)
-            while time.perf_counter() < until:
-                pass
-            return out
+            clock.advance(ms)
+            return PEERS["layer_norm"]["eager"].function(x, weight, bias)
 
         return call
 
-    args = peers_of_layer_norm(bench_ops, monkeypatch, even=paced(0.5), slower=paced(0.6))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        rows, missing, _ = bench_ops.bench_shape(in_this_process(bench_ops), "layer_norm", 0, "float32", args)
-    finally:
-        torch.set_num_threads(threads)
-    assert not missing
-    ms = {row["contender"]: row["ms"] for row in rows if row["pass"] == "fwd"}
-    assert ms["slower"] / ms["even"] == pytest.approx(1.2, abs=0.03)
+    rows, missing, beside = run(even=paced(0.5), slower=paced(0.6))
+    assert missing == {"sdpa": "has no layer_norm"}
+    by = {(row["contender"], row["pass"]): row for row in rows}
+    ms = {name: by[name, "fwd"]["ms"] for name, which in by if which == "fwd"}
+    assert ms == pytest.approx({"even": 0.5, "slower": 0.6, "fastlm:reference": 0.4})
+    moved = CASES["layer_norm"].bytes({"rows": 600, "cols": 256}, {}, 4, False)
+    row = by["even", "fwd"]
+    assert row.keys() == KEYS
+    assert row["ms_iqr"] == pytest.approx(0.0)
+    assert row["gbps"] == pytest.approx(moved / 0.5e-3 / 1e9)
+    assert row["of_ceiling"] == pytest.approx(moved / 0.5 / (1000 / COPY_MS))
+    assert by["slower", "fwd+bwd"]["ms"] == pytest.approx(0.6)  # the backward does not move this clock
+    assert beside[0]["copy_gbps"] == pytest.approx(1000 / COPY_MS / 1e6)
+    assert beside[0]["matmul_tflops"] == pytest.approx(4000 / MATMUL_MS / 1e9)
+    line = next(line for line in ops.lines(rows) if " fwd " in line)
+    assert "fastlm:reference" in line
+    assert "400.0 us" in line
+    assert "x  1.25 of even" in line
+    assert ops.summary("layer_norm", rows)[0] == (
+        "layer_norm fwd: fastlm:reference is x 1.25 of the best peer, geometric mean of 1 shapes"
+    )
+    assert {row["pass"] for row in run(whole=True, even=paced(0.5))[0]} == {"fwd+bwd"}
 
 
-def test_who_skips_work_or_overwrites_is_not_timed(bench_ops, monkeypatch):
-    eager = bench_ops.PEERS["layer_norm"]["eager"].function
+def test_skipped_work_or_an_overwritten_input_is_not_timed(bench):
+    clock, run = bench
+    eager = PEERS["layer_norm"]["eager"].function
 
     def skips(x, weight=None, bias=None, residual=None, rng=None):
         y, h = eager(x, weight, bias)
@@ -137,303 +141,93 @@ def test_who_skips_work_or_overwrites_is_not_timed(bench_ops, monkeypatch):
         x.data.zero_()  # unseen by autograd, as a kernel's writes are
         return out
 
-    args = peers_of_layer_norm(bench_ops, monkeypatch, overwrites=overwrites, skips=skips, honest=eager)
-    args.vs += ("sdpa",)
-    rows, missing, _ = bench_ops.bench_shape(in_this_process(bench_ops), "layer_norm", 0, "float32", args)
-    assert missing["skips"].startswith(bench_ops.WRONG)
+    def honest(**arguments):
+        clock.advance(1.0)
+        return eager(**arguments)
+
+    rows, missing, _ = run(overwrites=overwrites, skips=skips, honest=honest)
+    assert missing["skips"].startswith(results.WRONG)
     assert missing["overwrites"] == "overwrites its x"
-    assert missing["sdpa"] == "has no layer_norm"
     assert {row["contender"] for row in rows} == {"honest", "fastlm:reference"}
 
 
-def test_who_cannot_run_is_named_with_the_reason(bench_ops):
-    sets = [bench_ops.CASES["attention"].inputs(bench_ops.Variant({"b": 2, "s": 9, "h": 2, "d": 8}), 0, torch.float32)]
-    masked = [{**sets[0], "key_mask": torch.ones(2, 9, dtype=torch.bool)}]
-    table = [{**sets[0], "table": torch.randn(8, 2)}]
-    peers = bench_ops.PEERS["attention"]
-    expected = {
-        ("flash_attn", "installed"): (sets, "flash_attn is not installed"),
-        ("te", "installed"): (sets, "transformer_engine is not installed"),
-        ("sdpa-flash", "mask"): (masked, "takes no mask for padding and no bias"),
-        ("flash_attn", "mask"): (masked, "takes no key_mask"),
-        ("flash_attn", "bias"): (table, "takes no relative_bias"),
-        ("te", "mask"): (masked, "takes no key_mask"),
-    }
-    for (name, _), (given, why) in expected.items():
-        with pytest.raises((bench_ops.Unsupported, ImportError)) as caught:
-            bench_ops.adapted(peers[name], given, {})
-        assert bench_ops.reason(caught.value) == why
-    lines = bench_ops.missing_lines({"te": "is missing", "apex": "is missing", "sdpa": "has no gelu"})
+def test_missing_contenders_share_a_line():
+    lines = ops.missing_lines({"te": "is missing", "apex": "is missing", "sdpa": "has no gelu"})
     assert [line.strip() for line in lines] == ["te, apex: is missing", "sdpa: has no gelu"]
 
 
-# ---- the libraries: modules of theirs, with their signatures, that torch computes
+def test_a_loss_that_computes_its_gradient_is_labelled():
+    row = dict.fromkeys(KEYS, 1.0) | {"shape": "s", "pass": "fwd", "contender": "fastlm:cpu"}
+    assert "fwd (with gradient) fastlm:cpu" in ops.lines([row | {"op": "cross_entropy"}])[0]
+    assert "with gradient" not in ops.lines([row | {"op": "gelu"}])[0]
+    assert {op for op in CASES if CASES[op].gradient_in_forward} == {"cross_entropy", "linear_cross_entropy"}
 
 
-def _norm_reference(h, weight, bias, eps, rms):
-    shape = h.shape[-1:]
-    return F.rms_norm(h, shape, weight, eps) if rms else F.layer_norm(h, shape, weight, bias, eps)
+def test_peers_by_default():
+    assert set(ops.parse([]).vs) == {"eager", "compile", "sdpa", "chunked", "transformers"}
+    assert {"sdpa-flash", "liger", "te", "apex"} < set(ops.default_vs("cuda"))
 
 
-def _prenorm(rms):
-    def norm(x, weight, bias, residual=None, x1=None, weight1=None, bias1=None, eps=1e-6, dropout_p=0.0, rowscale=None,
-             prenorm=False, residual_in_fp32=False):  # fmt: skip
-        h = x if residual is None else residual + x
-        y = _norm_reference(h, weight, bias, eps, rms)
-        return (y, h) if prenorm else y
-
-    return norm
-
-
-def _flash(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1)):
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    options = {"is_causal": causal, "scale": softmax_scale, "enable_gqa": True}
-    return F.scaled_dot_product_attention(q, k, v, None, dropout_p, **options).transpose(1, 2)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--op", "conv"], "--op: expected attention, "),
+        (["--vs", "jax"], "got jax"),
+        (["--rounds", "0"], "--rounds: expected at least 1, got 0"),
+    ],
+)
+def test_bad_options_are_refused(options, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        ops.parse(options)
+    assert message in capsys.readouterr().err
 
 
-def _flash_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
-                  causal=False, window_size=(-1, -1)):  # fmt: skip
-    assert cu_seqlens_q.dtype == torch.int32
-    assert max_seqlen_q == cu_seqlens_q.diff().max()
-    parts = zip(*(x.split(cu_seqlens_q.diff().tolist()) for x in (q, k, v)))
-    outs = [_flash(*(x[None] for x in part), dropout_p, softmax_scale, causal)[0] for part in parts]
-    return torch.cat(outs)
+def test_a_run_writes_rows_with_their_provenance(tmp_path, capsys):
+    """The smallest run there is: rows in the fixed format, a plot, a line for each shape. One second per call."""
 
+    class Ticking(FakeClock):
+        def now(self):
+            self.advance(1.0)
+            return self.seconds
 
-class _TENorm(torch.nn.Module):
-    def __init__(self, normalized_shape, eps=1e-5, device=None, dtype=None):
-        super().__init__()
-        self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(normalized_shape, device=device, dtype=dtype))
-        if not self.rms:
-            self.bias = torch.nn.Parameter(torch.zeros(normalized_shape, device=device, dtype=dtype))
-
-    def forward(self, x):
-        return _norm_reference(x, self.weight, None if self.rms else self.bias, self.eps, self.rms)
-
-
-class _TEAttention(torch.nn.Module):
-    def __init__(self, num_attention_heads, kv_channels, num_gqa_groups=None, attention_dropout=0.0,
-                 qkv_format="sbhd", attn_mask_type="causal", softmax_scale=None):  # fmt: skip
-        super().__init__()
-        self.format, self.mask, self.scale = qkv_format, attn_mask_type, softmax_scale
-
-    def forward(self, query_layer, key_layer, value_layer, cu_seqlens_q=None, cu_seqlens_kv=None, max_seqlen_q=None,
-                max_seqlen_kv=None, core_attention_bias_type="no_bias", core_attention_bias=None):  # fmt: skip
-        q, k, v, causal = query_layer, key_layer, value_layer, "causal" in self.mask
-        if self.format == "thd":
-            assert self.mask.startswith("padding")
-            lengths = cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv
-            return _flash_varlen(q, k, v, *lengths, 0.0, self.scale, causal).flatten(-2)
-        if core_attention_bias_type == "no_bias":
-            return _flash(q, k, v, 0.0, self.scale, causal).flatten(-2)
-        assert core_attention_bias_type == "post_scale_bias"
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, core_attention_bias, scale=self.scale)
-        return out.transpose(1, 2).flatten(-2)
-
-
-def _losses(logits, labels, smoothing, z_loss=0.0, ignore_index=-100):
-    return F.cross_entropy(
-        logits.float(), labels, reduction="none", label_smoothing=smoothing, ignore_index=ignore_index
-    )
-
-
-class _Xentropy:
-    @staticmethod
-    def apply(logits, labels, smoothing=0.0, padding_idx=0, half_to_float=False):
-        assert half_to_float == (logits.dtype != torch.float32)
-        return _losses(logits, labels, smoothing, ignore_index=padding_idx)
-
-
-def _liger_ce(input, target, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean",
-              label_smoothing=0.0, lse_square_scale=0.0):  # fmt: skip
-    return F.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
-
-
-def _liger_flce(input, weight, target, bias=None, ce_weight=None, ignore_index=-100, lse_square_scale=0.0,
-                label_smoothing=0.0, reduction="mean"):  # fmt: skip
-    return F.cross_entropy(
-        F.linear(input, weight, bias), target, ce_weight, reduction=reduction, label_smoothing=label_smoothing
-    )
-
-
-def _flash_ce(logits, labels, precomputed_lse=None, label_smoothing=0.0, logit_scale=1.0, lse_square_scale=0.0,
-              ignore_index=-100, inplace_backward=False):  # fmt: skip
-    return _losses(logits, labels, label_smoothing, ignore_index=ignore_index), None
-
-
-def _te_ce(inp, target, label_smoothing=0.0, reduce_loss=False, dist_process_group=None, ignore_idx=-100):
-    assert inp.ndim == 3
-    assert inp.shape[:2] == target.shape
-    losses = _losses(inp[0], target[0], label_smoothing, ignore_index=ignore_idx)
-    return losses.sum() / (target != ignore_idx).sum() if reduce_loss else losses[None]
-
-
-def _quack_ce(x, target, lse_partial=None, weight=None, ignore_index=-100, reduction="mean", inplace_backward=False):
-    return F.cross_entropy(x, target, weight, ignore_index=ignore_index, reduction=reduction)
-
-
-def _quack_lce(x, weight, target, chunk_size=4096, ignore_index=-100, reduction="mean", tuned=True):
-    return F.cross_entropy(F.linear(x, weight), target, ignore_index=ignore_index, reduction=reduction)
-
-
-def _quack_rms(x, weight=None, bias=None, residual=None, out_dtype=None, residual_dtype=None, eps=1e-6, prenorm=False):
-    h = x if residual is None else x + residual
-    y = _norm_reference(h, weight, bias, eps, True)
-    return (y, h) if prenorm else y
-
-
-def _quack_ln(x, weight, bias=None, eps=1e-6, return_rstd=False, return_mean=False):
-    assert weight.dtype == bias.dtype == torch.float32
-    assert return_rstd
-    assert return_mean
-    y = _norm_reference(x.float(), weight, bias, eps, False).to(x.dtype)
-    return y, y.new_zeros(len(x)), y.new_zeros(len(x))
-
-
-FAKES = {
-    "liger_kernel.transformers.functional": {
-        "liger_layer_norm": lambda X, W, B, eps: _norm_reference(X, W, B, eps, False),
-        "liger_rms_norm": lambda X, W, eps, offset=0.0, casting_mode="llama", in_place=True: _norm_reference(
-            X, W, None, eps, True
-        ),
-        "liger_fused_add_rms_norm": lambda X, R, W, eps, offset=0.0, casting_mode="llama", in_place=True: (
-            _norm_reference(X + R, W, None, eps, True),
-            X + R,
-        ),
-        "liger_cross_entropy": _liger_ce,
-        "liger_fused_linear_cross_entropy": _liger_flce,
-        "liger_geglu": lambda a, b: F.gelu(a, approximate="tanh") * b,
-    },
-    "flash_attn": {"flash_attn_func": _flash, "flash_attn_varlen_func": _flash_varlen},
-    "flash_attn.ops.triton.layer_norm": {"layer_norm_fn": _prenorm(False), "rms_norm_fn": _prenorm(True)},
-    "flash_attn.ops.triton.cross_entropy": {"cross_entropy_loss": _flash_ce},
-    "apex.normalization.fused_layer_norm": {
-        "fused_layer_norm_affine": lambda input, weight, bias, normalized_shape, eps=1e-6: F.layer_norm(
-            input, normalized_shape, weight, bias, eps
-        ),
-        "fused_rms_norm_affine": lambda input, weight, normalized_shape, eps=1e-6: F.rms_norm(
-            input, normalized_shape, weight, eps
-        ),
-    },
-    "apex.contrib.layer_norm.layer_norm": {
-        "FastLayerNormFN": types.SimpleNamespace(
-            apply=lambda x, gamma, beta, epsilon, memory_efficient: _norm_reference(x, gamma, beta, epsilon, False)
-        )
-    },
-    "apex.contrib.xentropy": {"SoftmaxCrossEntropyLoss": _Xentropy},
-    "transformer_engine.pytorch": {
-        "LayerNorm": type("LayerNorm", (_TENorm,), {"rms": False}),
-        "RMSNorm": type("RMSNorm", (_TENorm,), {"rms": True}),
-        "DotProductAttention": _TEAttention,
-        "parallel_cross_entropy": _te_ce,
-        "ops": types.SimpleNamespace(GELU=lambda: torch.nn.GELU("tanh")),
-    },
-    "quack.rmsnorm": {"rmsnorm": _quack_rms, "layernorm_fwd": _quack_ln},
-    "quack.cross_entropy": {"cross_entropy": _quack_ce},
-    "quack.linear_cross_entropy": {"chunked_linear_cross_entropy": _quack_lce},
-}
-# Small shapes with what the libraries differ in, and who refuses which, with a word of the reason.
-LIBRARY_SHAPES = [
-    ("layer_norm", {"rows": 6, "cols": 32}, {}, {}),
-    ("layer_norm", {"rows": 6, "cols": 32, "residual": 1}, {}, {"quack": "residual"}),
-    ("rms_norm", {"rows": 6, "cols": 32, "bias": 0}, {}, {}),
-    ("rms_norm", {"rows": 6, "cols": 32, "bias": 0, "residual": 1}, {}, {}),
-    ("cross_entropy", {"rows": 6, "vocabulary": 40, "ignored": 1}, {}, {}),
-    ("cross_entropy", {"rows": 6, "vocabulary": 40, "ignored": 1}, {"inplace": True, "reduction": "sum"}, {}),
-    ("cross_entropy", {"rows": 6, "vocabulary": 40}, {"label_smoothing": 0.1}, {"quack": "label_smoothing"}),
-    ("linear_cross_entropy", {"rows": 6, "features": 8, "vocabulary": 40}, {}, {}),
-    ("linear_cross_entropy", {"rows": 6, "features": 8, "vocabulary": 40, "bias": 1}, {}, {"quack": "bias"}),
-    ("gelu", {"rows": 6, "cols": 32, "bias": 0, "gate": 1}, {"approximate": "tanh"}, {"te": "one tensor"}),
-    ("gelu", {"rows": 6, "cols": 32}, {"approximate": "tanh"}, {"liger": "gated"}),
-    ("attention", {"b": 2, "s": 11, "h": 4, "kv": 2, "d": 8}, {"causal": True}, {}),
-    ("attention", {"h": 2, "d": 8, "lengths": (5, 9, 1)}, {"causal": True}, {}),
-    ("attention", {"b": 2, "s": 11, "h": 2, "d": 8, "buckets": 8}, {"softmax_scale": 1.0}, {"flash_attn": "bias"}),
-]  # fmt: skip
-
-
-@pytest.fixture
-def fakes(bench_ops, monkeypatch):
-    import libraries
-
-    for name, members in FAKES.items():
-        parents = [name.rsplit(".", i)[0] for i in range(name.count(".") + 1)]
-        for parent in parents:
-            if parent not in sys.modules:
-                monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
-        for member, value in members.items():
-            monkeypatch.setattr(sys.modules[name], member, value, raising=False)
-    yield
-    libraries._te_gelu_module.cache_clear()
-    libraries._te_attention_module.cache_clear()
-
-
-@pytest.mark.parametrize(("op", "shape", "options", "refused"), LIBRARY_SHAPES)
-def test_libraries_agree_with_the_op(bench_ops, fakes, op, shape, options, refused):
-    """Outputs and gradients of every library, through modules that take their arguments as theirs do."""
-    case = bench_ops.CASES[op]
-    sets = [case.inputs(bench_ops.Variant(shape), 0, torch.float32)]
-    eager = bench_ops.PEERS[op]["eager"]
-    packed = "lengths" in shape
-    want = bench_ops.adapted(eager, sets, options).results()
-    if packed:
-        want = bench_ops.Contender(case.reference, sets, options, outputs=1).results()
-    ran, refusals = set(), {}
-    for name, peer in bench_ops.LIBRARIES[op].items():
-        try:
-            got = bench_ops.adapted(peer, sets, options).results()
-        except bench_ops.Unsupported as error:
-            refusals[name] = str(error)
-            continue
-        ran.add(name)
-        forward_alone = op == "layer_norm" and name == "quack"
-        assert got.keys() == ({"output 0", "output 1"} if forward_alone else want.keys())
-        assert bench_ops.disagreement(got, want, 1e-5) is None, name
-    assert ran == bench_ops.LIBRARIES[op].keys() - refused.keys()
-    assert all(word in refusals[name] for name, word in refused.items())
-
-
-def test_a_gpu_has_shapes_of_its_own(bench_ops):
-    for name, case in bench_ops.CASES.items():
-        labels = [bench_ops.label(case, variant) for variant in bench_ops.shapes(case, "cuda")]
-        assert bench_ops.shapes(case, "cpu") == case.benchmarks != bench_ops.shapes(case, "cuda"), name
-        assert len(set(labels)) == len(labels) > 0
-    assert bench_ops.parse([]).vs == ("eager", "compile", "sdpa", "chunked", "transformers")
-
-
-def test_transformers_collator_masks_as_we_do(bench_ops):
-    """Its tokenizer tells the special tokens; a packed row is a row; whole words are refused."""
-    mask = bench_ops.LIBRARIES["mlm_mask"]["transformers"].function
-    options = {"mask_token_id": 4, "vocab_size": 97, "special_ids": (0, 1, 2, 3), "seed": 0}
-    ids = torch.randint(97, (40, 500))
-    masked, labels = mask(ids, **options)
-    selected = labels != -100
-    assert torch.equal(labels[selected], ids[selected])
-    assert torch.equal(masked[~selected], ids[~selected])
-    assert not selected[ids < 5].any()
-    assert selected[ids >= 5].float().mean() == pytest.approx(0.15, abs=0.02)
-    assert (masked[selected] == 4).float().mean() == pytest.approx(0.8, abs=0.05)
-    assert mask(ids.flatten(), **options)[0].shape == (20000,)
-    with pytest.raises(bench_ops.Unsupported, match="takes no word_starts"):
-        mask(ids, word_starts=ids > 50, **options)
-
-
-def test_a_run_writes_rows_with_their_provenance(tmp_path):
-    """The smallest run there is, through the command line: rows in the fixed format, a plot, a line for each shape."""
-    options = ["--vs", "eager,liger,sdpa", "--malloc", "default", "--rounds", "2", "--min-ms", "1"]
-    files = ["--json", tmp_path / "ops.json", "--plot", tmp_path / "ops.png"]
-    command = [sys.executable, BENCHMARKS / "bench_ops.py", "--op", "call overhead", *options, *files]
-    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert "of the best peer, geometric mean of 1 shapes" in done.stdout
+    options = ["--op", "call overhead", "--vs", "eager,liger,sdpa", "--malloc", "default", "--rounds", "2"]
+    files = ["--json", str(tmp_path / "ops.json"), "--plot", str(tmp_path / "ops.png")]
+    clock = Ticking()
+    assert ops.main([*options, *files], start=lambda allocator: Here(clock), clock=clock) == 0
+    assert "of the best peer, geometric mean of 1 shapes" in capsys.readouterr().out
     written = json.loads((tmp_path / "ops.json").read_text())
     reasons = {one["contender"]: one["reason"] for one in written["provenance"]["missing"]}
     assert reasons == {"liger": "needs CUDA, the device is cpu", "sdpa": "has no layer_norm"}
     assert {"torch", "cpu", "commit", "dirty", "allocator", "ceilings", "command"} <= written["provenance"].keys()
     assert {(row["contender"], row["pass"]) for row in written["rows"]} >= {("eager", "fwd"), ("eager", "fwd+bwd")}
-    for row in written["rows"]:
-        assert row.keys() == KEYS
-        assert row["ms"] > 0
+    assert all(row.keys() == KEYS and row["ms"] > 0 for row in written["rows"])
     assert (tmp_path / "ops.png").stat().st_size > 1000
+
+
+def test_shapes_without_time_left_are_named(tmp_path, capsys, monkeypatch):
+    """The first shapes of all ops come first; the clock is read at the start and before each shape."""
+    clock = FakeClock()
+
+    def bench_shape(processes, op, index, dtype, args):
+        clock.advance(4000)
+        return [], {}, []
+
+    monkeypatch.setattr(ops, "bench_shape", bench_shape)
+    options = ["--op", "gelu,dropout", "--malloc", "default", "--seconds", "5", "--json", str(tmp_path / "ops.json")]
+    assert ops.main(options, start=lambda allocator: Here(clock), clock=clock) == 0
+    left_out = json.loads((tmp_path / "ops.json").read_text())["provenance"]["left_out"]
+    names = [(one["op"], one["shape"]) for one in left_out]
+    every = {(op, ops.label(BENCHMARKS[op], v)) for op in ("gelu", "dropout") for v in BENCHMARKS[op].benchmarks}
+    first = {(op, ops.label(BENCHMARKS[op], BENCHMARKS[op].benchmarks[0])) for op in ("gelu", "dropout")}
+    assert set(names) == every - first
+    assert f"left out after 5 s: {' '.join(names[0])}" in capsys.readouterr().out
+
+
+def test_a_process_has_its_own_allocator():
+    process = Process("tuned")
+    try:
+        assert "tuned" in process("allocator")
+        with pytest.raises(RuntimeError, match="KeyError"):
+            process("prepare", "no such op", 0, torch.float32, "cpu", ())
+    finally:
+        process.close()

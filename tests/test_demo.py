@@ -8,8 +8,8 @@ import pytest
 from training import small
 
 from fastlm import demo
+from fastlm.bench import compare
 from fastlm.run.metrics import read_metrics
-from fastlm.testing import train_step
 
 
 @pytest.fixture
@@ -33,11 +33,11 @@ def test_demo(run_demo, tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert demo.SENTENCE in printed
     assert printed.count("%") >= 5
-    assert all(contender in printed for contender in train_step.CONTENDERS)
+    assert all(contender in printed for contender in compare.CONTENDERS)
     assert "not run" not in printed
     assert printed.splitlines()[-1].startswith(f"Not judged, since {summary['steps']} steps are fewer than 600: ")
 
-    monkeypatch.setattr(train_step, "compare_steps", lambda *_, **__: [])
+    monkeypatch.setattr(compare, "compare_steps", lambda *_, **__: [])
     steps = len(read_metrics(tmp_path / "metrics.jsonl"))
     run_demo()
     assert "Starting anew" in capsys.readouterr().out

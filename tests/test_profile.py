@@ -9,7 +9,7 @@ import pytest
 import torch
 from training import SETTINGS
 
-from fastlm import profile as profiler
+from fastlm.bench import profile as profiler
 from fastlm.models import Bert, BertConfig
 
 SMALL = [f"{key}={value}" for key, value in SETTINGS.items()]
@@ -57,8 +57,8 @@ def test_modules_have_ranges_by_their_names(profiled):
 
 
 def test_hooks_are_gone_and_change_nothing():
-    model = Bert(BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-                            intermediate_size=32)).eval()  # fmt: skip
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    model = Bert(BertConfig(vocab_size=50, **sizes)).eval()
     ids = torch.arange(12).view(2, 6)
     want = torch.autograd.grad(model(ids).sum(), list(model.parameters()), allow_unused=True)
     with profiler.named_ranges(model):

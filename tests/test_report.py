@@ -1,45 +1,40 @@
-"""benchmarks/report.py: pages and README.md are what the recorded results say."""
+"""fastlm/bench/report.py: pages and README.md are what the recorded results say."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+from fastlm.bench import report, results
 
-
-@pytest.fixture
-def report(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import report
-
-    return report
+ROOT = Path(__file__).parent.parent
 
 
 def op(contender, ms, which="fwd", op="gelu", **more):
     return {
-        "op": op, "shape": "rows8", "dtype": "float32", "pass": which, "contender": contender, "ms": ms, "ms_iqr": 0.2,
-        "gbps": 10.0, "tflops": 0.0, "of_ceiling": 0.5, "peak_mb": 1.0, **more,
-    }  # fmt: skip
+        **{"op": op, "shape": "rows8", "dtype": "float32", "pass": which, "contender": contender},
+        **{"ms": ms, "ms_iqr": 0.2, "gbps": 10.0, "tflops": 0.0, "of_ceiling": 0.5, "peak_mb": 1.0},
+        **more,
+    }
 
 
-def step(contender, ms):
+def step(contender, ms, recipe="bert-mini"):
     return {
-        "op": "training step", "recipe": "bert-mini", "shape": "8x128", "dtype": "float32", "pass": "step",
-        "contender": contender, "ms": ms, "ms_iqr": 1.0, "tokens_per_s": 1024e3 / ms, "mfu": None, "of_bound": 0.7,
-        "peak_mb": 700.0, "step_mb": 400.0, "threads": 2,
-    }  # fmt: skip
+        **{"op": "training step", "recipe": recipe, "shape": "8x128", "dtype": "float32", "pass": "step", "threads": 2},
+        **{"contender": contender, "ms": ms, "ms_iqr": 1.0, "tokens_per_s": 1024e3 / ms, "mfu": None, "of_bound": 0.7},
+        **{"peak_mb": 700.0, "step_mb": 400.0},
+    }
 
 
 ROWS = [
-    op("fastlm:cpu", 3.0), op("fastlm:cpu+malloc", 2.0), op("eager", 8.0), op("eager+malloc", 5.0),
-    op("fastlm:cpu", 4.0, shape="rows9"), op("compile", 2.0, shape="rows9"),
-]  # fmt: skip
+    *(op("fastlm:cpu", 3.0), op("fastlm:cpu+malloc", 2.0), op("eager", 8.0), op("eager+malloc", 5.0)),
+    *(op("fastlm:cpu", 4.0, shape="rows9"), op("compile", 2.0, shape="rows9")),
+]
 STEPS = [step("fastlm", 100.0), step("transformers", 250.0)]
 
 
-def test_the_best_of_each_side_counts(report):
-    pairs = report.against_peers(ROWS)
+def test_the_best_of_each_side_counts():
+    pairs = results.against_peers(ROWS)
     assert [(ours["ms"], peer["ms"]) for ours, peer in pairs] == [(2.0, 5.0), (4.0, 2.0)]
     assert "| `gelu` | cpu | 1.12 (0.50 to 2.50) |  |" in report.ops_summary(ROWS)
     table = report.ops_table(ROWS)
@@ -47,8 +42,33 @@ def test_the_best_of_each_side_counts(report):
     assert "0.50 compile" in table  # a row in which fastlm loses is there like any other
 
 
-def test_no_row_is_hidden(report, tmp_path):
-    """Every contender's time, spread and memory is on the page, and who did not run, with the reason."""
+def test_a_forward_that_computes_its_gradient_is_not_a_plain_forward():
+    """A loss's forward has a label in the table of rows, and a footnote for its mean."""
+    rows = [
+        op(name, ms, which, "cross_entropy")
+        for which in ("fwd", "fwd+bwd")
+        for name, ms in (("fastlm:cpu", 2), ("eager", 3))
+    ]
+    assert "| cross_entropy rows8 | fwd (with gradient) | cpu | 2.000 ±5% " in report.ops_table(rows)
+    summary = report.ops_summary(rows)
+    assert "| `cross_entropy` | cpu | ¹ | 1.50 (1.50 to 1.50) |" in summary
+    assert "¹ This forward also computes the gradient" in summary
+    assert "¹" not in report.ops_summary(ROWS)
+
+
+def test_the_summary_of_steps_has_a_line_a_step():
+    """Beside Transformers as shipped and its fastest tuned form; a patched one runs fastlm's ops: neither."""
+    rows = [*STEPS, step("transformers tuned", 150.0), step("transformers tuned compiled", 140.0)]
+    rows += [step("transformers patched", 90.0), step("fastlm", 50.0, recipe="t5-small-8x256")]
+    lines = report.train_summary(rows).splitlines()[2:]
+    assert lines == [
+        "| bert-mini 8x128, float32, 2 threads | 10,240 | 2.50 | 1.40 | 70% |",
+        "| t5-small-8x256, float32, 2 threads | 20,480 |  |  | 70% |",
+    ]
+
+
+def test_no_row_is_hidden(tmp_path):
+    """Every contender's time, spread and memory is on the page, and what did not run, with the reason."""
     missing = [
         {"op": "gelu", "shape": "rows8", "contender": name, "reason": "needs CUDA, the device is cpu"}
         for name in ("liger", "te", "te+malloc")
@@ -66,7 +86,7 @@ def test_no_row_is_hidden(report, tmp_path):
     assert "- left out for want of time: gelu rows77" in page
 
 
-def test_a_page_of_a_directory(report, tmp_path):
+def test_a_page_of_a_directory(tmp_path):
     provenance = {"cpu": "Some CPU", "cores": 2, "torch": "2.13.0", "commit": "0123456789", "command": "python x.py"}
     for name, rows in (("ops.json", ROWS), ("train.json", STEPS)):
         (tmp_path / name).write_text(json.dumps({"provenance": provenance, "rows": rows}))
@@ -81,7 +101,7 @@ def test_a_page_of_a_directory(report, tmp_path):
         report.with_summary("no such lines", "new")
 
 
-def test_curves_and_who_did_not_run(report, tmp_path):
+def test_curves_and_what_did_not_run(tmp_path):
     curve = {"losses": [5.0] * 20, "curve_noise": 0.01}
     rows = [
         {**step("fastlm", 100.0), **curve, "curve_off": 0.0},
@@ -99,6 +119,5 @@ def test_curves_and_who_did_not_run(report, tmp_path):
     assert "**transformers learns otherwise** in bert-mini: 5.00% off, noise 1.00%." in report.curves_note(rows)
 
 
-def test_pages_and_readme_are_what_the_results_say(report, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["report.py", "--check"])
-    assert report.main() == 0, capsys.readouterr().out + "python benchmarks/report.py writes them"
+def test_pages_and_readme_are_what_the_results_say(capsys):
+    assert report.main(ROOT, ["--check"]) == 0, capsys.readouterr().out + "python benchmarks/report.py writes them"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fastlm.testing import steps
+from fastlm.bench import steps
 from fastlm.testing.cases import CASES
 from fastlm.train import load_recipe
 
@@ -18,8 +18,8 @@ SCRIPT = ROOT / "benchmarks" / "run_gpu.sh"
 PARTS = ("tests", "ops", "train", "profile", "report")
 
 
-def run(*arguments, path=ROOT):
-    environment = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(path)}
+def run(*arguments, path=ROOT, python=sys.executable):
+    environment = {**os.environ, "PYTHON": str(python), "PYTHONPATH": str(path)}
     command = ["bash", str(SCRIPT), *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
 
@@ -65,10 +65,19 @@ def test_the_tests_of_a_failing_op_stop_no_others(tmp_path):
     shutil.copy(SCRIPT, tmp_path / "benchmarks")
     notes, python = tmp_path / "notes", tmp_path / "bin" / "python"
     (tmp_path / "bin" / "nvidia-smi").write_text("#!/bin/sh\necho 'NVIDIA H200'\n")
-    python.write_text(f'#!/bin/sh\necho "$*" >>{notes}\ncase "$*" in *\'[gelu\') exit 1 ;; esac\n')
+    # The list of ops is Python's own to give.
+    python.write_text(
+        f'#!/bin/sh\nif [ "$1" = -c ]; then exec {sys.executable} "$@"; fi\n'
+        f'echo "$*" >>{notes}\ncase "$*" in *\'[gelu\') exit 1 ;; esac\n'
+    )
     for program in (tmp_path / "bin").iterdir():
         program.chmod(0o755)
-    environment = {**os.environ, "PYTHON": str(python), "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    environment = {
+        **os.environ,
+        "PYTHON": str(python),
+        "PYTHONPATH": str(ROOT),
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+    }
     command = ["bash", str(tmp_path / "benchmarks" / "run_gpu.sh"), "tests"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 1, done.stdout + done.stderr
@@ -85,7 +94,7 @@ def test_the_tests_of_a_failing_op_stop_no_others(tmp_path):
 
 
 def test_a_sanitizer_is_planned_by_its_name():
-    done = run("--dry-run", "sanitizer")
+    done = run("--dry-run", "sanitizer", python="true")
     assert "  sanitizer, at most 280 s" in done.stdout
     assert "  tests, at most" not in done.stdout
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fastlm import cli, tune
+from fastlm import cli
+from fastlm.bench import tune
 from fastlm.kernels import layer_norm, tuning
 from fastlm.testing.cases import CASES, Variant
 

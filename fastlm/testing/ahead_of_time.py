@@ -4,8 +4,7 @@
         ops.layer_norm(x, backend="triton")       # CPU tensors; every launch compiles, none runs
     kernels[0].resources().registers
 
-The launchers themselves decide what is compiled, so these are the configurations that a device would be given. Outputs
-are left as they were allocated.
+The launchers decide what is compiled, so these are a device's configurations. Outputs stay as they were allocated.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ REGISTERS_OF_SM = 65536
 
 @dataclass(frozen=True)
 class Resources:
-    """What ptxas gave a kernel: registers a thread, bytes of spills a thread, bytes of shared memory a block."""
+    """Of a kernel, by ptxas: registers a thread, bytes of spills a thread, bytes of shared memory a block."""
 
     registers: int
     spills: int
@@ -93,7 +92,7 @@ class Compiled:
 
 
 class _Driver:
-    """What Triton's runtime asks of a device, answered for one that is not there."""
+    """Triton's driver interface for a device that is not there."""
 
     def __init__(self, arch: int, compiled: list[Compiled]):
         self.arch, self.compiled, self.metadata = arch, compiled, None
@@ -116,10 +115,8 @@ class _Driver:
         return torch.device("cpu")
 
     def get_device_properties(self, device):
-        return {
-            "max_shared_mem": SHARED_OF_BLOCK[self.arch], "multiprocessor_count": 132, "warpSize": 32,
-            "max_num_regs": REGISTERS_OF_SM,
-        }  # fmt: skip
+        shared = SHARED_OF_BLOCK[self.arch]
+        return {"max_shared_mem": shared, "multiprocessor_count": 132, "warpSize": 32, "max_num_regs": REGISTERS_OF_SM}
 
     def get_benchmarker(self):
         raise ValueError("autotuning needs a device: give the kernel one configuration")

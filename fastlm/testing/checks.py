@@ -1,4 +1,4 @@
-"""What every op must hold on every backend, for an OpCase: used by the tests of each place where kernels can run.
+"""What every op must hold on every backend, for an OpCase: used by the tests of each place where kernels run.
 
 Each check takes a case, a variant, and a backend by its name, and raises AssertionError. `around` is a context for the
 calls of the backend alone: an interpreter that takes the place of a device.
@@ -19,9 +19,14 @@ Around = Callable[[], AbstractContextManager]
 
 
 def error_bound(
-    case: OpCase, variant: Variant, dtype: torch.dtype, device: str, backends: Iterable[str],
-    seeds: Iterable[int] = range(5), around: Around = nullcontext,
-) -> None:  # fmt: skip
+    case: OpCase,
+    variant: Variant,
+    dtype: torch.dtype,
+    device: str,
+    backends: Iterable[str],
+    seeds: Iterable[int] = range(5),
+    around: Around = nullcontext,
+) -> None:
     """Outputs and gradients within the bound of compare.py, over seeds; integers equal the reference's.
 
     Several backends at once, since the references cost more than the kernels.

@@ -1,28 +1,27 @@
-"""The OpCase of every op: one file per op. What an OpCase is stands in `_case.py`."""
+"""The OpCase of every op. `_case.py` defines OpCase; every other file here holds the cases of one op or a few.
+
+CASES is discovered: each module's OpCase objects, modules by name and cases in the order of their definition. A new
+op's file needs no entry in a list.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Iterable
 
 from fastlm.testing.cases._case import OpCase, Variant
-from fastlm.testing.cases.attention import ATTENTION
-from fastlm.testing.cases.cross_entropy import CROSS_ENTROPY
-from fastlm.testing.cases.dropout import DROPOUT
-from fastlm.testing.cases.embedding import EMBEDDING
-from fastlm.testing.cases.gelu import GELU
-from fastlm.testing.cases.layer_norm import LAYER_NORM, RMS_NORM
-from fastlm.testing.cases.linear_cross_entropy import LINEAR_CROSS_ENTROPY
-from fastlm.testing.cases.mlm_mask import MLM_MASK
 
-CASES: dict[str, OpCase] = {
-    case.op: case
-    for case in (
-        ATTENTION,
-        LAYER_NORM,
-        RMS_NORM,
-        CROSS_ENTROPY,
-        LINEAR_CROSS_ENTROPY,
-        MLM_MASK,
-        GELU,
-        EMBEDDING,
-        DROPOUT,
-    )
-}
+
+def discover(package: str, path: Iterable[str]) -> dict[str, OpCase]:
+    """{op: case} of the modules in `path`, the directories of `package`."""
+    found: dict[str, OpCase] = {}
+    for name in sorted(module.name for module in pkgutil.iter_modules(path)):
+        module = importlib.import_module(f"{package}.{name}")
+        for case in vars(module).values():
+            if isinstance(case, OpCase) and found.setdefault(case.op, case) is not case:
+                raise ValueError(f"{module.__name__}: expected one OpCase per op, got another one of {case.op!r}")
+    return found
+
+
+CASES: dict[str, OpCase] = discover(__name__, __path__)
 
 __all__ = ["CASES", "OpCase", "Variant"]

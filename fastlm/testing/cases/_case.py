@@ -1,8 +1,8 @@
-"""What an OpCase is: one description of an op, in the file of its name beside this one.
+"""OpCase: one description of an op, in the file of its name beside this one.
 
-How inputs are made, odd small shapes for tests, real shapes for benchmarks, bytes and flops. The same object drives
-tests/test_ops.py (forward, gradient, empty and non-contiguous inputs, dtypes, determinism, opcheck, torch.compile,
-CUDA graphs) and benchmarks/bench_ops.py. A new op adds no test plumbing.
+It says how inputs are made, and has odd small shapes for tests, real shapes for benchmarks, bytes and flops. The same
+object drives tests/test_ops.py (forward, gradient, empty and non-contiguous inputs, dtypes, determinism, opcheck,
+torch.compile, CUDA graphs) and benchmarks/bench_ops.py. A new op adds no test plumbing.
 """
 
 from __future__ import annotations
@@ -98,6 +98,12 @@ class OpCase:
                 value = value.to(device).requires_grad_(name in self.gradients)
             out[name] = value
         return out
+
+    @property
+    def gradient_in_forward(self) -> bool:
+        """Whether the forward also computes the gradient: `bytes` and `flops` leave nothing to the backward."""
+        shape, options = self.benchmarks[0].shape, self.benchmarks[0].options
+        return bool(self.gradients) and not (self.bytes(shape, options, 4, True) or self.flops(shape, options, True))
 
     def exact(self, inputs: Inputs) -> Inputs:
         """The same inputs, as rounded, in float64."""

@@ -1,8 +1,8 @@
 """`fastlm profile`: where the time of a training step goes, by op and by layer.
 
-What is profiled is the step of a recipe on drawn ids (fastlm/testing/steps.py): forward, backward, clipping, AdamW,
-after a warm-up. Modules have ranges by their names, "layers.3.attention", and in backward "layers.3 backward";
-ops those of torch, ours "fastlm::attention_fwd" and "attention_fwdBackward".
+It profiles the step of a recipe on drawn ids (steps.py): forward, backward, clipping, AdamW, after a warm-up. A
+module's range has its name, "layers.3.attention", and in backward "layers.3 backward"; an op's has torch's name, for
+fastlm's ops "fastlm::attention_fwd" and "attention_fwdBackward".
 
     torch    torch's profiler, on any device: a table of ops, one of modules, on a GPU one of kernels, a Chrome trace
     nsys     Nsight Systems: kernels, NVTX ranges and CUDA graphs on one time line
@@ -29,8 +29,8 @@ from rich import box
 from rich.table import Table
 from torch.autograd.profiler import record_function
 
-from fastlm.testing.step_contenders import fastlm_step
-from fastlm.testing.steps import find_step
+from fastlm.bench.step_contenders import fastlm_step
+from fastlm.bench.steps import find_step
 
 TOOLS = ("torch", "nsys", "ncu")
 TRACE, OPS, MODULES, KERNELS = "trace.json", "ops.csv", "modules.csv", "kernels.csv"
@@ -52,18 +52,28 @@ class Row:
 
 
 def command(tool: str, out: Path, arguments: Sequence[str]) -> list[str]:
-    """The command line of a tool around `fastlm profile` with these arguments; what it finds lies in `out`."""
+    """The command line of a tool around `fastlm profile` with these arguments; its results go to `out`."""
     inside = [sys.executable, "-m", "fastlm", "profile", *arguments, "--inside"]
     if tool == "nsys":
         options = [
-            f"--output={out / 'step'}", "--force-overwrite=true", "--trace=cuda,nvtx,cublas,osrt",
-            "--capture-range=cudaProfilerApi", "--capture-range-end=stop", "--cuda-graph-trace=node",
-        ]  # fmt: skip
+            f"--output={out / 'step'}",
+            "--force-overwrite=true",
+            "--trace=cuda,nvtx,cublas,osrt",
+            "--capture-range=cudaProfilerApi",
+            "--capture-range-end=stop",
+            "--cuda-graph-trace=node",
+        ]
         return ["nsys", "profile", *options, *inside]
     options = [
-        f"--export={out / 'kernels'}", "--force-overwrite", "--profile-from-start=off", "--nvtx", "--set=full",
-        "--import-source=yes", "--graph-profiling=node", f"--launch-count={_MEASURED}",
-    ]  # fmt: skip
+        f"--export={out / 'kernels'}",
+        "--force-overwrite",
+        "--profile-from-start=off",
+        "--nvtx",
+        "--set=full",
+        "--import-source=yes",
+        "--graph-profiling=node",
+        f"--launch-count={_MEASURED}",
+    ]
     return ["ncu", *options, *inside]
 
 

@@ -1,68 +1,37 @@
-"""What a user would run instead of each op: plain torch, as a model's author writes it, torch's own random numbers.
+"""Plain torch, as a model's author writes it, with torch's own random numbers: eager, SDPA, chunked loss.
 
-Libraries that a user may have installed are in libraries.py. A peer takes the inputs and options of its OpCase and
-returns the leading outputs of the op. Where it wants its inputs in another form (padded, say), `adapt` gives them that
-form outside of the clock.
+bench_ops compiles the eager form of an op as one more peer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastlm.ops._relative_bias import relative_buckets
-
-
-class Unsupported(Exception):
-    """Why a peer cannot do what is asked for."""
-
-
-@dataclass(frozen=True)
-class Peer:
-    """function(**inputs, **options) -> outputs; adapt(inputs, options) -> (inputs, options, real).
-
-    real (B, S), bool, says which places of padded inputs hold a row of the packed ones; None where nothing is padded.
-    cuda: needs a CUDA device; around(): a context that it runs in, entered outside of the clock.
-    """
-
-    function: Callable
-    adapt: Callable | None = None
-    cuda: bool = False
-    around: Callable[[], AbstractContextManager] = nullcontext
-
-
-def residual_stream(x, residual, dropout_p):
-    h = F.dropout(x, dropout_p) if dropout_p else x
-    return h if residual is None else residual + h
+from fastlm.bench.peers._peer import Peer, Unsupported, add_residual, relative_bias
+from fastlm.ops import IGNORE_INDEX
 
 
 def layer_norm(x, weight=None, bias=None, *, eps=1e-5, residual=None, dropout_p=0.0, rng=None, site=0):
-    h = residual_stream(x, residual, dropout_p)
+    h = add_residual(x, residual, dropout_p)
     return F.layer_norm(h, h.shape[-1:], weight, bias, eps), h
 
 
 def rms_norm(x, weight=None, *, eps=1e-5, residual=None, dropout_p=0.0, rng=None, site=0):
-    h = residual_stream(x, residual, dropout_p)
+    h = add_residual(x, residual, dropout_p)
     return F.rms_norm(h, h.shape[-1:], weight, eps), h
 
 
-def cross_entropy(
-    logits, target, *, weight=None, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, reduction="mean", inplace=False
-):
+def cross_entropy(logits, target, *, z_loss=0.0, inplace=False, **options):
+    """options: weight, ignore_index, label_smoothing, reduction, by torch's own names."""
     if z_loss:
         raise Unsupported("torch has no z_loss")
-    if inplace:  # the OpCase overwrites a copy, made within the clock, so the copy is everyone's
+    if inplace:  # the OpCase overwrites a copy, made within the clock: every contender makes one
         logits = logits + 0.0
-    return F.cross_entropy(
-        logits.flatten(0, -2), target.flatten(), weight=weight, ignore_index=ignore_index, reduction=reduction,
-        label_smoothing=label_smoothing,
-    )  # fmt: skip
+    return F.cross_entropy(logits.flatten(0, -2), target.flatten(), **options)
 
 
 def linear_cross_entropy(hidden, weight, target, bias=None, *, class_weight=None, **options):
@@ -75,10 +44,10 @@ def linear_cross_entropy_chunked(hidden, weight, target, bias=None, *, class_wei
         raise Unsupported("torch has no z_loss")
     if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         raise Unsupported(f"torch {torch.__version__} has no chunked linear_cross_entropy; 2.13 has")
+    chunks = torch.nn.LinearCrossEntropyOptions()
     return F.linear_cross_entropy(
-        hidden, weight, target, linear_bias=bias, weight=class_weight, options=torch.nn.LinearCrossEntropyOptions(),
-        **options,
-    )  # fmt: skip
+        hidden, weight, target, linear_bias=bias, weight=class_weight, options=chunks, **options
+    )
 
 
 def gelu(x, bias=None, *, gate=None, approximate="none"):
@@ -87,9 +56,21 @@ def gelu(x, bias=None, *, gate=None, approximate="none"):
 
 
 def embedding(
-    input_ids, word, position=None, token_type=None, *, positions=None, token_type_ids=None, weight=None, bias=None,
-    eps=1e-12, dropout_p=0.0, rng=None, site=0, padding_idx=None,
-):  # fmt: skip
+    input_ids,
+    word,
+    position=None,
+    token_type=None,
+    *,
+    positions=None,
+    token_type_ids=None,
+    weight=None,
+    bias=None,
+    eps=1e-12,
+    dropout_p=0.0,
+    rng=None,
+    site=0,
+    padding_idx=None,
+):
     h = F.embedding(input_ids, word, padding_idx)
     if position is not None:
         h = h + (position[: input_ids.shape[-1]] if positions is None else F.embedding(positions, position))
@@ -105,10 +86,22 @@ def dropout(x, p=0.5, *, rng=None, site=0, relu=False):
 
 
 def mlm_mask(
-    input_ids, *, mask_token_id, vocab_size, special_ids, seed, epoch=0, sample_ids=None, positions=None,
-    special_tokens_mask=None, mlm_probability=0.15, mask_replace_prob=0.8, random_replace_prob=0.1, word_starts=None,
+    input_ids,
+    *,
+    mask_token_id,
+    vocab_size,
+    special_ids,
+    seed,
+    epoch=0,
+    sample_ids=None,
+    positions=None,
+    special_tokens_mask=None,
+    mlm_probability=0.15,
+    mask_replace_prob=0.8,
+    random_replace_prob=0.1,
+    word_starts=None,
     capacity=None,
-):  # fmt: skip
+):
     """Three random passes, as Transformers' collator makes them, the special tokens told apart on the device."""
     if word_starts is not None:
         raise Unsupported("whole words take a loop in Python")
@@ -116,7 +109,7 @@ def mlm_mask(
     if special is None:
         special = torch.isin(input_ids, torch.tensor(special_ids, device=input_ids.device))
     selected = (torch.rand(input_ids.shape, device=input_ids.device) < mlm_probability) & ~special
-    labels = torch.where(selected, input_ids, -100)
+    labels = torch.where(selected, input_ids, IGNORE_INDEX)
     replaced = selected & (torch.rand(input_ids.shape, device=input_ids.device) < mask_replace_prob)
     masked = torch.where(replaced, mask_token_id, input_ids)
     share = random_replace_prob / max(1e-9, 1.0 - mask_replace_prob)
@@ -160,18 +153,6 @@ def _mask(q, key_mask, bias, causal):
     return mask
 
 
-def relative_bias(inputs, options):
-    """T5's table, taken out of the inputs with its options, as the bias that all of its layers share, or None."""
-    table = inputs.pop("table")
-    bidirectional, max_distance = options.pop("bidirectional", True), options.pop("max_distance", 128)
-    if table is None:
-        return None
-    place = torch.arange(inputs["q"].shape[1], device=table.device)
-    buckets = relative_buckets(place - place[:, None], table.shape[0], bidirectional, max_distance)
-    bias = F.embedding(buckets, table.detach()).permute(2, 0, 1)[None].to(inputs["q"].dtype).contiguous()
-    return bias.requires_grad_()
-
-
 def adapt_attention(inputs, options, biased=True):
     """Packed rows become padded ones with a key mask, T5's table a bias. biased: whether the peer takes what is added.
 
@@ -199,14 +180,11 @@ def adapt_attention(inputs, options, biased=True):
     return (inputs if bias is None else {**inputs, "bias": bias}), options, real
 
 
-PEERS: dict[str, dict[str, Peer]] = {
+PEERS = {
     "layer_norm": {"eager": Peer(layer_norm)},
     "rms_norm": {"eager": Peer(rms_norm)},
     "cross_entropy": {"eager": Peer(cross_entropy)},
-    "linear_cross_entropy": {
-        "eager": Peer(linear_cross_entropy),
-        "chunked": Peer(linear_cross_entropy_chunked),
-    },
+    "linear_cross_entropy": {"eager": Peer(linear_cross_entropy), "chunked": Peer(linear_cross_entropy_chunked)},
     "mlm_mask": {"eager": Peer(mlm_mask)},
     "gelu": {"eager": Peer(gelu)},
     "embedding": {"eager": Peer(embedding)},
@@ -218,6 +196,7 @@ PEERS: dict[str, dict[str, Peer]] = {
             attention_sdpa,
             partial(adapt_attention, biased=False),
             around=partial(sdpa_kernel, SDPBackend.FLASH_ATTENTION),
+            by_default=False,  # a CPU's sdpa takes this kernel by itself
         ),
         "sdpa-cudnn": Peer(
             attention_sdpa, adapt_attention, cuda=True, around=partial(sdpa_kernel, SDPBackend.CUDNN_ATTENTION)

@@ -1,9 +1,9 @@
 """`fastlm tune`: measures the configurations of the Triton kernels on this GPU and writes a table that launchers read.
 
-What is tuned comes from the ops themselves: a call is observed, and every kernel that asked for a configuration
-(fastlm.kernels.tuning.choose) has its candidates timed in place, one kernel at a time, in the calls of the OpCases'
-benchmark shapes for a GPU: in forward and backward, where there is one, since a forward that makes a gradient does more
-than one that does not. A candidate replaces the rule's configuration where it is faster by more than MARGIN.
+The ops say what is tuned: a call is observed, and the candidates of every kernel that asked for a configuration
+(fastlm.kernels.tuning.choose) are timed in place, one kernel at a time, in calls of the OpCases' benchmark shapes for a
+GPU. Forward and backward are timed together, since a forward that makes a gradient does more than one that does not. A
+candidate replaces the rule's configuration where it is faster by more than MARGIN.
 """
 
 from __future__ import annotations
@@ -51,10 +51,13 @@ def device_ms(function: Callable[[], object]) -> float:
 
 
 def tune(
-    ops: Iterable[str], dtype: torch.dtype, device: str = "cuda", measure: Measure = device_ms,
+    ops: Iterable[str],
+    dtype: torch.dtype,
+    device: str = "cuda",
+    measure: Measure = device_ms,
     variants: Callable[[OpCase], Iterable[Variant]] = lambda case: case.benchmarks_cuda or case.benchmarks,
     say: Callable[[str], None] = print,
-) -> dict[str, dict[str, dict]]:  # fmt: skip
+) -> dict[str, dict[str, dict]]:
     """The `configurations` of a table: {kernel: {shape: fields}}, of those that beat the rule's or the present table's.
 
     measure: milliseconds of a call. ValueError for an op without Triton kernels.
@@ -127,7 +130,7 @@ def _fastest(key, now, candidates, function, measure: Measure, say):
 
 
 def user_table(gpu: str) -> Path:
-    """Where a user's table for a GPU lies, and later runs look for it."""
+    """The path of a user's table for a GPU, which later runs read."""
     from fastlm.kernels import tuning
 
     return tuning.user_directory() / tuning.file_name(gpu)

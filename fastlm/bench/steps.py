@@ -1,7 +1,9 @@
 """The training steps that benchmarks time: a model, and batches that every contender gets.
 
-Full rows, ids drawn with the frequencies of words; or texts of the lengths that sentences have (`texts`), which the
-others get padded. About 15% of BERT's tokens are predicted, all of GPT-2's, a row of labels of T5's.
+Rows are full, of ids drawn with the frequencies of words; or (`texts`) one text each, as long as sentences are, padded
+for the contenders that pad. About 15% of BERT's tokens are predicted, all of GPT-2's, and a row of labels of T5's.
+
+A step is named <model>-<rows>x<length>, with -text where its rows are texts.
 """
 
 from __future__ import annotations
@@ -19,25 +21,26 @@ from fastlm.run.recipe import Recipe, load_recipe
 from fastlm.tasks import find_task, make_model
 
 BATCHES = 4  # different ones, in turn
-# Of the fixed steps, which have no warm-up. BERT-small's losses leap from 6 to 14 nats within twenty steps at 1e-4, in
-# each contender at another step; at this one they fall evenly.
+# Of the fixed steps, which have no warm-up. At 1e-4 BERT-small's loss jumps from 6 to 14 nats within twenty steps, at a
+# different step in each contender; at 3e-5 it falls evenly.
 _LR = 3e-5
-_MULTIPLE = 8  # to which a collator pads the longest text of a batch
+_MULTIPLE = 8  # a collator pads the longest text of a batch to a multiple of it
 
 # How many sentences of film reviews have 0, 1, 2, ... BERT wordpieces, [CLS] and [SEP] among them: rt-polarity's 10662
 # (Pang and Lee 2005), tokenized with the vocabulary of bert-base-uncased. Mean 27.4, Σ length² / Σ length 32.2.
-SENTENCES = (
-    0, 0, 0, 2, 5, 22, 53, 76, 109, 136, 161, 197, 202, 224, 248, 236, 277, 257, 329, 314, 349, 323, 341, 367, 366, 335,
-    364, 340, 374, 361, 334, 300, 308, 280, 260, 257, 281, 226, 211, 206, 170, 198, 150, 145, 143, 106, 91, 90, 72, 74,
-    53, 40, 56, 49, 34, 34, 23, 27, 11, 14, 11, 7, 9, 7, 4, 3, 2, 2, 1, 0, 1, 0, 1, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 1,
-)  # fmt: skip
+_COUNTS = """
+0 0 0 2 5 22 53 76 109 136 161 197 202 224 248 236 277 257 329 314 349 323 341 367 366 335 364 340 374 361 334 300
+308 280 260 257 281 226 211 206 170 198 150 145 143 106 91 90 72 74 53 40 56 49 34 34 23 27 11 14 11 7 9 7 4 3 2 2 1
+0 1 0 1 1 0 0 1 0 0 0 0 0 0 0 1
+"""
+SENTENCES = tuple(int(count) for count in _COUNTS.split())
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class StepInputs:
-    """What all contenders get: the model, and batches of (input_ids, labels, lengths).
+    """What every contender gets: the model, and batches of (input_ids, labels, lengths).
 
     input_ids (rows, length) int64, of which the first lengths (rows,) of each row are real. BERT's and GPT-2's labels
     are like input_ids, -100 where nothing is predicted; T5's are (rows, target tokens).
@@ -59,7 +62,7 @@ class StepInputs:
 
     @property
     def dropout(self) -> bool:
-        """Whether contenders draw, each its own way, what they train on."""
+        """Whether the model has dropout, which each contender draws differently."""
         settings = self.model.config.to_dict().items()
         return any(bool(value) for name, value in settings if name.endswith(("dropout_prob", "pdrop", "dropout_rate")))
 
@@ -193,19 +196,18 @@ def bert_step(
     return recipe, draw(recipe, 30522)
 
 
-# Fixed steps, and those of models that no recipe trains yet, by the names that benchmarks know them by. The bfloat16
-# ones are a GPU's.
+# The fixed steps by name. Those in bfloat16 are for a GPU. gpt2-39m is GPT-2 with four layers of 512 columns.
 STEPS: dict[str, Callable[[], tuple[Recipe, StepInputs]]] = {
     "bert-mini-16x128": lambda: bert_step("bert-mini", 16, 128),
     "bert-small-8x128": lambda: bert_step("bert-small", 8, 128),
     "bert-small-32x128": lambda: bert_step("bert-small", 32, 128),
     "bert-base-4x128": lambda: bert_step("bert-base", 4, 128),
-    "bert-mini-text": lambda: bert_step("bert-mini", 32, 128, draw=texts),
-    "bert-small-text": lambda: bert_step("bert-small", 16, 128, draw=texts),
-    "gpt2-small4x512": lambda: gpt2_step(n_embd=512, n_layer=4, n_head=8),
-    "t5-small": t5_step,
+    "bert-mini-32x128-text": lambda: bert_step("bert-mini", 32, 128, draw=texts),
+    "bert-small-16x128-text": lambda: bert_step("bert-small", 16, 128, draw=texts),
+    "gpt2-39m-4x256": lambda: gpt2_step(n_embd=512, n_layer=4, n_head=8),
+    "t5-small-8x256": t5_step,
     "bert-base-32x512": lambda: bert_step("bert-base", 32, 512, "bfloat16"),
-    "bert-base-text": lambda: bert_step("bert-base", 256, 128, "bfloat16", texts),
+    "bert-base-256x128-text": lambda: bert_step("bert-base", 256, 128, "bfloat16", texts),
     "gpt2-124m-16x1024": lambda: gpt2_step(16, 1024, "bfloat16"),
     "t5-base-32x512": lambda: t5_step(
         32, 512, 128, "bfloat16", d_model=768, d_ff=3072, num_layers=12, num_decoder_layers=12, num_heads=12
@@ -220,11 +222,11 @@ def find_step(name: str, settings: Sequence[str] = (), vocab_size: int = 30522) 
             recipe = load_recipe(name).with_settings(settings)
         except ValueError as error:
             if str(error).startswith("recipe: expected one of"):
-                raise ValueError(f"{error}; of fixed steps there are {', '.join(STEPS)}") from error
+                raise ValueError(f"{error}; or of the fixed steps {', '.join(STEPS)}") from error
             raise
         return recipe, drawn(recipe, vocab_size)
     made, inputs = STEPS[name]()
     recipe = replace(made.with_settings(settings), name=name)
     if (recipe.model, recipe.data, recipe.micro_batch_tokens) != (made.model, made.data, made.micro_batch_tokens):
-        raise ValueError(f"--set: {name} has its own model and batches; expected other keys of train alone")
+        raise ValueError(f"--set: expected keys of train other than its batches, since {name} fixes model and batches")
     return recipe, inputs

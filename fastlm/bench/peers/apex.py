@@ -1,0 +1,42 @@
+"""NVIDIA's apex, as of August 2026. Imported when a peer first runs."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import torch
+
+from fastlm.bench.peers._peer import Loss, Peer, loss_peer, norm_after_residual, refuse
+
+
+@norm_after_residual
+def _layer_norm(h, weight, bias, eps):
+    fused = import_module("apex.normalization.fused_layer_norm").fused_layer_norm_affine
+    return fused(h, weight, bias, h.shape[-1:], eps)
+
+
+@norm_after_residual
+def _fast_layer_norm(h, weight, bias, eps):
+    return import_module("apex.contrib.layer_norm.layer_norm").FastLayerNormFN.apply(h, weight, bias, eps, False)
+
+
+@norm_after_residual
+def _rms_norm(h, weight, bias, eps):
+    return import_module("apex.normalization.fused_layer_norm").fused_rms_norm_affine(h, weight, h.shape[-1:], eps)
+
+
+@loss_peer
+def _cross_entropy(logits, target, loss: Loss):
+    refuse(weight=loss.weight, z_loss=loss.z_loss)
+    to_float = logits.dtype != torch.float32
+    losses = import_module("apex.contrib.xentropy").SoftmaxCrossEntropyLoss.apply(
+        logits, target, loss.label_smoothing, loss.ignore_index, to_float
+    )
+    return loss.reduce(losses, target)
+
+
+PEERS = {
+    "layer_norm": {"apex": Peer(_layer_norm, cuda=True), "apex fast": Peer(_fast_layer_norm, cuda=True)},
+    "rms_norm": {"apex": Peer(_rms_norm, cuda=True)},
+    "cross_entropy": {"apex": Peer(_cross_entropy, cuda=True)},
+}
