@@ -20,7 +20,7 @@ Its public function checks the arguments, and then runs:
     call("name", Args(...), backend)        the raw op
 A backend in plain differentiable torch (COMPOSITE: "reference", "sdpa") has no raw op. The public function calls it.
 
-Through torch's dispatcher, a raw op first passes its Autograd key, where an autograd function saves what backward needs.
+In torch's dispatcher, a raw op first passes its Autograd key, where an autograd function saves what backward needs.
 It then passes the key of its device, where the fields become the NamedTuple again and the adapter runs. `call` skips
 the dispatcher if nothing else has to see the call.
 """
