@@ -1,7 +1,7 @@
-"""fastlm: Transformer language models, pretrained and fine-tuned on fused kernels.
+"""fastlm: Transformer language models, pretrained on fused kernels.
 
-`fastlm.ops` are the kernels, `fastlm.nn` drop-in modules on them, `fastlm.models` whole models;
-`fastlm.patch(model)` puts a Transformers model on them.
+`fastlm.ops` has the kernels, `fastlm.nn` drop-in modules on them, and `fastlm.models` whole models.
+`fastlm.patch(model)` makes a Transformers model use them.
 Submodules load at first use; importing fastlm imports neither triton nor transformers.
 """
 

@@ -1,8 +1,8 @@
 """Loads the compiled modules, and says why one is missing.
 
-`_cpu` is not linked to an OpenMP library: its symbols resolve to the one that torch has loaded, so that torch and
-fastlm share one pool of threads. torch publishes it to the whole process on Linux; where it does not, the library
-found in the process is opened again with global visibility.
+`_cpu` is not linked to an OpenMP library. Its symbols resolve to the library that torch has loaded, so torch and
+fastlm share one pool of threads. On Linux torch makes its library visible to the whole process. If it does not, this
+module opens the library found in the process again, with global visibility.
 """
 
 import ctypes
@@ -23,7 +23,7 @@ def _load(name):
 
 
 def openmp_libraries() -> list[str]:
-    """Paths of the OpenMP runtimes mapped in this process; none elsewhere than on Linux."""
+    """Paths of the OpenMP runtimes mapped in this process; empty outside Linux."""
     if sys.platform != "linux":
         return []
     with open("/proc/self/maps") as maps:
@@ -43,7 +43,7 @@ _cpu, _cpu_error = _load_cpu()
 
 
 def cpu():
-    """The module fastlm._cpu. Call only after `missing_cpu()` said None."""
+    """The module fastlm._cpu. Call this only if `missing_cpu()` is None."""
     return _cpu
 
 
@@ -60,7 +60,7 @@ def _cuda():
 
 
 def cuda():
-    """The module fastlm._cuda. Call only after `missing_cuda()` said None."""
+    """The module fastlm._cuda. Call this only if `missing_cuda()` is None."""
     return _cuda()[0]
 
 
@@ -87,12 +87,12 @@ def missing_cuda() -> str | None:
 
 
 def _runs_on(capability: int, built: list[int]) -> bool:
-    """Whether a device has machine code of its major version, or PTX, which is the last architecture's, to compile."""
+    """Whether the build has machine code for a device, or PTX to compile. The PTX is of the last architecture."""
     return capability >= built[-1] or any(arch // 10 == capability // 10 and arch <= capability for arch in built)
 
 
 def threads() -> int:
-    """Threads for a CPU kernel: torch's own setting (1 in a forked worker, whatever is passed)."""
+    """The number of threads for a CPU kernel: torch's setting. A kernel in a forked worker always uses one."""
     return torch.get_num_threads()
 
 
@@ -100,9 +100,9 @@ cuda_recorder = None
 
 
 def record_cuda(recorder) -> None:
-    """For tests: f(entry, grid, block, shared_bytes, params) gets what the CUDA kernels would launch; None ends it.
+    """For tests: calls recorder(entry, grid, block, shared_bytes, params) in place of each CUDA launch; None ends it.
 
-    Meanwhile backend="cuda" takes CPU tensors.
+    While a recorder is set, backend="cuda" takes CPU tensors.
     """
     global cuda_recorder
     _cuda()[0].record(recorder)
@@ -110,7 +110,7 @@ def record_cuda(recorder) -> None:
 
 
 def drop_cuda_launches(on: bool) -> None:
-    """For measuring the host's share of a call: CUDA kernels are not launched, and backend="cuda" takes CPU tensors."""
+    """For measuring host time: CUDA kernels are not launched, and backend="cuda" takes CPU tensors."""
     global cuda_recorder
     _cuda()[0].drop_launches(on)
     cuda_recorder = on or None
@@ -124,7 +124,7 @@ class Place(NamedTuple):
 
 
 def cuda_place(tensor: torch.Tensor) -> Place:
-    """Where `tensor` lies, on torch's current stream."""
+    """The device of `tensor`, and torch's current stream on it."""
     if not tensor.is_cuda:
         return Place(0, 0)
     return Place(tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream)

@@ -1,4 +1,4 @@
-"""What `fastlm info` says: versions, the machine, and which backend each op would run here, and why not the others."""
+"""The report of `fastlm info`: versions, the machine, each op's backend here, and why other backends cannot run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 import fastlm
 from fastlm import _malloc, _native
-from fastlm.ops import _registry  # with it come the ops, which register their backends
+from fastlm.ops import _registry  # importing it imports the ops, which register their backends
 
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "numpy")
 BACKENDS = ("cpu", "triton", "cuda", "sdpa", "flash_attn", "apex", "reference")
@@ -29,7 +29,7 @@ def version(package: str) -> str | None:
 
 
 def _cpu() -> tuple[str, set[str]]:
-    """Name and feature flags of the CPU; the flags are empty elsewhere than on x86 Linux."""
+    """Name and feature flags of the CPU; the flags are empty outside x86 Linux."""
     fields = {}
     if Path("/proc/cpuinfo").exists():
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -46,7 +46,7 @@ def _clone(flags: set[str]) -> str:
 
 
 def machine() -> dict[str, object]:
-    """What a recorded result has to say of the machine and the software it came from; JSON types only."""
+    """The machine and the software, to be stored with a result; JSON types only."""
     name, flags = _cpu()
     gpu = torch.cuda.is_available()
     return {
@@ -71,7 +71,7 @@ def _auto(op: str, device: str, dtype: torch.dtype) -> str:
 
 
 def backends_table(device: str) -> list[str]:
-    """Lines: an op each, its backends on `device`; below, the reasons of those that cannot run, each once."""
+    """One line per op with its backends on `device`, then each reason why a backend cannot run, once."""
     columns = [name for name in BACKENDS if any(name in _registry.backends(op) for op in _registry.ops())]
     reasons: list[str] = []
 

@@ -1,7 +1,7 @@
 """Philox4x32-10, the one source of randomness in fastlm.
 
-A counter-based generator: four 32-bit words are a pure function of a 128-bit counter and a 64-bit key,
-so a mask or a permutation depends on *what* is drawn for, never on who draws it or in which order.
+It is a counter-based generator: four 32-bit words are a pure function of a 128-bit counter and a 64-bit key.
+A mask or a permutation depends only on these, not on the process, the thread or the order of the draws.
 
     for ten rounds:   (h0, l0) = 0xD2511F53 * c0;   (h1, l1) = 0xCD9E8D57 * c2
                       c = (h1 ^ c1 ^ k0,  l1,  h0 ^ c3 ^ k1,  l0);   k += (0x9E3779B9, 0xBB67AE85)
@@ -9,7 +9,7 @@ so a mask or a permutation depends on *what* is drawn for, never on who draws it
 Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011 (Random123).
 The C++ and CUDA form is `csrc/common/philox.h`.
 
-Words are carried in int64, NumPy's or torch's: both wrap modulo 2^64, so one text serves both.
+Words are stored as int64. NumPy and torch both wrap modulo 2^64, so the same code works for both.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def philox4x32(c0, c1, c2, c3, k0, k1):
     for _ in range(10):
         p0 = c0 * 0xD2511F53
         p1 = c2 * 0xCD9E8D57
-        # A product overflows int64 and wraps; its 64 bits are those of the unsigned product all the same.
+        # A product overflows int64 and wraps; its 64 bits still equal those of the unsigned product.
         c0, c1, c2, c3 = (
             ((p1 >> 32) & _LOW32) ^ c1 ^ k0,
             p1 & _LOW32,

@@ -1,7 +1,7 @@
 """Files that are either whole or absent: atomic directories and files, checksums, JSON.
 
-Both are written under a hidden name beside their target, synced, and renamed: a process killed at any instant leaves
-the target as it was. What it leaves under the hidden name is swept by the next writer of the same target.
+Both are written under a hidden name beside their target, synced, and renamed. A process that is killed at any instant
+leaves the target unchanged. The next writer of the same target removes what is left under the hidden name.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ def fsync(path: Path) -> None:
 
 
 def sweep(directory: Path, pattern: str) -> None:
-    """Remove what killed writers left in `directory` of targets that the glob `pattern` matches.
+    """Removes what killed writers left in `directory`, for targets that the glob `pattern` matches.
 
-    A living writer holds a lock on what it writes, a dead one none.
+    A running writer holds a lock on what it writes; a killed one does not.
     """
     for stale in directory.glob(f".{pattern}.partial-*"):
         try:
@@ -77,9 +77,9 @@ def _remove(partial: Path) -> None:
 
 @contextmanager
 def partial_of(target: Path, *, directory: bool) -> Iterator[Path]:
-    """A new hidden file or directory beside `target`, locked while it is written; what is left of it goes at the end.
+    """A new hidden file or directory beside `target`, locked while it is written, removed at the end if it is left.
 
-    What killed writers of `target` left is swept first.
+    Leftovers of killed writers of `target` are removed first.
     """
     sweep(target.parent, glob.escape(target.name))
     while True:
@@ -92,7 +92,7 @@ def partial_of(target: Path, *, directory: bool) -> Iterator[Path]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if partial.exists():
             break
-        os.close(lock)  # another writer took it for a dead one's, between its making and the lock
+        os.close(lock)  # another writer removed it before it was locked
     try:
         yield partial
     finally:
@@ -102,9 +102,9 @@ def partial_of(target: Path, *, directory: bool) -> Iterator[Path]:
 
 @contextmanager
 def atomic_file(target: Path) -> Iterator[Path]:
-    """A temporary file, to be opened by its path, that becomes `target`, whole and synced, when the block ends.
+    """Yields the path of a temporary file. When the block ends, the file is synced and replaces `target`.
 
-    It replaces what `target` was; after an error that stays, and nothing else is left.
+    After an error `target` is unchanged and the temporary file is removed.
     """
     with partial_of(target, directory=False) as partial:
         yield partial
@@ -114,18 +114,18 @@ def atomic_file(target: Path) -> Iterator[Path]:
 
 
 def replace_json(path: Path, value) -> None:
-    """Write a JSON file that is never seen half-written."""
+    """Writes a JSON file atomically."""
     with atomic_file(path) as partial:
         write_json(partial, value)
 
 
 @contextmanager
 def atomic_directory(target: Path) -> Iterator[Path]:
-    """A temporary directory that becomes `target`, complete and synced, when the block ends without an error.
+    """Yields a temporary directory. When the block ends without an error, it is synced and becomes `target`.
 
-    `target` must not exist, or be an empty directory; a symbolic link is followed. After an error nothing is left.
-    FileExistsError where another writer finished `target` meanwhile: its work stays, ours is dropped. OSError where
-    the directory cannot be made, or is a mount point, which nothing can be renamed to.
+    `target` must be an empty directory or not exist; a symbolic link is followed. After an error nothing is left.
+    FileExistsError: another writer has finished `target` meanwhile; its result stays and ours is removed. OSError: the
+    directory cannot be made, or is a mount point, which cannot be replaced.
     """
     target = Path(os.path.realpath(target))
     if os.path.ismount(target):

@@ -1,6 +1,6 @@
 """Modules with torch.nn's names, arguments, defaults and state_dict keys, on fastlm's ops.
 
-What a module cannot do is a ValueError that says what can.
+An unsupported argument is a ValueError that names an alternative.
 """
 
 from fastlm.nn.attention import MultiheadAttention

@@ -13,8 +13,8 @@ def real_keys(key_padding_mask: torch.Tensor | None, shape: tuple[int, int]) -> 
     """torch's key_padding_mask as the op's key_mask: bool, True for a real token.
 
     torch's is bool, True for padding, or floating point, 0 and -inf (`torch.nn.TransformerEncoder` converts to that).
-    ValueError for another shape or dtype and, on the CPU, for another value; on a device, where looking would stall,
-    every value but 0 counts as padding.
+    ValueError for another shape or dtype and, on the CPU, for another value. On a device, where the check would stall,
+    every value except 0 counts as padding.
     """
     if key_padding_mask is None:
         return None
@@ -37,10 +37,10 @@ def real_keys(key_padding_mask: torch.Tensor | None, shape: tuple[int, int]) -> 
 class MultiheadAttention(torch.nn.MultiheadAttention):
     """torch.nn.MultiheadAttention (arguments, state_dict, initialisation) on `fastlm.ops.attention`.
 
-    Padded like torch's, (L, E), (L, N, E) or with batch_first (N, L, E); or packed, (T, E) with `cu_seqlens`.
-    Not supported, and a ValueError with the remedy: attention weights returned (torch's default asks for them: pass
-    need_weights=False), attn_mask other than causal, add_bias_kv, add_zero_attn, nested tensors.
-    A query with no real key gives out_proj's bias, where torch gives NaN. Dropout drops in steps of 1/256.
+    Inputs are padded as in torch, (L, E), (L, N, E) or with batch_first (N, L, E); or packed, (T, E) with `cu_seqlens`.
+    A ValueError with the remedy: returned attention weights (torch's default; pass need_weights=False), an attn_mask
+    other than causal, add_bias_kv, add_zero_attn, nested tensors.
+    A query with no real key gives out_proj's bias; torch gives NaN. The dropout probability is in steps of 1/256.
 
     Args beyond torch's:
         site: number of this dropout call site, so that two dropouts of one step differ.
@@ -95,7 +95,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             query, key, value, average_attn_weights: as torch's. The same tensor three times runs one GEMM.
             key_padding_mask: (N, S), or (S,) without a batch; bool, True = padding (or float, 0 and -inf).
             need_weights: must be False.
-            attn_mask: only together with is_causal=True, which it must then agree with (as torch's hint).
+            attn_mask: only with is_causal=True, with which it must agree (it is torch's hint).
             is_causal: each query sees the keys up to its own position; query and key have equal lengths.
             cu_seqlens, max_seqlen: int32 (B + 1,) offsets of packed sequences, query (T, E), and a bound on their
                 length; the keys' are the same unless cu_seqlens_k, max_seqlen_k say otherwise.

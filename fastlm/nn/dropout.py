@@ -1,4 +1,4 @@
-"""Dropout where no norm or attention comes next, with a ReLU before it or without."""
+"""Dropout that no norm or attention follows, with an optional ReLU before it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from fastlm import ops
 
 
 class Dropout(torch.nn.Dropout):
-    """torch.nn.Dropout, which can take its bits from (seed, step) like every dropout inside the ops.
+    """torch.nn.Dropout, with bits that can come from (seed, step), as in the ops.
 
-    Without `rng` it is torch's own. With it, the mask is a pure function of (rng, site) and of the element's row and
-    column, `fastlm.ops.dropout`'s.
+    Without `rng` it runs torch's dropout. With `rng` it runs `fastlm.ops.dropout`: the mask is a pure function of
+    (rng, site) and of the row and column of an element.
     """
 
     def __init__(self, p: float = 0.5, inplace: bool = False, *, site: int = 0) -> None:

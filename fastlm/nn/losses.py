@@ -10,7 +10,7 @@ from fastlm import ops
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     """torch.nn.CrossEntropyLoss (arguments, defaults) on `fastlm.ops.cross_entropy`, for class indices.
 
-    Class probabilities as a target are a ValueError. Args beyond torch's:
+    A target of class probabilities is a ValueError. Args beyond torch's:
         z_loss: factor of lse², added to each row's loss.
         inplace: overwrite the logits with their gradient; see the op. Only where the classes are the last dimension.
     """
@@ -51,8 +51,8 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
 class LinearCrossEntropyLoss(torch.nn.Module):
     """torch.nn.LinearCrossEntropyLoss (torch ≥ 2.13: arguments, state_dict, defaults) on the op of that name.
 
-    The cross-entropy of linear(input): the logits never exist as a whole, whatever `options` would ask for.
-    out_features and class probabilities as a target are a ValueError. z_loss: factor of lse², beyond torch's arguments.
+    The cross-entropy of linear(input), without all logits in memory at once. `options`, which chooses torch's chunks,
+    has no effect. A ValueError: out_features, class probabilities as a target. z_loss, beyond torch's: factor of lse².
     """
 
     def __init__(

@@ -12,7 +12,7 @@ from fastlm import ops
 class MLMMasking(torch.nn.Module):
     """`fastlm.ops.mlm_mask` with the vocabulary, the probabilities and the seed fixed. No parameters.
 
-    Masks in evaluation as in training: a token's mask depends on (seed, epoch, sample, position) alone.
+    It masks in evaluation too: the mask of a token depends only on (seed, epoch, sample, position).
     """
 
     def __init__(

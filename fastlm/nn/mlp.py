@@ -1,4 +1,4 @@
-"""The feed-forward block, with its first bias and its GELU in one pass."""
+"""The feed-forward block, with the first bias and the GELU in one pass."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class MLP(torch.nn.Module):
             first.
         activation: "gelu" or "relu".
         approximate: "none" (erf) or "tanh", as torch.nn.GELU; read for "gelu" alone.
-        bias: both linears have one; a gated block has none in linear1, as in T5.
-        dropout: probability of dropping what linear2 reads; site: the number of that dropout call site.
+        bias: whether both linears have one; in a gated block linear1 never has, as in T5.
+        dropout: dropout probability of linear2's input; site: the number of that dropout call site.
 
-    The GEMM of linear1 runs without its bias where `fastlm.ops.gelu` can add it as it reads the result.
+    If `fastlm.ops.gelu` can add the bias of linear1, the GEMM runs without it.
     """
 
     def __init__(

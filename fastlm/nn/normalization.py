@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm: torch's modules, with the residual addition and the dropout before them in one pass."""
+"""LayerNorm and RMSNorm: torch's modules, each in one pass with the dropout and residual addition before it."""
 
 from __future__ import annotations
 
@@ -26,9 +26,8 @@ class LayerNorm(torch.nn.LayerNorm):
     """torch.nn.LayerNorm (arguments, state_dict, defaults) on `fastlm.ops.layer_norm`.
 
     Args beyond torch's:
-        keep_dtype: under autocast the output keeps the input's dtype, so that a low-precision residual stream stays
-            one; torch's module (and the default here) returns float32 under CUDA autocast. Statistics are float32
-            either way.
+        keep_dtype: under autocast the output keeps the input's dtype, so a low-precision residual stays low-precision.
+            torch's module, and the default here, return float32 under CUDA autocast. Statistics are always float32.
     """
 
     def __init__(
@@ -90,7 +89,7 @@ class RMSNorm(torch.nn.RMSNorm):
         return_residual: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """RMSNorm(h) with h = residual + dropout(x). Arguments as of `LayerNorm.forward`."""
-        # torch's default: the epsilon of the type that the statistics are computed in
+        # torch's default: the epsilon of the dtype of the statistics
         eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps if self.eps is None else self.eps
         options = {"dropout_p": dropout_p, "rng": rng, "site": site, "return_residual": return_residual}
         return _norm(self, ops.rms_norm, (self.weight,), x, eps, residual, options)

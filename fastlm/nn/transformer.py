@@ -1,4 +1,4 @@
-"""A Transformer encoder layer: torch's module, with dropout, residual addition and LayerNorm fused."""
+"""torch's Transformer encoder layer, with dropout, residual addition and LayerNorm fused."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class TransformerEncoderLayer(torch.nn.Module):
     norm_first=False (Vaswani et al. 2017):  x = LN1(x + drop(attn(x)));  y = LN2(x + drop(ff(x)))
     norm_first=True (Xiong et al. 2020):     x = x + drop(attn(LN1(x)));  y = x + drop(ff(LN2(x)))
 
-    Each LN with the dropout and addition before it is one pass; so are the first bias and a GELU.
-    Works inside torch.nn.TransformerEncoder (which may warn that it takes its nested-tensor path away).
-    src_mask other than causal is a ValueError; see `MultiheadAttention`.
+    Each LN is one pass with the dropout and addition before it; so is a GELU with the first bias.
+    It works inside torch.nn.TransformerEncoder, which may warn that its nested-tensor path is disabled.
+    A src_mask other than causal is a ValueError; see `MultiheadAttention`.
 
     Args beyond torch's:
-        site: first of the four site numbers that the layer's dropouts take (attention, after attention, inside
-            the feed-forward, after it).
+        site: the first of the four dropout site numbers of the layer (attention, after attention, inside the
+            feed-forward, after it).
     """
 
     # torch.nn.TransformerEncoder turns padded batches into nested tensors in evaluation, unless this is 0
@@ -86,9 +86,10 @@ class TransformerEncoderLayer(torch.nn.Module):
         max_seqlen: int | None = None,
         rng: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """src (L, E), (L, N, E) or with batch_first (N, L, E); or packed, (T, E) with cu_seqlens. Returns its like.
+        """src (L, E), (L, N, E) or with batch_first (N, L, E); or packed, (T, E) with cu_seqlens. Returns the same
+        shape.
 
-        The other arguments as in `MultiheadAttention.forward`; rng drives all four dropouts.
+        The other arguments are those of `MultiheadAttention.forward`. All four dropouts draw from rng.
         """
         x = self.norm1(src) if self.norm_first else src
         attended, _ = self.self_attn(

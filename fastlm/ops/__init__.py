@@ -1,6 +1,6 @@
-"""The ops. Each page, fastlm/ops/<page>.py: the maths, a reference, the arguments, autograd, the public function.
+"""The ops. A page, fastlm/ops/<page>.py, has an op's maths, reference, arguments, autograd and public function.
 
-The pages are found by their files; what a page's __all__ names stands here. DESIGN: a new op touches no list.
+This module imports every page that it finds and exports the names in its __all__. A new op needs no entry here.
 """
 
 import importlib
@@ -14,7 +14,7 @@ __all__ = ["IGNORE_INDEX"]
 for _page in pkgutil.iter_modules(__path__):
     if not _page.name.startswith("_"):
         _module = importlib.import_module(f"{__name__}.{_page.name}")
-        # An op takes the place of the submodule of its name: `ops.gelu` is the function.
+        # An op replaces the submodule of the same name: `ops.gelu` is the function.
         globals().update({_name: getattr(_module, _name) for _name in _module.__all__})
         __all__ += _module.__all__
 __all__.sort()

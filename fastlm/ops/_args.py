@@ -1,12 +1,17 @@
-"""From an op's arguments, a NamedTuple, to what torch wants: a schema, a flat list of values, and back.
+"""Describes a NamedTuple of arguments to torch: derives the schema of an op, and converts to a flat tuple and back.
 
-    class Args(NamedTuple):
+    class Args(NamedTuple):             Tensor x, Tensor? bias, float eps
         x: torch.Tensor
         bias: torch.Tensor | None
         eps: float
 
-A field may be a NamedTuple itself; its fields then stand in its place, so that a backward's arguments can hold all of
-the forward's. This is the one place where arguments are taken by position.
+    class BackwardArgs(NamedTuple):     Tensor dy, Tensor x, Tensor? bias, float eps
+        dy: torch.Tensor
+        forward: Args
+
+torch passes the arguments of an op one by one. The code of fastlm reads them as fields, by name. `Layout` converts
+between the two. A field whose type is a NamedTuple is replaced by the fields of that type: the arguments of a backward
+can contain those of the forward. Two fields of one op must not have the same name.
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ from typing import NamedTuple, NewType, get_type_hints
 
 import torch
 
-SymInt = NewType("SymInt", int)  # an integer that torch.compile may keep symbolic, as a length
+SymInt = NewType("SymInt", int)  # an integer that torch.compile may keep symbolic, such as a length
 
 _SCHEMA = {
     torch.Tensor: "Tensor",
@@ -32,7 +37,7 @@ _SCHEMA = {
 
 
 class Field(NamedTuple):
-    """One value of a flattened NamedTuple. `path` leads to it: ("forward", "q")."""
+    """One value of a flattened NamedTuple. `path` is the names that lead to it: ("forward", "q")."""
 
     path: tuple[str, ...]
     kind: object
@@ -59,14 +64,14 @@ def _fields(kind: type, path: tuple[str, ...] = ()) -> list[Field]:
 
 
 class Layout:
-    """How values of one NamedTuple type are taken apart and put together.
+    """Converts values of one NamedTuple type. The functions are generated once, since they run at every call.
 
-    fields      the flat fields, in order
-    tensors     the places of those that are, or may be, tensors
-    flatten(value)                 a flat tuple
-    unflatten(flat)                the NamedTuple again
-    split(value)                   (tensors, others), two tuples
-    merge(tensors, others)         the NamedTuple again
+    fields                     the flat fields, in order
+    tensors                    the indices of the flat fields that are tensors or None
+    flatten(value)             the NamedTuple as a flat tuple
+    unflatten(flat)            the inverse
+    split(value)               (tensors, others), two flat tuples, for torch's save_for_backward
+    merge(tensors, others)     the inverse
     """
 
     def __init__(self, kind: type):
@@ -74,7 +79,7 @@ class Layout:
         self.tensors = tuple(i for i, field in enumerate(self.fields) if field.is_tensor)
         kinds: dict[str, object] = {
             "new": tuple.__new__
-        }  # past the constructor, which is Python and takes twice as long
+        }  # not the type's constructor, which is Python and takes twice as long
         inside = {field.path: i for i, field in enumerate(self.fields)}
         places = {i: f"t[{k}]" for k, i in enumerate(self.tensors)}
         places |= {i: f"o[{k}]" for k, i in enumerate(i for i in range(len(self.fields)) if i not in places)}
@@ -83,7 +88,7 @@ class Layout:
         def make(source):
             return eval(f"lambda {source}", kinds)
 
-        # A NamedTuple without others inside is its own flat tuple.
+        # A NamedTuple that contains no other one is a flat tuple already.
         nested = any(len(field.path) > 1 for field in self.fields)
         self.flatten = make(f"v: ({_items(value_of)})") if nested else _itself
         self.unflatten = (
@@ -97,7 +102,7 @@ class Layout:
         self.merge = make("t, o: " + _construct(kind, (), kinds, lambda path: places[inside[path]]))
 
     def schema(self, written: tuple[str, ...] = ()) -> str:
-        """The arguments as torch writes them; `written`: names of tensors that the op writes to."""
+        """The arguments in the notation of a torch schema. written: the names of tensors that the op writes to."""
         names = [field.name for field in self.fields]
         twice = {name for name in names if names.count(name) > 1}
         assert not twice, f"{self.kind.__qualname__} has two fields named {', '.join(sorted(twice))}"
@@ -118,7 +123,7 @@ def _items(sources: list[str]) -> str:
 
 
 def _construct(kind: type, path: tuple[str, ...], kinds: dict[str, object], value) -> str:
-    """Source of `kind(...)`, each flat field as `value(path)` says; `kinds` gets the names that it uses."""
+    """Python source that makes a `kind`. value(path): the source of a flat field. Adds the names it uses to `kinds`."""
     name = f"K{len(kinds)}"
     kinds[name] = kind
     arguments = []
@@ -134,7 +139,7 @@ def layout(kind: type) -> Layout:
 
 
 def returns(function) -> str:
-    """What a function returns, by its annotation, as torch writes it: a tensor, a NamedTuple of tensors, or None."""
+    """The return type in torch's notation, from a function's annotation: a tensor, a NamedTuple of tensors, or None."""
     kind = get_type_hints(function)["return"]
     if kind is type(None):
         return "()"

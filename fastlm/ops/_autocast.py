@@ -1,24 +1,25 @@
-"""Autocast, as torch treats the function of the same name.
+"""Autocast rules: an op is cast as the torch function of the same name.
 
-torch.library ops fall through the autocast keys, so the public functions cast here. Source: torch's autocast op lists.
+Autocast does not see ops of torch.library, so the public functions cast their inputs here. Source: torch's autocast op
+lists.
 """
 
 from __future__ import annotations
 
 import torch
 
-# op -> device -> what its floating-point inputs become: "float32", "low" (the autocast dtype); absent: left alone. Each
-# page says it for its ops.
+# op -> device -> the dtype of its floating-point inputs: "float32", or "low" for the autocast dtype. Absent: unchanged.
+# Each page declares it for its ops (_registry.page).
 POLICY: dict[str, dict[str, str]] = {}
 
 
 def device_type(x: torch.Tensor) -> str:
-    """x.device.type, in a third of its time where it is a usual one."""
+    """x.device.type, in a third of the time for "cuda" and "cpu"."""
     return "cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type
 
 
 def autocast_dtype(op: str, tensor: torch.Tensor) -> torch.dtype:
-    """What autocast would cast `tensor` to for `op`; its own dtype outside of autocast."""
+    """The dtype to which autocast casts `tensor` for `op`; the tensor's dtype outside of autocast."""
     device, dtype = device_type(tensor), tensor.dtype
     policy = POLICY.get(op, {}).get(device)
     if policy is None or not torch.is_autocast_enabled(device):
@@ -29,7 +30,7 @@ def autocast_dtype(op: str, tensor: torch.Tensor) -> torch.dtype:
 
 
 def autocast(op: str, x: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """The tensors, on one device, floating-point ones cast as autocast would for `op`; unchanged outside of it."""
+    """The tensors, all on one device, cast for `op` under autocast; unchanged outside of it. None stays None."""
     tensors = x, *others
     if not torch.is_autocast_enabled(device_type(x)):
         return tensors

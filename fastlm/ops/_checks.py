@@ -1,4 +1,4 @@
-"""Argument checks shared by the ops: a ValueError that names the argument, what was expected, and what came."""
+"""Argument checks shared by the ops. A ValueError names the argument, what was expected, and what was given."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def is_tensor(name: str, value, *, device=None, dtypes=None, shape=None) -> None:
-    """Checks a tensor's device, dtype and shape; `shape` is a tuple, None standing for any size."""
+    """Checks a tensor's device, dtype and shape. `shape` is a tuple; None in it allows any size."""
     if not isinstance(value, torch.Tensor):
         raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}")
     if device is not None and value.device != device:
@@ -49,7 +49,7 @@ def one_of(name: str, value, allowed) -> None:
 
 
 def ids_inside(name: str, ids: torch.Tensor, size_name: str, size: int) -> None:
-    """On the CPU, and outside of a compiler's trace, looks whether all ids lie in [0, size)."""
+    """Checks that all ids are in [0, size), on the CPU only, and not while a compiler traces."""
     if ids.device.type != "cpu" or torch.compiler.is_compiling() or not ids.numel():
         return
     low, high = (bound.item() for bound in ids.aminmax())

@@ -1,4 +1,7 @@
-"""The raw ops of linear_cross_entropy: torch's BLAS for the products, a backend's cross_entropy in place."""
+"""The raw ops of linear_cross_entropy: torch's matrix products, and a backend's cross_entropy in place.
+
+fastlm/ops/linear_cross_entropy.py explains the chunks.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ WIDENED = 2048  # classes whose bfloat16 dlogits are widened at a time
 
 
 def chunk_rows(rows: int, dtype: torch.dtype, device: str) -> int:
-    """Rows of a chunk; the rule stands above."""
+    """Rows of a chunk, by the rule in fastlm/ops/linear_cross_entropy.py."""
     if device == "cuda":
         parts = max(1, min(max(4, -(-rows // 4096)), rows // 1024))
         return min(rows, round_up(-(-rows // parts), 128))
@@ -26,7 +29,7 @@ def round_up(n: int, multiple: int) -> int:
 
 
 def _add_weight_gradient(dweight, dbias, g, x, wanted: Wanted, first: bool) -> None:
-    """dweight (V, D) += gᵀ x and dbias (V,) += Σ g, both float32, of dlogits g (n, V) and hidden x (n, D)."""
+    """dweight (V, D) += gᵀ x and dbias (V,) += Σ g, both float32, for dlogits g (n, V) and hidden x (n, D)."""
     beta = 0.0 if first else 1.0
     if g.is_cuda and g.dtype != torch.float32:
         if wanted.dweight:
@@ -49,17 +52,17 @@ def _add_weight_gradient(dweight, dbias, g, x, wanted: Wanted, first: bool) -> N
 def _chunks(inputs: Inputs, losses: Losses, dloss, wanted: Wanted, row_bytes: int) -> Gradients:
     """Adds all rows to `losses`; returns the gradients.
 
-    dloss: (rows,) float32 or None. row_bytes: the rows of a chunk of logits start at multiples of it.
+    dloss: (rows,) float32 or None. row_bytes: each row of a chunk of logits starts at a multiple of row_bytes.
     """
-    # Contiguous: for another leading dimension the BLAS may sum in another order, and give other bits.
+    # Contiguous, since with another leading dimension the BLAS may sum in another order and give other bits.
     hidden, weight, bias = inputs.hidden, inputs.weight, inputs.bias
     h, w = as_rows(hidden).contiguous(), weight.contiguous()
     rows, vocabulary = h.shape[0], w.shape[0]
     step, cols = chunk_rows(rows, h.dtype, h.device.type), round_up(vocabulary, max(1, row_bytes // h.element_size()))
     buffer = h.new_empty(step, cols)
-    buffer[:, vocabulary:] = 0  # oneDNN's AMX product of bfloat16 reads on past a row's end, and NaN times 0 is NaN
-    # cuBLAS has no fast kernel for a number of classes that 16 bytes do not divide: there the products take the padding
-    # too, whose logits and their gradients are 0.
+    buffer[:, vocabulary:] = 0  # oneDNN's bfloat16 product on AMX reads past a row's end, and NaN times 0 is NaN
+    # cuBLAS has no fast kernel if the bytes of a row of classes are not a multiple of 16. The products then include the
+    # padding, whose logits and gradients are 0.
     if row_bytes and vocabulary * h.element_size() % 16:
         w = F.pad(w, (0, 0, 0, cols - vocabulary))
         bias = None if bias is None else F.pad(bias, (0, cols - vocabulary))
@@ -69,7 +72,7 @@ def _chunks(inputs: Inputs, losses: Losses, dloss, wanted: Wanted, row_bytes: in
     dbias = w.new_zeros(classes if wanted.dbias else 0, dtype=torch.float32)
     if rows == 0:
         dweight.zero_()
-    with torch.autocast(h.device.type, enabled=False):  # which would make the float32 products bfloat16
+    with torch.autocast(h.device.type, enabled=False):  # autocast would make the float32 products bfloat16
         for begin in range(0, rows, max(1, step)):
             chunk = slice(begin, begin + step)
             x = h[chunk]
@@ -91,9 +94,9 @@ def _chunks(inputs: Inputs, losses: Losses, dloss, wanted: Wanted, row_bytes: in
 
 
 def raw_ops(losses: type[Losses], row_bytes: int = 0):
-    """(forward, backward) of a backend, of its class of Losses.
+    """(forward, backward) of a backend, given its class of Losses.
 
-    row_bytes: the rows of a chunk of logits start at multiples of it.
+    row_bytes: each row of a chunk of logits starts at a multiple of row_bytes.
     """
 
     def forward(args: Args) -> Outputs:

@@ -1,3 +1,3 @@
-"""The label that stands for "nothing to predict here", as in torch and Transformers."""
+"""The label of a token that is not predicted, as in torch and Transformers."""
 
 IGNORE_INDEX = -100

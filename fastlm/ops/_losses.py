@@ -1,4 +1,4 @@
-"""The raw ops of cross_entropy, from what a backend has for rows of logits."""
+"""Builds the raw ops of cross_entropy from a backend's kernels over rows of logits."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from fastlm.ops.cross_entropy import Args, InplaceArgs, LossArgs, Outputs, Scale
 
 
 class Losses:
-    """The losses of rows of logits that are added in order, all at once or in chunks.
+    """The losses of rows of logits. The rows are added in order, all at once or in chunks.
 
-    add(x, dx, dloss=None) takes the next rows x (n, V) and writes their gradient into dx, which may be x, or None.
+    add(x, dx, dloss=None) adds the next rows x (n, V). It writes their gradient into dx, which may be x or None.
         dloss: float32 (n,), a factor of each row's gradient, or None.
-    loss() is what the raw op returns, once every row is there.
+    loss() returns the loss of the raw op, after every row has been added.
     """
 
     def __init__(self, args: LossArgs, vocabulary: int):
@@ -25,7 +25,7 @@ class Losses:
         self.added = 0
 
     def next(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Target and loss, (rows,), of the rows to be added."""
+        """(target, loss) of the next rows, each (rows,)."""
         chunk = slice(self.added, self.added + rows)
         self.added += rows
         return self.target[chunk], self.each.view(-1)[chunk]
@@ -41,7 +41,7 @@ class RawOps(NamedTuple):
 def raw_ops(losses: type[Losses], scaled: Callable, rows: Callable = as_rows) -> RawOps:
     """The raw ops of a backend.
 
-    losses: its class of Losses.
+    losses: the backend's class of Losses.
     scaled(x, dloss, out) writes x * dloss into out, which may be x. dloss: float32, contiguous, a scalar or (rows,).
     rows(x) gives logits (..., V) as rows (rows, V) with a unit last stride.
     """
@@ -59,7 +59,7 @@ def raw_ops(losses: type[Losses], scaled: Callable, rows: Callable = as_rows) ->
     def forward_inplace(args: InplaceArgs) -> torch.Tensor:
         x = rows(args.logits)
         loss = total(x, x, args.loss)
-        if x.data_ptr() != args.logits.data_ptr():  # a copy, where the strides are not such rows
+        if x.data_ptr() != args.logits.data_ptr():  # `rows` made a copy, since the strides are not those of rows
             args.logits.copy_(x.view(args.logits.shape))
         return loss
 

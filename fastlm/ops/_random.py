@@ -1,7 +1,6 @@
-"""Dropout's random bits, in torch: the definition that every kernel reproduces. The generator: fastlm/philox.py.
+"""The random bits of dropout, in torch. Every kernel gives the same bits. The generator is in fastlm/philox.py.
 
-rng is int64[2], (seed, step), on the device of the op; it is read, never written. `site` is the number of the dropout
-call site.
+rng is int64[2], (seed, step), on the device of the op; it is only read. `site` is the number of the dropout call site.
 The key of one call is words r0, r1 of Philox(counter = (step low, step high, site, 0), key(seed, DROPOUT_DOMAIN)).
 """
 
@@ -17,7 +16,7 @@ _LOW32 = 0xFFFFFFFF
 
 
 def draw_rng(rng: torch.Tensor | None, dropout_p: float, device: torch.device) -> torch.Tensor | None:
-    """rng, contiguous; None where there is none and no dropout; else two int64 from torch's generator of the device."""
+    """rng, contiguous. Without rng: two int64 from torch's generator of the device, or None if there is no dropout."""
     if rng is not None:
         return rng.contiguous()
     if dropout_p == 0.0:
@@ -45,12 +44,12 @@ def keep_rows(rows: int, cols: int, p: float, rng: torch.Tensor, site: int) -> t
 
 
 def row_scale(p: float) -> float:
-    """What a kept element of a row op is multiplied by: 1/(1-p); 0 for p = 1, where nothing is kept."""
+    """The factor of a kept element in a row op: 1/(1-p); 0 for p = 1, where no element is kept."""
     return 1.0 / (1.0 - p) if p < 1.0 else 0.0
 
 
 class Dropout(NamedTuple):
-    """One dropout call as the kernels take it: what is below `threshold` is dropped, the rest multiplied by `scale`."""
+    """One dropout call, as an argument of the kernels. Bits below `threshold` drop; the rest is times `scale`."""
 
     threshold: int
     scale: float
@@ -62,14 +61,14 @@ NO_DROPOUT = Dropout(0, 1.0, None, 0)
 
 
 def row_dropout(p: float, rng: torch.Tensor | None, site: int) -> Dropout:
-    """Dropout of rows, whose words are compared with floor(p·2^32)."""
+    """Dropout of a row op: a 32-bit word per element, compared with floor(p·2^32)."""
     if p == 0.0:
         return NO_DROPOUT
     return Dropout(philox.threshold(p), row_scale(p), rng, site)
 
 
 def dropout_rows(x: torch.Tensor, p: float, rng: torch.Tensor | None, site: int) -> torch.Tensor:
-    """Dropout of x (..., cols), its leading dimensions counted as rows."""
+    """Dropout of x (..., cols). The leading dimensions count as rows."""
     if p == 0.0:
         return x
     keep = keep_rows(x.numel() // max(1, x.shape[-1]), x.shape[-1], p, rng, site).view(x.shape)
@@ -77,14 +76,14 @@ def dropout_rows(x: torch.Tensor, p: float, rng: torch.Tensor | None, site: int)
 
 
 def attention_threshold(p: float) -> int:
-    """round(256·p), the byte below which attention drops. 0 < p < 1/256 is a ValueError: a byte cannot say it."""
+    """t = round(256·p): attention drops if the byte is below t. ValueError for 0 < p < 1/256, too small for a byte."""
     if 0.0 < p < 1.0 / 256.0:
         raise ValueError(f"dropout_p: attention drops in steps of 1/256, so p is 0 or at least 1/256; got {p}")
     return int(256.0 * p + 0.5)
 
 
 def attention_dropout(p: float, rng: torch.Tensor | None, site: int) -> Dropout:
-    """Dropout of attention, whose bytes are compared with round(256·p)."""
+    """Dropout of attention: a byte per element, compared with round(256·p)."""
     if p == 0.0:
         return NO_DROPOUT
     return Dropout(attention_threshold(p), attention_scale(p), rng, site)
@@ -110,6 +109,6 @@ def keep_attention(
 
 
 def attention_scale(p: float) -> float:
-    """What a kept probability is multiplied by: 256/(256-t)."""
+    """The factor of a kept probability: 256/(256-t)."""
     t = attention_threshold(p)
     return 256.0 / (256.0 - t) if t < 256 else 0.0

@@ -1,10 +1,10 @@
-"""Special ids as the GPU kernels of mlm_mask compare them."""
+"""Special ids of mlm_mask as ranges, the form that its GPU kernels take."""
 
 from __future__ import annotations
 
 
 def ranges(ids) -> tuple[int, ...]:
-    """Sorted unique ids as (first, length, first, length, ...): special ids are few ranges."""
+    """Sorted unique ids as (first, length, first, length, ...). Special ids form few ranges."""
     out: list[int] = []
     for i in ids:
         if out and out[-2] + out[-1] == i:

@@ -1,17 +1,28 @@
-"""The only dispatch code: schemas, one autograd path, and which backend runs an op.
+"""Dispatch: defines the torch ops, makes them differentiable, and chooses the backend that runs a call.
 
-A *page*, fastlm/ops/<page>.py, defines one public op, or several (layer_norm and rms_norm). A *column*,
-fastlm/ops/_<backend>/<page>.py, holds one backend's adapters to its kernels: functions with the names of the page's raw
-ops. It is imported when a call first takes that backend. That the file exists says that the backend has the page's ops.
+A *page*, fastlm/ops/<page>.py, defines one public op, or several (layer_norm and rms_norm share a page).
 
-A raw op `torch.ops.fastlm.<name>` takes its arguments flat, and behind them a resolved backend ("cpu", "triton",
-"cuda"). `backend="auto"` and the backends written in plain torch are decided before, by `choose`.
+A *raw op*, torch.ops.fastlm.<name>, is what torch sees: a forward or a backward. A NamedTuple holds its arguments
+(fastlm/ops/_args.py). The raw op takes the fields one by one, then the name of a backend with kernels ("cpu",
+"triton", "cuda").
 
-    page(__name__, "op", ...)              the public ops of a page, their order of backends, their autocast rule
-    define("name", Args, empty)            a raw op: its schema, and its shapes below autograd
-    differentiable("name", save, backward) one Autograd-key function that redispatches below autograd
-    choose("op", backend, x, ...)          in the public function: a backend that can run, or a ValueError with why not
-    call("name", Args(...), backend)       calls a raw op: past the dispatcher where nothing there would do anything
+A *column*, the package fastlm/ops/_<backend>/, holds a backend's adapters. Its module <page>.py has a function for each
+raw op of the page, with the raw op's name; the function takes the NamedTuple and runs the kernel. The backend has the
+ops of a page if this file exists. The file is imported when `choose` or a raw op first asks for it.
+
+A page declares its ops, when it is imported:
+    page(__name__, "op", ...)               its public ops, their order of backends and their autocast rule
+    define("name", Args, empty)             a raw op: schema, fake and implementations
+    differentiable("name", save, backward)  the gradient of a raw op
+
+Its public function checks the arguments, and then runs:
+    choose("op", backend, x, ...)           the backend that runs the call; a ValueError with the reason if none can
+    call("name", Args(...), backend)        the raw op
+A backend in plain differentiable torch (COMPOSITE: "reference", "sdpa") has no raw op. The public function calls it.
+
+In torch's dispatcher, a raw op first passes its Autograd key, where an autograd function saves what backward needs.
+It then passes the key of its device, where the fields become the NamedTuple again and the adapter runs. `call` skips
+the dispatcher if nothing else has to see the call.
 """
 
 from __future__ import annotations
@@ -35,8 +46,8 @@ from fastlm.ops import _autocast
 from fastlm.ops._args import Layout, layout, returns
 from fastlm.ops._autocast import device_type
 
-# Device -> backends in the order `auto` tries them, of those that the op has. The order on cuda is a guess: Triton and
-# CUDA C++ both ran on an H100 and were not timed beside each other. A page may give another order.
+# Device -> backends, in the order in which "auto" tries those that the op has. A page may give another order. The order
+# on cuda is a guess: Triton and CUDA C++ both ran on an H100 but were not timed beside each other.
 AUTO = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 
 _FLOATS = {
@@ -44,7 +55,7 @@ _FLOATS = {
     "triton": (torch.float32, torch.bfloat16, torch.float16),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
-# Backends that are plain differentiable torch functions: no raw op behind them.
+# Backends that are plain differentiable torch functions. They have no raw op.
 COMPOSITE = ("reference", "sdpa", "flash_attn", "apex")
 
 _HERE = Path(__file__).parent
@@ -54,7 +65,7 @@ _COLUMNS = {
     for column in pkgutil.iter_modules([str(_HERE)])
     if column.ispkg and column.name.startswith("_")
 }
-# Backend -> its column's package; the modules in it are imported when they are first asked for.
+# Backend -> its column's package. Its modules are imported at first use.
 _PACKAGES = {backend: importlib.import_module(f"fastlm.ops._{backend}") for backend in _COLUMNS}
 
 _library = torch.library.Library("fastlm", "DEF")  # lives as long as the process
@@ -67,13 +78,13 @@ class _Page(NamedTuple):
 
 
 class _Raw:
-    """A raw op: how its arguments are laid out, and its implementations, found when they are first asked for."""
+    """A raw op: the layout of its arguments, and its implementations, which are found at first use."""
 
     def __init__(self, name: str, page: str, arguments: Layout):
         self.name, self.page, self.arguments = name, page, arguments
         self.implementations: dict[str, Callable] = {}
-        self.function: type[torch.autograd.Function] | None = None  # where it is differentiable
-        self.flatten, self.tensors = arguments.flatten, arguments.tensors  # of what `call` asks each time
+        self.function: type[torch.autograd.Function] | None = None  # set by `differentiable`
+        self.flatten, self.tensors = arguments.flatten, arguments.tensors  # `call` reads them at every call
 
     def implementation(self, backend: str) -> Callable | None:
         """The adapter of a backend, a function of the arguments' NamedTuple; None where there is none."""
@@ -91,8 +102,8 @@ _raw: dict[str, _Raw] = {}
 def page(module: str, *ops: str, auto: Mapping[str, tuple[str, ...]] | None = None, autocast=None) -> None:
     """Declares the public ops of the page `module`.
 
-    auto: device -> backends in the order that "auto" tries them, by default AUTO.
-    autocast: device -> what autocast makes of the inputs, "float32" or "low"; see fastlm.ops._autocast.
+    auto: device -> backends in the order that "auto" tries them. A device that is left out has the order of AUTO.
+    autocast: device -> the dtype to which autocast casts the inputs, "float32" or "low"; see fastlm.ops._autocast.
     """
     name = module.rpartition(".")[2]
     having = ("reference", *(backend for backend, pages in _COLUMNS.items() if name in pages))
@@ -128,7 +139,7 @@ def column(page: str, backend: str):
 
 
 def _load(page: str, backend: str) -> None:
-    """Imports a module of a column, which then is an attribute of the column's package."""
+    """Imports a module of a column. It is then an attribute of the column's package."""
     if not hasattr(_PACKAGES[backend], page):
         module = importlib.import_module(f"fastlm.ops._{backend}.{page}")
         module.limit = getattr(module, "limit", None)  # a lookup that fails takes 0.6 µs
@@ -152,8 +163,8 @@ def _missing(backend: str, device: str) -> str | None:
     return None
 
 
-# torch.compile takes the answer as a constant, since it cannot trace a search of sys.path or C++. This is what
-# torch.compiler.assume_constant_result does, whose import of the compiler takes a second.
+# torch.compile takes the answer as a constant, since it cannot trace a search of sys.path or C++.
+# torch.compiler.assume_constant_result sets the same attribute, but it imports the compiler, which takes a second.
 _missing._dynamo_marked_constant = True
 
 
@@ -163,20 +174,20 @@ def _triton_installed() -> bool:
 
 
 def _triton_takes_cpu() -> bool:
-    """Whether Triton was told to interpret its kernels, or has a driver that runs them over CPU tensors."""
+    """Whether Triton interprets its kernels, or has a driver that runs them over CPU tensors."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         return True
-    module = sys.modules.get("triton.runtime.driver")  # a driver can only have been set where triton is imported
+    module = sys.modules.get("triton.runtime.driver")  # without an import of triton there is no driver
     active = module and module.driver._active
     return bool(active) and active.get_active_torch_device().type == "cpu"
 
 
 def _limit(op: str, backend: str) -> Callable | None:
-    """f(x, **features) -> reason or None: what a backend cannot do for an op; None where it has no such limits."""
+    """The backend's function f(x, **features) -> reason it cannot run, or None; None for a backend without limits."""
     if backend in COMPOSITE and backend not in _COLUMNS:
         return None
     page = _pages[op].name
-    found = getattr(_PACKAGES[backend], page, None)  # what `auto` asks at every call: no import, no function of ours
+    found = getattr(_PACKAGES[backend], page, None)  # at every call with "auto": no import, no call of ours
     return (found or column(page, backend)).limit
 
 
@@ -210,12 +221,12 @@ def choose(op: str, backend: str, x: torch.Tensor, **features) -> str:
 
 
 def define(name: str, arguments: type, empty: Callable, *, writes: tuple[str, ...] = ()) -> None:
-    """Defines the raw op fastlm::<name> of the page that `empty` stands in.
+    """Defines the raw op fastlm::<name>. It belongs to the page whose module defines `empty`.
 
     arguments: a NamedTuple type, whose fields become the op's arguments (fastlm/ops/_args.py).
-    empty(args) gives the outputs uninitialised; its annotation says what they are. It is the op's fake, and what a
-        backend fills.
-    writes: the tensors that the op writes to; their versions are raised at every call.
+    empty(args) returns the outputs uninitialised. Its return annotation becomes the op's return type, and the function
+        is the op's fake implementation. An adapter calls it for tensors to fill.
+    writes: the names of the tensors that the op writes to. Every call raises their version, so that autograd notices.
     """
     raw = _raw[name] = _Raw(name, empty.__module__.rpartition(".")[2], layout(arguments))
     schema = f"{name}({raw.arguments.schema(writes)}, str backend) -> {returns(empty)}"
@@ -249,7 +260,7 @@ def define(name: str, arguments: type, empty: Callable, *, writes: tuple[str, ..
 
 
 def _on_its_device(function):
-    """`function(args)` with the CUDA device of the first argument current: Triton launches there."""
+    """`function`, run with the CUDA device of the first argument as the current one, on which Triton launches."""
 
     def run(args):
         first = args[0]
@@ -265,7 +276,7 @@ def _on_its_device(function):
 
 
 def _refuse_tangents(name: str, args) -> None:
-    """Forward-mode AD: an op that knows no tangent would give a derivative of 0, and say nothing."""
+    """Raises in forward-mode AD, where an op without a tangent would silently give a derivative of 0."""
     for a in args:
         if isinstance(a, torch.Tensor) and forward_ad.unpack_dual(a).tangent is not None:
             raise NotImplementedError(
@@ -274,13 +285,15 @@ def _refuse_tangents(name: str, args) -> None:
 
 
 def differentiable(name: str, save: Callable, backward: Callable, *, constant: tuple[str, ...] = ()) -> None:
-    """Registers the Autograd-key function of the raw op `name`.
+    """Registers the gradient of the raw op `name`, at torch's Autograd key.
 
-    save(args, outputs) returns what backward needs, a NamedTuple of the type in its annotation; `args` is the op's own.
-    backward(saved, needs, backend, *grads) returns {argument: its gradient}; what it leaves out has none. `needs` is
-        like the op's arguments, with a bool for each: whether its gradient is asked for. A gradient may come as None.
-    constant: the outputs through which no gradient flows.
-    Double backward and forward mode are refused.
+    save(args, outputs) returns what backward needs, a NamedTuple of the type in its return annotation. `args` is the
+        NamedTuple of the op's arguments.
+    backward(saved, needs, backend, *grads) returns {argument: gradient}. An argument that is left out has no gradient.
+        `needs` has the type of `args`, with a bool in each field: whether that gradient is needed. `grads` are the
+        gradients of the outputs; one may be None.
+    constant: the names of the outputs through which no gradient flows.
+    Double backward and forward mode raise an error.
     """
     raw, op = _raw[name], getattr(torch.ops.fastlm, name).default
     arguments, below = raw.arguments, torch._C._after_autograd_keyset
@@ -334,11 +347,11 @@ def differentiable(name: str, save: Callable, backward: Callable, *, constant: t
 # ---- the shortest way to an implementation
 
 _KEYS = torch._C.DispatchKey
-# What a thread dispatches by where no mode, transform or trace is active; the second in inference mode.
+# The keys that a thread adds to each dispatch if no mode, transform or trace is active; the second in inference mode.
 _NO_MODE = torch._C.DispatchKeySet(_KEYS.BackendSelect)
 _NO_MODE = {(_NO_MODE | torch._C.DispatchKeySet(_KEYS.ADInplaceOrView)).raw_repr(), _NO_MODE.raw_repr()}
 _PLAIN_KEYS = {"CPU", "CUDA", "ADInplaceOrView", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA"}
-# Names of this module: what `call` asks costs it half as much as going through torch's modules each time.
+# Kept as names of this module: a lookup through torch's modules at each call would take twice as long.
 _included, _keys_of = torch._C._dispatch_tls_local_include_set, torch._C._dispatch_keys
 _function_mode, _profiled = torch._C._is_torch_function_mode_enabled, torch.autograd._profiler_enabled
 _Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
@@ -346,7 +359,7 @@ _Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
 
 @functools.cache
 def _is_plain(keys: int) -> bool:
-    """Whether a tensor with these dispatch keys is a dense one on a CPU or a CUDA device, and nothing else."""
+    """Whether a tensor with these dispatch keys is a plain dense tensor on a CPU or a CUDA device."""
     text = str(torch._C.DispatchKeySet.from_raw_repr(keys))  # "DispatchKeySet(CPU, AutogradCPU)"
     return set(text[text.index("(") + 1 : -1].split(", ")) <= _PLAIN_KEYS
 
@@ -356,11 +369,11 @@ def _dispatch(name: str, args, backend: str):
 
 
 def call(name: str, args: tuple, backend: str):
-    """torch.ops.fastlm.<name> of a NamedTuple of its arguments, for an op that writes to none of them.
+    """Runs the raw op torch.ops.fastlm.<name> with a NamedTuple of its arguments. It must write to none of them.
 
-    The dispatcher comes twice to the same Python, once for autograd and once for the device. Where nothing else is to
-    see the call (a compiler, a mode, a transform, a tensor subclass, a profiler), the implementation is called at once,
-    within the same autograd function where there is something to differentiate.
+    The dispatcher would call Python twice, once for autograd and once for the device. `call` runs the adapter directly
+    if nothing else has to see the call: no compiler, mode, transform, tensor subclass or profiler. If a gradient is
+    needed, the adapter runs inside the same autograd function as in the dispatcher.
     """
     if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
         return _dispatch(name, args, backend)

@@ -13,11 +13,11 @@ import torch
 
 @dataclass(frozen=True)
 class RelativeBias:
-    """T5's bias: a learned number per head and bucket of relative positions, key minus query.
+    """T5's bias: a learned number for each head and bucket of relative positions, key minus query.
 
-    table: (buckets, H), floating point; its gradient comes from inside the kernel.
-    bidirectional: half of the buckets for keys after the query (encoder); else those share bucket 0 (decoder).
-    max_distance: from there on every distance falls in the last bucket.
+    table: (buckets, H), floating point; the kernel computes its gradient.
+    bidirectional: keys after the query have half of the buckets (encoder); else they share bucket 0 (decoder).
+    max_distance: every distance from here on is in the last bucket.
     """
 
     table: torch.Tensor
@@ -26,16 +26,16 @@ class RelativeBias:
 
 
 def bucket_starts(buckets: int, bidirectional: bool, max_distance: int) -> tuple[int, ...]:
-    """The smallest distance of each bucket of one direction: bucket(distance) counts the starts <= it, less one.
+    """The smallest distance of each bucket of one direction. bucket(distance) is the number of starts <= it, less one.
 
-    The first half of the buckets holds one distance each, the rest grow as powers: with n buckets and e = n div 2,
+    Each bucket of the first half has one distance; the others grow as powers. With n buckets and e = n div 2,
     bucket e + k starts where log(distance/e) / log(max_distance/e) · (n - e) reaches k. In integers that is
-    distance^(n-e) >= e^(n-e-k) · max_distance^k, so no rounding decides; the float32 logarithm of Transformers agrees.
+    distance^(n-e) >= e^(n-e-k) · max_distance^k, which no rounding affects. Transformers' float32 logarithm agrees.
     """
     return _bucket_starts(buckets // 2 if bidirectional else buckets, max_distance)
 
 
-bucket_starts._dynamo_marked_constant = True  # torch.compile looks through functools.cache, and warns of it
+bucket_starts._dynamo_marked_constant = True  # torch.compile traces through functools.cache, with a warning
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Views that the kernels' strides need."""
+"""Views and copies of tensors with the strides that the kernels need."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def as_rows(x: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def unit_stride(x: torch.Tensor) -> torch.Tensor:
-    """x with a unit last stride: itself where it has one, else a copy."""
+    """x if its last stride is 1, else a copy for which it is."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 def sequence_strides(x: torch.Tensor) -> tuple[int, int, int]:
-    """The strides of sequence, row and head of (B, S, H, D), or of packed (T, H, D), which counts as one sequence."""
+    """The strides of sequence, row and head of (B, S, H, D); packed (T, H, D) counts as one sequence."""
     return (0, *x.stride()[:2]) if x.dim() == 3 else x.stride()[:3]
 
 
@@ -35,12 +35,12 @@ def as_float(x: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def row_stride(x: torch.Tensor | None) -> int:
-    """The stride of the rows (rows, cols), 0 where there are none."""
+    """The stride between the rows of x (rows, cols); 0 for None."""
     return 0 if x is None else x.stride(0)
 
 
 def number_per_token(value: torch.Tensor | None, shape: tuple[int, int]) -> tuple | None:
-    """(tensor, row stride, column stride) of a number per token, as the C++ kernels take it; None stays."""
+    """A number per token as the C++ kernels take it: (tensor, row stride, column stride). None stays None."""
     if value is None:
         return None
     value = value.expand(shape)
@@ -48,7 +48,7 @@ def number_per_token(value: torch.Tensor | None, shape: tuple[int, int]) -> tupl
 
 
 def column_limit(x: torch.Tensor) -> str | None:
-    """Why a Triton kernel whose grid's second axis is columns, 65535 programs of 256, cannot take x; None if it can.
+    """Why a Triton kernel over columns cannot take x; None if it can. Its grid has at most 65535 programs of 256.
 
     A tensor of one dimension is a single row.
     """

@@ -1,14 +1,14 @@
-"""attention: softmax(scale·q kᵀ + bias) v without the matrix of scores, over padded or packed sequences.
+"""attention: softmax(scale·q kᵀ + bias) v without a stored matrix of scores, over padded or packed sequences.
 
 For query i and key j of one sequence and head, with offset = Sk - Sq (bottom-right alignment):
     s_ij = scale q_i·k_j + table[bucket(j - i - offset)]      over the keys that query i sees
     lse_i = log Σ_j exp(s_ij),   p_ij = exp(s_ij - lse_i),   o_i = Σ_j z_ij p_ij v_j
-z is dropout's: 0 or 256/(256-t) with t = round(256·dropout_p), 1 without (fastlm/ops/_random.py). lse is of all p.
-Query i sees key j when the key is real (key_mask), of the same sequence (cu_seqlens), and
+z is the dropout mask, 0 or 256/(256-t) with t = round(256·dropout_p); without dropout 1. See fastlm/ops/_random.py.
+lse does not depend on z. Query i sees key j if the key is real (key_mask), of the same sequence (cu_seqlens), and
     i + offset - left <= j <= i + offset + right,   window_size = (left, right), -1: no limit; causal: right = 0.
-A query that sees no key has o = 0, lse = -inf, and takes part in no gradient.
+A query that sees no key has o = 0, lse = -inf and zero gradients.
 
-Backward, with dlse the gradient that reaches lse:
+Backward, with dlse the gradient of lse:
     delta_i = do_i·o_i - dlse_i,   ds_ij = p_ij (z_ij do_i·v_j - delta_i)
     dq = scale ds k,   dk = scale dsᵀ q,   dv = (z p)ᵀ do,   dtable[b] = Σ ds_ij over the (i, j) of bucket b
 Saved: q, k, v, o and lse; p is computed again from them.
@@ -37,9 +37,9 @@ __all__ = ["RelativeBias", "attention", "attention_reference"]
 
 
 def _padded_rows(cu_seqlens, max_seqlen):
-    """(rows, real), each (sequences, max_seqlen): the row of a packed tensor at every position, and whether it is one.
+    """(rows, real), each (sequences, max_seqlen): each position's row of the packed tensor, and whether it has one.
 
-    Positions past a sequence's end point at row 0.
+    Positions past the end of a sequence have row 0.
     """
     position = torch.arange(max_seqlen, device=cu_seqlens.device)
     real = position < cu_seqlens.diff()[:, None]
@@ -47,7 +47,7 @@ def _padded_rows(cu_seqlens, max_seqlen):
 
 
 def _gather(x, rows, real):
-    """Packed (T, H, D) as padded (sequences, max_seqlen, H, D), zero where nothing is real."""
+    """Packed (T, H, D) as padded (sequences, max_seqlen, H, D); padding is zero."""
     if x.shape[0] == 0:
         return x.new_zeros(*rows.shape, *x.shape[1:])
     return torch.where(real[..., None, None], x[rows], 0)
@@ -80,7 +80,7 @@ def _attend(q, k, v, mask, bias, keep, scale, dropout_p):
     if bias is not None:
         scores = scores + bias.to(scores.dtype)
     empty = ~mask.any(-1, keepdim=True)
-    # Rows without keys get finite scores, then probability 0, so that neither forward nor backward makes NaN.
+    # Rows without keys get finite scores, then probability 0, so that neither forward nor backward gives NaN.
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill(~mask, -torch.inf)
     scores = torch.where(empty, 0.0, scores)
     lse = torch.where(empty, -torch.inf, scores.logsumexp(-1, keepdim=True)).squeeze(-1)
@@ -121,7 +121,7 @@ def attention_reference(
         rows_q, real_q = _padded_rows(cu_seqlens_q, max_seqlen_q)
         rows_k, key_mask = _padded_rows(cu_seqlens_k, max_seqlen_k)
         q, k, v = _gather(q, rows_q, real_q), _gather(k, rows_k, key_mask), _gather(v, rows_k, key_mask)
-    elif key_mask is not None:  # a masked row's NaN would pass through: 0·NaN is NaN
+    elif key_mask is not None:  # a NaN in a masked row would spread: 0·NaN is NaN
         k, v = (torch.where(key_mask[..., None, None], x, 0) for x in (k, v))
 
     (batch, sq, heads, _), sk = q.shape, k.shape[1]
@@ -172,7 +172,7 @@ class Args(NamedTuple):
 
     @property
     def starts(self) -> tuple[int, ...]:
-        """The smallest distance of each of the table's buckets of one direction; empty without a table."""
+        """The smallest distance of each bucket of one direction; empty without a table."""
         if self.table is None:
             return ()
         return bucket_starts(self.table.shape[0], self.bidirectional, self.max_distance)
@@ -251,9 +251,9 @@ _registry.differentiable("attention_fwd", _save, _backward)
 
 
 def check_cu_seqlens(args: Args) -> None:
-    """Raises a ValueError unless cu_seqlens start at 0, never fall and end at the number of tokens, within max_seqlen.
+    """Raises a ValueError unless cu_seqlens start at 0, never fall, end at the number of tokens and respect max_seqlen.
 
-    Only on the CPU: reading a device's values would stall.
+    On the CPU only: reading the values from a device would stall.
     """
     if not args.packed or args.q.device.type != "cpu":
         return
@@ -282,7 +282,7 @@ def _check_packed(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 
                 f"cu_seqlens{name}: expected one more entry than there are sequences, as many for keys as for queries, "
                 f"got shape {tuple(cu.shape)}"
             )
-        if cu.shape[0] == 1 and x.shape[0] > 0:  # the one error of the values that the shape shows
+        if cu.shape[0] == 1 and x.shape[0] > 0:  # the only wrong values that the shape reveals
             raise ValueError(f"cu_seqlens{name}: expected a sequence for {x.shape[0]} tokens, got one entry")
         if not isinstance(limit, (int, torch.SymInt)) or limit < 0:
             raise ValueError(
@@ -406,16 +406,16 @@ def attention(
         window_size: (left, right): query i sees keys from i + Sk - Sq - left to i + Sk - Sq + right; -1: no limit.
         softmax_scale: default 1/sqrt(D).
         cu_seqlens_q, cu_seqlens_k: int32 (sequences + 1,): where each sequence starts in the packed tensors, then the
-            total; may repeat the total at the end (empty sequences), so that the shape stays. Keys default to queries.
-            The values are checked on the CPU alone: looking at a device's would stall.
-        max_seqlen_q, max_seqlen_k: required with them: no sequence is longer.
-        key_mask: (B, Sk) bool, True for a real token, for padded input; padding on either side. What stands in a
-            masked row of k and v, NaN too, has no influence.
+            total. The total may be repeated (empty sequences), to keep the shape fixed. Keys default to the queries.
+            The values are checked on the CPU only: reading them from a device would stall.
+        max_seqlen_q, max_seqlen_k: upper bounds of the sequences' lengths; required with cu_seqlens.
+        key_mask: (B, Sk) bool, True for a real token, for padded input; padding on either side. The values in a masked
+            row of k and v have no effect, even NaN.
         relative_bias: RelativeBias, added to the scaled scores; positions are aligned as `causal` is.
         dropout_p: probability of dropping a softmax weight, in steps of 1/256: 0 or at least 1/256.
         rng: int64 (2,), (seed, step), on q's device; None draws from torch's generator. See fastlm.ops._random.
-        site: number of this call site, so that two dropouts of one step differ.
-        return_lse: return (out, lse); gradients through lse are added.
+        site: number of this call site; it makes the dropouts of one step differ.
+        return_lse: return (out, lse); a gradient through lse is included.
         backend: "auto", "reference", "cpu", "triton" and "cuda" (D up to 256), "sdpa".
 
     Returns out, like q; with `return_lse` also lse, the logarithm of the softmax's denominator, (B, H, Sq) or packed
@@ -450,7 +450,7 @@ def attention(
         rng=_random.draw_rng(rng, dropout_p, q.device),
         max_seqlen_q=max_seqlen_q or 0,
         max_seqlen_k=max_seqlen_k or 0,
-        # 2^31 is beyond any sequence, and far from where the kernels' sums of it and an index would overflow.
+        # 2^31 is longer than any sequence; the kernels' sums of it and an index do not overflow.
         window_left=min(window_size[0], 2**31),
         window_right=0 if causal else min(window_size[1], 2**31),
         softmax_scale=1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale,

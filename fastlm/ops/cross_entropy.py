@@ -6,11 +6,11 @@ For a row x (V,) with target t, class weights w (1 without), label smoothing ε,
     dx_j = (a + 2 z_loss lse) exp(x_j - lse) - (1 - ε) w_t [j = t] - ε/V w_j,    a = (1 - ε) w_t + ε/V Σ_c w_c
 
 A row whose target is ignore_index has loss 0 and gradient 0. "sum" adds the rows; "mean" divides that sum, the z term
-included, by Σ w_t over the rows that are not ignored (their number without weights): NaN where there is none, as torch.
-Everything is computed in float32 and rounded once.
+included, by Σ w_t over the rows that are not ignored (their number without weights). As in torch, it is NaN if all rows
+are ignored. Everything is computed in float32 and rounded once.
 
-The denominator needs the targets alone, so the forward knows the gradient but for the factor dloss that comes from
-above: it writes the gradient in the pass that reads the logits, and backward multiplies it by dloss.
+The denominator depends only on the targets, so the forward can compute the gradient up to the factor dloss. It writes
+the gradient in the pass that reads the logits; backward multiplies it by dloss.
 
 Sources: Szegedy et al. 2016 (arXiv:1512.00567) for ε; Chowdhery et al. 2022 (arXiv:2204.02311, PaLM) for z_loss;
 Milakov, Gimelshein 2018 (arXiv:1805.02867) for the running maximum.
@@ -33,7 +33,7 @@ REDUCTIONS = ("none", "mean", "sum")
 
 
 def outside(target: torch.Tensor, vocabulary: int, ignore_index: int) -> torch.Tensor:
-    """Which targets are neither a class nor ignore_index, bool."""
+    """bool, True for each target that is neither a class nor ignore_index."""
     return ((target < 0) | (target >= vocabulary)) & (target != ignore_index)
 
 
@@ -92,7 +92,7 @@ def raise_outside(row: int, value: int, vocabulary: int, ignore_index: int) -> N
 
 
 def check_labels(target: torch.Tensor, vocabulary: int, ignore_index: int) -> None:
-    """ValueError for a label outside the vocabulary, where looking costs no synchronisation."""
+    """ValueError for a label outside the vocabulary, if checking needs no synchronisation."""
     if target.device.type == "cpu" and not torch.compiler.is_compiling():
         bad = outside(target.reshape(-1), vocabulary, ignore_index)
         if bad.any():
@@ -104,7 +104,7 @@ def check_labels(target: torch.Tensor, vocabulary: int, ignore_index: int) -> No
 
 
 class LossArgs(NamedTuple):
-    """What cross_entropy and linear_cross_entropy share."""
+    """The arguments that cross_entropy and linear_cross_entropy share."""
 
     target: torch.Tensor  # (...) int64
     class_weight: torch.Tensor | None  # (V,)
@@ -162,7 +162,7 @@ def _nothing(args: ScaleArgs) -> None:
 
 
 def scale(gradient: torch.Tensor, dloss: torch.Tensor, backend: str) -> torch.Tensor:
-    """gradient * dloss, in the gradient's own memory unless the graph is kept for another backward."""
+    """gradient * dloss, in place unless the graph is kept for another backward."""
     if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
         return _registry.call("cross_entropy_bwd", ScaleArgs(gradient, dloss), backend)
     torch.ops.fastlm.cross_entropy_bwd_(gradient, dloss, backend)
@@ -177,7 +177,7 @@ def _save(args: Args, outputs) -> Saved:
 
 
 def _save_inplace(args: InplaceArgs, loss) -> Saved:
-    return Saved(args.logits.detach())  # one version counter with the logits: a later write to them is noticed
+    return Saved(args.logits.detach())  # shares the logits' version counter, so autograd notices a later write
 
 
 def _backward(saved: Saved, needs, backend, dloss, _ddlogits=None):
@@ -194,7 +194,7 @@ _registry.differentiable("cross_entropy_fwd_", _save_inplace, _backward)
 
 
 class _Overwritten(torch.autograd.Function):
-    """Makes the overwritten logits a tensor through which nothing can be differentiated."""
+    """Marks the overwritten logits as a tensor that cannot be differentiated through."""
 
     @staticmethod
     def forward(ctx, logits):
@@ -227,25 +227,24 @@ def cross_entropy(
     """Cross-entropy of logits (..., V) with class indices: F.cross_entropy with the classes last, plus z_loss·lse².
 
     Args:
-        logits: (..., V), floating point, V ≥ 1. Classes are the last dimension; for (N, V) and (V,) that is torch's
-            own layout, for more dimensions torch takes them second.
+        logits: (..., V), floating point, V ≥ 1. The classes are the last dimension. torch has the same layout for
+            (N, V) and (V,); with more dimensions its classes are the second.
         target: int64 (...), class indices in [0, V), or ignore_index for a row without loss and gradient.
-        weight: (V,) floating point or None, a factor for each class; no gradient flows to it.
-        ignore_index: any integer; where it is a class, that class is ignored.
+        weight: (V,) floating point or None, a factor for each class; it gets no gradient.
+        ignore_index: any integer; if it is a class, that class is ignored.
         label_smoothing: ε in [0, 1], see fastlm.ops.cross_entropy.
         z_loss: factor of lse² per row that is not ignored; "mean" divides it by the same denominator as the loss.
         reduction: "none", "mean" (over Σ w_t of the rows that are not ignored; NaN where there are none), "sum".
-        inplace: where a gradient is needed, overwrite the logits with it, and let backward only scale it in place:
-            no memory of the logits' size is allocated if they are contiguous. They must not be used again, before or
-            after: an op that saved them raises in its backward, and so does one that uses them later. The reference
-            leaves them alone.
+        inplace: if a gradient is needed, overwrite the logits with it; backward scales it in place. For contiguous
+            logits no memory of their size is allocated. Nothing else may use the logits: the backward of another op
+            that has saved them, or uses them later, raises. The reference does not overwrite them.
         backend: "auto", "reference", "cpu", "triton", "cuda".
 
-    Returns the loss, of target's shape for "none", else a scalar; in the dtype of the logits, float32 for bfloat16 and
-    float16 under autocast, as F.cross_entropy. Computed in float32, the gradient is in the dtype of the logits.
-    Raises ValueError for a wrong shape, dtype or device, for a named backend that cannot run, and, on the CPU, for a
-    target outside the vocabulary, before anything is written. On a device nothing can be raised without a stall: there
-    such a row's loss (hence the mean and the sum) and its gradient are NaN.
+    Returns the loss, of target's shape for "none", else a scalar. It has the dtype of the logits, or float32 for
+    bfloat16 and float16 under autocast, as F.cross_entropy. The gradient is computed in float32, in the dtype of the
+    logits. Raises ValueError for a wrong shape, dtype or device, for a named backend that cannot run, and, on the CPU,
+    for a target outside the vocabulary, before anything is written. On a device this check would stall. There the loss
+    of such a row (so the mean and the sum) and its gradient are NaN.
     """
     _checks.is_float("logits", logits)
     if logits.dim() == 0 or logits.shape[-1] == 0:

@@ -1,12 +1,12 @@
-"""dropout, with a ReLU before it, in one pass.
+"""dropout, or a ReLU and then dropout, in one pass.
 
     y = mask * x, or mask * max(x, 0);   mask is 0 with probability p, else 1/(1-p)
 The mask is a function of (seed, step), the call site, and an element's row and column (fastlm/ops/_random.py).
 
-Backward: dx = mask * dy with the mask drawn again; after a ReLU dx = dy/(1-p) where y > 0, else 0, which needs no mask.
-Saved: nothing but rng; with a ReLU y, which the product after it keeps in any case.
+Backward: dx = mask * dy, with the mask drawn again. With a ReLU, dx = dy/(1-p) where y > 0, else 0, without the mask.
+Saved: rng; with a ReLU y instead, which the matrix product after it saves in any case.
 
-Source: Srivastava et al. 2014 (JMLR 15), scaled as it drops.
+Source: Srivastava et al. 2014 (JMLR 15), with the scale applied in training.
 """
 
 from __future__ import annotations
@@ -86,10 +86,10 @@ def dropout(
 
     Args:
         x: (..., cols), floating point, any strides (a unit last one saves a copy).
-        p: probability of dropping an element; what stays is multiplied by 1/(1-p). 0 without relu: x itself.
+        p: probability of dropping an element; a kept one is multiplied by 1/(1-p). With p = 0 and no relu, y is x.
         rng: int64 (2,), (seed, step), on the device; None draws from torch's generator. See fastlm.ops._random.
-        site: number of this call site, so that two dropouts of one step differ.
-        relu: whether a ReLU comes first; its result is not kept.
+        site: number of this call site; it makes the dropouts of one step differ.
+        relu: whether a ReLU comes first; its result is not stored.
         backend: "auto", "reference", "cpu", "triton".
 
     Returns y, like x. Raises ValueError for a wrong shape, dtype or device, and for a named backend that cannot run.

@@ -3,13 +3,13 @@
     h = word[input_ids] + position[positions] + token_type[token_type_ids]
     y = dropout(LN(h)),   LN(h) = (h - mean(h)) * rstd * weight + bias,   rstd = 1 / sqrt(var(h) + eps)
 
-over the last dimension, statistics in float32. What is not given is left out: the position or type row, and LN where
-there is no weight (GPT-2, T5). Dropout comes last, as in BERT: after the norm, where layer_norm's comes before it.
+over the last dimension, statistics in float32. A table that is not given adds nothing; without a weight there is no LN
+(GPT-2, T5). Dropout comes after the norm, as in BERT's embeddings; in layer_norm it comes before the norm.
 
-Backward reads the tables again; with x̂ = (h - mean) rstd and g = dropout mask * dy * weight:
+Backward reads the tables again. With x̂ = (h - mean) rstd and g = dropout mask * dy * weight:
     dh = rstd (g - mean(g) - x̂ mean(g x̂));   dweight = Σ mask dy x̂;   dbias = Σ mask dy
     dword[v] = Σ dh over the tokens of id v, in the order of the tokens (0 for padding_idx); the other tables likewise
-With `sparse` dword is not summed: dh are its rows, the ids their places.
+With `sparse`, dword is not summed: it is a sparse tensor with the rows dh at the ids.
 Saved: the ids and the tables, mean and rstd, (tokens,) float32.
 
 Source: Devlin et al. 2018 (arXiv:1810.04805), figure 2.
@@ -59,7 +59,7 @@ def embedding_reference(
 
 
 class Lookup(NamedTuple):
-    """The tables, (.., cols), and the row of each that a token takes: ids int64, like input_ids."""
+    """The tables, (.., cols), and for each the row that a token takes: ids int64, like input_ids."""
 
     input_ids: torch.Tensor
     word: torch.Tensor
@@ -78,7 +78,7 @@ class Lookup(NamedTuple):
 
     @property
     def period(self) -> int:
-        """Token t takes row t % period of `position` where there are no positions."""
+        """Without positions, token t takes row t % period of `position`."""
         return max(1, self.input_ids.shape[-1])
 
 
@@ -113,7 +113,7 @@ class Saved(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """Which gradients of the tables are wanted; the others are empty."""
+    """Which gradients of the tables are needed; the others are empty."""
 
     dword: bool
     dposition: bool
@@ -186,7 +186,7 @@ _registry.differentiable("embedding_fwd", _save, _backward, constant=("mean", "r
 
 
 def check_ids(lookup: Lookup) -> None:
-    """ValueError for an id outside its table, where looking costs no synchronisation."""
+    """ValueError for an id outside its table, if checking needs no synchronisation."""
     names = ("input_ids", "word"), ("positions", "position"), ("token_type_ids", "token_type")
     for (name, table_name), ids, table in zip(names, lookup.ids, lookup.tables):
         if ids is not None:
@@ -221,22 +221,23 @@ def embedding(
         word: (vocabulary, cols), floating point.
         position: (places, cols), or None for no position rows.
         token_type: (types, cols), or None for no type rows.
-        positions: like input_ids. Default: the column for (B, S); for packed tokens they have to be given.
+        positions: like input_ids. Default: the column for (B, S); required for packed tokens.
         token_type_ids: like input_ids. Default: 0 for every token.
         weight, bias: (cols,), the norm's parameters; any floating-point dtype. weight None: no norm.
         eps: added to the variance.
         dropout_p: probability of dropping an element of y; the kept ones are scaled by 1/(1-p).
         rng: int64 (2,), (seed, step), on the device; None draws from torch's generator. See fastlm.ops._random.
-        site: number of this call site, so that two dropouts of one step differ.
+        site: number of this call site; it makes the dropouts of one step differ.
         padding_idx: the id whose row of `word` gets no gradient, as in F.embedding; negative counts from the end.
-        sparse: the gradient of `word` is a sparse COO tensor, as F.embedding's: uncoalesced, a row for each token,
-            those of padding_idx zeros or left out. Not on backend "triton".
+        sparse: the gradient of `word` is a sparse COO tensor, as in F.embedding: uncoalesced, with a row for each
+            token. The rows of padding_idx are zero or left out. Not on backend "triton".
         backend: "auto", "reference", "cpu", "triton".
 
     Returns y, input_ids.shape + (cols,), in the tables' dtype (the promoted one where they differ).
-    The tables' gradients are dense but for `sparse`, and the same bits from run to run and for any number of threads.
-    Raises ValueError for a wrong shape, dtype or device, and for a named backend that cannot run. An id outside its
-    table is a ValueError on the CPU; on a device, where looking would stall, it is undefined, as in F.embedding.
+    The gradients of the tables are dense except with `sparse`. They have the same bits in every run and for any number
+    of threads. Raises ValueError for a wrong shape, dtype or device, and for a named backend that cannot run. An id
+    outside its table is a ValueError on the CPU. On a device, where the check would stall, it is undefined, as in
+    F.embedding.
     """
     _checks.is_tensor("input_ids", input_ids, dtypes=(torch.int64, torch.int32))
     if input_ids.dim() not in (1, 2):

@@ -1,4 +1,4 @@
-"""gelu, with a bias added before it and a gate multiplied after it, in one pass.
+"""gelu, with an optional bias added before it and an optional gate multiplied after it, in one pass.
 
     h = x + bias;   y = gelu(h) * gate
     "none":  gelu(h) = h Φ(h) = h/2 (1 + erf(h/√2))
@@ -50,7 +50,7 @@ class BackwardArgs(NamedTuple):
 
 class Gradients(NamedTuple):
     dx: torch.Tensor  # like x
-    dbias: torch.Tensor  # (cols,) float32; empty where it is not wanted
+    dbias: torch.Tensor  # (cols,) float32; empty if it is not needed
     dgate: torch.Tensor  # like x; empty without a gate
 
 
@@ -100,7 +100,7 @@ def gelu(
     Args:
         x: (..., cols), floating point, any strides (a unit last one saves a copy).
         bias: (cols,), or None; added to x, not to the gate. Any floating-point dtype: it does not promote x.
-        gate: like x, or None: the linear half of a gated MLP. Where its dtype differs from x's, both are promoted.
+        gate: like x, or None: the linear half of a gated MLP. If its dtype differs from x's, both are promoted.
         approximate: "none" (erf) or "tanh", as in F.gelu.
         backend: "auto", "reference", "cpu", "triton".
 

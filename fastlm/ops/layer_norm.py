@@ -1,15 +1,15 @@
-"""layer_norm and rms_norm, with the residual addition and the dropout before them in one pass.
+"""layer_norm and rms_norm, each in one pass with the dropout and the residual addition before it.
 
     h = residual + dropout(x)
     layer_norm:  y = (h - mean(h)) * rstd * weight + bias,   rstd = 1 / sqrt(mean((h - mean(h))^2) + eps)
     rms_norm:    y = h * rstd * weight,                      rstd = 1 / sqrt(mean(h^2) + eps)
 
-over the last dimension; statistics in float32. h is rounded to its dtype first, so y belongs to the h that is returned.
+over the last dimension, statistics in float32. h is rounded to its dtype first, so y is the norm of the returned h.
 
 Backward, with x̂ = (h - mean) rstd and g = dy * weight:
     dh = rstd (g - mean(g) - x̂ mean(g x̂)) + (gradient of the returned h);   rms_norm has no mean(g)
     dresidual = dh;   dx = dropout mask * dh;   dweight = Σ dy x̂;   dbias = Σ dy
-Saved: h (x itself where there is neither residual nor dropout), mean and rstd, (rows,) float32.
+Saved: h (x if there is neither residual nor dropout), mean and rstd, (rows,) float32.
 
 Sources: Ba, Kiros, Hinton 2016 (arXiv:1607.06450); Zhang, Sennrich 2019 (arXiv:1910.07467).
 """
@@ -64,7 +64,7 @@ class Args(NamedTuple):
 
 class Outputs(NamedTuple):
     y: torch.Tensor  # like x
-    h: torch.Tensor  # like x; empty where it would equal x
+    h: torch.Tensor  # like x; empty if it would equal x
     mean: torch.Tensor  # (rows,) float32; empty for rms
     rstd: torch.Tensor  # (rows,) float32
 
@@ -159,7 +159,7 @@ def _norm(op, x, weight, bias, eps, residual, dropout_p, rng, site, return_resid
     _checks.probability("dropout_p", dropout_p)
     _checks.is_rng(rng, site, device)
 
-    if bias is not None and weight is None:  # the kernels have no such form
+    if bias is not None and weight is None:  # the kernels do not support this
         weight = torch.ones_like(bias)
     if dropout_p and philox.threshold(dropout_p) == 0:  # p < 2^-32 drops nothing
         dropout_p = 0.0
@@ -201,11 +201,11 @@ def layer_norm(
         x: (..., cols), floating point, any strides (a unit last one saves a copy).
         weight, bias: (cols,) or None.
         eps: added to the variance.
-        residual: like x, or None. Where its dtype differs from x's, both are promoted.
+        residual: like x, or None. If its dtype differs from x's, both are promoted.
         dropout_p: probability of dropping an element of x; the kept ones are scaled by 1/(1-p).
         rng: int64 (2,), (seed, step), on x's device; None draws from torch's generator. See fastlm.ops._random.
-        site: number of this call site, so that two dropouts of one step differ.
-        return_residual: return (y, h); gradients through h are added.
+        site: number of this call site; it makes the dropouts of one step differ.
+        return_residual: return (y, h); a gradient through h is included.
         backend: "auto", "reference", "cpu", "triton", "cuda".
 
     Returns y, like x (float32 under CUDA autocast, as F.layer_norm); with `return_residual`, (y, h).

@@ -1,27 +1,29 @@
-"""linear_cross_entropy: cross_entropy(hidden @ weightᵀ + bias, target) whose logits never exist as a whole.
+"""linear_cross_entropy: cross_entropy(hidden @ weightᵀ + bias, target), without all logits in memory at once.
 
-The rows of hidden (N, D) are taken in chunks. A chunk's logits (rows, V) are a matrix product of the platform's BLAS
-into one buffer that every chunk reuses; fastlm's cross_entropy turns them into loss and gradient in place. The maths
-of a row stand in fastlm/ops/cross_entropy.py; with G = dlogits,
+The rows of hidden (N, D) are processed in chunks. The BLAS computes the logits (rows, V) of a chunk into a buffer that
+all chunks reuse. cross_entropy of fastlm turns them into loss and gradient in place. The maths of a row is in
+fastlm/ops/cross_entropy.py. With G = dlogits,
 
     dhidden = G weight,   dweight = Gᵀ hidden,   dbias = Σ_rows G
 
-For "mean" and "sum" the forward computes these, where they are needed, while a chunk's logits are at hand, and
-backward multiplies them by dloss: three matrix products for a step, as without chunks. For "none", dloss differs from
-row to row: the forward keeps nothing but its inputs, and backward computes the logits again, a fourth product.
+For "mean" and "sum" the forward computes the needed gradients together with each chunk's logits, and backward
+multiplies them by dloss: three matrix products a step, as without chunks. For "none", dloss differs from row to row:
+the forward saves only its inputs, and backward computes the logits again, a fourth product.
 
-Chunks are of equal size: on a CPU half of the rows, in bfloat16 a quarter, but at most 512, and no fewer than 256 where
-there are as many. Fewer rows a chunk cost time, since each chunk packs the weight for the BLAS twice, and reads and
-writes the whole weight gradient: 1024 rows of BERT's head take, in one chunk, in two of 512, in four, in sixteen, 480,
-500, 541 and 792 ms in float32, and 304, 283, 311 and 517 in bfloat16 (two Sapphire Rapids cores).
-On a GPU they are a quarter of the rows, at most 4096 and at least 1024, in multiples of 128: at 600 TFLOP/s and 3 TB/s
-reading and writing the weight gradient in float32 takes the time of the products of 267 rows, a quarter of a chunk of
-1024 and 7% of one of 4096. Where the classes of a row do not end on 16 bytes (30522, 50257), the weight is copied there
-with rows of zeros behind it, V D elements, since the BLAS has slow products alone for such shapes.
-The weight gradient is summed over the chunks in float32: on a GPU the product adds to it. With bfloat16 on the CPU,
-where torch has no product of bfloat16 matrices with a float32 result, G and the chunk's hidden are widened for that
-product, a few classes at a time; the other products stay bfloat16, as F.linear's. oneDNN computes those in a float32
-copy of the chunk, hence the smaller chunks.
+All chunks have the same size. On a CPU a chunk has half of the rows, or a quarter in bfloat16, but at most 512, and at
+least 256 if there are that many. Smaller chunks cost time, since each chunk packs the weight for the BLAS twice, and
+reads and writes the whole weight gradient. 1024 rows of BERT's head in 1, 2, 4 and 16 chunks take 480, 500, 541 and
+792 ms in float32, and 304, 283, 311 and 517 ms in bfloat16 (two Sapphire Rapids cores).
+
+On a GPU a chunk has a quarter of the rows, at most 4096 and at least 1024, in multiples of 128. At 600 TFLOP/s and
+3 TB/s, reading and writing the weight gradient in float32 takes the time of the products of 267 rows: a quarter of a
+chunk of 1024 and 7% of one of 4096. If the bytes of a row of classes are not a multiple of 16 (30522, 50257), a copy of
+the weight (V D elements) is padded with rows of zeros, since the BLAS is slow for such shapes.
+
+The weight gradient is summed over the chunks in float32. On a GPU the matrix product adds to it. On the CPU, torch has
+no product of bfloat16 matrices with a float32 result: G and the chunk's hidden are converted to float32 for that
+product, a few classes at a time. The other products stay bfloat16, as in F.linear. oneDNN computes them in a float32
+copy of the chunk, so the chunks are smaller.
 
 Sources: Hsu et al. 2024 (arXiv:2410.10989, Liger Kernel) for gradients in the forward, chunk by chunk;
 Wijmans et al. 2024 (arXiv:2411.09009) for the memory that logits take.
@@ -87,7 +89,7 @@ class Inputs(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """Which gradients are wanted; the others are empty."""
+    """Which gradients are needed; the others are empty."""
 
     dhidden: bool
     dweight: bool
@@ -119,7 +121,7 @@ class Gradients(NamedTuple):
 
 
 class Saved(NamedTuple):
-    inputs: Inputs  # their tensors for "none" alone
+    inputs: Inputs  # with tensors for "none" only
     gradients: Gradients  # for the other reductions
     wanted: Wanted
 
@@ -191,25 +193,25 @@ def linear_cross_entropy(
     reduction: str = "mean",
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Cross-entropy of the logits hidden @ weightᵀ + bias, which never exist as a whole.
+    """Cross-entropy of the logits hidden @ weightᵀ + bias, without all logits in memory at once.
 
     Args:
         hidden: (..., D), floating point.
-        weight: (V, D), in hidden's dtype: the output projection, an embedding table where that is tied.
+        weight: (V, D), in hidden's dtype: the output projection, or a tied embedding table.
         target: int64 (...), as of cross_entropy.
         bias: (V,) in hidden's dtype, or None.
         class_weight: (V,) floating point or None; cross_entropy's `weight`.
         ignore_index, label_smoothing, z_loss, reduction: as of cross_entropy.
         backend: "auto", "reference" (the logits exist), "cpu", "triton", "cuda".
 
-    Gradients are computed in the forward, chunk by chunk, and scaled in backward ("none": computed in backward).
-    Beyond them the memory of a chunk of logits is taken: on a CPU of half of the rows, in bfloat16 of a quarter, with a
-    float32 copy of it, but of 512 at most and 256 at least; on a GPU of a quarter of the rows, 4096 at most and 1024 at
-    least. For bfloat16 a float32 copy of the weight gradient comes to that.
+    The forward computes the gradients, chunk by chunk; backward scales them ("none": backward computes them). Beyond
+    the gradients it needs memory for a chunk of logits. On a CPU a chunk has half of the rows (bfloat16: a quarter,
+    with a float32 copy of it), at most 512 and at least 256; on a GPU a quarter of the rows, at most 4096 and at least
+    1024. For bfloat16 it also needs a float32 copy of the weight gradient.
 
-    Returns the loss, of target's shape for "none", else a scalar; in hidden's dtype, float32 for bfloat16 and float16
-    under autocast, which casts hidden, weight and bias as it would for F.linear.
-    Raises ValueError as cross_entropy does, and for dtypes of hidden, weight and bias that differ outside of autocast.
+    Returns the loss, of target's shape for "none", else a scalar. It has hidden's dtype, or float32 for bfloat16 and
+    float16 under autocast. Autocast casts hidden, weight and bias as for F.linear.
+    Raises ValueError as cross_entropy does, and outside of autocast if hidden, weight and bias differ in dtype.
     On a device, a target outside the vocabulary makes the loss and the gradients NaN.
     """
     _checks.is_float("hidden", hidden)

@@ -1,6 +1,6 @@
 """mlm_mask: masked-language-model targets, as a pure function of (seed, epoch, sample, position).
 
-A sample is one document piece with its own special tokens; position counts from 0 in it. For every token
+A sample is one piece of a document, with special tokens; position counts from 0 within it. For every token
 
     r0, r1, r2, _ = Philox4x32-10(counter = (position, epoch, sample low 32, sample high 32), key(seed, MASK_DOMAIN))
 
@@ -10,13 +10,13 @@ A sample is one document piece with its own special tokens; position counts from
                                                                     ids and mask_token_id, j = (r2 · how many) >> 32
                else                                                 by itself
 
-so a token's mask depends neither on the batch it is in, nor on the backend, the number of ranks or a resume.
-Of every counter word the low 32 bits are taken; mask_replace + random_replace is rounded to float64 before the floor.
+The mask of a token does not depend on its batch, the backend, the number of ranks or a resume.
+Each counter word is the low 32 bits of its value; mask_replace + random_replace is rounded to float64 before the floor.
 
-Whole words (`word_starts`): selection takes the r0 of the word's first token; r1 and r2 stay each token's own.
-A token starts a word where word_starts says so, and in any case as the first of a row or of a sample (its sample id
-or epoch is not that of the token before), and after a special token. So a special token ends a word, and a word does
-not cross rows.
+Whole words (`word_starts`): all tokens of a word are selected by the r0 of the first one; r1 and r2 are drawn for each
+token. A token starts a word if word_starts is True for it, if it is the first of a row or of a sample (its sample id or
+epoch differs from that of the token before), or if it follows a special token. So a special token ends a word, and a
+word does not cross rows.
 
 Nothing is saved and nothing is differentiable. Sources: Devlin et al. 2018 (arXiv:1810.04805), section 3.1, for the
 task and its 80/10/10; Salmon et al. 2011 for Philox.
@@ -40,10 +40,10 @@ _LOW32 = 0xFFFFFFFF
 
 
 class MaskedTokens(NamedTuple):
-    """What `mlm_mask` returns; all int64, on the device of its input.
+    """The result of `mlm_mask`; all int64, on the device of the input.
 
     input_ids: like the input, selected tokens replaced.
-    labels: like the input: the original id where selected, -100 elsewhere.
+    labels: like the input: the original id of a selected token, -100 for the others.
     index: (capacity,) the first selected positions of the flattened input, ascending; then 0.
     targets: (capacity,) the original ids at `index`; then -100.
     count: () how many tokens are selected, even where that exceeds the capacity.
@@ -57,7 +57,7 @@ class MaskedTokens(NamedTuple):
 
 
 def default_capacity(tokens: int, mlm_probability: float, whole_words: bool = False) -> int:
-    """Mean + 6σ of the number of selected tokens, rounded up to 128, at most `tokens`; all of them for whole words."""
+    """Mean + 6σ of the number of selected tokens, rounded up to 128, at most `tokens`. For whole words: `tokens`."""
     if whole_words:  # one draw selects many tokens: the spread is not that of independent ones
         return tokens
     sigma = math.sqrt(tokens * mlm_probability * (1.0 - mlm_probability))
@@ -115,7 +115,7 @@ def mlm_mask_reference(
         r0 = r0.flatten()[first].view(shape)
     selected = ~special & (r0 < philox.threshold(mlm_probability))
 
-    # The j-th id that is left: j, plus one for every id left out that is not above it, in ascending order.
+    # The j-th of the remaining ids: j, plus one for every left-out id that is not above it, in ascending order.
     left_out = sorted({*special_ids, mask_token_id})
     random_ids = (r2 * (vocab_size - len(left_out))) >> 32
     for left in left_out:
@@ -141,11 +141,11 @@ class Args(NamedTuple):
     sample_ids: torch.Tensor | None  # like input_ids, any strides; so are positions and epochs
     positions: torch.Tensor | None
     epochs: torch.Tensor | None
-    epoch: int  # of every token, where there are no epochs
+    epoch: int  # of every token, if epochs is None
     special_tokens_mask: torch.Tensor | None  # like input_ids, bool
     word_starts: torch.Tensor | None  # like input_ids, bool
     special_ids: list[int]  # sorted and unique
-    left_out: list[int]  # the special ids and the mask's, sorted and unique: never drawn as a replacement
+    left_out: list[int]  # special_ids and the mask id, sorted and unique: never drawn as a replacement
     mask_token_id: int
     vocab_size: int
     seed: int  # signed
@@ -180,7 +180,7 @@ def _integer(name, value, low, high):
 
 
 def _integers(name, value, input_ids, *, per_row):
-    """Checks a tensor of integers that is like input_ids (or, `per_row`, has one number per row); as int64."""
+    """Checks a tensor of integers, like input_ids or, with `per_row`, one number per row; returns it as int64."""
     _checks.is_tensor(name, value, device=input_ids.device, dtypes=(torch.int64, torch.int32))
     rows = input_ids.shape[:1] if per_row and input_ids.dim() == 2 else input_ids.shape
     if value.shape not in (input_ids.shape, rows):
@@ -220,21 +220,21 @@ def mlm_mask(
         sample_ids: int64, one per row (B,) or per token; which document piece a token is of. Default: the row number
             (0 for packed tokens, which are one row).
         positions: int64 like input_ids, the position within the sample. Default: the column.
-        special_tokens_mask: bool like input_ids, True where a token is not to be selected; then special_ids does not
-            decide that, only what is drawn.
-        mlm_probability: of a token's being selected.
-        mask_replace_prob, random_replace_prob: of a selected token's becoming [MASK], or a random id; together at
-            most 1. The rest stays.
+        special_tokens_mask: bool like input_ids, True for a token that must not be selected. special_ids then decides
+            only which ids are drawn.
+        mlm_probability: the probability that a token is selected.
+        mask_replace_prob, random_replace_prob: the probabilities that a selected token becomes [MASK], or a random id;
+            together at most 1. The other selected tokens stay.
         word_starts: bool like input_ids, True where a word starts: whole words are selected.
         capacity: length of `index` and `targets`. Default: mean + 6σ of the count for these probabilities, rounded up
             to 128, at most all tokens; all tokens for whole words.
         backend: "auto", "reference", "cpu", "triton", "cuda".
 
-    Returns MaskedTokens(input_ids, labels, index, targets, count), see there. `capacity` changes neither input_ids,
-    labels nor count: a count above it says how many are missing from index.
+    Returns MaskedTokens(input_ids, labels, index, targets, count). `capacity` does not change input_ids, labels or
+    count; if count exceeds it, index lacks the difference.
     Raises ValueError for a wrong shape, dtype, device or range, and for a named backend that cannot run. An id outside
-    [0, vocab_size) in input_ids is a ValueError on the CPU; on a device, where looking would stall, it is a token like
-    any other. No host synchronisation.
+    [0, vocab_size) in input_ids is a ValueError on the CPU. On a device, where the check would stall, it is treated as
+    any other token. No host synchronisation.
     """
     _checks.is_tensor("input_ids", input_ids, dtypes=(torch.int64, torch.int32))
     if input_ids.dim() not in (1, 2):

@@ -1,1 +1,1 @@
-"""The CPU C++ column: from an op's arguments to csrc/cpu/<op>.cpp, one file a page."""
+"""The adapters of the backend "cpu": from an op's arguments to csrc/cpu/<op>.cpp, one file per page."""

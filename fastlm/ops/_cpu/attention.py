@@ -19,7 +19,7 @@ from fastlm.ops.attention import (
 
 
 def _shared(args: Args, lse: torch.Tensor) -> dict:
-    """What forward and backward take alike."""
+    """The keyword arguments that forward and backward share."""
     check_cu_seqlens(args)
     q, k, v, starts = unit_stride(args.q), unit_stride(args.k), unit_stride(args.v), args.starts
     return {

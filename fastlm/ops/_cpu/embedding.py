@@ -21,7 +21,7 @@ from fastlm.ops.embedding import (
 
 def _lookups(lookup: Lookup) -> list[tuple]:
     """(table, ids, stride, period) of each table, csrc/cpu/embedding.h's Lookup."""
-    periods = 1, lookup.period, 1  # of the positions and types that are not given
+    periods = 1, lookup.period, 1  # used for the positions and types that are not given
     tables, ids = map(as_rows, lookup.tables), map(contiguous, lookup.ids)
     return [(table, i, row_stride(table), period) for table, i, period in zip(tables, ids, periods)]
 
@@ -47,7 +47,7 @@ def embedding_fwd(args: Args) -> Outputs:
 
 
 def embedding_bwd(args: BackwardArgs) -> Gradients:
-    """The kernel adds to float32 gradients; `dh`, a token's own, is `sparse`'s gradient of word."""
+    """The kernel adds to float32 gradients. `dh` has the gradient of each token, which is word's if `sparse`."""
     saved, lookup, wanted, out = args.saved, args.saved.lookup, args.wanted, empty_backward(args)
     word, tokens, cols, dy = lookup.word, lookup.input_ids.numel(), lookup.word.shape[1], as_rows(args.dy)
     summed = wanted.dword and not saved.sparse, wanted.dposition, wanted.dtoken_type

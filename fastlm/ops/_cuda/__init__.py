@@ -1,1 +1,1 @@
-"""The CUDA C++ column: from an op's arguments to csrc/cuda/<op>.cu, one file a page."""
+"""The adapters of the backend "cuda": from an op's arguments to csrc/cuda/<op>.cu, one file per page."""

@@ -9,7 +9,7 @@ from fastlm.ops import _random
 from fastlm.ops._shapes import as_float, contiguous, sequence_strides, unit_stride
 from fastlm.ops.attention import Args, BackwardArgs, Gradients, Outputs, empty_backward, empty_forward
 
-_NO_LIMIT = 2**30  # of a window: past any sequence, and its sums with an index stay in 32 bits
+_NO_LIMIT = 2**30  # of a window: longer than any sequence, and its sums with an index fit 32 bits
 
 
 def limit(q, **features) -> str | None:
@@ -41,7 +41,7 @@ def _bias(args: Args, place: _native.Place) -> torch.Tensor | None:
 
 
 def _shared(args: Args, place: _native.Place) -> dict:
-    """What forward and backward take alike."""
+    """The keyword arguments that forward and backward share."""
     q, k, far = args.q, args.k, args.starts[-1] if args.starts else 0
     return {
         "q": _rows(q),
@@ -84,7 +84,7 @@ def attention_fwd(args: Args) -> Outputs:
 def attention_bwd(args: BackwardArgs) -> Gradients:
     forward, gradients = args.forward, empty_backward(args)
     q = forward.q
-    if q.numel() == 0:  # nothing that a gradient could come from
+    if q.numel() == 0:  # no query, so all gradients are 0
         return Gradients(*(x.zero_() for x in gradients))
     module, dtype, place = _native.cuda(), _native.DTYPE_CODES[q.dtype], _native.cuda_place(q)
     shared, lse = _shared(forward, place), args.lse.contiguous()

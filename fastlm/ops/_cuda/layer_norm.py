@@ -11,7 +11,7 @@ from fastlm.ops.layer_norm import Args, BackwardArgs, Gradients, Outputs, empty_
 
 
 def _parameter(weight, x):
-    """A weight as the kernel reads it, float32 or of x's dtype; and whether it is float32."""
+    """(weight in float32 or x's dtype, as the kernel takes it; whether it is float32)."""
     if weight is None:
         return None, False
     if weight.dtype not in (x.dtype, torch.float32):

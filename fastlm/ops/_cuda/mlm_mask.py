@@ -9,7 +9,7 @@ from fastlm.ops._ranges import ranges, token_limit
 from fastlm.ops._shapes import contiguous, number_per_token
 from fastlm.ops.mlm_mask import Args, MaskedTokens, empty_outputs
 
-MOST_RANGES = 64  # kMaskRanges of csrc/cuda/mlm_mask.h: the kernel's parameters hold them
+MOST_RANGES = 64  # kMaskRanges of csrc/cuda/mlm_mask.h: they are in the kernel's parameters
 
 
 def limit(input_ids, special_ids=()) -> str | None:

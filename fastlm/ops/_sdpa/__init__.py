@@ -1,1 +1,1 @@
-"""torch's fused attention as a backend: a function of the page's arguments in plain torch, without a raw op."""
+"""The backend "sdpa": torch's fused attention, a plain torch function of the op's arguments, without a raw op."""

@@ -1,7 +1,7 @@
 """attention on torch's fused kernel, F.scaled_dot_product_attention.
 
-On the CPU "auto" takes it for the dtypes that the C++ kernel does not have, float16 and float64. Its time over the C++
-kernel's, one thread, medians of interleaved rounds, AVX-512 and AVX2, S = 128 to 2048, d = 32 to 128:
+On the CPU, "auto" chooses it for float16 and float64, which the C++ kernel does not take. Its time divided by that of
+the C++ kernel: one thread, medians of interleaved rounds, AVX-512 and AVX2, S = 128 to 2048, d = 32 to 128:
 
                              forward       with backward
     float32, square          0.8 to 1.1    0.9 to 1.2
@@ -9,7 +9,7 @@ kernel's, one thread, medians of interleaved rounds, AVX-512 and AVX2, S = 128 t
       half padded            1.3 to 1.7    1.4 to 1.8
     bfloat16                 0.9 to 1.5    3 to 8
 
-At S = 32 it takes 0.7 to 0.9 of the forward.
+At S = 32 the forward's ratio is 0.7 to 0.9.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def limit(q, *, packed=False, dropout=False, return_lse=False, bias_gradient=Fal
 
 
 def attention(args: Args) -> torch.Tensor:
-    """out, of padded input."""
+    """The output; the input is padded, not packed."""
     q, k, v, key_mask, table = args.q, args.k, args.v, args.key_mask, args.table
     window = args.window_left, args.window_right
     options = {"scale": args.softmax_scale, "enable_gqa": q.shape[2] != k.shape[2]}
@@ -43,7 +43,7 @@ def attention(args: Args) -> torch.Tensor:
         options["is_causal"] = True
     elif window != (-1, -1) or key_mask is not None or table is not None:
         mask, relative = visible_keys(q.shape[1], k.shape[1], None, None, key_mask, window, q.device)
-        # torch may give NaN for a row without keys: such a row sees every key, and its output is overwritten with 0.
+        # torch may give NaN for a row without keys. Such a row sees every key here; its output is overwritten with 0.
         empty = ~mask.any(-1, keepdim=True)
         mask, empty = (x[:, None] if x.dim() == 3 else x for x in (mask | empty, empty))
         if table is not None:

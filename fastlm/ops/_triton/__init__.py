@@ -1,1 +1,4 @@
-"""The Triton column: from an op's arguments to kernels/<op>.py, one file a page. Importing a file imports triton."""
+"""The adapters of the backend "triton": from an op's arguments to kernels/<op>.py, one file per page.
+
+Importing one of the files imports triton.
+"""

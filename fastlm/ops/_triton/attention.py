@@ -23,9 +23,10 @@ def limit(q, **features) -> str | None:
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
-    """x, or a contiguous copy where Triton would not see that its rows and heads begin on 16 bytes.
+    """x, or a contiguous copy if Triton cannot tell that rows and heads start on 16 bytes.
 
-    It sees it of strides that 16 divides. Else a load takes two bytes: slower than the copy, and a kernel of its own.
+    Triton can tell it of strides that 16 divides. For others it compiles another kernel, which loads two bytes at a
+    time and is slower than the copy.
     """
     strides = [stride for size, stride in zip(x.shape[:-1], x.stride()) if size > 1]
     seen = x.stride(-1) == 1 and not any(n % 16 for n in (*strides, x.data_ptr()))

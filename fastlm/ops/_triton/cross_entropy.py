@@ -41,8 +41,8 @@ class Losses(_losses.Losses):
 
 
 def _rows(x):
-    """A copy unless rows are aligned as in a contiguous tensor: which of them a thread adds up depends on it, and the
-    same logits give the same bits whatever their strides."""
+    """The rows of x, copied unless they are aligned as in a contiguous tensor. The alignment decides which columns a
+    thread adds up; with the copy, the same logits give the same bits whatever their strides."""
     x = as_rows(x)
     return x if kernels.aligned_alike(x, None) else x.clone(memory_format=torch.contiguous_format)
 
