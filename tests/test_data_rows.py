@@ -197,13 +197,6 @@ def test_the_order_is_the_designs(dataset):
     assert np.array_equal(rows, dataset.gather(np.array(expected))[0])
 
 
-def test_batch_moves(dataset):
-    batch = Batches(dataset, batch_rows=2, seed=1).at(0)
-    moved = batch.to("meta")
-    assert moved.input_ids.device.type == moved.cu_seqlens.device.type == "meta"
-    assert (moved.tokens, moved.max_seqlen) == (batch.tokens, batch.max_seqlen)
-
-
 def test_bad_arguments(dataset):
     with pytest.raises(ValueError, match="batch_rows: expected an integer of at least 1, got 0"):
         Batches(dataset, batch_rows=0, seed=0)

@@ -6,7 +6,7 @@ neither accumulation, nor the number of ranks, nor a resume changes what is trai
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -41,12 +41,6 @@ class Batch:
     epochs: torch.Tensor
     max_seqlen: int
     tokens: int
-
-    def to(self, device, non_blocking: bool = False) -> Batch:
-        """The batch with its tensors on `device`."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
-        return replace(self, **{name: value.to(device, non_blocking=non_blocking) for name, value in tensors.items()})
 
 
 class Batches:
