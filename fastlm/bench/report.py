@@ -164,7 +164,7 @@ def curves_note(rows: list[dict]) -> str:
 
 
 def not_run(missing: list[dict], left_out: list[dict] = ()) -> str:
-    """A line for each reason, with the contenders and where it holds; and one for what there was no time for."""
+    """A line for each reason, with its contenders, ops and steps; and one for the shapes left out for want of time."""
     reasons: dict[str, list[dict]] = {}
     for one in missing:
         reasons.setdefault(one["reason"], []).append(one)
@@ -175,7 +175,7 @@ def not_run(missing: list[dict], left_out: list[dict] = ()) -> str:
         if len(where) > 3:
             where = dict.fromkeys(one.get("recipe") or one["op"] for one in those)
         out += f"- not run in {', '.join(where)}: {', '.join(names)}: {reason}\n"
-    rest = ", ".join(f"{one['op']} {one['shape']}" for one in left_out)
+    rest = ", ".join(step_label({"recipe": one["op"], "shape": one["shape"]}) for one in left_out)
     return out + (f"- left out for want of time: {rest}\n" if rest else "")
 
 
