@@ -106,7 +106,7 @@ if [ $dry -eq 1 ]; then
 import importlib, sys
 failed = False
 for module in ("torch", "triton", "setuptools", "pybind11", "pytest", "fastlm.ops", "fastlm.models", "fastlm.train",
-               "fastlm.bench.profile"):
+               "fastlm.bench.ops", "fastlm.bench.training", "fastlm.bench.profile", "fastlm.bench.report"):
     try:
         importlib.import_module(module)
         print(f"  {module}: ok")
@@ -115,14 +115,6 @@ for module in ("torch", "triton", "setuptools", "pybind11", "pytest", "fastlm.op
         print(f"  {module}: {type(error).__name__}: {error}")
 sys.exit(failed)
 PY
-  for script in bench_ops bench_train report; do
-    if error=$($PYTHON benchmarks/$script.py --help 2>&1); then
-      echo "  benchmarks/$script.py: ok"
-    else
-      failed=1
-      echo "  benchmarks/$script.py: $(tail -n 1 <<<"$error")"
-    fi
-  done
   exit $failed
 fi
 

@@ -93,4 +93,4 @@ def test_a_wrong_contender_shows_in_the_exit_status(capsys):
     ],
 )
 def test_a_step_is_labelled_with_its_rows_and_length(recipe, shape, label):
-    assert training.step_label({"recipe": recipe, "shape": shape}) == label
+    assert training.step_label(recipe, shape) == label

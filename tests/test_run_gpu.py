@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -45,6 +46,14 @@ def test_dry_run_prints_the_plan_and_checks_the_imports():
     assert set(names[1:]) <= steps.STEPS.keys()
     assert "--stop-after 30" in plan["train"]
     assert files() == before
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "benchmarks").glob("*.py")))
+def test_a_script_is_the_main_of_a_module_and_names_itself(script):
+    """The scripts are thin: usage in the docstring, and a main of fastlm/bench."""
+    found = runpy.run_path(str(ROOT / "benchmarks" / script))
+    assert found["main"].__module__.startswith("fastlm.bench.")
+    assert f"python benchmarks/{script}" in found["__doc__"]
 
 
 def test_dry_run_of_one_part_names_a_failing_import(tmp_path):

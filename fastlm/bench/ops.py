@@ -129,7 +129,7 @@ def lines(rows: list[dict]) -> list[str]:
         others = [r for r in rows if (r["shape"], r["pass"]) == (row["shape"], row["pass"]) and not is_ours(r)]
         peer = best_peer(row, rows)
         columns = (
-            f"{row['shape'][:44]:<44} {passes.label(row['op'], row['pass']):<7} {row['contender']:<17}",
+            f"{row['shape'][:44]:<44} {passes.label(row['op'], row['pass']):<19} {row['contender']:<17}",
             f"{row['ms'] * 1e3:10.1f} us ±{50 * row['ms_iqr'] / row['ms']:3.0f}%",
             f"{row['gbps']:8.1f} GB/s",
             f"{row['tflops']:8.3f} TFLOP/s" if row["tflops"] else " " * 16,

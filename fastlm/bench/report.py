@@ -115,7 +115,7 @@ def train_table(rows: list[dict]) -> str:
         ours = _contenders_of(row, rows).get("fastlm")
         out.append(
             [
-                f"{step_label(row)} {row['dtype']}, {row['threads']} threads",
+                f"{step_label(row['recipe'], row['shape'])} {row['dtype']}, {row['threads']} threads",
                 row["contender"],
                 f"{row['tokens_per_s']:,.0f}",
                 f"{row['ms']:.1f} ±{50 * row['ms_iqr'] / row['ms']:.0f}%",
@@ -139,7 +139,7 @@ def train_summary(rows: list[dict]) -> str:
         shipped = others.get(SHIPPED)
         tuned = max((others[name] for name in TUNED if name in others), key=lambda r: r["tokens_per_s"], default=None)
         times = [f"{row['tokens_per_s'] / other['tokens_per_s']:.2f}" if other else "" for other in (shipped, tuned)]
-        step = f"{step_label(row)}, {row['dtype']}, {row['threads']} threads"
+        step = f"{step_label(row['recipe'], row['shape'])}, {row['dtype']}, {row['threads']} threads"
         out.append([step, f"{row['tokens_per_s']:,.0f}", *times, _percent(row.get("of_bound"))])
     return _table(["training step", "tokens/s", "× as shipped", "× tuned", "of the bound"], out)
 
@@ -164,7 +164,7 @@ def curves_note(rows: list[dict]) -> str:
 
 
 def not_run(missing: list[dict], left_out: list[dict] = ()) -> str:
-    """A line for each reason, with the contenders and where it holds; and one for what there was no time for."""
+    """A line for each reason, with its contenders, ops and steps; and one for the shapes left out for want of time."""
     reasons: dict[str, list[dict]] = {}
     for one in missing:
         reasons.setdefault(one["reason"], []).append(one)
@@ -175,7 +175,7 @@ def not_run(missing: list[dict], left_out: list[dict] = ()) -> str:
         if len(where) > 3:
             where = dict.fromkeys(one.get("recipe") or one["op"] for one in those)
         out += f"- not run in {', '.join(where)}: {', '.join(names)}: {reason}\n"
-    rest = ", ".join(f"{one['op']} {one['shape']}" for one in left_out)
+    rest = ", ".join(step_label(one["op"], one["shape"]) for one in left_out)
     return out + (f"- left out for want of time: {rest}\n" if rest else "")
 
 

@@ -47,17 +47,16 @@ def row(recipe: Recipe, inputs: StepInputs, time: StepTime, threads: int | None)
     }
 
 
-def step_label(row: dict) -> str:
-    """A step with its rows and length, which the name of a recipe alone does not have: "bert-mini 64x128"."""
-    named = row["recipe"].removesuffix("-text").endswith(f"-{row['shape']}") or row["recipe"] in STEPS
-    return row["recipe"] if named else f"{row['recipe']} {row['shape']}"
+def step_label(name: str, shape: str) -> str:
+    """A step with its rows and length: the name of a fixed step has them, a recipe's does not ("bert-mini 64x128")."""
+    return name if name in STEPS else f"{name} {shape}"
 
 
 def plot_rates(path: Path, rows: list[dict], title: str) -> None:
     """A bar for each contender, grouped by step, dtype and threads."""
     steps: dict[str, dict[str, float]] = {}
     for row in rows:
-        name = f"{step_label(row)}\n{row['dtype']}, {row['threads']} threads"
+        name = f"{step_label(row['recipe'], row['shape'])}\n{row['dtype']}, {row['threads']} threads"
         steps.setdefault(name, {})[row["contender"]] = row["tokens_per_s"]
     results.plot_steps(path, steps, title=title)
 
@@ -124,7 +123,7 @@ def main(arguments=None, *, compare: Callable[..., list[StepTime]] = compare_ste
     for name, threads in itertools.product(args.recipe, args.threads):
         recipe, inputs = args.steps[name]
         if args.stop_after is not None and clock.now() - began > args.stop_after:
-            console.print(f"left out after {args.stop_after:g} s: {name} {inputs.shape}")
+            console.print(f"left out after {args.stop_after:g} s: {step_label(name, inputs.shape)}")
             left_out.append({"op": name, "shape": inputs.shape})
             continue
         with Console(stderr=True).status(f"{name}: {len(args.contenders)} contenders"):  # on a terminal
@@ -138,7 +137,7 @@ def main(arguments=None, *, compare: Callable[..., list[StepTime]] = compare_ste
                 threads=threads,
                 curve=args.curve,
             )
-        title = f"{recipe.name} {inputs.shape}, {inputs.tokens} tokens, {recipe.train.dtype}, {args.device}"
+        title = f"{step_label(recipe.name, inputs.shape)}, {inputs.tokens} tokens, {recipe.train.dtype}, {args.device}"
         title += f", {threads} thread{'s'[: threads > 1]}" if threads else ""
         console.print(table(times, title=title))
         curves[title] = [time for time in times if not time.missing]
