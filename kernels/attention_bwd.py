@@ -253,13 +253,13 @@ def _dq(
     rows = (b * heads + head) * sq
     lse = tl.load(lse_ptr + rows + row, mask=in_row, other=0.0)
     delta = tl.load(delta_ptr + rows + row, mask=in_row, other=0.0)
-    k_ptrs, v_ptrs = row_ptrs(k, b, head // group, n, col), row_ptrs(v, b, head // group, n, col)
     plan, seen = plan_of_queries(features, sequences, sq, sk, b, row, m0, left, right, far, far_right, BLOCK_N)
     if HAS_BIAS:
         bias = head_bias(features.bias_ptr, head, far, far_right)
     if DROPOUT:
         drop = make_drop(features.rng_ptr, site, threshold)
     sequence_head = (seen.sequence if PACKED else b) * heads + head
+    k_ptrs, v_ptrs = row_ptrs(k, b, head // group, n, col), row_ptrs(v, b, head // group, n, col)
     scale, dropout_scale = features.scale, features.dropout_scale
     q_tile, qk_scale, unit = scaled(q_tile, scale, FLOAT32)
     lse *= unit
