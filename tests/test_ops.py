@@ -13,6 +13,13 @@ GRADCHECK = [
 ]
 
 
+@pytest.mark.parametrize("case", CASES.values(), ids=lambda case: case.op)
+def test_kinds_miss_nothing(case):
+    kinds = case.kinds()
+    assert kinds[0] == case.tests[0]
+    assert set().union(*(v.words() for v in kinds)) == set().union(*(v.words() for v in case.tests))
+
+
 @pytest.fixture
 def only(request):
     """The backend named on the command line, or None."""
