@@ -196,6 +196,40 @@ def check_ids(lookup: Lookup) -> None:
 # ---- public
 
 
+def _check_lookup(lookup: Lookup) -> None:
+    input_ids, word, position, token_type, positions, token_type_ids = lookup
+    _checks.is_tensor("input_ids", input_ids, dtypes=(torch.int64, torch.int32))
+    if input_ids.dim() not in (1, 2):
+        raise ValueError(f"input_ids: expected (B, S) rows or (T,) packed tokens, got shape {tuple(input_ids.shape)}")
+    _checks.is_float("word", word, device=input_ids.device, shape=(None, None))
+    cols = word.shape[1]
+    if cols == 0:
+        raise ValueError(f"word: expected (vocabulary, cols) with cols > 0, got shape {tuple(word.shape)}")
+    tables = (
+        ("position", position, positions, "positions"),
+        ("token_type", token_type, token_type_ids, "token_type_ids"),
+    )
+    for name, table, ids, ids_name in tables:
+        if table is not None:
+            _checks.is_float(name, table, device=word.device, shape=(None, cols))
+        if ids is not None:
+            if table is None:
+                raise ValueError(f"{ids_name}: given without its table; give `{name}` too, or leave both out")
+            _checks.is_tensor(
+                ids_name, ids, device=word.device, dtypes=(torch.int64, torch.int32), shape=input_ids.shape
+            )
+    if position is not None and positions is None:
+        if input_ids.dim() == 1:
+            raise ValueError("positions: expected like input_ids for packed tokens, (T,), got None")
+        if input_ids.shape[1] > position.shape[0]:
+            raise ValueError(
+                f"position: expected at least {input_ids.shape[1]} rows for input_ids of shape "
+                f"{tuple(input_ids.shape)}, got {position.shape[0]}"
+            )
+    if token_type is not None and token_type.shape[0] == 0:
+        raise ValueError("token_type: expected at least one row, got none")
+
+
 def embedding(
     input_ids: torch.Tensor,
     word: torch.Tensor,
@@ -239,36 +273,9 @@ def embedding(
     outside its table is a ValueError on the CPU. On a device, where the check would stall, it is undefined, as in
     F.embedding.
     """
-    _checks.is_tensor("input_ids", input_ids, dtypes=(torch.int64, torch.int32))
-    if input_ids.dim() not in (1, 2):
-        raise ValueError(f"input_ids: expected (B, S) rows or (T,) packed tokens, got shape {tuple(input_ids.shape)}")
-    _checks.is_float("word", word, device=input_ids.device, shape=(None, None))
+    lookup = Lookup(input_ids, word, position, token_type, positions, token_type_ids)
+    _check_lookup(lookup)
     cols = word.shape[1]
-    if cols == 0:
-        raise ValueError(f"word: expected (vocabulary, cols) with cols > 0, got shape {tuple(word.shape)}")
-    tables = (
-        ("position", position, positions, "positions"),
-        ("token_type", token_type, token_type_ids, "token_type_ids"),
-    )
-    for name, table, ids, ids_name in tables:
-        if table is not None:
-            _checks.is_float(name, table, device=word.device, shape=(None, cols))
-        if ids is not None:
-            if table is None:
-                raise ValueError(f"{ids_name}: given without its table; give `{name}` too, or leave both out")
-            _checks.is_tensor(
-                ids_name, ids, device=word.device, dtypes=(torch.int64, torch.int32), shape=input_ids.shape
-            )
-    if position is not None and positions is None:
-        if input_ids.dim() == 1:
-            raise ValueError("positions: expected like input_ids for packed tokens, (T,), got None")
-        if input_ids.shape[1] > position.shape[0]:
-            raise ValueError(
-                f"position: expected at least {input_ids.shape[1]} rows for input_ids of shape "
-                f"{tuple(input_ids.shape)}, got {position.shape[0]}"
-            )
-    if token_type is not None and token_type.shape[0] == 0:
-        raise ValueError("token_type: expected at least one row, got none")
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None:
             _checks.is_float(name, parameter, device=word.device, shape=(cols,))
@@ -284,15 +291,13 @@ def embedding(
     dtype = word.dtype
     for table in (position, token_type):
         dtype = dtype if table is None else torch.promote_types(dtype, table.dtype)
-    word = word.to(dtype)
-    position = None if position is None else position.to(dtype)
-    token_type = None if token_type is None else token_type.to(dtype)
+    word, position, token_type = (None if t is None else t.to(dtype) for t in (word, position, token_type))
     backend = _registry.choose("embedding", backend, word)
     if sparse and backend == "triton":
         raise ValueError("sparse: expected False for backend triton, whose gradients are dense, got True")
     rng = _random.draw_rng(rng, dropout_p, word.device)
     if backend == "reference":
-        check_ids(Lookup(input_ids, word, position, token_type, positions, token_type_ids))
+        check_ids(lookup)
         return embedding_reference(
             input_ids,
             word,

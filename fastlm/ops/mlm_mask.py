@@ -189,6 +189,59 @@ def _integers(name, value, input_ids, *, per_row):
     return value.to(torch.int64)
 
 
+def _check_vocabulary(mask_token_id, vocab_size, special_ids) -> tuple[list[int], list[int]]:
+    """The special ids, and with the mask's the ids that are never drawn; both sorted and unique."""
+    _integer("vocab_size", vocab_size, 1, 2**31)
+    _integer("mask_token_id", mask_token_id, 0, vocab_size)
+    special_ids = sorted({int(special_id) for special_id in special_ids})
+    if special_ids and not (special_ids[0] >= 0 and special_ids[-1] < vocab_size):
+        outside = [special_id for special_id in special_ids if not 0 <= special_id < vocab_size]
+        raise ValueError(
+            f"special_ids: expected ids in [0, vocab_size = {vocab_size}), got {outside}; vocab_size counts added "
+            "tokens too, len(tokenizer)"
+        )
+    left_out = sorted({*special_ids, mask_token_id})
+    if len(left_out) == vocab_size:
+        raise ValueError(f"special_ids: all {vocab_size} ids of the vocabulary are special or [MASK], none is left")
+    return special_ids, left_out
+
+
+def _check_probabilities(mlm_probability, mask_replace_prob, random_replace_prob) -> int:
+    """The threshold below which a selected token is replaced, by [MASK] or by a random id."""
+    for name, p in (
+        ("mlm_probability", mlm_probability),
+        ("mask_replace_prob", mask_replace_prob),
+        ("random_replace_prob", random_replace_prob),
+    ):
+        _checks.probability(name, p)
+    replace_below = philox.threshold(mask_replace_prob + random_replace_prob)
+    if replace_below > 2**32:
+        raise ValueError(
+            "mask_replace_prob, random_replace_prob: expected a sum of at most 1, "
+            f"got {mask_replace_prob} + {random_replace_prob}"
+        )
+    return replace_below
+
+
+def _check_per_token(input_ids, epoch, sample_ids, positions):
+    """The three, tensors among them in int64."""
+    if isinstance(epoch, torch.Tensor):
+        epoch = _integers("epoch", epoch, input_ids, per_row=True)
+    else:
+        _integer("epoch", epoch, 0, 2**32)
+    if sample_ids is not None:
+        sample_ids = _integers("sample_ids", sample_ids, input_ids, per_row=True)
+    if positions is not None:
+        positions = _integers("positions", positions, input_ids, per_row=False)
+    return epoch, sample_ids, positions
+
+
+def _check_masks(input_ids, **masks) -> None:
+    for name, mask in masks.items():
+        if mask is not None:
+            _checks.is_tensor(name, mask, device=input_ids.device, dtypes=(torch.bool,), shape=input_ids.shape)
+
+
 def mlm_mask(
     input_ids: torch.Tensor,
     *,
@@ -239,47 +292,16 @@ def mlm_mask(
     _checks.is_tensor("input_ids", input_ids, dtypes=(torch.int64, torch.int32))
     if input_ids.dim() not in (1, 2):
         raise ValueError(f"input_ids: expected (B, S) rows or (T,) packed tokens, got shape {tuple(input_ids.shape)}")
-    _integer("vocab_size", vocab_size, 1, 2**31)
-    _integer("mask_token_id", mask_token_id, 0, vocab_size)
-    special_ids = sorted({int(special_id) for special_id in special_ids})
-    if special_ids and not (special_ids[0] >= 0 and special_ids[-1] < vocab_size):
-        outside = [special_id for special_id in special_ids if not 0 <= special_id < vocab_size]
-        raise ValueError(
-            f"special_ids: expected ids in [0, vocab_size = {vocab_size}), got {outside}; vocab_size counts added "
-            "tokens too, len(tokenizer)"
-        )
-    left_out = sorted({*special_ids, mask_token_id})
-    if len(left_out) == vocab_size:
-        raise ValueError(f"special_ids: all {vocab_size} ids of the vocabulary are special or [MASK], none is left")
+    special_ids, left_out = _check_vocabulary(mask_token_id, vocab_size, special_ids)
     _integer("seed", seed, -(2**63), 2**64)
-    for name, p in (
-        ("mlm_probability", mlm_probability),
-        ("mask_replace_prob", mask_replace_prob),
-        ("random_replace_prob", random_replace_prob),
-    ):
-        _checks.probability(name, p)
-    replace_below = philox.threshold(mask_replace_prob + random_replace_prob)
-    if replace_below > 2**32:
-        raise ValueError(
-            "mask_replace_prob, random_replace_prob: expected a sum of at most 1, "
-            f"got {mask_replace_prob} + {random_replace_prob}"
-        )
-    if isinstance(epoch, torch.Tensor):
-        epoch = _integers("epoch", epoch, input_ids, per_row=True)
-    else:
-        _integer("epoch", epoch, 0, 2**32)
-    if sample_ids is not None:
-        sample_ids = _integers("sample_ids", sample_ids, input_ids, per_row=True)
-    if positions is not None:
-        positions = _integers("positions", positions, input_ids, per_row=False)
-    for name, mask in (("special_tokens_mask", special_tokens_mask), ("word_starts", word_starts)):
-        if mask is not None:
-            _checks.is_tensor(name, mask, device=input_ids.device, dtypes=(torch.bool,), shape=input_ids.shape)
+    replace_below = _check_probabilities(mlm_probability, mask_replace_prob, random_replace_prob)
+    _check_masks(input_ids, special_tokens_mask=special_tokens_mask, word_starts=word_starts)
+    epoch, sample_ids, positions = _check_per_token(input_ids, epoch, sample_ids, positions)
     if capacity is None:
         capacity = default_capacity(input_ids.numel(), mlm_probability, word_starts is not None)
     _integer("capacity", capacity, 0, 2**63)
 
-    backend = _registry.choose("mlm_mask", backend, input_ids, special_ids=left_out)
+    backend = _registry.choose("mlm_mask", backend, input_ids, left_out=left_out)
     input_ids = input_ids.to(torch.int64)
     if backend == "reference":
         _checks.ids_inside("input_ids", input_ids, "vocab_size", vocab_size)

@@ -12,8 +12,8 @@ from fastlm.ops.mlm_mask import Args, MaskedTokens, empty_outputs
 MOST_RANGES = 64  # kMaskRanges of csrc/cuda/mlm_mask.h: they are in the kernel's parameters
 
 
-def limit(input_ids, special_ids=()) -> str | None:
-    have = len(ranges(special_ids)) // 2
+def limit(input_ids, left_out=()) -> str | None:
+    have = len(ranges(left_out)) // 2
     if have > MOST_RANGES:
         return f"it compares ids with at most {MOST_RANGES} ranges of special ids, and there are {have}"
     return token_limit(input_ids)

@@ -7,7 +7,7 @@ from fastlm.ops._ranges import ranges, token_limit
 from fastlm.ops.mlm_mask import Args, MaskedTokens, empty_outputs
 
 
-def limit(input_ids, special_ids=()) -> str | None:
+def limit(input_ids, left_out=()) -> str | None:
     return token_limit(input_ids)
 
 
