@@ -1,7 +1,7 @@
 """Transformers' models on fastlm's kernels: `patch(model)` and `unpatch(model)`; docs/huggingface.md is the overview.
 
-Modules change their class (fastlm.hf._swap), nothing else: parameters, names, hooks and the state_dict stay, so that
-optimizers, save_pretrained, copies, pickles, DDP and adapters go on. The table of what becomes what: _families.py.
+`patch` changes only the class of a module (fastlm.hf._swap). Parameters, names, hooks and the state_dict stay, so
+optimizers, save_pretrained, copies, pickles, DDP and adapters still work. _families.py lists the replacements.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ __all__ = ["Report", "patch", "register", "unpatch"]
 
 _FAMILIES = ", ".join(sorted(_families.MODULES))
 _INSTANCE = "its forward was replaced on the instance (accelerate does that); patch before"
-_BEFORE = "_fastlm_attention_before"  # on a model whose configuration was changed: its attention implementation
+_BEFORE = "_fastlm_attention_before"  # attribute of a patched model: its attention implementation before
 
 
 @dataclass
 class Report:
-    """What `patch` did: (class, what it does now) -> how many; (class, why it was left) -> how many; notes."""
+    """The result of `patch`. replaced: (class, what it does now) -> count. left: (class, reason) -> count."""
 
     model: str
     replaced: Counter = field(default_factory=Counter)
@@ -41,7 +41,7 @@ class Report:
 
 
 def _models(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The outermost models of a known family: `model`, or what it holds (DDP, PEFT, an encoder-decoder of two)."""
+    """The outermost models of a known family: `model`, or those inside it (DDP, PEFT, an encoder-decoder of two)."""
     from transformers import PreTrainedModel
 
     if isinstance(model, PreTrainedModel) and model.config.model_type in _families.MODULES:
@@ -50,17 +50,16 @@ def _models(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def patch(model: torch.nn.Module, *, fused_loss: bool = False) -> Report:
-    """Puts a Transformers model on fastlm's kernels, in place; again does nothing more.
+    """Makes a Transformers model use fastlm's kernels, in place. A second call has no further effect.
 
     Args:
         model: of the BERT, RoBERTa, DistilBERT, ModernBERT, GPT-2, T5 or Llama family, with any head; or a module that
-            holds one: wrapped by DDP, by PEFT, or a part of a larger model. Patch before accelerate's or Trainer's
-            preparation.
-        fused_loss: compute the loss of a language model together with its head. Then, in training with gradients and
-            with labels, `logits` are None in the outputs; in evaluation they are there.
+            contains one: DDP, PEFT, or a larger model. Patch before accelerate or Trainer prepares the model.
+        fused_loss: compute the loss of a language model together with its head. In training with gradients and labels,
+            `logits` in the outputs is then None; in evaluation the logits are there.
 
-    Returns a Report of what was replaced and what was left, and why. A model of another family is left as it is: the
-    Report says so, and a warning.
+    Returns a Report of what was replaced and what was left, with the reasons. A model of another family is not changed;
+    the Report and a warning say so.
     """
     if not isinstance(model, torch.nn.Module):
         raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -134,7 +133,7 @@ def _patch_loss(model, fused_loss, report):
 
 
 def unpatch(model: torch.nn.Module) -> None:
-    """Undoes `patch`, also of a copy or of an unpickled model: every class and attention implementation as before."""
+    """Undoes `patch`, also for a copy or an unpickled model: restores every class and attention implementation."""
     if not isinstance(model, torch.nn.Module):
         raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     classes = [(module, class_before(module)) for module in model.modules() if isinstance(module, Patched)]

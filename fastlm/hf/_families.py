@@ -1,4 +1,4 @@
-"""Which class of Transformers is replaced by what, and what is left: by name, so that nothing is imported."""
+"""The table of Transformers' classes that are replaced or left. It holds names, so that nothing is imported."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ MODULES = {
     },
 }
 
-# In every family: full name -> (mixin, what it does)
+# Classes that are replaced in every family: full name -> (mixin, what it does)
 COMMON = {
     "torch.nn.modules.normalization.LayerNorm": (modules.LayerNorm, "LayerNorm"),
     "transformers.activations.GELUActivation": (modules.GELU, "GELU"),
@@ -67,7 +67,7 @@ LOSSES = {
 }
 
 _EMBEDDINGS = "its lookups and their sum; its LayerNorm is replaced by itself"
-# What is seen and left, with the reason: class name -> reason
+# Classes that are left: class name -> reason
 LEFT = {
     **dict.fromkeys(("BertEmbeddings", "RobertaEmbeddings", "Embeddings", "ModernBertEmbeddings"), _EMBEDDINGS),
     "T5DenseActDense": "no bias or gate to fuse; a GELU in it is replaced by itself",
@@ -83,7 +83,7 @@ def full_name(cls: type) -> str:
 
 
 def replacement(module, model_type: str):
-    """(mixin, what it does), (None, why not), or None for a module that is of no interest."""
+    """(mixin, what it does); (None, the reason) for a module that is left; None for any other module."""
     cls = type(module)
     name = full_name(cls)
     if name in COMMON:

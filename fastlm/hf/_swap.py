@@ -1,4 +1,4 @@
-"""Changing a module's class in place, so that the object, its parameters, buffers, hooks and name all stay.
+"""Changes the class of a module in place. The object and its parameters, buffers, hooks and name stay.
 
 A replacement is a mixin below, put in front of the module's own class: `swap(module, Mixin)` sets module.__class__ to
 type(name, (Mixin, type(module))), of the same name and module as before, since Transformers looks models up by both.
@@ -21,7 +21,7 @@ class Patched:
 
     @classmethod
     def members(cls, base: type) -> dict:
-        """What the class made of this mixin and `base` has besides."""
+        """Additional members of the class that is made of this mixin and `base`."""
         return {}
 
     def __reduce_ex__(self, protocol):
@@ -49,7 +49,7 @@ def swap(module: torch.nn.Module, mixin: type) -> None:
 
 
 def class_before(module: torch.nn.Module) -> type:
-    """The class that `swap` found. ValueError where something else has changed the class since."""
+    """The class before `swap`. ValueError if the class has been changed again since."""
     cls = type(module)
     if "parts" not in vars(cls):
         raise ValueError(
@@ -60,7 +60,7 @@ def class_before(module: torch.nn.Module) -> type:
 
 
 def bare(module: torch.nn.Module | None, kind: type) -> bool:
-    """Whether the module is a `kind`, no subclass of it and nothing around it, with no hooks: it may be bypassed."""
+    """Whether the module may be bypassed: it is exactly a `kind`, not a subclass or a wrapper, and has no hooks."""
     return type(module) is kind and not (
         module._forward_hooks
         or module._forward_pre_hooks

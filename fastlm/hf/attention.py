@@ -1,9 +1,9 @@
 """attn_implementation="fastlm": Transformers' attention interface on fastlm.ops.attention.
 
-Transformers asks a mask function for a mask once a forward, and hands it to the attention function of every layer.
-Ours gives what the op takes: None, or the key mask (B, keys), bool, True for a real token. Causality and window come
-with the module (`is_causal`, `sliding_window`); both are aligned bottom right, so a key mask shorter than the cache
-cuts it to the tokens seen so far (a static cache holds room for more).
+Transformers calls a mask function once per forward, and passes the mask to the attention function of every layer.
+The mask function here returns what the op takes: None, or the key mask (B, keys), bool, True for a real token.
+Causality and window come from the module (`is_causal`, `sliding_window`). Both are aligned bottom-right. A static cache
+has room for more tokens than it holds; a key mask that is shorter than the cache cuts it to the tokens so far.
 
 Any other mask (a 4-D one that the user made, packed position_ids, a mask function combined with another) is 4-D. That
 call runs on Transformers' "sdpa", with a warning.
@@ -44,10 +44,10 @@ def key_mask(
     device="cpu",
     **kwargs,
 ):
-    """The mask function: None, (B, keys), or Transformers' (B, 1, queries, keys); see above."""
+    """The mask function. Returns None, (B, keys), or Transformers' (B, 1, queries, keys)."""
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-    # Bidirectional masks, windows included, say whether they may be skipped: not where something is laid over them.
+    # A bidirectional mask, with a window or not, says whether it may be skipped. With added functions it may not.
     causal = allow_is_bidirectional_skip is None
     known = mask_function is causal_mask_function if causal else allow_is_bidirectional_skip
     prefill = isinstance(q_offset, torch.Tensor) and q_length > 1  # into a static cache that holds tokens already
@@ -76,7 +76,7 @@ def key_mask(
     if causal and (seen := int(q_offset) + q_length - kv_offset) < kv_length:
         real = torch.ones(batch_size, seen, dtype=torch.bool, device=device) if real is None else real[:, :seen]
     elif real is not None and real.device.type == "cpu" and not torch.compiler.is_compiling() and bool(real.all()):
-        real = None  # on a device, looking would stall
+        real = None  # on a device, the check would stall
     return real
 
 
@@ -111,7 +111,7 @@ def warn_other_mask():
 
 def module_is_causal(module, is_causal):
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    # A configuration can make a decoder an encoder.
+    # A configuration can turn a decoder into an encoder.
     return is_causal and getattr(getattr(module, "config", None), "is_causal", True)
 
 

@@ -1,8 +1,8 @@
-"""The head and the loss in one: in training the logits never exist (fastlm.ops.linear_cross_entropy).
+"""Computes head and loss together: in training no logits are stored (fastlm.ops.linear_cross_entropy).
 
-A model's forward runs as Transformers wrote it, without labels, and with a decoder that hands its input through: what
-comes out as `logits` are the hidden states in front of the last Linear. Those that predict something (label not -100)
-go on. Outside of training, under no_grad and without labels nothing is changed, and `logits` are there.
+The model's forward runs as in Transformers, but without labels, and with a decoder that returns its input. Its `logits`
+are then the hidden states before the last Linear. The loss is computed from those whose label is not -100. Outside of
+training, under no_grad and without labels, nothing changes and the outputs have logits.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ class Decoder(Patched):
 
 
 def _cross_entropy(hidden, decoder, target, *, ignore_index=ops.IGNORE_INDEX, num_items=None, wide=False):
-    """Mean over the targets that are not ignore_index, or with num_items their sum over it; wide: in float32."""
+    """The mean over the targets that are not ignore_index; with num_items, their sum / num_items. wide: in float32."""
     if target.numel() != hidden.shape[:-1].numel():
         raise ValueError(
             f"labels: expected one for each of the {tuple(hidden.shape[:-1])} positions, got {tuple(target.shape)}; "
             "pass labels (or shift_labels) of input_ids' shape, and no logits_to_keep"
         )
     hidden, target = hidden.flatten(0, -2), target.to(hidden.device).flatten()
-    # Rows without a target take part in no product. On a device this reads their number, once a step.
+    # Rows without a target are removed before the products. On a device this reads their number, once a step.
     if not torch.compiler.is_compiling():
         rows = (target != ignore_index).nonzero().flatten()
         hidden, target = hidden.index_select(0, rows), target.index_select(0, rows)
@@ -55,11 +55,11 @@ def _cross_entropy(hidden, decoder, target, *, ignore_index=ops.IGNORE_INDEX, nu
 
 
 class FusedLoss(Patched):
-    """A model whose loss is the mean cross-entropy of its logits, whatever num_items_in_batch is; not shifted."""
+    """A model whose loss is the mean cross-entropy of its logits, not shifted. It ignores num_items_in_batch."""
 
     @classmethod
     def members(cls, base):
-        """A forward with the signature of the model's: Trainer and generate read it."""
+        """A forward with the signature of the model's forward, which Trainer and generate inspect."""
 
         parameters = list(inspect.signature(base.forward).parameters.values())[1:]
         names = [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD]
@@ -87,7 +87,7 @@ class FusedLoss(Patched):
         return outputs if return_dict else outputs.to_tuple()
 
     def prepare(self) -> torch.nn.Module:
-        """The head's last layer, made a Decoder where it is a plain Linear; resize_token_embeddings puts a new one."""
+        """The head's last layer, as a Decoder if it is a plain Linear; resize_token_embeddings replaces the layer."""
         decoder = self.get_output_embeddings()
         if bare(decoder, torch.nn.Linear):
             swap(decoder, Decoder)
@@ -104,7 +104,7 @@ class FusedLoss(Patched):
         return False
 
     def _instead_of_labels(self, labels, options) -> dict:
-        """Arguments that the model would make of the labels."""
+        """Arguments that the model would derive from the labels."""
         return {}
 
     def _loss(self, hidden, decoder, labels, options):
@@ -112,7 +112,7 @@ class FusedLoss(Patched):
 
 
 class T5FusedLoss(FusedLoss):
-    """The decoder's input is made of the labels."""
+    """T5 derives the decoder's input from the labels."""
 
     def _instead_of_labels(self, labels, options):
         given = (options.get(name) for name in ("decoder_input_ids", "decoder_inputs_embeds"))
@@ -120,10 +120,10 @@ class T5FusedLoss(FusedLoss):
 
 
 class FusedLossFunction(FusedLoss):
-    """A model that calls its `loss_function`: Transformers' for causal or masked language models, and no other."""
+    """A model that calls its `loss_function`, if that is Transformers' for causal or masked language models."""
 
     def _kind(self) -> str | None:
-        """What `self.loss_function` would be; reading that logs a warning for some models, which no graph may hold."""
+        """The kind of `self.loss_function`. Reading that may log a warning, which a graph cannot contain."""
         own = getattr(self, "_loss_function", None)
         if own is not None:
             return getattr(own, "__name__", "").removesuffix("Loss")

@@ -1,8 +1,8 @@
 """Transformers' modules on fastlm's ops, as mixins (fastlm.hf._swap): norms, activations, and the blocks around them.
 
-Each `forward` computes what the class behind it computes. A part that is not what Transformers put there (an adapter
-in place of a Linear, a hook, a norm wrapped by another module) is called as it is, and what it would be fused with
-runs by itself.
+Each `forward` gives the results of the class that it replaces. A part that Transformers did not put there (an adapter
+in place of a Linear, a hook, a norm wrapped by another module) is called as it is, and is not fused with its
+neighbours.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class LayerNorm(FusedNorm):
 
 
 class RMSNorm(FusedNorm):
-    """LlamaRMSNorm: the result has the dtype that the input's and the weight's promote to, autocast or not."""
+    """LlamaRMSNorm: the result has the promoted dtype of input and weight, with or without autocast."""
 
     def forward(self, hidden_states, residual=None, **options):
         x, weight = hidden_states, self.weight
@@ -48,7 +48,7 @@ class T5LayerNorm(RMSNorm):
 
 
 def add_norm(norm, x, residual, dropout=None, return_residual=False):
-    """norm(h) with h = residual + dropout(x), or (norm(h), h); one pass where norm and dropout are as they were."""
+    """norm(h) with h = residual + dropout(x), or (norm(h), h). One pass if norm and dropout are Transformers'."""
     if isinstance(norm, FusedNorm) and (dropout is None or bare(dropout, torch.nn.Dropout)):
         p = dropout.p if dropout is not None and dropout.training else 0.0
         return norm(x, residual, dropout_p=p, return_residual=return_residual)
@@ -75,7 +75,7 @@ class TanhGELU(GELU):
 
 
 def dense_gelu(dense, x, activation):
-    """activation(dense(x)); a GELU adds the bias of a plain Linear or Conv1D as it reads the product."""
+    """activation(dense(x)). A GELU is fused with the bias of a plain Linear or Conv1D."""
     if not isinstance(activation, GELU):
         return activation(dense(x))
     from transformers.pytorch_utils import Conv1D
@@ -137,7 +137,7 @@ class RobertaLMHead(Patched):
 
 
 class DistilBertFFN(Patched):
-    """dropout(lin2(gelu(lin1(x)))), in chunks of the sequence where the configuration asks for them."""
+    """dropout(lin2(gelu(lin1(x)))), in chunks of the sequence if the configuration asks for them."""
 
     act_name = "activation"
 
@@ -203,7 +203,7 @@ class GPT2MLP(Patched):
 
 
 class GPT2Block(Patched):
-    """Pre-LN: the addition after attention and the second LN are one pass. With cross-attention, Transformers' own."""
+    """Pre-LN: the addition after attention and the second LN are one pass. Unchanged if it has cross-attention."""
 
     def forward(
         self,
@@ -246,7 +246,7 @@ class T5GatedDense(Patched):
 
     def forward(self, hidden_states):
         x = self.dropout(gated(self.act, self.wi_0(hidden_states), self.wi_1(hidden_states)))
-        weight = self.wo.weight  # float32 in a half-precision model; int8 where quantised, which takes x as it is
+        weight = self.wo.weight  # float32 in a half-precision model; int8 if quantised, which takes x unchanged
         if isinstance(weight, torch.Tensor) and weight.dtype not in (x.dtype, torch.int8):
             x = x.to(weight.dtype)
         return self.wo(x)

@@ -1,4 +1,4 @@
-"""Whole models, packed end to end; they read and write checkpoints in Transformers' layout."""
+"""Whole models that compute on packed sequences, and read and write checkpoints in Transformers' layout."""
 
 from fastlm.models._config import Config
 from fastlm.models._model import Counts, Model

@@ -1,7 +1,7 @@
 """Checkpoints in Transformers' layout: config.json, model.safetensors, the tokenizer's files. Nothing is unpickled.
 
-A model describes its tensors by `names`: its own name -> Transformers' names; where these are several, ours is theirs
-one after another along dimension 0 (a fused projection). A name may say that Transformers has the transpose.
+A model describes its tensors by `names`: name in fastlm -> names in Transformers. If there are several, fastlm's tensor
+is the concatenation of theirs along dimension 0 (a fused projection). A name may be `Transposed`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Tensors = dict[str, torch.Tensor]
 
 _NAMED = 3  # wrong tensors that an error names
 _WEIGHTS, _INDEX, _CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
-# What a directory may hold of a tokenizer, in the names of Transformers' and sentencepiece's files.
+# The files of a tokenizer, as Transformers and sentencepiece name them.
 _TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -40,7 +40,7 @@ _TOKENIZER = (
 
 
 class Transposed(str):
-    """The name of a tensor that Transformers stores transposed, as GPT-2's are, (in, out)."""
+    """The name of a tensor that Transformers stores transposed, (in, out), as for GPT-2."""
 
 
 def _read_json(path: Path) -> dict:
@@ -54,7 +54,7 @@ def _read_json(path: Path) -> dict:
 
 
 def read_config(directory: str | Path, model_type: str) -> dict:
-    """config.json of a checkpoint. ValueError where it is missing, or of another kind of model."""
+    """config.json of a checkpoint. ValueError if it is missing or belongs to another kind of model."""
     directory = Path(directory)
     if not directory.is_dir():
         raise ValueError(
@@ -72,7 +72,7 @@ def read_config(directory: str | Path, model_type: str) -> dict:
 
 
 def read_tensors(directory: str | Path) -> Tensors:
-    """Every tensor of a checkpoint, in one file or in shards. ValueError where there are none that can be read."""
+    """Every tensor of a checkpoint, from one file or from shards. ValueError if no file can be read."""
     directory = Path(directory)
     if (directory / _WEIGHTS).is_file():
         files = [_WEIGHTS]
@@ -129,7 +129,7 @@ def _tokenizer_files(directory: str | os.PathLike) -> list[Path]:
 
 
 def export_tensors(state: Tensors, names: Names) -> Tensors:
-    """Our tensors under Transformers' names, on the CPU, each with memory of its own, as safetensors asks."""
+    """The tensors under Transformers' names, on the CPU. None shares memory with another, as safetensors requires."""
     out = {}
     for ours, theirs in names.items():
         for name, tensor in zip(theirs, state[ours].detach().chunk(len(theirs))):
@@ -139,7 +139,7 @@ def export_tensors(state: Tensors, names: Names) -> Tensors:
 
 
 def module_names(modules: dict[str, str | tuple[str, ...]], kinds: Iterable[str] = ("weight", "bias")) -> Names:
-    """Names of parameters, from our modules -> theirs and the kinds of parameters that each has."""
+    """Names of parameters, from modules in fastlm -> modules in Transformers and the kinds of their parameters."""
     out = {}
     for ours, theirs in modules.items():
         parts = (theirs,) if isinstance(theirs, str) else theirs
@@ -148,7 +148,7 @@ def module_names(modules: dict[str, str | tuple[str, ...]], kinds: Iterable[str]
 
 
 def drop_copies(tensors: Tensors, copies: Iterable[tuple[str, str]]) -> None:
-    """Takes tied tensors out, (copy, original): a copy equals the original, or takes its place where there is none."""
+    """Removes the copies of tied tensors, as (copy, original). If the original is missing, the copy replaces it."""
     for copy, name in copies:
         if copy in tensors:
             copied = tensors.pop(copy)
@@ -157,9 +157,9 @@ def drop_copies(tensors: Tensors, copies: Iterable[tuple[str, str]]) -> None:
 
 
 def import_tensors(tensors: Tensors, names: Names, shapes: dict[str, torch.Size]) -> tuple[Tensors, list[str]]:
-    """(what Transformers' tensors hold of ours, Transformers' names of what they lack).
+    """(fastlm's tensors that Transformers' tensors contain, Transformers' names of the missing ones).
 
-    shapes: of our tensors, by our names. ValueError for a tensor of another shape.
+    shapes: of fastlm's tensors, by their names. ValueError for a tensor of another shape.
     """
     state, missing, wrong = {}, [], []
     for ours, theirs in names.items():

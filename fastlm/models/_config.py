@@ -1,4 +1,4 @@
-"""What the models' configurations share: reading, writing and checking config.json's entries."""
+"""The base of the models' configurations: it reads, writes and checks the entries of config.json."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ GELUS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
 
 
 class Config:
-    """Base of the frozen dataclasses whose fields are entries of config.json, in Transformers' names and defaults.
+    """Base of the frozen dataclasses whose fields are entries of config.json, with Transformers' names and defaults.
 
     model_type: Transformers' name of the family.
     fixed: entries that must have these values, or be absent: what the model does not do.
@@ -46,19 +46,19 @@ class Config:
                 raise ValueError(f"{field.name}: expected a number that is not negative, got {value!r}")
 
     def _check_id(self, name: str) -> None:
-        """ValueError for a token id that the vocabulary does not have; None is no id."""
+        """ValueError for a token id outside the vocabulary. None means that there is no such id."""
         value = getattr(self, name)
         if value is not None and not (isinstance(value, int) and 0 <= value < self.vocab_size):
             raise ValueError(f"{name}: expected None or an id below vocab_size={self.vocab_size}, got {value!r}")
 
     @classmethod
     def from_dict(cls, config: dict) -> Config:
-        """From the content of a config.json. What training does not need is dropped; ValueError for another model."""
+        """From the content of a config.json. Entries without a field are ignored; ValueError for another model."""
         for name, want in cls.fixed.items():
             if config.get(name, want) != want:
                 raise ValueError(f"{name}: expected {want!r}, as in the model's paper, got {config[name]!r}")
         return cls(**{field.name: config[field.name] for field in fields(cls) if field.name in config})
 
     def to_dict(self) -> dict:
-        """The content of a config.json, but for `architectures` and `dtype`, which are a model's."""
+        """The content of a config.json, without `architectures` and `dtype`, which the model adds."""
         return {"model_type": self.model_type, **asdict(self)}

@@ -1,4 +1,4 @@
-"""What a model is given: token ids, packed (T,) with cu_seqlens or padded (B, S) with a mask; and what follows."""
+"""The inputs of a model: token ids, packed (T,) with cu_seqlens or padded (B, S) with a mask."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastlm.ops import IGNORE_INDEX, _checks
 
 
 class Sequences(NamedTuple):
-    """Token ids and what says which of them are a sequence.
+    """Token ids, and how they divide into sequences.
 
     ids: (T,) with cu_seqlens (sequences + 1,) and max_seqlen; or (B, S) with `real`, bool, None where all tokens are.
     """
@@ -33,15 +33,15 @@ class Sequences(NamedTuple):
         }
 
     def positions(self) -> torch.Tensor | None:
-        """Like ids: counted from 0 in each sequence, real tokens alone; None where that is the column."""
+        """Positions like ids, counted from 0 over the real tokens of each sequence; None if that is the column."""
         if self.cu_seqlens is not None:
             token = torch.arange(self.ids.shape[0], dtype=torch.int32, device=self.ids.device)
             start = self.cu_seqlens[torch.searchsorted(self.cu_seqlens, token, right=True) - 1]
-            return (token - start).clamp(min=0)  # of a wrong cu_seqlens, attention says what is wrong
+            return (token - start).clamp(min=0)  # attention reports a wrong cu_seqlens
         return None if self.real is None else (self.real.cumsum(-1) - 1).clamp(min=0)
 
     def starts(self) -> torch.Tensor:
-        """Like ids, bool: the tokens that follow none in their sequence, its first one and padding."""
+        """bool, like ids: True for the first token of each sequence and for padding."""
         if self.cu_seqlens is not None:
             tokens = self.ids.shape[0]
             starts = torch.zeros(tokens + 1, dtype=torch.bool, device=self.ids.device)
@@ -51,16 +51,16 @@ class Sequences(NamedTuple):
         return (torch.arange(self.ids.shape[1], device=self.ids.device) == 0).expand(self.ids.shape)
 
     def next_tokens(self, labels: torch.Tensor) -> torch.Tensor:
-        """Like labels: what each token has to predict, its successor's label; -100 at the end of a sequence."""
+        """Like labels: the label of the next token, which each token predicts; -100 at the end of a sequence."""
         return torch.where(self.starts(), IGNORE_INDEX, labels).roll(-1, -1)
 
     def shift_right(self, labels: torch.Tensor, start_id: int, ignored_id: int) -> torch.Tensor:
-        """Like labels: each token's predecessor, `start_id` where there is none, `ignored_id` where that is -100."""
+        """Like labels: the previous label of each token. `start_id` replaces a missing one, `ignored_id` a -100."""
         before = torch.where(self.starts(), start_id, labels.roll(1, -1))
         return torch.where(before == IGNORE_INDEX, ignored_id, before)
 
     def lengths(self) -> torch.Tensor:
-        """(sequences,): how many tokens each has."""
+        """(sequences,): the number of tokens of each."""
         if self.cu_seqlens is not None:
             return self.cu_seqlens.diff()
         if self.real is not None:
@@ -68,14 +68,14 @@ class Sequences(NamedTuple):
         return torch.full(self.ids.shape[:1], self.ids.shape[1], device=self.ids.device)
 
     def first(self) -> torch.Tensor:
-        """(sequences,) int64: where in the flattened ids each begins; any token, for a sequence that has none."""
+        """(sequences,) int64: the index of each one's first token in the flattened ids; any index if it is empty."""
         if self.cu_seqlens is not None:
             return self.cu_seqlens[:-1].long().clamp(max=max(self.ids.shape[0] - 1, 0))
         rows = torch.arange(self.ids.shape[0], device=self.ids.device) * self.ids.shape[1]
         return rows if self.real is None else rows + self.real.int().argmax(-1)
 
     def padded(self, x: torch.Tensor, fill: float) -> torch.Tensor:
-        """x, like ids, as (sequences, longest): each sequence from column 0 on, `fill` behind it."""
+        """x, like ids, as (sequences, longest): each sequence from column 0 on, then `fill`."""
         longest = self.ids.shape[1] if self.cu_seqlens is None else self.max_seqlen
         column = torch.arange(longest, device=x.device)
         rows = (self.first()[:, None] + column).clamp(max=max(x.numel() - 1, 0))
@@ -93,10 +93,10 @@ def sequences(
     name: str = "input_ids",
     prefix: str = "",
 ) -> Sequences:
-    """Checks a model's arguments. ValueError for what does not fit together.
+    """Checks a model's arguments. ValueError if they do not fit together.
 
-    longest: the configuration's bound on a sequence's length, its name and value.
-    name: of the argument that `ids` are; prefix: of the names of the others.
+    longest: the name and value of the configuration's bound on a sequence's length.
+    name: the name of the argument `ids`. prefix: of the names of the other arguments.
     """
     _checks.is_tensor(name, ids, device=device, dtypes=(torch.int64, torch.int32))
     if cu_seqlens is not None:
@@ -109,7 +109,7 @@ def sequences(
                 f"{prefix}attention_mask: expected None with {prefix}cu_seqlens, which leave no padding; pass one of "
                 "them"
             )
-        if max_seqlen is None:  # reading cu_seqlens would stall a device; this bound costs no more than a true one
+        if max_seqlen is None:  # reading cu_seqlens would stall a device; this bound costs no more than the exact one
             max_seqlen = ids.shape[0] if longest is None else min(ids.shape[0], longest[1])
         if longest is not None and max_seqlen > longest[1]:
             raise ValueError(f"{prefix}max_seqlen: expected at most {longest[0]}={longest[1]}, got {max_seqlen}")
@@ -124,5 +124,5 @@ def sequences(
 
 
 def check_labels(name: str, labels: torch.Tensor, given: Sequences) -> None:
-    """ValueError where labels are not int64 and like the ids."""
+    """ValueError unless labels are int64 and have the shape of the ids."""
     _checks.is_tensor(name, labels, device=given.ids.device, dtypes=(torch.int64,), shape=given.ids.shape)

@@ -1,4 +1,4 @@
-"""What the models share: checkpoints, and activations that are computed again in backward instead of kept."""
+"""The base of the models: checkpoints, and recomputation of activations in backward."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ class Counts(NamedTuple):
 
 
 class Model(torch.nn.Module):
-    """A model that reads and writes Transformers' checkpoints. A subclass has, for it:
+    """A model that reads and writes Transformers' checkpoints. A subclass defines:
 
     config_class: its configuration.
     architecture: the name of Transformers' class with the same head.
-    backbone: prefixes of Transformers' tensors that every checkpoint has to have; any other is a head's.
+    backbone: prefixes of the Transformers tensors that every checkpoint must have. All others belong to a head.
     transformers_names(config): see fastlm.models._checkpoint; canonical(tensors, config).
     reset_parameters(): the initial weights, as its configuration says.
     flops(counts), where it is pretrained.
 
-    checkpoint_activations: set it, and a training forward keeps the layers' inputs alone; backward runs each layer
-        again (Chen et al. 2016, arXiv:1604.06174), with the same dropout, to the same gradients, bit for bit.
+    checkpoint_activations: if set, a training forward keeps only the layers' inputs, and backward runs each layer again
+        (Chen et al. 2016, arXiv:1604.06174). Dropout and gradients are the same, bit for bit.
     """
 
     config_class: ClassVar[type[Config]]
@@ -59,10 +59,10 @@ class Model(torch.nn.Module):
     checkpoint_activations = False
 
     def run(self, layer, *args, rng):
-        """layer(*args, rng=rng), its activations kept, or with `checkpoint_activations` not."""
+        """layer(*args, rng=rng). With `checkpoint_activations`, backward recomputes the activations."""
         if not (self.checkpoint_activations and self.training and torch.is_grad_enabled()):
             return layer(*args, rng=rng)
-        # With rng, (seed, step) say what drops; without, torch's generator, whose state is then kept too.
+        # With rng, (seed, step) decide what drops. Without, torch's generator does; its state is then saved too.
         return checkpoint(layer, *args, rng=rng, use_reentrant=False, preserve_rng_state=rng is None)
 
     def reset_parameters(self) -> None:
@@ -80,26 +80,26 @@ class Model(torch.nn.Module):
 
     @classmethod
     def transformers_names(cls, config: Config) -> _checkpoint.Names:
-        """Our parameter names -> those of Transformers' `architecture`."""
+        """Parameter names in fastlm -> names in Transformers' `architecture`."""
         raise NotImplementedError
 
     @classmethod
     def canonical(cls, tensors: _checkpoint.Tensors, config: Config) -> tuple[_checkpoint.Tensors, Config]:
-        """A checkpoint's tensors under the names of `transformers_names`, without constants and copies of tied ones.
+        """A checkpoint's tensors under the names of `transformers_names`, without constants and copies of tied tensors.
 
-        And the configuration, where the tensors say more than config.json.
+        Also returns the configuration, corrected if the tensors say more than config.json.
         """
         raise NotImplementedError
 
     def export_tensors(self) -> _checkpoint.Tensors:
-        """The parameters as Transformers has them, on the CPU."""
+        """The parameters under Transformers' names and layout, on the CPU."""
         return _checkpoint.export_tensors(self.state_dict(), self.transformers_names(self.config))
 
     def save_pretrained(self, directory: str | Path, tokenizer=None) -> None:
-        """Writes what Transformers' class of the same head, and its Auto class, read from `directory`.
+        """Writes a checkpoint that Transformers' class with the same head, and its Auto class, can read.
 
-        tokenizer: whose files then lie beside the model's: anything with `save(directory)` (fastlm.data.Tokenizer) or
-            `save_pretrained(directory)` (Transformers'), or a directory to copy them from.
+        tokenizer: its files are written too. An object with `save(directory)` (fastlm.data.Tokenizer) or
+            `save_pretrained(directory)` (Transformers), or a directory to copy them from.
         No file is ever half-written; config.json comes last.
         """
         dtype = str(next(self.parameters()).dtype).removeprefix("torch.")
@@ -151,7 +151,7 @@ class Model(torch.nn.Module):
 
 
 class _Tied(torch.autograd.Function):
-    """A table for the embedding and for the head: the head's dense gradient takes in the rows of the embedding's."""
+    """A table for the embedding and the head. Its gradient is the head's, with the embedding's rows added in place."""
 
     @staticmethod
     def forward(ctx, word):
@@ -163,16 +163,17 @@ class _Tied(torch.autograd.Function):
     def backward(ctx, rows, dense):
         if rows is None:
             return dense
-        # Nobody else has the head's gradient. torch's own sum of the two would make another dense one.
+        # In place, since nothing else uses the head's gradient. torch's sum of the two would allocate another dense
+        # one.
         return rows.to_dense() if dense is None else dense.add_(rows)
 
 
 def tied(word: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool]:
-    """(for ops.embedding, for the head, its `sparse`), of a table that both read.
+    """(table for ops.embedding, table for the head, `sparse` for ops.embedding), for a table that both read.
 
-    On a CPU the embedding's dense gradient would cost more than all of its sums: zeros, and an addition, of the table's
-    size. On a device torch sorts the rows of a sparse one, and waits for it. In other dtypes than float32 every row
-    that is added would be rounded.
+    On a CPU a dense gradient of the embedding costs more than its sums, since the whole table is zeroed and then added.
+    On a device the gradient is dense: torch would sort the rows of a sparse one, and wait for it. It is also dense in
+    dtypes other than float32, where every added row would be rounded.
     """
     if word.device.type != "cpu" or word.dtype != torch.float32 or torch.compiler.is_compiling():
         return word, word, False
@@ -182,7 +183,7 @@ def tied(word: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool]:
 
 
 def add_norm(norm, x, delta, *, dropout_p, rng, site):
-    """(norm(x'), x'), x' = x + dropout(delta), in one pass; delta None: nothing is added."""
+    """(norm(x'), x') with x' = x + dropout(delta), in one pass. With delta None, x' = x."""
     if delta is None:
         return norm(x, return_residual=True)
     return norm(delta, x, dropout_p=dropout_p, rng=rng, site=site, return_residual=True)

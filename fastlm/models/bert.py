@@ -1,4 +1,4 @@
-"""BERT (Devlin et al. 2018, arXiv:1810.04805), packed end to end, with a masked-LM head on the predicted tokens alone.
+"""BERT (Devlin et al. 2018, arXiv:1810.04805) on packed sequences, with a masked-LM head on the predicted tokens only.
 
     x = drop(LN(word[id] + position[p] + type[t]))
     each layer:   x = LN(x + drop(W_o attention(W_q x, W_k x, W_v x)))
@@ -29,14 +29,14 @@ _PROBLEMS = (None, "regression", "single_label_classification", "multi_label_cla
 
 @dataclass(frozen=True)
 class BertConfig(Config):
-    """The architecture, in the names and defaults of Transformers' config.json. ValueError for what cannot be built.
+    """The architecture, with the names and defaults of Transformers' config.json. ValueError if it cannot be built.
 
-    initializer_range: weights start from a normal distribution of this standard deviation, not truncated (that is
-        Transformers'; the paper truncates); biases and the padding row start at 0, LN at 1 and 0.
-    pad_token_id: its row of the word table gets no gradient from the input; None: there is none.
+    initializer_range: standard deviation of the normal distribution of the initial weights. It is not truncated, as in
+        Transformers; the paper truncates it. Biases and the padding row start at 0, LN at 1 and 0.
+    pad_token_id: its row of the word table gets no gradient from the input. None: there is no padding token.
     labels: names of the classes of a classification head; config.json's id2label.
     classifier_dropout: before a classification head; None: hidden_dropout_prob.
-    problem_type: of a sequence's labels; None: BertForSequenceClassification says what is taken.
+    problem_type: of a sequence's labels; None: see BertForSequenceClassification.
     """
 
     vocab_size: int = 30522
@@ -124,7 +124,7 @@ class Embeddings(torch.nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, **factory)
 
     def forward(self, input_ids, positions, token_type_ids, rng, word=None, sparse=False):
-        """word, sparse: of `tied`, where a head reads the table too."""
+        """word, sparse: from `tied`, if a head reads the table too."""
         word = self.word if word is None else word
         x = ops.embedding(
             input_ids,
@@ -160,10 +160,10 @@ class Layer(torch.nn.Module):
         self.norm2 = nn.LayerNorm(size, eps=eps, **factory, keep_dtype=True)
 
     def forward(self, x, sequences, index=None, *, rng):
-        """x (..., hidden), packed or padded; `sequences` are the arguments of ops.attention that say which.
+        """x (..., hidden). `sequences` holds the arguments of ops.attention for packed or padded input.
 
-        With index (P,) the result is (P, hidden), of these tokens alone: every token is attended to, and what comes
-        after attention runs on P rows.
+        With index (P,) the result is (P, hidden), for these tokens only. Attention still reads every token; the rest of
+        the layer runs on P rows.
         """
         attention_dropout_p, dropout_p = (self.attention_dropout_p, self.dropout_p) if self.training else (0.0, 0.0)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)  # views, (..., heads, head_dim)
@@ -176,7 +176,7 @@ class Layer(torch.nn.Module):
 
 
 class MaskedLMHead(torch.nn.Module):
-    """LN(gelu(dense(x))): what the decoder, tied to the word table, turns into logits; `bias` is the decoder's."""
+    """LN(gelu(dense(x))), the decoder's input. The decoder is tied to the word table; `bias` is the decoder's."""
 
     def __init__(self, config: BertConfig, **factory) -> None:
         super().__init__()
@@ -190,7 +190,7 @@ class MaskedLMHead(torch.nn.Module):
 
 
 class BertEncoder(Model):
-    """The embeddings and the layers, which all heads share. A head's __init__ ends with reset_parameters()."""
+    """The embeddings and layers, which all heads share. The __init__ of a head ends with reset_parameters()."""
 
     config_class = BertConfig
     backbone = ("bert.embeddings.", "bert.encoder.")
@@ -219,7 +219,7 @@ class BertEncoder(Model):
             self.embeddings.word[self.config.pad_token_id].zero_()
 
     def sequences(self, input_ids, cu_seqlens, max_seqlen, attention_mask) -> _inputs.Sequences:
-        """The checked inputs: see `encode`."""
+        """The checked inputs of `encode`."""
         return _inputs.sequences(
             input_ids,
             cu_seqlens,
@@ -241,9 +241,9 @@ class BertEncoder(Model):
         rng: torch.Tensor | None = None,
         index: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The last layer's output, input_ids.shape + (hidden_size,); with index (P, hidden_size), of those tokens.
+        """The last layer's output, input_ids.shape + (hidden_size,); with index, (P, hidden_size) for those tokens.
 
-        Arguments as of `forward`. The last layer's dropouts count the rows of what they see, so index changes them.
+        Arguments as of `forward`. The dropouts of the last layer count the rows that they get, so index changes them.
         """
         given = self.sequences(input_ids, cu_seqlens, max_seqlen, attention_mask)
         return self._encode(given, positions, token_type_ids, rng, index)
@@ -251,7 +251,7 @@ class BertEncoder(Model):
     def _encode(
         self, given: _inputs.Sequences, positions, token_type_ids, rng, index=None, word=None, sparse=False
     ) -> torch.Tensor:
-        """`encode`, of checked inputs; word, sparse: as of Embeddings."""
+        """`encode` of checked inputs. word, sparse: as in Embeddings."""
         positions = given.positions() if positions is None else positions
         x, sequences = self.embeddings(given.ids, positions, token_type_ids, rng, word, sparse), given.attend()
         for layer in self.layers[:-1]:
@@ -297,26 +297,26 @@ class Bert(BertEncoder):
         count: torch.Tensor | int | None = None,
         reduction: str = "mean",
     ) -> torch.Tensor:
-        """The loss where there are targets, else logits.
+        """The loss if targets are given, else logits.
 
         Args:
             input_ids: int64 or int32, packed (T,) with cu_seqlens, or padded (B, S).
             cu_seqlens: int32 (sequences + 1,), where each sequence starts, then T (which may be repeated).
-            max_seqlen: no sequence is longer; default max_position_embeddings.
+            max_seqlen: upper bound of the sequences' lengths; default max_position_embeddings.
             positions: like input_ids; default from 0 in each sequence. With an attention_mask only real tokens count,
-                so padding on the left changes nothing (Transformers counts from the row's start, padding included).
+                so padding on the left has no effect (Transformers counts from the row's start, padding included).
             attention_mask: (B, S), nonzero for real tokens, padding on either side; default: all are real.
             token_type_ids: like input_ids; default 0.
             rng: int64 (2,), (seed, step), of all dropouts in training; None draws from torch's generator.
-            index: int64 (P,), positions in the flattened input_ids (MaskedTokens.index) that the head runs on, and what
-                follows the last layer's attention; default all of them.
-            targets: int64, like index or, without it, like input_ids: the tokens to predict, -100 where there is none.
-            count: how many entries of index are in use (MaskedTokens.count). On the CPU the head runs on these alone;
-                on a device, where reading it would stall, on all. A compiled step leaves it out.
+            index: int64 (P,), positions in the flattened input_ids (MaskedTokens.index). The head, and the last layer
+                after its attention, run on these only; default all of them.
+            targets: int64, like index or, without it, like input_ids: the tokens to predict, -100 for none.
+            count: the number of entries of index in use (MaskedTokens.count). On the CPU the head runs on these only;
+                on a device, where reading count would stall, on all. A compiled step leaves it out.
             reduction: "mean" over the targets that are not -100, "sum" or "none".
 
         Returns the loss; without targets the logits at index, (P, vocab_size), or of every token, input_ids.shape +
-        (vocab_size,). ValueError for inputs that do not fit together.
+        (vocab_size,). ValueError if the inputs do not fit together.
         """
         if index is not None:
             _checks.is_tensor("index", index, device=input_ids.device, dtypes=(torch.int64,), shape=(None,))
@@ -356,7 +356,7 @@ class Bert(BertEncoder):
 
 
 def encoder_names(config: BertConfig) -> _checkpoint.Names:
-    """Our names of the embeddings' and layers' parameters -> Transformers'."""
+    """Parameter names of the embeddings and layers in fastlm -> in Transformers."""
     tables = {
         f"embeddings.{name}": (f"bert.embeddings.{name}_embeddings.weight",)
         for name in ("word", "position", "token_type")
@@ -376,7 +376,7 @@ def encoder_names(config: BertConfig) -> _checkpoint.Names:
 
 
 def _current_name(name: str) -> str:
-    """A tensor's name as BertForMaskedLM has it today: BertModel saves no prefix, TensorFlow's LN was gamma, beta."""
+    """A tensor's present name in BertForMaskedLM. BertModel saves no prefix; TensorFlow named LN's gamma and beta."""
     if name.startswith(("embeddings.", "encoder.", "pooler.")):
         name = f"bert.{name}"
     return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")

@@ -1,12 +1,12 @@
 """BERT's other heads (Devlin et al. 2018, section 3.2, figure 4), on the encoder of fastlm/models/bert.py.
 
-With x (tokens, hidden) the last layer's output, x_0 a sequence's first token, [CLS]:
+With x (tokens, hidden) the last layer's output and x_0 its row of a sequence's first token, [CLS]:
     pooled = tanh(W_p x_0)
     BertForSequenceClassification    logits = W drop(pooled), one row a sequence
     BertForTokenClassification       logits = W drop(x), one row a token
     BertForQuestionAnswering         start, end = W x, two numbers a token; a softmax over each sequence's tokens
-Names, arguments and losses are Transformers'. Where only x_0 is read, what follows the last layer's attention runs on
-the first tokens alone.
+Names, arguments and losses are those of Transformers. If only x_0 is needed, the last layer runs only on the first
+tokens after its attention.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class BertModel(BertEncoder):
 
 
 class BertForSequenceClassification(BertEncoder):
-    """A class, several, or numbers, for each sequence; config.labels names them."""
+    """One class, several classes, or numbers for each sequence; config.labels names them."""
 
     architecture = "BertForSequenceClassification"
 
@@ -83,10 +83,10 @@ class BertForSequenceClassification(BertEncoder):
         labels: torch.Tensor | None = None,
         reduction: str = "mean",
     ) -> torch.Tensor:
-        """The loss where there are labels, else logits, (sequences, num_labels).
+        """The loss if labels are given, else logits, (sequences, num_labels).
 
-        labels: by config.problem_type; where that is None, by their own form:
-            "single_label_classification": int64 (sequences,), -100 where there is none: cross-entropy;
+        labels: as config.problem_type says; if that is None, their dtype and shape decide:
+            "single_label_classification": int64 (sequences,), -100 for none: cross-entropy;
             "multi_label_classification": floating point (sequences, num_labels), 0 or 1: binary cross-entropy;
             "regression", and None with one label: floating point (sequences,) or (sequences, num_labels): squares.
             The labels of empty sequences are not read.
@@ -155,9 +155,9 @@ class BertForTokenClassification(BertEncoder):
         labels: torch.Tensor | None = None,
         reduction: str = "mean",
     ) -> torch.Tensor:
-        """The loss where there are labels, else logits, input_ids.shape + (num_labels,).
+        """The loss if labels are given, else logits, input_ids.shape + (num_labels,).
 
-        labels: int64, like input_ids, -100 where there is none. reduction: "mean" over the others, "sum" or "none".
+        labels: int64, like input_ids, -100 for none. reduction: "mean" over the others, "sum" or "none".
         The other arguments as of `Bert.forward`. ValueError for inputs that do not fit together.
         """
         given = self.sequences(input_ids, cu_seqlens, max_seqlen, attention_mask)
@@ -199,10 +199,10 @@ class BertForQuestionAnswering(BertEncoder):
         end_positions: torch.Tensor | None = None,
         reduction: str = "mean",
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """The loss where there are positions, else (start, end), logits, each like input_ids.
+        """The loss if positions are given, else the logits (start, end), each like input_ids.
 
-        start_positions, end_positions: int64 (sequences,), counted from 0 in each sequence, its real tokens alone. One
-            that is -100, or not in its sequence (an answer that was cut off), is not predicted.
+        start_positions, end_positions: int64 (sequences,), counted from 0 over the real tokens of each sequence. A
+            position that is -100, or outside its sequence (an answer that was cut off), is not predicted.
         reduction: of both losses, whose mean is returned: "mean", "sum" or "none".
         The other arguments as of `Bert.forward`. Padding takes no part in the softmax (in Transformers it does).
         ValueError for inputs that do not fit together.
@@ -217,7 +217,7 @@ class BertForQuestionAnswering(BertEncoder):
             ("end_positions", end, end_positions),
         ):
             _checks.is_tensor(name, wanted, device=logits.device, dtypes=(torch.int64,), shape=lengths.shape)
-            # Not -inf: a sequence of no tokens would be NaN, ignored or not.
+            # Not -inf, since an empty sequence would give NaN, even if it is ignored.
             rows = given.padded(logits, torch.finfo(logits.dtype).min)
             wanted = torch.where(wanted < lengths, wanted, IGNORE_INDEX)
             losses.append(ops.cross_entropy(rows, wanted, reduction=reduction))

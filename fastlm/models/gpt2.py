@@ -1,4 +1,4 @@
-"""GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"), packed end to end.
+"""GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners") on packed sequences.
 
     x = drop(word[id] + position[p])
     each layer:   x = x + drop(W_o attention(W_q h, W_k h, W_v h)),   h = LN(x), causal
@@ -6,9 +6,9 @@
     logits = word · LN(x)                                             the decoder is the word table
     loss = mean of -log softmax(logits of token t)[id of token t + 1], t + 1 in the same sequence
 
-W_q, W_k, W_v are one matrix product. Dropout, addition and the LN after it are one pass, so a layer hands on x and, in
-`delta`, what is still to be added to it. In bfloat16 (the model's dtype, or autocast over float32 parameters) the
-residual stream x is bfloat16, every LN's statistics float32.
+W_q, W_k, W_v are one matrix product. Dropout, addition and the LN after it are one pass, so a layer returns x and
+`delta`, which the next layer adds to x. In bfloat16 (the model's dtype, or autocast over float32 parameters) the
+residual x is bfloat16; the statistics of every LN are float32.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from fastlm.settings import key
 
 @dataclass(frozen=True)
 class GPT2Config(Config):
-    """The architecture, in the names and defaults of Transformers' config.json. ValueError for what cannot be built.
+    """The architecture, with the names and defaults of Transformers' config.json. ValueError if it cannot be built.
 
     n_inner: width of the feed-forward; None: 4 n_embd.
     initializer_range: weights start from a normal distribution of this standard deviation, those that lead into the
         residual stream of a 1/sqrt(2 n_layer) of it; biases start at 0, LN at 1 and 0.
-    bos_token_id, eos_token_id, pad_token_id: of the tokenizer, for those who generate; the model reads none of them.
+    bos_token_id, eos_token_id, pad_token_id: of the tokenizer, for generation; the model does not read them.
     """
 
     vocab_size: int = 50257
@@ -95,9 +95,9 @@ class Layer(torch.nn.Module):
         self.mlp = nn.MLP(size, config.n_inner or 4 * size, approximate=approximate, **factory)
 
     def forward(self, x, delta, sequences, *, rng):
-        """(x, delta) -> (x, delta), each (..., n_embd), packed or padded; the first layer is given no delta.
+        """(x, delta) -> (x, delta), each (..., n_embd), packed or padded. The delta of the first layer is None.
 
-        `sequences` are the arguments of ops.attention that say which tokens are one.
+        `sequences` holds the arguments of ops.attention that divide the tokens into sequences.
         """
         attention_dropout_p, dropout_p = (self.attention_dropout_p, self.dropout_p) if self.training else (0.0, 0.0)
         h, x = add_norm(self.norm1, x, delta, dropout_p=dropout_p, rng=rng, site=self.site)
@@ -166,18 +166,18 @@ class GPT2(Model):
         labels: torch.Tensor | None = None,
         reduction: str = "mean",
     ) -> torch.Tensor:
-        """The loss where there are labels, else logits.
+        """The loss if labels are given, else logits.
 
         Args:
             input_ids: int64 or int32, packed (T,) with cu_seqlens, or padded (B, S).
             cu_seqlens: int32 (sequences + 1,), where each sequence starts, then T (which may be repeated).
-            max_seqlen: no sequence is longer; default n_positions.
+            max_seqlen: upper bound of the sequences' lengths; default n_positions.
             positions: like input_ids; default from 0 in each sequence. With an attention_mask only real tokens count,
-                so padding on the left changes nothing (Transformers counts from the row's start, padding included).
+                so padding on the left has no effect (Transformers counts from the row's start, padding included).
             attention_mask: (B, S), nonzero for real tokens, padding on either side; default: all are real.
             rng: int64 (2,), (seed, step), of all dropouts in training; None draws from torch's generator.
-            labels: int64, like input_ids, which they usually are: the token at t is predicted from those before it in
-                its sequence. -100, a sequence's first token and padding are not predicted.
+            labels: int64, like input_ids, usually input_ids: the token at t is predicted from those before it in its
+                sequence. -100, the first token of a sequence and padding are not predicted.
             reduction: "mean" over the predicted tokens, "sum"; or "none", like input_ids: t has the loss of t + 1.
 
         Returns the loss; without labels the logits, input_ids.shape + (vocab_size,). ValueError for inputs that do not

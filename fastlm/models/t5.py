@@ -1,4 +1,4 @@
-"""T5 (Raffel et al. 2020, arXiv:1910.10683) and T5 v1.1 (Shazeer 2020, arXiv:2002.05202), packed end to end.
+"""T5 (Raffel et al. 2020, arXiv:1910.10683) and T5 v1.1 (Shazeer 2020, arXiv:2002.05202) on packed sequences.
 
     x = drop(word[id]);   h stands for norm(x) = x / sqrt(mean(x²) + eps) * weight
     each layer:   x = x + drop(W_o attention(W_q h, W_k h, W_v h; bias))       decoder: causal
@@ -10,9 +10,9 @@
 attention adds bias[bucket(key - query)], a number per head and bucket that all layers of a stack share, and does not
 divide by sqrt(d). No layer has another bias. The decoder reads the target, shifted by one.
 
-What reads the same is one matrix product; dropout, addition and the norm after it are one pass, so a layer hands on x
-and, in `delta`, what is still to be added to it. In bfloat16 (the model's dtype, or autocast over float32 parameters)
-the residual stream x is bfloat16, every norm's statistics float32.
+Projections of the same input are one matrix product. Dropout, addition and the norm after it are one pass, so a layer
+returns x and `delta`, which the next layer adds to x. In bfloat16 (the model's dtype, or autocast over float32
+parameters) the residual x is bfloat16; the statistics of every norm are float32.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ _SITES = 6  # dropouts of a layer
 
 @dataclass(frozen=True)
 class T5Config(Config):
-    """The architecture, in the names and defaults of Transformers' config.json. ValueError for what cannot be built.
+    """The architecture, with the names and defaults of Transformers' config.json. ValueError if it cannot be built.
 
     num_decoder_layers: None: num_layers.
     feed_forward_proj: "relu" (T5) or "gated-gelu" (v1.1; the GELU is the tanh form).
     initializer_factor: of the standard deviations that weights start with, 1 for the word table, else 1/sqrt(inputs);
         norms start at it.
-    tie_word_embeddings: the head is the word table (T5), or a matrix of its own (v1.1).
-    scale_decoder_outputs: by 1/sqrt(d_model) before the head; None: where the head is tied.
-    decoder_start_token_id: what the decoder reads first; None: pad_token_id, which it reads for a label of -100.
+    tie_word_embeddings: the head is the word table (T5), or a separate matrix (v1.1).
+    scale_decoder_outputs: by 1/sqrt(d_model) before the head; None: if the head is tied.
+    decoder_start_token_id: the decoder's first input; None: pad_token_id, which also replaces a label of -100.
     """
 
     vocab_size: int = 32128
@@ -97,7 +97,7 @@ class T5Config(Config):
         self._check_id("decoder_start_token_id")
 
     def to_dict(self) -> dict:
-        # Transformers 5 reads from tie_word_embeddings whether to scale, and from the tensors whether to tie.
+        # In Transformers 5, tie_word_embeddings decides whether to scale, and the tensors decide whether to tie.
         content = {**super().to_dict(), "is_encoder_decoder": True, "tie_word_embeddings": self.scale_decoder_outputs}
         del content["scale_decoder_outputs"]
         return content
@@ -115,7 +115,7 @@ class SelfAttention(torch.nn.Module):
         self.out = torch.nn.Linear(inner, config.d_model, bias=False, **factory)
 
     def forward(self, x, table, sequences, rng):
-        """x (..., d_model); table (buckets, heads); sequences: the arguments of ops.attention that say which."""
+        """x (..., d_model); table (buckets, heads); sequences: arguments of ops.attention."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)  # views, (..., heads, d_kv)
         bias = ops.RelativeBias(table, bidirectional=not self.decoder, max_distance=self.max_distance)
         attended = ops.attention(
@@ -145,7 +145,7 @@ class CrossAttention(torch.nn.Module):
         self.out = torch.nn.Linear(inner, config.d_model, bias=False, **factory)
 
     def forward(self, x, source, sequences, rng):
-        """x (..., d_model), what the target asks; source (..., d_model), of the encoder; sequences: of both."""
+        """x (..., d_model) of the decoder; source (..., d_model) of the encoder; sequences: of both."""
         q = self.q(x).unflatten(-1, (self.heads, -1))
         k, v = self.kv(source).unflatten(-1, (2, self.heads, -1)).unbind(-3)
         attended = ops.attention(
@@ -162,7 +162,7 @@ class CrossAttention(torch.nn.Module):
 
 
 class Layer(torch.nn.Module):
-    """Self-attention, in the decoder cross-attention, and feed-forward, each after a norm. Six dropout sites."""
+    """Self-attention, cross-attention in the decoder, and feed-forward, each after a norm. Six dropout sites."""
 
     def __init__(self, config: T5Config, site: int, decoder: bool, **factory) -> None:
         super().__init__()
@@ -187,7 +187,7 @@ class Layer(torch.nn.Module):
         )
 
     def forward(self, x, delta, table, sequences, source=None, cross_sequences=None, *, rng):
-        """(x, delta) -> (x, delta), each (..., d_model), packed or padded; the first layer is given no delta."""
+        """(x, delta) -> (x, delta), each (..., d_model), packed or padded. The delta of the first layer is None."""
         dropout = {"dropout_p": self.dropout_p if self.training else 0.0, "rng": rng}
         h, x = add_norm(self.norm1, x, delta, **dropout, site=self.site)
         delta = self.attention(h, table, sequences, rng)
@@ -213,7 +213,7 @@ class Stack(torch.nn.Module):
         self.dropout = nn.Dropout(config.dropout_rate, site=self.last + 1)
 
     def forward(self, ids, word, run, sequences, source=None, cross_sequences=None, *, rng, sparse=False):
-        """(..., d_model), of ids (...). run: Model.run. word, sparse: as of ops.embedding."""
+        """(..., d_model) for ids (...). run: Model.run. word, sparse: as in ops.embedding."""
         dropout = {"dropout_p": self.dropout_p if self.training else 0.0, "rng": rng}
         x, delta = as_stream(ops.embedding(ids, word, **dropout, site=self.site, sparse=sparse)), None
         for layer in self.layers:
@@ -285,20 +285,20 @@ class T5(Model):
         labels: torch.Tensor | None = None,
         reduction: str = "mean",
     ) -> torch.Tensor:
-        """The loss where there are labels, else logits.
+        """The loss if labels are given, else logits.
 
         Args:
             input_ids: int64 or int32, packed (T,) with cu_seqlens, or padded (B, S).
             decoder_input_ids: packed (U,) with decoder_cu_seqlens, or padded (B, R), as input_ids are; default: the
-                labels shifted right in each sequence, behind decoder_start_token_id.
+                labels shifted right in each sequence, after decoder_start_token_id.
             cu_seqlens, decoder_cu_seqlens: int32 (sequences + 1,), where each sequence starts, then the total (which
-                may be repeated); as many on both sides.
-            max_seqlen, decoder_max_seqlen: no sequence is longer; default T, U.
+                may be repeated). Both have the same number of sequences.
+            max_seqlen, decoder_max_seqlen: upper bounds of the sequences' lengths; default T, U.
             attention_mask, decoder_attention_mask: like the ids, nonzero for real tokens, padding on either side;
                 default: all are real.
             rng: int64 (2,), (seed, step), of all dropouts in training; None draws from torch's generator.
-            labels: int64, like decoder_input_ids: what each of their tokens has to predict, -100 for nothing; padding
-                predicts nothing.
+            labels: int64, like decoder_input_ids: the token that each of them predicts, -100 for none. Padding predicts
+                nothing.
             reduction: "mean" over the predicted tokens, "sum"; or "none", like labels.
 
         Returns the loss; without labels the logits, decoder_input_ids.shape + (vocab_size,). ValueError for inputs that
@@ -378,7 +378,7 @@ class T5(Model):
 
     @classmethod
     def canonical(cls, tensors: _checkpoint.Tensors, config: T5Config) -> tuple[_checkpoint.Tensors, T5Config]:
-        # a table that old versions saved, and none ever read
+        # a table that old versions saved and no version reads
         tensors.pop("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight", None)
         copies = [(f"{stack}.embed_tokens.weight", "shared.weight") for stack in ("encoder", "decoder")]
         _checkpoint.drop_copies(tensors, copies)
@@ -392,7 +392,7 @@ class T5(Model):
 
 
 def _layer_names(config: T5Config, ours: str, theirs: str, decoder: bool) -> dict[str, str | tuple[str, ...]]:
-    """Our modules of a layer -> Transformers'."""
+    """Modules of a layer in fastlm -> in Transformers."""
     mlp = f"{theirs}.{2 if decoder else 1}"
     wide = ("wi_0", "wi_1") if config.feed_forward_proj == "gated-gelu" else ("wi",)
     modules = {
