@@ -140,9 +140,9 @@ def column(page: str, backend: str):
 
 def _load(page: str, backend: str) -> None:
     """Imports a module of a column. It is then an attribute of the column's package."""
-    if not hasattr(_PACKAGES[backend], page):
-        module = importlib.import_module(f"fastlm.ops._{backend}.{page}")
-        module.limit = getattr(module, "limit", None)  # a lookup that fails takes 0.6 µs
+    module = importlib.import_module(f"fastlm.ops._{backend}.{page}")
+    if not hasattr(module, "limit"):
+        module.limit = None  # a lookup that fails takes 0.6 µs
 
 
 _load._dynamo_marked_constant = True  # torch.compile cannot trace an import of a computed name
@@ -188,7 +188,9 @@ def _limit(op: str, backend: str) -> Callable | None:
         return None
     page = _pages[op].name
     found = getattr(_PACKAGES[backend], page, None)  # at every call with "auto": no import, no call of ours
-    return (found or column(page, backend)).limit
+    if found is None or not hasattr(found, "limit"):  # not loaded, or imported by another module of the column
+        found = column(page, backend)
+    return found.limit
 
 
 def reason(op: str, backend: str, device: str, dtype: torch.dtype | None, x=None, **features) -> str | None:
