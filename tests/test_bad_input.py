@@ -1,4 +1,4 @@
-"""On a device an error comes before any launch: each op's bad input, with the launches that it led to counted."""
+"""Bad input on a device: each op must raise before any launch. The launches are counted."""
 
 from contextlib import contextmanager
 
