@@ -1,6 +1,6 @@
 """`pytest --device cuda` runs the device-independent tests on a GPU; the default is the CPU.
 
-`--backend cuda` makes the tests of all ops (test_ops.py) use only that backend, and skip the ops without it.
+`--backend cuda` has the tests of all ops (test_ops.py) take that one backend, and leave out the ops that lack it.
 """
 
 import pytest
