@@ -56,7 +56,7 @@ FASTLM_INLINE uint32_t word_before(const MlmMask& a, int64_t token, Key key) {
       .r0;
 }
 
-// The counters of tokens [begin, begin + n), which may lie in several rows.
+// The counters of tokens [begin, begin + n), which may be in several rows.
 FASTLM_INLINE void fill_counters(const MlmMask& a, int64_t begin, int64_t n, Chunk& chunk) {
   int64_t row = begin / a.cols, col = begin % a.cols;
   for (int64_t i = 0; i < n; ++row, col = 0) {
