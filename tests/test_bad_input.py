@@ -1,4 +1,4 @@
-"""Bad input on a device: each op must raise before any launch. The launches are counted."""
+"""On a device an error comes before any launch: each op's bad input, with the launches that it led to counted."""
 
 from contextlib import contextmanager
 

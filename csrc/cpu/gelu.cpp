@@ -1,7 +1,7 @@
 // gelu: y = gelu(x + bias) * gate, forward and backward. The maths: fastlm/ops/gelu.py.
 //
-// Every input is read once and every output written once. A row is processed in pieces. Without a bias, a piece of
-// zeros replaces it. If dbias is not needed, it is written to a piece that is not read.
+// Every input is read once and every output written once. A row goes through in pieces; where there is no bias, a piece
+// of zeros takes its place, and where no dbias is wanted it goes to a piece that nobody reads.
 #include "gelu.h"
 
 #include "math.h"
@@ -27,8 +27,8 @@ struct Erf {
   }
 };
 
-// (1 + tanh(u))/2 = 1/(1 + exp(-2u)), and (1 - tanh(u)²)/4 = e/(1 + e)² with e = exp(-2|u|). Neither form cancels.
-// 1 - tanh(u)² would cancel where h, its factor, is large.
+// (1 + tanh(u))/2 = 1/(1 + exp(-2u)), and (1 - tanh(u)²)/4 = e/(1 + e)² with e = exp(-2|u|): neither cancels, where
+// 1 - tanh(u)² would, times an h that is large there.
 struct Tanh {
   FASTLM_INLINE Gelu at(float h) {
     const float u = kSqrt2OverPi * (h + kCubic * h * h * h);
@@ -66,7 +66,7 @@ FASTLM_CLONES void forward_rows(const GeluForward& a, int64_t begin, int64_t end
   }
 }
 
-// One block of rows. `partial` is the block's (cols,) sum of dx, set here, or null.
+// One block of rows; `partial` is its own (cols,) sum of dx, set here, or null.
 template <class T, class Form>
 FASTLM_CLONES void backward_rows(const GeluBackward& a, int64_t begin, int64_t end, float* partial) {
   alignas(64) float unread[kPiece] = {};

@@ -4,7 +4,7 @@
 
 namespace fastlm::cpu {
 
-// Shapes: x, gate, y (rows, cols); bias (cols,) float32. A null pointer: there is no bias, no gate.
+// Shapes: x, gate, y (rows, cols); bias (cols,) float32. A null pointer stands for what is absent: bias, gate.
 struct GeluForward {
   const void* x;
   const float* bias;
