@@ -1,4 +1,4 @@
-"""fastlm.nn against torch.nn: the same state_dict, initialisation, results and gradients; and what torch has not."""
+"""fastlm.nn against torch.nn: state_dict, initialisation, results and gradients; and the arguments beyond torch's."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Every op, through its OpCase and fastlm/testing/checks.py. Nothing here knows a particular op."""
+"""Every op, through its OpCase and fastlm/testing/checks.py. No op is named here."""
 
 import pytest
 import torch
