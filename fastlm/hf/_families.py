@@ -42,6 +42,7 @@ MODULES = {
     "llama": {
         "LlamaDecoderLayer": (modules.LlamaLayer, "addition and second RMSNorm in one pass"),
         "LlamaRMSNorm": (modules.RMSNorm, "RMSNorm"),
+        "LlamaMLP": (modules.LlamaMLP, "activation and gate in one pass"),
     },
 }
 
@@ -52,6 +53,8 @@ COMMON = {
     "transformers.activations.GELUTanh": (modules.TanhGELU, "GELU by tanh"),
     "transformers.activations.NewGELUActivation": (modules.TanhGELU, "GELU by tanh"),
     "transformers.activations.AccurateGELUActivation": (modules.TanhGELU, "GELU by tanh"),
+    "transformers.activations.SiLUActivation": (modules.SiLU, "SiLU"),
+    "torch.nn.modules.activation.SiLU": (modules.SiLU, "SiLU"),
 }
 
 LOSSES = {
@@ -70,8 +73,7 @@ _EMBEDDINGS = "its lookups and their sum; its LayerNorm is replaced by itself"
 # Classes that are left: class name -> reason
 LEFT = {
     **dict.fromkeys(("BertEmbeddings", "RobertaEmbeddings", "Embeddings", "ModernBertEmbeddings"), _EMBEDDINGS),
-    "T5DenseActDense": "no bias or gate to fuse; a GELU in it is replaced by itself",
-    "LlamaMLP": "fastlm has no SiLU",
+    "T5DenseActDense": "no bias or gate to fuse; a GELU or SiLU in it is replaced by itself",
     "LlamaRotaryEmbedding": "fastlm has no rotary embedding",
     "ModernBertRotaryEmbedding": "fastlm has no rotary embedding",
     "BertPooler": "tanh of one token a row",

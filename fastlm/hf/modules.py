@@ -77,6 +77,16 @@ class TanhGELU(GELU):
     approximate = "tanh"
 
 
+class SiLU(Patched):
+    """SiLU."""
+
+    def forward(self, input):
+        return ops.silu(input)
+
+    def gated(self, x, gate):
+        return ops.silu(x, gate=gate)
+
+
 class AfterDense(Patched):
     """A module with gelu(dense(x)) in it, its activation under `act_name`."""
 
@@ -88,7 +98,7 @@ class Gated(Patched):
     """A module with act(x) * gate in it, its activation under `act_name`."""
 
     act_name: str
-    activations = (GELU,)
+    activations = (GELU, SiLU)
 
     def gated(self, x, gate):
         """In one pass where the activation is as it was, without a hook."""
@@ -282,3 +292,12 @@ class LlamaLayer(Patched):
         )
         normed, hidden_states = add_norm(self.post_attention_layernorm, attended, hidden_states, return_residual=True)
         return hidden_states + self.mlp(normed)
+
+
+class LlamaMLP(Gated):
+    """down_proj(act(gate_proj(x)) * up_proj(x)); what Llama calls the gate is x of ops.silu."""
+
+    act_name = "act_fn"
+
+    def forward(self, x):
+        return self.down_proj(self.gated(self.gate_proj(x), self.up_proj(x)))
