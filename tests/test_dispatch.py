@@ -123,31 +123,6 @@ def test_forward_mode_is_refused(requires_grad):
         torch.func.jvp(gelu, (x,), (torch.ones_like(X),))
 
 
-@pytest.mark.parametrize("case", [c for c in CASES.values() if c.gradients and "cpu" in _registry.backends(c.op)])
-def test_second_derivatives_are_refused(case):
-    """Not answered with 0, also if the outputs' gradients are constants, so that only saved tensors matter."""
-    inputs = case.inputs(case.tests[0], 0, torch.float32)
-    wanted = [inputs[name] for name in case.gradients if inputs.get(name) is not None]
-
-    def gradients(**options):
-        outputs = [out for out in case.run(case.function, case.tests[0], inputs, backend="cpu") if out.requires_grad]
-        ones = [torch.ones_like(out) for out in outputs]
-        return [g for g in torch.autograd.grad(outputs, wanted, ones, allow_unused=True, **options) if g is not None]
-
-    first = gradients(create_graph=True)
-    for a, b in zip(first, gradients(), strict=True):
-        assert torch.equal(a, b)
-    with pytest.raises(RuntimeError, match=r"fastlm::\w+_fwd has no second derivative"):
-        sum(g.pow(2).sum() for g in first).backward()
-
-
-def test_second_derivative_by_one_input_is_refused():
-    x = X.clone().requires_grad_()
-    (dx,) = torch.autograd.grad(gelu(x).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"fastlm::gelu_fwd has no second derivative"):
-        torch.autograd.grad(dx.sum(), x, allow_unused=True)
-
-
 def test_compiled_graphs_hold_the_op():
     graphs = []
 

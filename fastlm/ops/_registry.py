@@ -39,6 +39,7 @@ from typing import NamedTuple, get_type_hints
 
 import torch
 from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
 
 from fastlm import _native
 from fastlm.ops import _autocast
@@ -283,19 +284,6 @@ def _refuse_tangents(name: str, args) -> None:
             )
 
 
-def _refuse_second_derivative(name: str, gradients: dict, *sources: torch.Tensor | None) -> dict:
-    """The gradients, whose derivative is an error. `sources` are the tensors that they depend on.
-
-    torch's once_differentiable does this only if the gradient of an output requires a gradient. The gradients also
-    depend on the saved tensors: without the error, that part of a second derivative would silently be 0.
-    """
-    inputs = [None if g is None else g.detach().requires_grad_() for g in gradients.values()]
-    inputs += [source for source in sources if source is not None and source.requires_grad]
-    message = f'fastlm::{name} has no second derivative. Use backend="reference".'
-    outputs = torch._C._functions.DelayedError(message, len(inputs))(*inputs)
-    return dict(zip(gradients, outputs if len(inputs) > 1 else (outputs,)))
-
-
 def differentiable(name: str, save: Callable, backward: Callable, *, constant: tuple[str, ...] = ()) -> None:
     """Registers the gradient of the raw op `name`, at torch's Autograd key.
 
@@ -328,12 +316,10 @@ def differentiable(name: str, save: Callable, backward: Callable, *, constant: t
             return outputs
 
         @staticmethod
+        @once_differentiable
         def backward(ctx, *grads):
-            tensors, needs = ctx.saved_tensors, arguments.unflatten(ctx.needs_input_grad[3:])
-            with torch.no_grad():
-                gradients = backward(merge(tensors, ctx.others), needs, ctx.backend, *grads)
-            if torch.is_grad_enabled():  # create_graph=True
-                gradients = _refuse_second_derivative(name, gradients, *tensors, *grads)
+            needs = arguments.unflatten(ctx.needs_input_grad[3:])
+            gradients = backward(merge(ctx.saved_tensors, ctx.others), needs, ctx.backend, *grads)
             return None, None, None, *map(gradients.get, names)
 
     Function.__name__ = Function.__qualname__ = name  # the name that a profile and a graph show
