@@ -39,7 +39,6 @@ from typing import NamedTuple, get_type_hints
 
 import torch
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from fastlm import _native
 from fastlm.ops import _autocast
@@ -286,6 +285,19 @@ def _refuse_tangents(name: str, args) -> None:
             )
 
 
+def _refuse_second_derivative(name: str) -> None:
+    """Raises where a backward is asked for a graph of itself (create_graph=True).
+
+    The gradients do not depend on the inputs by any graph, so a Hessian-vector product or a gradient penalty through
+    them would silently be 0. torch's once_differentiable raises only if a gradient of the outputs requires a gradient.
+    """
+    if torch.is_grad_enabled():
+        raise NotImplementedError(
+            f"fastlm::{name} has no second derivative (double backward), and backward was called with "
+            'create_graph=True. Use create_graph=False, or backend="reference".'
+        )
+
+
 def differentiable(name: str, save: Callable, backward: Callable, *, constant: tuple[str, ...] = ()) -> None:
     """Registers the gradient of the raw op `name`, at torch's Autograd key.
 
@@ -318,8 +330,8 @@ def differentiable(name: str, save: Callable, backward: Callable, *, constant: t
             return outputs
 
         @staticmethod
-        @once_differentiable
         def backward(ctx, *grads):
+            _refuse_second_derivative(name)
             needs = arguments.unflatten(ctx.needs_input_grad[3:])
             gradients = backward(merge(ctx.saved_tensors, ctx.others), needs, ctx.backend, *grads)
             return None, None, None, *map(gradients.get, names)
