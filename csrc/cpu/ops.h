@@ -1,5 +1,5 @@
 // The CPU kernels' entry points. Plain pointers and sizes; contiguous rows with a stride in elements where one is
-// named. Dtype codes, and the functions, are bound in csrc/bindings_cpu.cpp; the maths stands in fastlm/ops/<op>.py.
+// named. Dtype codes, and the functions, are bound in csrc/bindings_cpu; the maths stands in fastlm/ops/<op>.py.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
 // The CUDA kernels' entry points: plain pointers, sizes, a device and a stream. Rows have a unit last stride, and a
-// stride in elements where one is named. Bound in csrc/bindings_cuda.cpp; the maths stands in fastlm/ops/<op>.py.
+// stride in elements where one is named. Bound in csrc/bindings_cuda; the maths stands in fastlm/ops/<op>.py.
 #pragma once
 
 #include <cstdint>
