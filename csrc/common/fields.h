@@ -27,7 +27,8 @@
 //   array, vector      a list or tuple, which keeps its items alive during the call
 //   FASTLM_TUPLE(T)    a struct as one argument: a tuple of its members in the macro's order; None sets all to zero
 //
-// The calls cost less than pybind11's: 24 keyword arguments take 0.9 µs here and 3 µs there. This file needs no torch.
+// The calls cost less than pybind11's: layer_norm_fwd takes 1.3 µs for 17 arguments by name, where pybind11 took 1.8 µs
+// for 22 by position (one loaded core; LOG.md, 2026-11-29). This file needs no torch.
 #pragma once
 
 #define PY_SSIZE_T_CLEAN
