@@ -187,6 +187,8 @@ def _limit(op: str, backend: str) -> Callable | None:
     if backend in COMPOSITE and backend not in _COLUMNS:
         return None
     page = _pages[op].name
+    if torch.compiler.is_compiling():  # Dynamo may trace this twice: the first import must not change what it sees
+        return column(page, backend).limit
     found = getattr(_PACKAGES[backend], page, None)  # at every call with "auto": no import, no call of ours
     return (found or column(page, backend)).limit
 
