@@ -124,6 +124,14 @@ def test_forward_mode_is_refused(requires_grad):
         torch.func.jvp(gelu, (x,), (torch.ones_like(X),))
 
 
+def test_gradients_by_torch_func_are_refused():
+    for differentiate in (torch.func.grad, lambda f: torch.func.vmap(torch.func.grad(f))):
+        with pytest.raises(NotImplementedError, match=r"fastlm::gelu_fwd cannot be differentiated by torch\.func"):
+            differentiate(lambda x: gelu(x).sum())(X)
+    want = torch.func.grad(lambda x: ops.gelu(x, BIAS, backend="reference").sum())(X)
+    torch.testing.assert_close(want, torch.autograd.grad(gelu(x := X.clone().requires_grad_()).sum(), x)[0])
+
+
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_the_first_call_may_be_compiled(dynamic, monkeypatch):
     """The adapters are imported while Dynamo traces; after a graph break or with dynamic shapes it traces again."""

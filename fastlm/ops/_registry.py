@@ -339,6 +339,11 @@ def differentiable(name: str, save: Callable, backward: Callable, *, constant: t
         if torch.is_grad_enabled():
             for a in flat:  # a generator for any() takes as long as a small kernel
                 if isinstance(a, torch.Tensor) and a.requires_grad:
+                    if torch._C._are_functorch_transforms_active():
+                        raise NotImplementedError(
+                            f"fastlm::{name} cannot be differentiated by torch.func (grad, vjp, jacrev, vmap). Use "
+                            'torch.autograd, or backend="reference".'
+                        )
                     return Function.apply(redispatch, backend, arguments.unflatten(flat[:-1]), *flat[:-1])
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & below, *flat)
