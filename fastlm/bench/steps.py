@@ -224,6 +224,8 @@ def find_step(name: str, settings: Sequence[str] = (), vocab_size: int = 30522) 
             if str(error).startswith("recipe: expected one of"):
                 raise ValueError(f"{error}; or of the fixed steps {', '.join(STEPS)}") from error
             raise
+        if recipe.task != "masked_lm":
+            raise ValueError(f"recipe: expected one of task masked_lm, whose batches are drawn, got {recipe.task}")
         return recipe, drawn(recipe, vocab_size)
     made, inputs = STEPS[name]()
     recipe = replace(made.with_settings(settings), name=name)
