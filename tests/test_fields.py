@@ -69,6 +69,20 @@ def test_integers_of_numpy():
     assert torch.equal(ops.dropout(x, 0.5, rng=rng, site=np.int64(3), backend="cpu"), want)
 
 
+@built
+def test_booleans_of_numpy():
+    """The ops make them Python's; a binding takes no other."""
+    x, rng = torch.randn(4, 8), torch.tensor([1, 2])
+    want = ops.dropout(x, 0.5, rng=rng, relu=True, backend="cpu")
+    assert torch.equal(ops.dropout(x, 0.5, rng=rng, relu=np.bool_(True), backend="cpu"), want)
+    q, table = torch.randn(1, 4, 2, 16), torch.randn(8, 2)
+    out, same = (
+        ops.attention(q, q, q, relative_bias=ops.RelativeBias(table, one_way, 16), backend="cpu")
+        for one_way in (False, np.bool_(False))
+    )
+    assert torch.equal(out, same)
+
+
 class Interrupted:
     """Its exception has no value in Python 3.11 before it is normalised."""
 
