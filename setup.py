@@ -1,9 +1,9 @@
 """Builds the extension modules. The rest of the packaging is in pyproject.toml.
 
-fastlm._cpu is always built, with any C++17 compiler. It is compiled with OpenMP but not linked to an OpenMP library:
-the symbols resolve at import to the one that torch has loaded (fastlm/_native.py), so there is one pool of threads.
+fastlm._cpu is always built, with any C++17 compiler. It is compiled with OpenMP but not linked to an OpenMP library. At
+import its symbols resolve to the library that torch has loaded (fastlm/_native.py), so there is one pool of threads.
 
-fastlm._cuda is built when nvcc is found (CUDA_HOME, else PATH). Settings, for the build alone:
+fastlm._cuda is built if nvcc is found (CUDA_HOME, else PATH). Settings of the build:
   FASTLM_CUDA=0             leaves CUDA out
   FASTLM_CUDA_ARCHS=90,100  architectures of the machine code, with PTX of the last one (default: 80,90,100)
 """
@@ -21,7 +21,7 @@ from setuptools import setup
 from setuptools.command.build import build
 from setuptools.modified import newer_group
 
-# fp contraction gives FMAs; without errno and traps, sqrt and compares vectorise. NaN and infinity keep their meaning.
+# fp contraction gives FMAs. Without errno and traps, sqrt and compares vectorise. NaN and infinity work as usual.
 CXX_FLAGS = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra"]
 
 
@@ -44,7 +44,8 @@ def nvcc_flags():
     archs = os.environ.get("FASTLM_CUDA_ARCHS", "80,90,100").split(",")
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     ptx = f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"
-    # Kernels' host symbols stay visible, as they were before CUDA 13: csrc/cuda/launch.h finds their names by them.
+    # The host symbols of kernels stay visible, as before CUDA 13: csrc/cuda/launch.h finds the names of kernels by
+    # them.
     visible = ["-static-global-template-stub=false", "-device-entity-has-hidden-visibility=false"]
     version = subprocess.run([NVCC, "--version"], capture_output=True, text=True, check=True).stdout
     release = int(re.search(r"release (\d+)", version).group(1))
@@ -69,7 +70,7 @@ def cpu_extension():
 
 
 def flags_file():
-    """A file as old as nvcc's flags, so that another FASTLM_CUDA_ARCHS compiles the kernels again."""
+    """A file that changes with nvcc's flags, so that another FASTLM_CUDA_ARCHS compiles the kernels again."""
     path, flags = Path("build/nvcc-flags"), " ".join([NVCC, *nvcc_flags()])
     if not path.is_file() or path.read_text() != flags:
         path.parent.mkdir(exist_ok=True)
@@ -89,7 +90,7 @@ def cuda_extension():
 
 
 class BuildExt(build_ext):
-    """pybind11's build_ext; .cu sources go through nvcc, sources that changed are compiled, and side by side."""
+    """pybind11's build_ext with nvcc for .cu sources. It compiles only sources that changed, in parallel."""
 
     def finalize_options(self):
         super().finalize_options()
@@ -126,7 +127,7 @@ class BuildExt(build_ext):
             return objects
 
         def link(objects, output_filename, *args, **kwargs):
-            # nvcc knows where its static runtime lies, whatever the layout of the toolkit.
+            # nvcc finds its static runtime in any layout of the toolkit.
             run([NVCC, "-shared", "-cudart=static", *objects, "-o", output_filename])
 
         compiler.src_extensions.append(".cu")

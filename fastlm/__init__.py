@@ -1,4 +1,4 @@
-"""fastlm: Transformer language models, pretrained on fused kernels.
+"""fastlm: Transformer language models, trained on fused kernels.
 
 `fastlm.ops` has the kernels, `fastlm.nn` drop-in modules on them, and `fastlm.models` whole models.
 `fastlm.patch(model)` makes a Transformers model use them.

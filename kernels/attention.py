@@ -7,6 +7,7 @@ attention_tile.py.
 import itertools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -103,21 +104,45 @@ def _rows(x: torch.Tensor) -> Rows:
     return Rows(x, 0, *strides) if x.dim() == 3 else Rows(x, *strides)
 
 
-def _numbers(q, k, cu_seqlens_q, starts, bidirectional, left, right, site, threshold):
+class Options(NamedTuple):
+    """What both launchers take. The tensors are contiguous."""
+
+    cu_seqlens_q: torch.Tensor | None
+    cu_seqlens_k: torch.Tensor | None
+    max_seqlen_q: int  # no sequence is longer; read only by backward, if packed
+    max_seqlen_k: int
+    key_mask: torch.Tensor | None
+    table: torch.Tensor | None  # (buckets, heads)
+    starts: tuple[int, ...]  # the smallest distance of each of the table's buckets of one direction
+    bidirectional: bool
+    left: int  # the window, -1: no limit
+    right: int
+    scale: float
+    threshold: int  # of dropout; 0: none
+    dropout_scale: float
+    rng: torch.Tensor | None
+    site: int
+
+    def features(self, bias: torch.Tensor | None) -> Features:
+        rng = self.rng if self.threshold else None
+        return Features(self.cu_seqlens_q, self.cu_seqlens_k, self.key_mask, bias, rng, self.scale, self.dropout_scale)
+
+
+def _numbers(q, k, options: Options):
     """The loose arguments of all kernels: integers that must not be specialised, and constants."""
-    far = starts[-1] if starts else 1
+    far, cu_seqlens = options.starts[-1] if options.starts else 1, options.cu_seqlens_q
     return {
-        "sequences": cu_seqlens_q.numel() - 1 if cu_seqlens_q is not None else q.shape[0],
+        "sequences": cu_seqlens.numel() - 1 if cu_seqlens is not None else q.shape[0],
         "sq": q.shape[-3],
         "sk": k.shape[-3],
         "heads": q.shape[-2],
         "group": q.shape[-2] // k.shape[-2],
-        "left": _limit(left),
-        "right": _limit(right),
+        "left": _limit(options.left),
+        "right": _limit(options.right),
         "far": far,
-        "far_right": far if bidirectional else 0,
-        "site": site,
-        "threshold": threshold,
+        "far_right": far if options.bidirectional else 0,
+        "site": options.site,
+        "threshold": options.threshold,
         "D": q.shape[-1],
         "BLOCK_D": _block_d(q.shape[-1]),
         "PRECISION": _precision(q.dtype),
@@ -128,18 +153,19 @@ def _blocks(c: Config):
     return {"BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "num_warps": c.num_warps, "num_stages": c.num_stages}
 
 
-def _expand(table, starts, bidirectional, dtype):
+def _expand(options: Options, dtype: torch.dtype) -> torch.Tensor | None:
     """(heads, 2 starts[-1] + 1) float32: what the kernels add, by relative position; None without a table.
 
     In the unit of the scores of q's dtype: see attention_tile.py.
     """
+    table, starts = options.table, options.starts
     if table is None:
         return None
     heads, far, unit = table.shape[1], starts[-1], 1.0 if dtype == torch.float32 else math.log2(math.e)
     width = 2 * far + 1
     bias = table.new_empty(heads, width, dtype=torch.float32)
     bias_kernels._expand_bias[(heads, triton.cdiv(width, 256))](
-        table, bias, heads, far, unit, STARTS=starts, BIDIRECTIONAL=bidirectional, BLOCK=256
+        table, bias, heads, far, unit, STARTS=starts, BIDIRECTIONAL=options.bidirectional, BLOCK=256
     )
     return bias
 
@@ -148,77 +174,25 @@ def _batch(q):
     return 1 if q.dim() == 3 else q.shape[0]
 
 
-def attention_fwd(
-    q,
-    k,
-    v,
-    out,
-    lse,
-    *,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    key_mask,
-    table,
-    starts,
-    bidirectional,
-    left,
-    right,
-    scale,
-    threshold,
-    dropout_scale,
-    rng,
-    site,
-):
+def attention_fwd(q, k, v, out, lse, options: Options) -> None:
     """Fills out, like q, and lse (B, H, Sq) or (H, Tq), float32; both contiguous.
 
-    q, k, v: any strides with a unit last one; the rest contiguous. table (buckets, heads) or None, starts: the smallest
-    distance of each of its buckets of one direction. left, right: the window, -1: no limit. threshold 0: no dropout.
+    q, k, v: any strides with a unit last one.
     """
     if q.numel() == 0:
         return
-    c = _config("fwd", q, threshold)
-    bias = _expand(table, starts, bidirectional, q.dtype)
-    features = Features(cu_seqlens_q, cu_seqlens_k, key_mask, bias, rng if threshold else None, scale, dropout_scale)
-    numbers = _numbers(q, k, cu_seqlens_q, starts, bidirectional, left, right, site, threshold)
+    c = _config("fwd", q, options.threshold)
+    features, numbers = options.features(_expand(options, q.dtype)), _numbers(q, k, options)
     tiles = triton.cdiv(q.shape[-3], c.block_m)
     fwd._fwd[(tiles * q.shape[-2] * _batch(q),)](
         _rows(q), _rows(k), _rows(v), out, lse, features, tiles=tiles, **numbers, **_blocks(c)
     )
 
 
-def attention_bwd(
-    dout,
-    dlse,
-    q,
-    k,
-    v,
-    out,
-    lse,
-    dq,
-    dk,
-    dv,
-    dtable,
-    *,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    max_seqlen_q,
-    max_seqlen_k,
-    key_mask,
-    table,
-    starts,
-    bidirectional,
-    left,
-    right,
-    scale,
-    threshold,
-    dropout_scale,
-    rng,
-    site,
-):
+def attention_bwd(dout, dlse, q, k, v, out, lse, dq, dk, dv, dtable, options: Options) -> None:
     """Fills dq, dk, dv, contiguous, and dtable (buckets, heads) float32 unless it is None.
 
-    dout: any strides with a unit last one; dlse like lse, or None. No sequence is longer than max_seqlen_q, _k; padded
-    input does not read them. The rest as in attention_fwd.
+    dout: any strides with a unit last one; dlse like lse, or None. The rest as in attention_fwd.
     """
     if q.numel() == 0:  # no gradient comes from anywhere
         for gradient in (dk, dv, dtable):
@@ -226,14 +200,12 @@ def attention_bwd(
                 gradient.zero_()
         return
     heads, sq, sk, batch = q.shape[-2], q.shape[-3], k.shape[-3], _batch(q)
-    bias = _expand(table, starts, bidirectional, q.dtype)
-    features = Features(cu_seqlens_q, cu_seqlens_k, key_mask, bias, rng if threshold else None, scale, dropout_scale)
-    numbers = _numbers(q, k, cu_seqlens_q, starts, bidirectional, left, right, site, threshold)
-    packed = cu_seqlens_q is not None
+    features, numbers = options.features(_expand(options, q.dtype)), _numbers(q, k, options)
+    threshold, packed = options.threshold, options.cu_seqlens_q is not None
     delta = torch.empty_like(lse)
     inputs = (*map(_rows, (q, k, v, dout)), lse, delta)
     sequence = torch.empty(sq, dtype=torch.int32, device=q.device) if packed and threshold else None
-    _launch_delta(out, inputs[3], dlse, delta, sequence, cu_seqlens_q, numbers, batch)
+    _launch_delta(out, inputs[3], dlse, delta, sequence, options.cu_seqlens_q, numbers, batch)
     if k.numel():
         c = _config("dkdv", q, threshold)
         tiles = triton.cdiv(sk, c.block_n)
@@ -245,8 +217,8 @@ def attention_bwd(
     far = q.new_empty(heads, batch * tiles, 2, dtype=torch.float32) if dtable is not None else None
     bwd._dq[(tiles * heads * batch,)](*inputs, dq, far, features, tiles=tiles, **numbers, **_blocks(c))
     if dtable is not None:
-        longest = (max_seqlen_q, max_seqlen_k) if packed else (sq, sk)
-        _launch_dtable(inputs, features, numbers, starts, bidirectional, longest, far, dtable)
+        longest = (options.max_seqlen_q, options.max_seqlen_k) if packed else (sq, sk)
+        _launch_dtable(inputs, features, numbers, options, longest, far, dtable)
 
 
 def _launch_delta(out, dout, dlse, delta, sequence, cu_seqlens_q, numbers, batch):
@@ -258,9 +230,10 @@ def _launch_delta(out, dout, dlse, delta, sequence, cu_seqlens_q, numbers, batch
     )
 
 
-def _launch_dtable(inputs, features, numbers, starts, bidirectional, longest, far, dtable):
+def _launch_dtable(inputs, features, numbers, options, longest, far, dtable):
     """dtable = the sum of `far`, by `_dq`, and of the tiles near the diagonal. longest: most queries, most keys."""
     q, (buckets, heads) = inputs[0].ptr, dtable.shape
+    starts, bidirectional = options.starts, options.bidirectional
     c = _config("dtable", q, numbers["threshold"])
     # The relative positions that are near and can occur, and the diagonals of tiles that hold one of them.
     low, high = 1 - min(starts[-1], longest[1]), min(numbers["far_right"], longest[0]) - 1

@@ -27,7 +27,7 @@ from .attention_plan import (
     program,
     row_ptrs,
 )
-from .attention_tile import accumulate, add_bias, exp, head_bias, keep_tile, make_drop, product, scaled
+from .attention_tile import accumulate, add_bias, exp, head_bias, keep_tile, make_drop, near_bias, product, scaled
 
 
 @triton.jit(do_not_specialize=PLAIN_NUMBERS)
@@ -153,12 +153,12 @@ def _dkdv(
             p = exp(scores * qk_scale - shift[None, :], FLOAT32)
             dp = product(v_tile, dout_tile, PRECISION)
             kept = p
-            if DROPOUT:  # all of one sequence, whose first key need not be a multiple of 16
-                position = n0 - (plan.first.start if PACKED else 0)
-                query, sequence_head = (
-                    m0 + m - plan.first.col_start,
-                    (plan.first.sequence if PACKED else b) * heads + head,
-                )
+            if DROPOUT:
+                # Of one sequence, whose first key need not be a multiple of 16. Its start is loaded again here: kept in
+                # a register, it costs 24 bytes of spills on sm_100, with a bias.
+                sequence = plan.first.sequence
+                position = n0 - (tl.load(features.cu_k_ptr + sequence) if PACKED else 0)
+                query, sequence_head = m0 + m - plan.first.col_start, (sequence if PACKED else b) * heads + head
                 keep = keep_tile(drop, position, query, sequence_head, BLOCK_M, BLOCK_N, not PACKED, True)
                 kept, dp = tl.where(keep, p, zero), tl.where(keep, dp * dropout_scale, 0.0)
             dv = accumulate(dv, kept.to(dout_tile.dtype), dout_tile, zero, PRECISION)
@@ -168,7 +168,8 @@ def _dkdv(
         for t in range(0, general_count(plan)):
             m0 = plan.begin + general_block(plan, t) * BLOCK_M
             at = tl.cast(m0, tl.int64)
-            row, in_row, visible = columns(plan, seen, m0, None, 0, BLOCK_M)
+            row = m0 + m
+            in_row = row < plan.last.hi
             in_block = in_row[:, None] & in_col[None, :]
             q_tile = tl.load(q_ptrs + at * q.stride_m, mask=in_block, other=0.0)
             dout_tile = tl.load(dout_ptrs + at * dout.stride_m, mask=in_block, other=0.0)
@@ -179,7 +180,12 @@ def _dkdv(
             if HAS_BIAS:
                 single = plan.first.sequence == plan.last.sequence
                 least, most = plan.first.diagonal - (m0 + BLOCK_M - 1), plan.last.diagonal - m0
-                scores = add_bias(scores, bias, seen.diagonal[:, None], row[None, :], least, most, single)
+                # Written out: by add_bias and columns, this kernel spills up to 80 bytes more on sm_120.
+                if single & ((most <= -far) | (least >= far_right)):
+                    scores += tl.where(most <= -far, bias.left, bias.right)
+                else:
+                    scores += near_bias(bias.ptr, seen.diagonal[:, None] - row[None, :], far)
+            visible = (row[None, :] >= seen.lo[:, None]) & (row[None, :] < seen.hi[:, None])
             p = tl.where(visible, exp(scores - lse[None, :] * unit, FLOAT32), 0.0)
             dp = product(v_tile, dout_tile, PRECISION)
             kept = p

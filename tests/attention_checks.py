@@ -1,4 +1,4 @@
-"""What the tests of attention's GPU kernels share: dropout's bits seen from outside, sequences that reach all loops."""
+"""Shared by the tests of attention's GPU kernels: reads back dropout bits, makes sequences that reach all loops."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Our models beside Transformers': the same weights, documents and gradients in both."""
+"""Compares fastlm's models with Transformers': the same weights, documents and gradients in both."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""Philox4x32-10 in NumPy, for tests: written from its definition, without fastlm/philox.py."""
+"""Philox4x32-10 in NumPy, for tests: written from the definition, independent of fastlm/philox.py."""
 
 import numpy as np
 

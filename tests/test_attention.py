@@ -1,4 +1,4 @@
-"""attention beyond its OpCase: layouts that must agree, masks and dropout bits seen from outside, bad input."""
+"""attention beyond its OpCase: layouts that must agree, masks and dropout bits read back, bad input."""
 
 import itertools
 import random

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, checked, resumed from only where they belong."""
+"""Checkpoints: complete or absent, checked, and resumed only by a run that they fit."""
 
 import fcntl
 import json

@@ -1,4 +1,4 @@
-"""The command line, as a user meets it: what it prints, its errors, its exit status."""
+"""The command line from the outside: output, errors, exit status."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""fastlm.data.DataCollatorForLanguageModeling beside Transformers' own, in a DataLoader and in Trainer."""
+"""fastlm.data.DataCollatorForLanguageModeling compared with Transformers' collator, in a DataLoader and in Trainer."""
 
 import pickle
 

@@ -1,7 +1,7 @@
-"""Every OpCase on backend="cuda" without a GPU: the host's code runs as it is, and what it would launch is executed.
+"""Every OpCase on backend="cuda" without a GPU: the host code runs unchanged, and its launches are executed.
 
-fastlm._cuda hands every launch to a recorder (csrc/cuda/launch.h); tests/ptx compiles the same sources for sm_80 and
-executes them, and checks memory, races and barriers on the way.
+fastlm._cuda passes every launch to a recorder (csrc/cuda/launch.h). tests/ptx compiles the same sources for sm_80,
+executes them, and checks memory, races and barriers.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""`prepare` and `open_dataset`: the same every time, whole or absent, and never trusting a damaged file."""
+"""`prepare` and `open_dataset`: deterministic, complete or absent, and a damaged file is never used."""
 
 import fcntl
 import json

@@ -1,4 +1,4 @@
-"""Documents -> rows -> batches: no token is lost, doubled or mislabelled, whatever the batch is split into."""
+"""Documents -> rows -> batches: no token is lost, duplicated or mislabelled, for any division of the batch."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""Where text comes from, and how it is cleaned: every record is used or accounted for."""
+"""Sources of text and cleaning: every record is used or reported."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The tokenizer: trained the same every time, saved as Transformers reads it."""
+"""The tokenizer: training is deterministic, and Transformers can read the saved files."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The demo, in small."""
+"""The demo, at a small size."""
 
 import json
 from dataclasses import replace

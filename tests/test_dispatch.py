@@ -1,4 +1,4 @@
-"""_registry.call: the shortest way to an implementation, and that it is taken only where nobody would see the call."""
+"""_registry.call: it bypasses the dispatcher only if nothing else has to see the call."""
 
 import sys
 from unittest import mock

@@ -1,4 +1,4 @@
-"""Dropout of the row ops, bit for bit against NumPy written from the definition, forward and backward."""
+"""Dropout of the row ops, forward and backward, bit for bit against NumPy code written from the definition."""
 
 import numpy as np
 import numpy_philox

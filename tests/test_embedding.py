@@ -1,4 +1,4 @@
-"""embedding: its contract beyond what every op's tests ask (tests/test_ops.py)."""
+"""embedding beyond its OpCase, which tests/test_ops.py tests."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""gelu: its contract beyond what every op's tests ask (tests/test_ops.py)."""
+"""gelu beyond its OpCase, which tests/test_ops.py tests."""
 
 import ptx
 import pytest

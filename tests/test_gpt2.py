@@ -1,4 +1,4 @@
-"""fastlm.models.GPT2 against transformers.GPT2LMHeadModel: results, gradients, training, checkpoints; its inputs."""
+"""fastlm.models.GPT2 against transformers.GPT2LMHeadModel: results, gradients, training, checkpoints, inputs."""
 
 import warnings
 

@@ -1,4 +1,4 @@
-"""`fastlm info`: what would run here, and why the rest would not."""
+"""`fastlm info`: which backends run here, and why the others cannot."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""layer_norm beyond its OpCase: arguments that leave something out, and dropout's edges."""
+"""layer_norm beyond its OpCase: arguments that are left out, and the limits of dropout."""
 
 import pytest
 import torch

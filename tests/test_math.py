@@ -1,4 +1,4 @@
-"""csrc/cpu/math.h: the errors that its table promises, over floats of every magnitude, and the special values."""
+"""csrc/cpu/math.h: the errors in its table, over floats of every magnitude, and special values."""
 
 import math
 

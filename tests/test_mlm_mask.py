@@ -1,4 +1,4 @@
-"""mlm_mask, bit for bit against NumPy written from the definition token by token, and its contract."""
+"""mlm_mask: bit for bit against NumPy code written from the definition token by token; arguments and errors."""
 
 import math
 

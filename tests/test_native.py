@@ -1,4 +1,4 @@
-"""The compiled modules in a process: one OpenMP pool, torch's; no hang after a fork; what dispatch says."""
+"""The compiled modules in a process: one OpenMP pool, torch's; no hang after a fork; the reasons of dispatch."""
 
 import contextlib
 import json

@@ -1,6 +1,7 @@
-"""fastlm.nn against torch.nn: the same state_dict, initialisation, results and gradients; and what torch has not."""
+"""fastlm.nn against torch.nn: state_dict, initialisation, results and gradients; and the arguments beyond torch's."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -376,7 +377,8 @@ class PlainMLP(torch.nn.Module):
     def forward(self, x):
         h = self.linear1(x)
         h, gate = h.chunk(2, -1) if self.gated else (h, 1)
-        h = F.relu(h) if self.activation == "relu" else F.gelu(h, approximate=self.approximate)
+        plain = {"relu": F.relu, "silu": F.silu, "gelu": functools.partial(F.gelu, approximate=self.approximate)}
+        h = plain[self.activation](h)
         return self.linear2(h * gate)
 
 
@@ -389,8 +391,10 @@ class PlainMLP(torch.nn.Module):
         {"bias": False},
         {"activation": "relu"},
         {"activation": "relu", "gated": True, "bias": False},
+        {"activation": "silu"},
+        {"activation": "silu", "gated": True, "bias": False},
     ],
-    ids=["", "tanh", "gated", "no-bias", "relu", "gated-relu"],
+    ids=["", "tanh", "gated", "no-bias", "relu", "gated-relu", "silu", "gated-silu"],
 )
 def test_mlp(arguments, device):
     ours = nn.MLP(24, 40, **arguments)
@@ -406,8 +410,8 @@ def test_mlp_dropout():
     mlp.eval()(x, rng)
     assert torch.equal(seen[0], nn.Dropout(0.5, site=3)(seen[1], rng))
     assert torch.equal(seen[1], F.relu(mlp.linear1(x)))
-    with pytest.raises(ValueError, match="activation: expected one of 'gelu', 'relu', got 'silu'"):
-        nn.MLP(24, 40, activation="silu")
+    with pytest.raises(ValueError, match="activation: expected one of 'gelu', 'relu', 'silu', got 'elu'"):
+        nn.MLP(24, 40, activation="elu")
 
 
 # ---- losses and masking

@@ -1,4 +1,4 @@
-"""Every op, through its OpCase and fastlm/testing/checks.py. Nothing here knows a particular op."""
+"""Every op, through its OpCase and fastlm/testing/checks.py. No op is named here."""
 
 import pytest
 import torch
@@ -104,3 +104,9 @@ def test_cuda_graph(case, device, only):
         pytest.skip("needs --device cuda")
     for backend in kernels(case, case.tests[0], torch.float32, device, only):
         checks.cuda_graph(case, case.tests[0], torch.float32, backend)
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in CASES.items() if case.gradients])
+def test_a_second_derivative_is_refused(case, device, only):
+    for backend in kernels(case, case.tests[0], torch.float32, device, only):
+        checks.second_derivative_is_refused(case, backend, device)

@@ -1,4 +1,4 @@
-"""A wheel from the tree and a wheel from the sdist: what is in them, and that they work from another directory."""
+"""A wheel from the tree and one from the sdist: their contents, and that they work from another directory."""
 
 import ast
 import json

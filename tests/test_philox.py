@@ -1,4 +1,4 @@
-"""Philox4x32-10 against the known answers that Random123 publishes (tests/kat_vectors, philox4x32 10)."""
+"""Philox4x32-10 against the known answers published by Random123 (tests/kat_vectors, philox4x32 10)."""
 
 import numpy as np
 import numpy_philox

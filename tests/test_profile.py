@@ -1,4 +1,4 @@
-"""`fastlm profile`: names of layers and ops, what it writes, and the command lines of Nsight."""
+"""`fastlm profile`: names of layers and ops, written files, and the command lines of Nsight."""
 
 import csv
 import json

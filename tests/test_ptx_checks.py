@@ -1,4 +1,4 @@
-"""Each check of the interpreter fires at a planted fault, in CUDA and in Triton, and is silent at its correct twin."""
+"""Each check of the interpreter finds a planted fault, in CUDA and in Triton, and nothing in the correct twin."""
 
 import re
 from pathlib import Path

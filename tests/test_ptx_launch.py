@@ -1,4 +1,4 @@
-"""Undefined values, what the interpreter refuses, what a launch does with its tensors, launches from host code."""
+"""Undefined values, refused instructions, handling of tensors at a launch, and launches from host code."""
 
 import ctypes
 import hashlib

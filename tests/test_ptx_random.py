@@ -1,4 +1,4 @@
-"""Random C++ kernels, by nvcc and the interpreter, write what they write by the host's compiler."""
+"""Random C++ kernels: nvcc's code on the interpreter gives the results of the host compiler's code."""
 
 import ctypes
 import os

@@ -1,4 +1,4 @@
-"""What Triton kernels are written with runs on the interpreter as it does in NumPy and torch.
+"""The features of Triton that the kernels use give the same results on the interpreter as in NumPy and torch.
 
 Under triton_on_ptx: CPU tensors, outputs from torch.empty, arguments of every kind that a launcher passes.
 """

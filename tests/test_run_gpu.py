@@ -1,4 +1,4 @@
-"""benchmarks/run_gpu.sh on a machine without a GPU: its plan, its imports, its refusals."""
+"""benchmarks/run_gpu.sh on a machine without a GPU: plan, imports, error messages."""
 
 import os
 import re

@@ -1,7 +1,7 @@
 """The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, over every test input of every op.
 
-The instrumented module takes the place of fastlm._cpu in a process of its own, into which the sanitizers' runtimes are
-preloaded; torch's allocations then have guarded borders too.
+The instrumented module replaces fastlm._cpu in a separate process, into which the runtimes of the sanitizers are
+preloaded. torch's allocations then have guarded borders too.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""What the compilers make of the kernels, held to the committed report and to what each kind of kernel must be."""
+"""The compiled kernels, compared with the committed report and with the requirements for each kind of kernel."""
 
 import csv
 import re

@@ -1,4 +1,4 @@
-"""Files and directories that are whole or absent, and the sweeping of what killed writers left."""
+"""Files and directories: complete or absent; leftovers of killed writers are removed."""
 
 import fcntl
 import json

@@ -1,4 +1,4 @@
-"""A table for the embedding and for the head: its gradient is the two parts' sum, whichever of them there are."""
+"""A table shared by embedding and head: its gradient is the sum of both parts, if both are there."""
 
 import pytest
 import torch

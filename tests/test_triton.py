@@ -1,8 +1,8 @@
 """Every OpCase on backend="triton" without a GPU.
 
 Kernels are compiled for sm_80 and their PTX is executed by tests/ptx, which checks memory, races and barriers.
-Once more in float32, and for one seed since it takes six times as long, they go through Triton's own interpreter, in a
-process of its own: TRITON_INTERPRET=1 counts when a kernel is defined.
+They also run in float32 on Triton's interpreter, for one seed, since it takes six times as long. It runs in a separate
+process, since TRITON_INTERPRET=1 is read when a kernel is defined.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""attention in Triton beyond its OpCase: dropout's bits against the CPU's, all kinds of tiles, what the GPU gets."""
+"""attention in Triton beyond its OpCase: dropout bits equal to the CPU's, all kinds of tiles, launches for a GPU."""
 
 import random
 

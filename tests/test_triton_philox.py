@@ -1,4 +1,4 @@
-"""kernels/philox.py gives the words of fastlm/philox.py, in Triton's interpreter, and 32-bit arithmetic, in the PTX."""
+"""kernels/philox.py gives the words of fastlm/philox.py in Triton's interpreter, and uses 32-bit arithmetic in PTX."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Tables of kernel configurations, and `fastlm tune` with a clock that the test holds."""
+"""Tables of kernel configurations, and `fastlm tune` with a fake clock."""
 
 import json
 

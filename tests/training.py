@@ -1,4 +1,4 @@
-"""A small corpus and a small recipe, for the tests of training."""
+"""A small corpus and a small recipe for tests of training."""
 
 import random
 

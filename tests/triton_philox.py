@@ -1,4 +1,4 @@
-"""Run by test_triton_philox.py in a process of its own: `interpret` prints words as JSON, `compile ARCH...` prints PTX.
+"""Run by test_triton_philox.py in a separate process: `interpret` prints words as JSON, `compile ARCH...` prints PTX.
 
 Triton reads TRITON_INTERPRET when a kernel is decorated, and takes a kernel's source from its file.
 """

@@ -1,39 +1,10 @@
 #include "cpu/gelu.h"
 
-#include "ops.h"
-
-FASTLM_FIELDS(fastlm::cpu::GeluForward) {
-  FIELD(x);
-  FIELD(bias);
-  FIELD(gate);
-  FIELD(y);
-  FIELD(rows);
-  FIELD(cols);
-  FIELD(stride_x);
-  FIELD(stride_gate);
-  FIELD(tanh);
-}
-
-FASTLM_FIELDS(fastlm::cpu::GeluBackward) {
-  FIELD(dy);
-  FIELD(x);
-  FIELD(bias);
-  FIELD(gate);
-  FIELD(dx);
-  FIELD(dgate);
-  FIELD(dbias);
-  FIELD(partial);
-  FIELD(rows);
-  FIELD(cols);
-  FIELD(stride_dy);
-  FIELD(stride_x);
-  FIELD(stride_gate);
-  FIELD(tanh);
-}
+#include "activation.h"
 
 namespace fastlm::cpu {
 
-FASTLM_BIND(gelu_fwd, "args", "dtype", "threads");
-FASTLM_BIND(gelu_bwd, "args", "dtype", "threads");
+FASTLM_BIND(gelu_fwd, "args", "tanh", "dtype", "threads");
+FASTLM_BIND(gelu_bwd, "args", "tanh", "dtype", "threads");
 
 }  // namespace fastlm::cpu

@@ -1,5 +1,5 @@
-// fastlm._cpu: the CPU kernels as Python functions of named arguments (csrc/common/fields.h), one file an op beside
-// this one. No torch here: fastlm/ops/_cpu/<op>.py allocates and calls. The GIL is released while a kernel runs.
+// fastlm._cpu: the CPU kernels as Python functions with keyword arguments (csrc/common/fields.h). Each op has a file
+// beside this one. There is no torch here: fastlm/ops/_cpu/<op>.py allocates tensors and calls the functions.
 #include <pybind11/pybind11.h>
 
 #include "bindings.h"

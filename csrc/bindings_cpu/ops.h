@@ -1,4 +1,4 @@
-// What the bindings of the ops share: dropout is one argument, a tuple of its members.
+// Shared by the bindings of the ops: dropout is one keyword argument, a tuple of its members.
 #pragma once
 
 #include "cpu/ops.h"

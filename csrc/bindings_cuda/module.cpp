@@ -1,6 +1,6 @@
-// fastlm._cuda: the CUDA kernels as Python functions of named arguments (csrc/common/fields.h), one file an op beside
-// this one. No torch here. The CUDA runtime is linked statically, so the module imports on a machine without a GPU or a
-// driver.
+// fastlm._cuda: the CUDA kernels as Python functions with keyword arguments (csrc/common/fields.h). Each op has a file
+// beside this one. There is no torch here. The CUDA runtime is linked statically, so the module can be imported on a
+// machine without a GPU or a driver.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -1,4 +1,4 @@
-// What the bindings of the ops share: dropout is one argument, a tuple of its members, and so is the place.
+// Shared by the bindings of the ops: dropout and place are one keyword argument each, a tuple of its members.
 #pragma once
 
 #include "cuda/ops.h"

@@ -1,4 +1,4 @@
-// What both modules' bindings say of addresses: `tensor.data_ptr()` as an integer, 0 for an absent tensor.
+// Addresses in the bindings that pybind11 makes: `tensor.data_ptr()` as an integer, 0 for an absent tensor.
 #pragma once
 
 #include <cstdint>

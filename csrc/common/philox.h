@@ -40,7 +40,7 @@ FASTLM_HD Words philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, Key k
 // key(seed, domain): the low half of the seed, and the high half XOR the domain.
 FASTLM_HD Key make_key(uint64_t seed, uint32_t domain) { return {uint32_t(seed), uint32_t(seed >> 32) ^ domain}; }
 
-// The key of one dropout call: a function of (seed, step) on the device and of the number of the call site.
+// The key of one dropout call: a function of (seed, step) on the device and of the call site.
 FASTLM_HD Key dropout_key(const int64_t* rng, uint32_t site) {
   const uint64_t step = uint64_t(rng[1]);
   const Words w = philox(uint32_t(step), uint32_t(step >> 32), site, 0u, make_key(uint64_t(rng[0]), kDropoutDomain));

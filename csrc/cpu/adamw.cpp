@@ -1,8 +1,8 @@
 // adamw: the update of a whole list of tensors, and the norm of their gradients. The maths: fastlm/train/adamw.py.
 //
-// Memory bounds both: the norm reads the gradients, the update reads four tensors and writes three. Tensors are cut
-// into blocks, and the blocks of all tensors are shared out in one parallel region: a bias costs none of its own, and
-// no result depends on the number of threads.
+// Both are memory-bound: the norm reads the gradients, the update reads four tensors and writes three. Tensors are cut
+// into blocks, and one parallel region shares out the blocks of all tensors. A small tensor needs no region of its own,
+// and no result depends on the number of threads.
 #include "adamw.h"
 
 #include <algorithm>
@@ -15,13 +15,14 @@ namespace fastlm::cpu {
 namespace {
 
 constexpr int64_t BLOCK = 16384;
-// Squares that are added up in float, 32 in a lane; the pieces' sums are added in double.
+// Squares that are summed in float, 32 in a lane. The sums of such pieces are added in double.
 constexpr int64_t PIECE = 2048;
-constexpr int64_t LANES = 64;   // four vectors of AVX-512: an addition need not wait for the one before
+constexpr int64_t LANES = 64;   // four vectors of AVX-512: an addition does not wait for the previous one
 constexpr int64_t LINE = 16;    // floats of a cache line
-constexpr int64_t AHEAD = 256;  // what is prefetched: a tenth of the update's time, nothing of the norm's
+constexpr int64_t AHEAD = 256;  // prefetch distance: saves a tenth of the update's time, nothing of the norm's
 
-// Calls f(b, i, begin) for every block of every tensor: block b of all is [begin, begin + BLOCK) of tensor i.
+// Calls f(b, i, begin) for every block of every tensor. Block b, counted over all tensors, is [begin, begin + BLOCK) of
+// tensor i.
 template <class T, class F>
 void for_blocks(const std::vector<T>& tensors, int threads, F f) {
   std::vector<int64_t> first{0};  // block of each tensor
@@ -55,7 +56,7 @@ FASTLM_CLONES double block_squares(const float* x, int64_t n) {
 
 struct Factors {
   float gradient, decay, toward, beta2, square, root, eps, step;
-  bool from_m;  // m = m + toward (g - m), else g + toward (g - m): less is rounded away
+  bool from_m;  // m = m + toward (g - m), else g + toward (g - m): the form with the smaller rounding error
 };
 
 FASTLM_INLINE void update_at(float* w, const float* g, float* m, float* v, int64_t j, const Factors& f) {

@@ -6,7 +6,7 @@
 
 namespace fastlm::cpu {
 
-// n floats, one behind the other.
+// n contiguous floats.
 struct Span {
   const float* data;
   int64_t n;
@@ -19,7 +19,8 @@ struct AdamWGroup {
   double lr, beta1, beta2, eps, weight_decay;
 };
 
-// w, g, m, v: n floats each, in one order. step: the number of updates, raised here. group: index of its AdamWGroup.
+// w, g, m, v: n floats each, in the same order. step: the number of updates, raised here. group: index of the
+// AdamWGroup.
 struct AdamWTensor {
   float* w;
   const float* g;
@@ -27,7 +28,7 @@ struct AdamWTensor {
   int64_t n, group;
 };
 
-// The gradient of every tensor is g / grad_scale; g stays as it is.
+// The gradient of every tensor is g / grad_scale; g is not changed.
 void adamw(const std::vector<AdamWTensor>& tensors, const std::vector<AdamWGroup>& groups, double grad_scale,
            int threads);
 

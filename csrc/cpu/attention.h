@@ -10,12 +10,12 @@ struct Strides {
   int64_t sequence, row, head;
 };
 
-// What forward and backward share. The maths: fastlm/ops/attention.py.
+// The arguments that forward and backward share. The maths: fastlm/ops/attention.py.
 // q (.., sq, heads, d); k, v (.., sk, kv_heads, d), kv_heads divides heads.
 // cu_q, cu_k (batch + 1,): packed sequences; sq and sk are then not read. Null: every sequence has sq and sk rows.
 // key_mask (batch, sk), 1 = real, or null; never with cu_k.
 // table (buckets, heads) or null; starts (one_way,): the smallest distance of each bucket of one direction.
-// left, right: the window around a query's own position, aligned bottom-right; -1: no limit.
+// left, right: the window around a query's position, aligned bottom-right; -1: no limit.
 // dropout: threshold is t = round(256 p), scale 256/(256-t).
 struct Attention {
   const void *q, *k, *v;
@@ -39,7 +39,8 @@ struct Attention {
 // out like q, contiguous; lse float32.
 void attention_fwd(const Attention& args, void* out, float* lse, DType dtype, int threads);
 
-// out, dout, dq like q, dout with strides of its own; dk, dv like k; all others contiguous. dlse as lse, or null.
+// out, dout, dq like q; dk, dv like k; dlse like lse, or null. dout has the strides dout_stride; all others are
+// contiguous.
 // partial: (2, rows of k, heads, d) float32 scratch where kv_heads < heads. dtable (buckets, heads) float32 and its
 // scratch dtable_partial (batch, buckets, heads), or null.
 struct AttentionBackward {

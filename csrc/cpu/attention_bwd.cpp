@@ -1,8 +1,9 @@
 // attention, backward: the probabilities are computed again from lse. The maths: fastlm/ops/attention.py.
 //
-// A task is a sequence and a query head, so five products make all three gradients and no two tasks write one number:
-// dk and dv of a head gather in float while its query blocks pass by. Heads that share keys and values write partials,
-// which are summed in the heads' order; so are the sequences' parts of the bias table's gradient.
+// A task is a sequence and a query head. Five products give all three gradients, and no two tasks write to the same
+// element. A task goes through its query blocks and sums dk and dv of its head in float. Heads that share keys and
+// values write partials, which are summed in the order of the heads. The bias table's gradient is summed over the
+// sequences in the same way.
 #include <atomic>
 
 #include "attention_tile.h"
@@ -14,7 +15,7 @@ namespace {
 
 using Floats = std::unique_ptr<float[], Free>;
 
-// Of one thread. ld: a row of d floats, rounded up for gemm.
+// The buffers of one thread. ld: a row of d floats, rounded up for gemm.
 struct Scratch {
   Floats k, v, dk, dv, bias, dbias, q, qt, dout, dout_t, out_t, dq, scores, dscores;
   float lse[QUERIES], delta[QUERIES];
@@ -36,8 +37,8 @@ struct Scratch {
         dscores(scratch<float>(KEYS * QUERIES)) {}
 };
 
-// delta_i = dout_i·out_i - dlse_i, summed in gemm's order, so that its roundings are those of dout·v where out is close
-// to one v: ds = p (dout·v - delta) is then as small as it should be. lse_out: 0 for a query without keys, whose scores
+// delta_i = dout_i·out_i - dlse_i, summed in gemm's order. If out is close to one v, delta then has the same rounding
+// as dout·v, and ds = p (dout·v - delta) is as small as it should be. lse_out: 0 for a query without keys, whose scores
 // are -inf.
 FASTLM_CLONES void query_sums(const float* dout_t, const float* out_t, int64_t count, int64_t d, const float* lse,
                               const float* dlse, float* lse_out, float* delta) {
@@ -113,7 +114,7 @@ void backward_task(const Attention& a, const AttentionBackward& g, const Sequenc
   const int64_t row = a.heads * d, at = s.row_q * row + head * d;
   const T* out = static_cast<const T*>(g.out) + at;
   T* dq = static_cast<T*>(g.dq) + at;
-  const float unscale = a.dropout.scale > 0.0f ? 1.0f / a.dropout.scale : 0.0f;  // out has the scale, dout gets it
+  const float unscale = a.dropout.scale > 0.0f ? 1.0f / a.dropout.scale : 0.0f;  // out includes the scale; dout will
   const int64_t lse_at = s.b * a.lse_sequence + (a.cu_q ? s.row_q : 0) + head * a.lse_head;
 
   const int64_t keys = s.last - s.first;
@@ -132,7 +133,7 @@ void backward_task(const Attention& a, const AttentionBackward& g, const Sequenc
               lanes);
     transpose(x.q.get(), ld, lanes, ld, x.qt.get(), QUERIES);
     transpose(x.dout.get(), ld, lanes, ld, x.dout_t.get(), QUERIES);
-    // out passes through dq, which is not in use yet.
+    // dq holds out here; it is not in use yet.
     load_rows(out + i0 * row, row, count, d, unscale, nullptr, x.dq.get(), ld, lanes);
     transpose(x.dq.get(), ld, lanes, ld, x.out_t.get(), QUERIES);
     query_sums(x.dout_t.get(), x.out_t.get(), count, d, g.lse + lse_at + i0, g.dlse ? g.dlse + lse_at + i0 : nullptr,

@@ -1,7 +1,8 @@
 // attention, forward: the online softmax over tiles of scores. The maths: fastlm/ops/attention.py.
 //
-// A task is a sequence, a head and a run of query blocks. It takes the head's keys and values into float once, then
-// goes through them for each block of queries, whose output stays transposed, (d, QUERIES), until it is complete.
+// A task is a sequence, a head and a run of query blocks. It converts the head's keys and values to float once, then
+// goes through them for each block of queries. The output of a block stays transposed, (d, QUERIES), until it is
+// complete.
 #include <atomic>
 
 #include "attention_tile.h"
@@ -13,7 +14,7 @@ namespace {
 
 using Floats = std::unique_ptr<float[], Free>;
 
-// Of one thread. ld: a row of d floats, rounded up for gemm.
+// The buffers of one thread. ld: a row of d floats, rounded up for gemm.
 struct Scratch {
   Floats k, v, bias, q, qt, ot, scores;
   float max[QUERIES], sum[QUERIES], rescale[QUERIES];
@@ -28,8 +29,8 @@ struct Scratch {
         scores(scratch<float>(KEYS * QUERIES)) {}
 };
 
-// Turns scores into exp(score - max) with the maximum so far, adds them to `sum`; `rescale` is what the sums of the
-// earlier tiles were multiplied by. Returns whether any of that is not 1.
+// Turns scores into exp(score - max) with the maximum so far, and adds them to `sum`. `rescale` is the factor for the
+// sums of the earlier tiles. Returns whether any factor is not 1.
 FASTLM_CLONES bool softmax_tile(float* scores, int64_t n, int64_t lanes, float* max, float* sum, float* rescale) {
   int changed = 0;
   for (int64_t l = 0; l < lanes; l += 16) {
@@ -72,7 +73,7 @@ FASTLM_CLONES void scale_lanes(float* x, int64_t d, int64_t lanes, const float* 
   }
 }
 
-// Zeroes what dropout drops of keys [j0, j0 + n).
+// Sets to zero the dropped elements of keys [j0, j0 + n).
 FASTLM_CLONES void drop_tile(float* scores, int64_t n, int64_t lanes, int64_t j0, int64_t i0, int64_t sequence_head,
                              Key key, uint32_t threshold) {
   DropoutWords words;
@@ -136,7 +137,7 @@ void forward(const Attention& a, void* out, float* lse, int threads) {
   const int64_t max_sq = longest(a.cu_q, a.batch, a.sq), max_sk = longest(a.cu_k, a.batch, a.sk);
   const int64_t blocks = round_up(max_sq, QUERIES) / QUERIES, heads = a.batch * a.heads;
   if (blocks == 0 || heads == 0) return;
-  // Few heads are cut into runs of query blocks, so that every thread finds about four tasks; a run changes no bit.
+  // If there are few heads, each is cut into runs of query blocks, about four tasks per thread. Runs change no bit.
   const int64_t runs = std::clamp<int64_t>((4 * threads + heads - 1) / heads, 1, blocks);
   const int64_t run = round_up(blocks, runs) / runs * QUERIES;
   const Key key = a.dropout.threshold ? dropout_key(a.dropout.rng, a.dropout.site) : Key{0, 0};

@@ -1,7 +1,8 @@
-// What attention's forward and backward share: where a sequence lies, and tiles of scores.
+// Shared by attention's forward and backward: the bounds of a sequence, and tiles of scores.
 //
-// Queries ride in the lanes: a tile of scores is (keys, QUERIES), a row of it one key. Then the softmax needs no sum
-// across lanes, and every product (gemm.h) takes k and v as they lie; only a block of q, and of dout, is transposed.
+// The lanes of a vector are queries: a tile of scores is (keys, QUERIES), one key per row. The softmax then needs no
+// sum across lanes, and the products (gemm.h) read k and v without a transpose. Only blocks of q and dout are
+// transposed.
 #pragma once
 
 #include <algorithm>
@@ -20,10 +21,10 @@ constexpr float INF = std::numeric_limits<float>::infinity();
 
 static inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// One sequence. Keys outside of [first, last) are padding; mask is null where all keys inside are real.
+// One sequence. Keys outside of [first, last) are padding. mask is null if all keys inside are real.
 struct Sequence {
   int64_t b, sq, sk, row_q, row_k;  // row_q, row_k: the first row in a contiguous tensor
-  int64_t first, last, offset;      // query i stands beside key i + offset
+  int64_t first, last, offset;      // query i is aligned with key i + offset
   const uint8_t* mask;
 
   Sequence(const Attention& a, int64_t index) : b(index), mask(nullptr) {
@@ -40,14 +41,14 @@ struct Sequence {
     }
   }
 
-  // The keys that some query of [i, i + count) may see are [lo, hi); none where lo >= hi.
+  // The keys that some query of [i, i + count) may see are [lo, hi); none if lo >= hi.
   int64_t lo(const Attention& a, int64_t i) const { return a.left < 0 ? first : std::max(first, i + offset - a.left); }
   int64_t hi(const Attention& a, int64_t i, int64_t count) const {
     return a.right < 0 ? last : std::min(last, i + count + offset + a.right);
   }
 };
 
-// The most rows that a sequence has.
+// The number of rows of the longest sequence.
 inline int64_t longest(const int32_t* cu, int64_t batch, int64_t rows) {
   int64_t most = cu ? 0 : rows;
   for (int64_t b = 0; cu && b < batch; ++b) most = std::max<int64_t>(most, cu[b + 1] - cu[b]);
@@ -60,7 +61,7 @@ inline const T* rows_of(const void* x, const Strides& stride, int64_t b, const i
   return static_cast<const T*>(x) + (cu ? cu[b] * stride.row : b * stride.sequence) + head * stride.head;
 }
 
-// dst (padded_rows, ld) = scale * src (rows, d); 0 beyond, and in the rows that `mask` says are not real.
+// dst (padded_rows, ld) = scale * src (rows, d). Padding, and rows that are not real in `mask`, are 0.
 template <class T>
 FASTLM_CLONES void load_rows(const T* src, int64_t stride, int64_t rows, int64_t d, float scale, const uint8_t* mask,
                              float* dst, int64_t ld, int64_t padded_rows) {
@@ -83,8 +84,8 @@ FASTLM_CLONES void write_rows(const float* src, int64_t ld, int64_t rows, int64_
   }
 }
 
-// dst (cols, ld_dst) = srcᵀ (rows, ld_src); rows and cols are multiples of 4. In 4 x 4 blocks, which the compiler turns
-// into shuffles: 0.9 us for 64 x 64 where the plain loop takes 2.5.
+// dst (cols, ld_dst) = srcᵀ (rows, ld_src); rows and cols are multiples of 4. The compiler turns the 4 x 4 blocks into
+// shuffles: 0.9 us for 64 x 64; the plain loop takes 2.5.
 FASTLM_CLONES static void transpose(const float* src, int64_t ld_src, int64_t rows, int64_t cols, float* dst,
                                     int64_t ld_dst) {
   for (int64_t c = 0; c < cols; c += 4) {
@@ -104,8 +105,8 @@ FASTLM_CLONES static void transpose(const float* src, int64_t ld_src, int64_t ro
   }
 }
 
-// The bias of one head by relative position: element i - j + sk - 1 belongs to query i and key j, so that the lanes of
-// a score row find theirs side by side. QUERIES more, 0, for lanes past the last query.
+// The bias of one head by relative position: element i - j + sk - 1 belongs to query i and key j, so the lanes of a row
+// of scores read neighbouring elements. QUERIES zeros follow, for lanes past the last query.
 inline int64_t bias_size(const Sequence& s) { return s.sq + s.sk + QUERIES; }
 
 inline int64_t bucket_of(const Attention& a, const Sequence& s, int64_t element) {
@@ -127,14 +128,15 @@ FASTLM_CLONES static void add_bias(float* scores, int64_t n, int64_t lanes, cons
   }
 }
 
-// -inf where a query does not see a key. The tile: keys [j0, j0 + n), queries [i0, i0 + count) in `lanes` lanes.
+// Sets scores to -inf where a query does not see a key. The tile: keys [j0, j0 + n), queries [i0, i0 + count) in
+// `lanes` lanes.
 inline void mask_scores(const Attention& a, const Sequence& s, int64_t i0, int64_t count, int64_t lanes, int64_t j0,
                         int64_t n, float* scores) {
   const bool left = a.left >= 0 && j0 < i0 + count - 1 + s.offset - a.left;
   const bool right = a.right >= 0 && j0 + n - 1 > i0 + s.offset + a.right;
   if (!left && !right && !s.mask) return;
   for (int64_t j = 0; j < n; ++j) {
-    const int64_t lane = j0 + j - s.offset - i0;  // of the query that stands beside this key
+    const int64_t lane = j0 + j - s.offset - i0;  // of the query that is aligned with this key
     const bool real = !s.mask || s.mask[j0 + j];
     const int64_t begin = right ? std::clamp<int64_t>(lane - a.right, 0, lanes) : 0;
     const int64_t end = !real ? begin : left ? std::clamp<int64_t>(lane + a.left + 1, begin, lanes) : lanes;

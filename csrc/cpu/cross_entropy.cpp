@@ -1,9 +1,9 @@
 // cross_entropy: loss and gradient of a row in one pass over its logits. The maths: fastlm/ops/cross_entropy.py.
 //
-// Three sweeps over a row: its maximum; exp(x - maximum), written where the gradient will stand and added up; the
-// gradient. The first reads the logits from memory, the others find the row in the second-level cache (120 KB for
-// BERT's vocabulary), so that memory is read once and written once, and an element costs one exp. A running maximum
-// over blocks in the first-level cache, non-temporal stores and prefetches of the next row were no faster.
+// There are three sweeps over a row: the maximum; exp(x - maximum), summed and written to the gradient's place; the
+// gradient. The first sweep reads the logits from memory. The others find the row in the second-level cache (120 KB for
+// BERT's vocabulary). So memory is read once and written once, and an element costs one exp. A running maximum over
+// blocks in the first-level cache, non-temporal stores and prefetches of the next row were no faster.
 #include "cross_entropy.h"
 
 #include <cmath>
@@ -16,7 +16,7 @@
 namespace fastlm::cpu {
 namespace {
 
-constexpr int64_t BLOCK = 4096;  // elements that are added up in float; the blocks' sums are added in double
+constexpr int64_t BLOCK = 4096;  // elements that are summed in float; the sums of blocks are added in double
 
 template <class T>
 FASTLM_INLINE float row_max(const T* x, int64_t n) {
@@ -64,7 +64,7 @@ FASTLM_INLINE float block_distance(const T* x, const float* w, int64_t n, float 
   return sum;
 }
 
-// Where a row's exponentials wait: in its gradient where that is float, else in scratch.
+// Where a row's exponentials are stored: in the gradient if that is float, else in scratch.
 FASTLM_INLINE float* waiting(float* dx, float*) { return dx; }
 FASTLM_INLINE float* waiting(bfloat16*, float* row) { return row; }
 
@@ -120,7 +120,7 @@ FASTLM_CLONES void scale_row(const T* x, float factor, int64_t n, T* y) {
   for (int64_t j = 0; j < n; ++j) store(y + j, load(x + j) * factor);
 }
 
-// Rows a thread takes at least: about as many elements as pay for waking it.
+// The fewest rows for a thread: their work must be worth starting it.
 int64_t grain(int64_t cols) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, cols)); }
 
 template <class T>

@@ -20,13 +20,13 @@ struct CrossEntropy {
 
 struct TargetCount {
   int64_t outside;  // the first row whose target is neither a class nor ignore_index; -1: none
-  double weight;    // Σ of the targets' weights: what "mean" divides by
+  double weight;    // Σ of the targets' weights, the denominator of "mean"
 };
 
 TargetCount cross_entropy_count(const int64_t* target, const float* weight, int64_t rows, int64_t vocabulary,
                                 int64_t ignore_index);
 
-// Returns Σ loss / denominator, summed in the order of the rows. Every target has passed cross_entropy_count.
+// Returns Σ loss / denominator, summed in the order of the rows. cross_entropy_count must have accepted the targets.
 double cross_entropy_fwd(const CrossEntropy& args, DType dtype, int threads);
 
 // out = dlogits * dloss, both (rows, cols), out may be dlogits; dloss is (rows,), or one number for all rows.

@@ -1,6 +1,6 @@
 // dropout: y = dropout(x) or dropout(max(x, 0)), forward and backward. The maths: fastlm/ops/dropout.py.
 //
-// A row goes through in a float row of its own, which stays in the first-level cache between its passes.
+// Each row is converted to a float buffer, which stays in the first-level cache between the passes over it.
 #include "dropout.h"
 
 #include "parallel.h"

@@ -13,7 +13,7 @@ struct DropoutForward {
   Dropout dropout;
 };
 
-// dy in, dx out. relu: y (rows, cols) is what forward gave, and rng is not read; else y is null.
+// dy in, dx out. With relu, y (rows, cols) is the forward's output and rng is not read; else y is null.
 struct DropoutBackward {
   const void *dy, *y;
   void* dx;

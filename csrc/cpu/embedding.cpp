@@ -14,8 +14,8 @@ namespace fastlm::cpu {
 namespace {
 
 constexpr int64_t kSlice = 16;  // columns: a cache line of float
-constexpr int64_t kFew = 16;    // rows of a table (of types) whose sums run over thousands of tokens: float only
-constexpr int64_t kRun = 64;    // for so many, double from there on
+constexpr int64_t kFew = 16;    // the rows of a table with so few (types) sum thousands of tokens: they sum runs
+constexpr int64_t kRun = 64;    // of so many tokens in float, and the runs in double
 
 FASTLM_INLINE int64_t row_of(const Lookup& lookup, int64_t token) {
   return lookup.ids ? lookup.ids[token] : token % lookup.period;

@@ -12,8 +12,8 @@ struct Lookup {
   int64_t stride, period;
 };
 
-// y (tokens, cols); weight, bias (cols,) float32 or null, no weight no norm; mean, rstd (tokens,) float32 of a norm.
-// All ids lie inside their tables.
+// y (tokens, cols); weight, bias (cols,) float32 or null (without a weight there is no norm); mean, rstd (tokens,)
+// float32 with a norm. All ids must be inside their tables.
 struct EmbeddingForward {
   Lookup lookup[3];  // word, position, type
   const float *weight, *bias;
@@ -24,7 +24,7 @@ struct EmbeddingForward {
   Dropout dropout;
 };
 
-// The gradient of a table, (rows, cols) float32: dh is added to it, but not to row `skip`. Null where none is wanted.
+// The gradient of a table, (rows, cols) float32: dh is added to it, except to row `skip`. Null if it is not needed.
 struct TableGradient {
   float* data;
   int64_t rows, skip;

@@ -1,7 +1,7 @@
-// A block of c, ROWS x LANES, stays in registers while k runs: an element of a is broadcast, a row of b is in the
-// lanes. So neither operand is packed or transposed. 6 rows keep two FMA units busy (24, 12 and 12 registers of sums)
-// and leave room for a row of b: measured on one Ice Lake core at 2.6 GHz, 64^3 products, 165 GFLOP/s with 6 x 64 under
-// AVX-512 (8 x 32: 120, 12 x 32: 140; the peak is 166), and 95 with 6 x 16 under AVX2 (4 x 24: 94; the peak 100).
+// A block of c, ROWS x LANES, stays in registers for all k. An element of a is broadcast, a row of b is in the lanes.
+// So neither operand is packed or transposed. 6 rows keep two FMA units busy (24, 12 and 12 registers of sums) and
+// leave room for a row of b. Measured on one Ice Lake core at 2.6 GHz, 64^3 products: 165 GFLOP/s with 6 x 64 under
+// AVX-512 (8 x 32: 120, 12 x 32: 140; the peak is 166), and 95 with 6 x 16 under AVX2 (4 x 24: 94; the peak is 100).
 #include "gemm.h"
 
 #include <algorithm>
@@ -35,8 +35,8 @@ FASTLM_INLINE void sum_block(int64_t k, float scale, const float* a, int64_t lda
   }
 }
 
-// One per machine code, by hand instead of target_clones: the lanes differ, and 512-bit vectors have to be asked for.
-// A block is a function of its own, or the compiler keeps its loop bounds in the registers that the sums need.
+// One function per machine code, instead of target_clones: the lanes differ, and 512-bit vectors need an option. A
+// block is a separate function; else the compiler keeps loop bounds in the registers that the sums need.
 #define FASTLM_LEVEL(name, lanes, attributes)                                                                      \
   struct name {                                                                                                    \
     static constexpr int LANES = lanes;                                                                            \

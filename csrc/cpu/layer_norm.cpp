@@ -1,7 +1,8 @@
 // layer_norm and rms_norm: h = residual + dropout(x); y = norm(h) * weight + bias. The maths: fastlm/ops/layer_norm.py.
 //
-// Forward reads x and residual once and writes h and y once; a row stays in the first-level cache between its passes.
-// Backward reads dy and h once; weight gradients go through fixed blocks of rows, summed in order at the end.
+// Forward reads x and residual once and writes h and y once; a row stays in the first-level cache between the passes
+// over it. Backward reads dy and h once. Weight gradients are summed in fixed blocks of rows; at the end the blocks are
+// added in order.
 #include "layer_norm.h"
 
 #include "norm.h"
@@ -30,7 +31,7 @@ FASTLM_CLONES void forward_rows(const LayerNormForward& a, int64_t begin, int64_
 #pragma omp simd
       for (int64_t j = 0; j < cols; ++j) row_h[j] += load(residual + j);
     }
-    // Statistics of h as it is stored, so that backward, which reads h back, normalises the same numbers.
+    // Statistics of h as it is stored: backward reads h back and normalises the same numbers.
     if (a.h) {
 #pragma omp simd
       for (int64_t j = 0; j < cols; ++j) {
@@ -56,7 +57,7 @@ FASTLM_CLONES void forward_rows(const LayerNormForward& a, int64_t begin, int64_
   }
 }
 
-// One block of rows; dweight and dbias are this block's own (cols,) partial sums, set here.
+// One block of rows. dweight and dbias are the block's (cols,) partial sums, set here.
 template <class T>
 FASTLM_CLONES void backward_rows(const LayerNormBackward& a, int64_t begin, int64_t end, float* dweight, float* dbias,
                                  float* row_d) {

@@ -5,7 +5,7 @@
 namespace fastlm::cpu {
 
 // Shapes: x, residual, h, y (rows, cols); weight, bias (cols,) float32; mean, rstd (rows,) float32.
-// A null pointer stands for what is absent: residual, weight, bias, h (then h = x is not written).
+// residual, weight, bias and h may be null. Without h, h = x is not written.
 struct LayerNormForward {
   const void *x, *residual;
   const float *weight, *bias;
@@ -17,7 +17,7 @@ struct LayerNormForward {
   Dropout dropout;
 };
 
-// dy, dh (the gradient that reaches the residual stream beside y; may be null), h (rows, cols) in;
+// dy, dh (the gradient of h besides the one through y; may be null), h (rows, cols) in;
 // dresidual (rows, cols) and, under dropout, dx (rows, cols) out; dweight, dbias (cols,) float32 or null.
 // partial: (2, row_blocks(rows), cols) float32 scratch.
 struct LayerNormBackward {

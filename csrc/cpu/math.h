@@ -6,8 +6,8 @@
 //   fast_erf          3.1
 //   fast_tanh         2.5
 //
-// A NaN stays a NaN, infinities have their limits. The polynomials are minimax fits of our own (least squares with
-// Lawson's weights, in float64, rounded to float).
+// A NaN stays a NaN; an infinity gives the limit. The polynomials are minimax fits made for this file (least squares
+// with Lawson's weights, in float64, rounded to float).
 #pragma once
 
 #include "simd.h"
@@ -34,7 +34,7 @@ FASTLM_INLINE float fast_exp(float x) {
   x = x > 89.0f ? 89.0f : x;    // here the product overflows
   const Reduced e = reduce_exp<126>(x);
   const float r = e.r;
-  // 2 exp(r), times 2^(n-1): 2^128 has no float of its own.
+  // 2 exp(r), times 2^(n-1), since float cannot represent 2^128.
   float p = 1.3814539e-3f * 2;
   p = p * r + 8.3687454e-3f * 2;
   p = p * r + 4.1668389e-2f * 2;

@@ -1,9 +1,9 @@
-// mlm_mask: which tokens are predicted, and what stands in their place. The definition: fastlm/ops/mlm_mask.py.
+// mlm_mask: selects the tokens to predict and draws their replacements. The definition: fastlm/ops/mlm_mask.py.
 //
-// One pass over fixed blocks of tokens writes input_ids, labels and each block's list of selected tokens; the lists'
-// lengths give every block its place in `index`, and a second pass copies the lists there. Within a block a chunk of
-// tokens at a time goes through short arrays, so that Philox, one call per token, runs on vectors; the selected tokens'
-// r1 and r2 are packed, and what takes their places is drawn on vectors too.
+// One pass over fixed blocks of tokens writes input_ids, labels and a list of the selected tokens for each block. The
+// lengths of the lists give each block's place in `index`; a second pass copies the lists there. Within a block, a
+// chunk of tokens at a time is processed in short arrays, so that Philox, one call per token, runs on vectors. r1 and
+// r2 of the selected tokens are packed, so that the replacements are drawn on vectors too.
 #include "mlm_mask.h"
 
 #include "parallel.h"
@@ -19,7 +19,7 @@
 namespace fastlm::cpu {
 namespace {
 
-constexpr int64_t kBlock = 4096;  // its positions fit 16 bits
+constexpr int64_t kBlock = 4096;  // positions within it fit 16 bits
 constexpr int64_t kIgnore = -100;
 
 struct Chunk {
@@ -46,7 +46,7 @@ FASTLM_INLINE bool starts_word(const MlmMask& a, int64_t token) {
          uint32_t(at(a.epochs, row, col, 0)) != uint32_t(at(a.epochs, row, col - 1, 0));
 }
 
-// r0 of the word that `token` is in the middle of, from the start of that word, in an earlier block.
+// r0 of the word that contains `token` and starts in an earlier block: r0 of the first token of the word.
 FASTLM_INLINE uint32_t word_before(const MlmMask& a, int64_t token, Key key) {
   while (!starts_word(a, token)) --token;
   const int64_t row = token / a.cols, col = token % a.cols;
@@ -56,7 +56,7 @@ FASTLM_INLINE uint32_t word_before(const MlmMask& a, int64_t token, Key key) {
       .r0;
 }
 
-// The counters of tokens [begin, begin + n), which may lie in several rows.
+// The counters of tokens [begin, begin + n), which may be in several rows.
 FASTLM_INLINE void fill_counters(const MlmMask& a, int64_t begin, int64_t n, Chunk& chunk) {
   int64_t row = begin / a.cols, col = begin % a.cols;
   for (int64_t i = 0; i < n; ++row, col = 0) {
@@ -104,13 +104,13 @@ struct Below {
   uint32_t last;
 };
 
-// A chunk's selected tokens, in order, filled up to sixteen with what is not read.
+// A chunk's selected tokens, in order, padded to a multiple of sixteen with values that are not read.
 struct Picked {
   uint32_t place[kLanes + 16], r1[kLanes + 16], r2[kLanes + 16];
 };
 
-// Fills `picked`; returns how many. Which tokens are selected cannot be foretold: with branches this takes as long as
-// Philox.
+// Fills `picked`; returns the number. It has no branches: which tokens are selected is unpredictable, and with branches
+// this takes as long as Philox.
 #ifdef FASTLM_HAS_CLONES
 __attribute__((target("avx512f"))) int64_t pick(const Chunk& chunk, int64_t n, Picked& picked) {
   const auto& word = chunk.lanes.word;
@@ -146,7 +146,7 @@ int64_t pick(const Chunk& chunk, int64_t n, Picked& picked) {
   return count;
 }
 
-// Of `count` tokens: r1 becomes whether another one takes the place, r2 which.
+// For `count` tokens: sets r1 to whether the token is replaced, and r2 to the replacement.
 FASTLM_INLINE void replace(const MlmMask& a, int64_t count, Picked& picked) {
   const uint64_t choices = uint64_t(a.vocab_size - int64_t(a.left_out.size()));
   const uint32_t mask = uint32_t(a.mask_token_id);
@@ -168,8 +168,8 @@ FASTLM_INLINE void replace(const MlmMask& a, int64_t count, Picked& picked) {
   }
 }
 
-// Tokens [begin, end); their selected ones, relative to begin, go to `list`. Returns how many; `outside` is set to an
-// id outside the vocabulary.
+// Processes tokens [begin, end). Writes the selected ones, relative to begin, to `list` and returns their number. Sets
+// `outside` if there is an id outside the vocabulary.
 FASTLM_CLONES int64_t mask_block(const MlmMask& a, int64_t begin, int64_t end, uint16_t* list, bool* outside) {
   const Key key = make_key(uint64_t(a.seed), kMaskDomain);
   const Below below(a.select_below);
@@ -206,7 +206,7 @@ FASTLM_CLONES int64_t mask_block(const MlmMask& a, int64_t begin, int64_t end, u
     philox_many(chunk.lanes, n, key);
     uint32_t* r0 = chunk.lanes.word[0];
     if (a.word_starts) {
-      for (int64_t i = 0; i < n; ++i) {  // a select without a branch: where words start cannot be foretold
+      for (int64_t i = 0; i < n; ++i) {  // a select without a branch, since word starts are unpredictable
         const uint32_t own = -uint32_t(chunk.starts[i]);
         r0[i] = word = (r0[i] & own) | (word & ~own);
       }

@@ -5,15 +5,16 @@
 
 namespace fastlm::cpu {
 
-// A number per token of (rows, cols): a view with strides in elements, or nothing.
+// A number per token of (rows, cols): a view with strides in elements, or absent.
 struct PerToken {
   const int64_t* data;
   int64_t stride_row, stride_col;
 };
 
 // input_ids, input_ids_out, labels, special_tokens_mask, word_starts: (rows, cols), contiguous; the last two may be
-// null. sample_ids, positions, epochs: absent, they are the row, the column and `epoch`. special_ids and left_out
-// (special_ids and mask_token_id) ascend. The thresholds `..._below` are floor(p·2^32). index, targets: (capacity,);
+// null. sample_ids, positions, epochs: if absent, the row, the column and `epoch`. special_ids and left_out
+// (special_ids and mask_token_id) are ascending. The thresholds `..._below` are floor(p·2^32). index, targets:
+// (capacity,);
 // count: (1,).
 struct MlmMask {
   const int64_t* input_ids;
@@ -28,7 +29,7 @@ struct MlmMask {
   int64_t rows, cols, capacity;
 };
 
-// The position of an id outside [0, vocab_size), the first one; -1 where there is none.
+// Returns the position of the first id outside [0, vocab_size), or -1.
 int64_t mlm_mask(const MlmMask& args, int threads);
 
 }  // namespace fastlm::cpu

@@ -9,7 +9,7 @@ struct Statistics {
   float mean, rstd;
 };
 
-// Of h (cols,), in two passes: the squares are taken around the mean, so nothing cancels. rms: the mean counts as 0.
+// The statistics of h (cols,), in two passes: the squares are of h - mean, so nothing cancels. rms: the mean is 0.
 FASTLM_INLINE Statistics statistics(const float* h, int64_t cols, float eps, bool rms) {
   float mean = 0.0f;
   if (!rms) {

@@ -1,5 +1,6 @@
-// The CPU kernels' entry points. Plain pointers and sizes; contiguous rows with a stride in elements where one is
-// named. Dtype codes, and the functions, are bound in csrc/bindings_cpu; the maths stands in fastlm/ops/<op>.py.
+// The types that the entry points of the CPU kernels share. The arguments are plain pointers and sizes. The elements of
+// a row are contiguous; a row stride, if there is one, counts elements. csrc/bindings_cpu/ binds the functions to
+// Python; the maths is in fastlm/ops/<op>.py.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +9,7 @@ namespace fastlm::cpu {
 
 enum class DType : int { f32 = 0, bf16 = 1 };
 
-// Dropout of one call: dropped where a word is below `threshold` = floor(p·2^32); scale = 1/(1-p). threshold 0: none.
+// Dropout of one call. A word below `threshold` = floor(p·2^32) drops; scale = 1/(1-p). threshold 0: no dropout.
 struct Dropout {
   uint64_t threshold;
   float scale;

@@ -1,4 +1,4 @@
-// Threads, without knowing torch: the OpenMP pool that torch has started, at the size that the caller passes.
+// Threads without torch's headers: torch's OpenMP pool, with the number of threads that the caller passes.
 #pragma once
 
 #include <algorithm>
@@ -11,11 +11,11 @@
 
 namespace fastlm::cpu {
 
-// Set in a forked child: the pool's threads did not survive the fork, and a parallel region would wait for them.
+// Set in a forked child. The pool's threads do not exist there, and a parallel region would wait for them forever.
 extern std::atomic<bool> forked;
 
 // Calls f(begin, end) on contiguous pieces of [0, n), at least `grain` items each, on at most `threads` threads.
-// Which thread takes which piece must not change a result: sums across items go through partials of fixed blocks.
+// The division into pieces must not change a result: sums across items use partials of fixed blocks.
 template <class F>
 inline void parallel_for(int64_t n, int64_t grain, int threads, F f) {
   if (n <= 0) return;
@@ -24,7 +24,7 @@ inline void parallel_for(int64_t n, int64_t grain, int threads, F f) {
     f(int64_t(0), n);
     return;
   }
-  std::exception_ptr error;  // one that left the parallel region would end the process
+  std::exception_ptr error;  // an exception that leaves the parallel region ends the process
 #pragma omp parallel for num_threads(int(pieces)) schedule(static, 1)
   for (int64_t p = 0; p < pieces; ++p) {
     try {

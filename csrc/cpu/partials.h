@@ -6,8 +6,8 @@
 
 namespace fastlm::cpu {
 
-// Blocks of rows whose sums are taken apart: a function of the rows alone. Block b is [rows·b/blocks,
-// rows·(b+1)/blocks).
+// The number of blocks of rows that are summed separately: a function of `rows` only. Block b is
+// [rows·b/blocks, rows·(b+1)/blocks).
 inline int64_t row_blocks(int64_t rows) { return std::max<int64_t>(1, std::min<int64_t>(64, rows / 16)); }
 
 // out (cols,) = the sum of partial (blocks, cols), in the order of the blocks.

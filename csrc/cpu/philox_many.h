@@ -15,8 +15,8 @@ struct alignas(64) Lanes {
   uint32_t word[4][kLanes];
 };
 
-// Turns the counters word[0..3][i], i < n, into their random words, in place. n is at most kLanes; what lies in the
-// rest of the last sixteen is overwritten.
+// Turns the counters word[0..3][i], i < n, into their random words, in place. n is at most kLanes. The rest of the last
+// sixteen is overwritten.
 void philox_many(Lanes& lanes, int64_t n, Key key);
 
 // Multiplies v[0..cols) by 0 or scale. Word j%4 of counter (j/4, row, row>>32, 0) decides column j. threshold > 0.

@@ -5,8 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
-// One source, three machine codes, chosen once at load time. The name of the level matters: a clone for plain
-// "avx2" may not use FMA; "arch=x86-64-v3" may. Elsewhere than x86-64 Linux with GCC the portable code builds.
+// One source is compiled to three machine codes; one is chosen at load time. The name of the level matters: a clone for
+// plain "avx2" may not use FMA; "arch=x86-64-v3" may. Outside x86-64 Linux with GCC, only the portable code is built.
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__) && \
     !defined(FASTLM_NO_CLONES)
 #define FASTLM_HAS_CLONES
@@ -45,7 +45,7 @@ FASTLM_INLINE void store(bfloat16* p, float v) {
   p->bits = uint16_t((u & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded);
 }
 
-// v as the type T would hold it: what a later pass reads back from memory.
+// v rounded to the type T, as a later pass reads it back from memory.
 FASTLM_INLINE float round_to(const float*, float v) { return v; }
 FASTLM_INLINE float round_to(const bfloat16*, float v) {
   bfloat16 b;

@@ -6,19 +6,20 @@
 
 namespace fastlm::cuda {
 
-// Rows of a (sequences, rows, heads, d) tensor with a unit last stride; the others in elements. Packed: sequence is 0.
+// A (sequences, rows, heads, d) tensor with a unit last stride, and the other strides in elements. Packed: sequence is
+// 0.
 struct Rows {
   const void* data;
   int64_t sequence, row, head;
   bool wide;  // set by attention_fwd and attention_bwd: rows can be read 16 bytes at a time
 };
 
-// What forward and backward share. The maths: fastlm/ops/attention.py.
+// The arguments that forward and backward share. The maths: fastlm/ops/attention.py.
 // q (.., sq, heads, d); k, v (.., sk, heads / group, d). Packed, with cu_q and cu_k (sequences + 1,), sq and sk count
 // the rows of all sequences. key_mask (sequences, sk), 1 = real, or null; never with cu_k.
-// left, right: the window around a query's own position, aligned bottom-right; -1: no limit.
-// bias (heads, 2 far + 1), or null: what is added to the scores, by relative position, as attention_bias makes it. It
-// is constant for relative positions <= -far, and for those >= far_right. dropout: threshold is t = round(256 p), scale
+// left, right: the window around a query's position, aligned bottom-right; -1: no limit.
+// bias (heads, 2 far + 1), or null: the bias of the scores by relative position, from attention_bias. It is constant
+// for relative positions <= -far, and for those >= far_right. dropout: threshold is t = round(256 p), scale
 // 256/(256-t).
 struct Attention {
   Rows q, k, v;
@@ -44,7 +45,7 @@ struct AttentionForward {
 };
 void attention_fwd(AttentionForward args, DType dtype, Place place);
 
-// out, dq like q, dk, dv like k, lse and dlse (or null) like lse: contiguous; dout has strides of its own.
+// out, dq like q, dk, dv like k, lse and dlse (or null) like lse: contiguous. The strides of dout are given.
 // delta, like lse, and sequence (sq,) int32, packed with dropout, else null, are scratch.
 // partial (attention_tiles, heads, far + far_right + 1) float32 scratch, or null: then there is no dtable.
 struct AttentionBackward {
@@ -60,14 +61,14 @@ struct AttentionBackward {
 };
 void attention_bwd(AttentionBackward args, DType dtype, Place place);
 
-// Tiles of queries that leave partial sums of the table's gradient.
+// The number of tiles of queries, each of which writes a partial sum of the table's gradient.
 int64_t attention_tiles(const Attention& args, DType dtype);
 
 // dtable (buckets, heads) float32: the sum of `tiles` partials.
 void attention_dtable(const float* partial, float* dtable, int64_t tiles, const std::vector<int>& starts, int heads,
                       bool bidirectional, Place place);
 
-// attention_bwd's two passes, csrc/cuda/attention_dkdv.cu and attention_dq.cu.
+// The two passes of attention_bwd, in csrc/cuda/attention_dkdv.cu and attention_dq.cu.
 void attention_dkdv(const AttentionBackward& args, DType dtype, Place place);
 void attention_dq(const AttentionBackward& args, DType dtype, Place place);
 

@@ -1,13 +1,13 @@
-// attention, backward: delta, the bias table by relative position and back, and what is launched in which order. The
-// two passes that take the time: attention_dkdv.cu, attention_dq.cu. The maths: fastlm/ops/attention.py.
+// attention, backward: delta, the conversion of the bias table to relative positions and back, and the order of the
+// launches. The two passes that take most of the time are in attention_dkdv.cu and attention_dq.cu. The maths:
+// fastlm/ops/attention.py.
 #include "attention_tile.cuh"
 
 namespace fastlm::cuda {
 
 // ---- delta = dout·out - dlse
 
-// Lanes to a row. One for float32, in the order of the products dout·v: where out is one v, ds is then 0, as it should
-// be.
+// Lanes per row. float32 has one, which sums in the order of the products dout·v: if out equals one v, ds is exactly 0.
 template <class T>
 constexpr int kDeltaLanes = sizeof(T) == 4 ? 1 : 8;
 constexpr int kDeltaThreads = 128;
@@ -73,8 +73,8 @@ void attention_bwd(AttentionBackward f, DType dtype, Place place) {
 
 // ---- the bias table
 //
-// Buckets of one direction cover ranges of distances, one after the other. A launch takes so many of them at a time, in
-// its parameters.
+// The buckets of one direction cover consecutive ranges of distances. A launch takes at most kMost of them, in its
+// parameters.
 
 struct Buckets {
   static constexpr int kMost = 64;
@@ -95,7 +95,7 @@ static void for_buckets(const std::vector<int>& starts, bool bidirectional, F f)
 
 constexpr int kTableThreads = 128;
 
-// bias (heads, 2 far + 1) = unit times table (buckets, heads), where the buckets are `part`.
+// bias (heads, 2 far + 1) = unit times table (buckets, heads), for the buckets of `part`.
 __global__ void attention_bias_kernel(const float* table, float* bias, int heads, float unit, const Buckets part) {
   const int i = blockIdx.x * kTableThreads + threadIdx.x, head = blockIdx.y, rel = i - part.far;
   const int distance = part.bidirectional ? abs(rel) : max(-rel, 0);
@@ -117,13 +117,13 @@ void attention_bias(const float* table, float* bias, const std::vector<int>& sta
 }
 
 // dtable (buckets, heads) = the sums of partial (tiles, heads, width) over the relative positions of each bucket. A
-// block adds up one bucket of one direction and one head.
+// block sums one bucket of one direction and one head.
 __global__ void attention_dtable_kernel(const float* partial, float* dtable, int64_t tiles, int heads, int width,
                                         const Buckets part) {
   __shared__ float buffer[32];
   const int k = blockIdx.x % part.count, head = blockIdx.y;
   const bool after = blockIdx.x >= part.count;
-  // Where the positions lie in a row of partial sums, which starts at -far.
+  // The positions' columns in a row of partial sums, which starts at -far.
   int from = part.far + (after ? max(part.start[k], 1) : 1 - part.start[k + 1]);
   int count = part.start[k + 1] - (after ? max(part.start[k], 1) : part.start[k]);
   float sum = 0.0f;

@@ -1,15 +1,14 @@
-// attention, backward, the gradients of keys and values: a block owns a tile of keys of one of their heads and goes
+// attention, backward, the gradients of keys and values: a block computes a tile of keys of one key head and goes
 // through the queries of all heads that share it. The maths: fastlm/ops/attention.py.
 //
-// Keys are the rows: pᵀ and dsᵀ come out of the products as the left sides that dv = pᵀ do and dk = dsᵀ q take, and no
-// probability leaves a warp's registers. The probabilities are computed again from lse. Nothing is added to by two
-// blocks, so that every run gives the same bits; with dq in a pass of its own that is seven products where atomic
-// additions would need five.
+// Keys are the rows: the products give pᵀ and dsᵀ as the left sides of dv = pᵀ do and dk = dsᵀ q, and the probabilities
+// stay in a warp's registers. They are computed again from lse. No two blocks add to the same element, so every run
+// gives the same bits. With dq in a separate pass, that takes seven products; atomic additions would need five.
 #include "attention_dropout.cuh"
 
 namespace fastlm::cuda {
 
-// SPLIT: so many warps share their rows, and have a part of the gradients' columns each; scores they all compute.
+// SPLIT warps share the same rows. Each has a part of the gradients' columns; each computes all scores.
 template <class T, int D>
 struct KeysShape : Shape<D <= 64 ? 2 : 1, D <= 128 ? 4 : 2, D <= 64 ? 4 : 8, 2, D <= 64 ? 2 : 1> {};
 template <int D>
@@ -22,7 +21,7 @@ struct KeysShared {
   T k[M * D], v[M * D], q[STAGES][S::N * D], dout[STAGES][S::N * D];
   float lse[STAGES][S::N], delta[STAGES][S::N];
   RowSight<M> sight;
-  Plan plan;  // here, not in registers, which are few
+  Plan plan;  // in shared memory, to save registers
   Bytes bytes;
 };
 
@@ -48,7 +47,7 @@ __global__ void __launch_bounds__(KeysShape<T, D>::THREADS, KeysShape<T, D>::BLO
   load_rows<T, D, M, S::THREADS>(shared.v, Slice<T>(a.v, b, kv_head), row0, last_row + 1, mask, a.d);
 
   const Sight sight{{a.cu_k, a.sk}, {a.cu_q, a.sq}, a.right, a.left, a.far_right, a.far, 0, a.sq};
-  // A masked key spoils its own row alone, which is set to 0 at the end; without a real one there is nothing to do.
+  // A masked key affects only its row, which is set to 0 at the end. Without a real key there is nothing to do.
   const int own = row0 + threadIdx.x;
   const bool real = __syncthreads_or(!mask || (threadIdx.x < M && own <= last_row && mask[own]));
   if (threadIdx.x == 0) {
@@ -79,7 +78,7 @@ __global__ void __launch_bounds__(KeysShape<T, D>::THREADS, KeysShape<T, D>::BLO
   copies_arrive();
   __syncthreads();
 
-  if (sizeof(T) == 4 && drops) {  // as in dq, dropout's scale is v's
+  if (sizeof(T) == 4 && drops) {  // as in dq, v includes dropout's scale
     for (int i = threadIdx.x; i < M * D; i += S::THREADS)
       shared.v[i] = from_float<T>(to_float(shared.v[i]) * a.dropout.scale);
     __syncthreads();
@@ -121,7 +120,7 @@ __global__ void __launch_bounds__(KeysShape<T, D>::THREADS, KeysShape<T, D>::BLO
       }
     }
     KeptQueries<MT, NT> stays;
-    if (drops) {  // before there is dp: a draw takes registers
+    if (drops) {  // before dp is computed, since a draw takes registers
       stays.draw(shared.bytes, a.cu_q, [&](int i) {
         const int query = col0 + i;
         if (!a.cu_q) return Draw{row0 + warp_row, query, int(b) * a.heads + head};
@@ -155,7 +154,7 @@ __global__ void __launch_bounds__(KeysShape<T, D>::THREADS, KeysShape<T, D>::BLO
       factor_k[m][h] = a.scale;
       factor_v[m][h] = drops ? a.dropout.scale : 1.0f;
 #pragma unroll
-      for (int n = 0; n < DT; ++n) {  // not by a factor: 0 times infinity
+      for (int n = 0; n < DT; ++n) {  // not by a factor of 0: 0 times infinity is NaN
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           if (!is_real) dk[m][n][2 * h + e] = dv[m][n][2 * h + e] = 0.0f;
@@ -163,7 +162,7 @@ __global__ void __launch_bounds__(KeysShape<T, D>::THREADS, KeysShape<T, D>::BLO
       }
     }
   }
-  __syncthreads();  // warps that share their rows are done with them
+  __syncthreads();  // warps that share rows have finished with them
   const int first = row0 + warp_row;
   const int64_t offset = ((b * a.sk + first) * kv_heads + kv_head) * a.d, stride = int64_t(kv_heads) * a.d;
   store_rows<T, D>(static_cast<T*>(f.dk) + offset, stride, last_row + 1 - first, a.d, f.wide, dk, factor_k,

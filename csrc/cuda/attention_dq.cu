@@ -1,9 +1,10 @@
-// attention, backward, the gradients of queries, and of the bias table: a block owns a tile of queries of one head and
-// goes through blocks of keys, as forward. The maths: fastlm/ops/attention.py.
+// attention, backward, the gradients of queries and of the bias table: a block computes a tile of queries of one head
+// and goes through blocks of keys, as in forward. The maths: fastlm/ops/attention.py.
 //
-// dtable by relative position first. Far from the diagonal, where one bucket takes all, threads add up ds on the way.
-// Near it, a block of ds goes by way of shared memory to threads that own a relative position each, and add up its
-// elements in order. What a tile has is a partial sum; attention_dtable adds those up by bucket.
+// The gradient of the table is summed by relative position first. Far from the diagonal all positions are in one
+// bucket, and each thread sums its elements of ds. Near the diagonal, a block of ds is written to shared memory; each
+// thread then sums the elements of one relative position, in order. A tile gives a partial sum; attention_dtable sums
+// those by bucket.
 #include <cstddef>
 
 #include "attention_dropout.cuh"
@@ -21,14 +22,14 @@ struct QueriesShared {
   T q[S::M * D], dout[S::M * D], k[S::STAGES][S::N * D], v[S::STAGES][S::N * D];
   RowSight<S::M> sight;
   RowDropout<S::M> dropout;
-  Plan plan;  // here, not in registers, which are few
+  Plan plan;  // in shared memory, to save registers
   Bytes bytes;
   int buffer[3 * S::WARPS];
-  float ds[S::M][S::N + 1];  // last: only with a dtable
+  float ds[S::M][S::N + 1];  // the last member, since it is allocated only with a dtable
 };
 
-// Adds the sums of ds over the near relative positions of a block, from column col0 on, to the tile's partial sums.
-// Every position has its thread, so that no two add to one sum.
+// Adds the sums of ds over the near relative positions of a block, from column col0 on, to the tile's partial sums. One
+// thread sums each position, so no two add to the same sum.
 template <class S>
 __device__ __forceinline__ void add_near(const float (&ds)[S::M][S::N + 1], const RowSight<S::M>& sight, bool straight,
                                          int col0, int far, int far_right, float* partial) {
@@ -36,7 +37,7 @@ __device__ __forceinline__ void add_near(const float (&ds)[S::M][S::N + 1], cons
   for (int at = threadIdx.x + 1; at < far + far_right; at += S::THREADS) {
     const int rel = at - far;
     int from = 0, to = S::M;
-    if (straight) {  // rows of one sequence: their diagonals rise by one
+    if (straight) {  // rows of one sequence, whose diagonals rise by one
       from = max(from, col0 - rel - diagonal), to = min(to, col0 + S::N - rel - diagonal);
       if (from >= to) continue;
     }

@@ -1,5 +1,5 @@
-// Dropout's bits of a tile of attention: one Philox call gives the bytes of sixteen keys for one query. The bits of a
-// thread's elements come from other lanes of its warp, so that no call is made twice.
+// The dropout bits of a tile of attention. One Philox call gives the bytes of sixteen keys for one query. The lanes of
+// a warp exchange bits, so that no call is made twice.
 #pragma once
 
 #include "attention_tile.cuh"
@@ -17,22 +17,22 @@ struct Bytes {
                0x01010101u),
         either(dropout.threshold <= 128 ? 0xFFFFFFFFu : 0u) {}
 
-  // Bits 0..3: which bytes of a word are at least the threshold, 1 to 256. The carry out of a byte's low seven bits
-  // plus 128 - threshold or 256 - threshold, and its top bit decide.
+  // Bits 0..3: which bytes of a word are at least the threshold, 1 to 256. The top bit of a byte decides, together with
+  // the carry out of its low seven bits plus 128 - threshold or 256 - threshold.
   __device__ __forceinline__ uint32_t kept(uint32_t word) const {
     const uint32_t carry = (word & 0x7F7F7F7Fu) + addend;
     const uint32_t top = ((carry & word) | (either & (carry | word))) >> 7 & 0x01010101u;
     return top * 0x01020408u >> 24;  // bits 0, 8, 16, 24 meet in 24..27
   }
 
-  // Bit b: key 16·block + b stays, for positions within the sequence.
+  // Bit b: key 16·block + b stays. Positions count within the sequence.
   __device__ __forceinline__ uint32_t sixteen(int block, int query, int sequence_head) const {
     const Words w = philox(uint32_t(block), uint32_t(query), uint32_t(sequence_head), 0u, key);
     return kept(w.r0) | kept(w.r1) << 4 | kept(w.r2) << 8 | kept(w.r3) << 12;
   }
 };
 
-// Of each row of a tile of queries: where its sequence's keys start, its position, sequence·heads + head.
+// For each row of a tile of queries: the first key of its sequence, its position, and sequence·heads + head.
 template <int M>
 struct RowDropout {
   int start[M], query[M], sequence_head[M];
@@ -51,8 +51,9 @@ __device__ __forceinline__ void set_query(RowSight<M>& seen, RowDropout<M>& drop
   dropout.sequence_head[i] = (sight.rows.cu ? s : b) * heads + head;
 }
 
-// Which elements of a tile of queries stay. Four lanes share a row; each draws for one of their rows, and for a part of
-// its groups of sixteen keys. straddles: groups of a row may begin anywhere, so that sixteen bits come of two calls.
+// Which elements of a tile of queries stay. Four lanes share their rows. Each draws for one of the rows, and for a part
+// of its groups of sixteen keys. straddles: the groups of a row may start at any column, so sixteen bits come from two
+// calls.
 template <int MT, int NT>
 struct KeptKeys {
   static constexpr int kRows = 2 * MT, kGroups = NT / 2, kEach = kGroups * kRows >= 4 ? kGroups * kRows / 4 : 1;
@@ -75,7 +76,7 @@ struct KeptKeys {
     }
   }
 
-  // x where it stays, else 0. All threads of a warp call it.
+  // x if it stays, else 0. All threads of a warp must call it.
   __device__ __forceinline__ void apply(float (&x)[MT][NT][4], float factor) const {
     const int t = threadIdx.x % 4;
 #pragma unroll
@@ -97,12 +98,12 @@ struct KeptKeys {
   }
 };
 
-// What a lane draws for: the position of the first key, the query, sequence·heads + head.
+// What a lane draws for: the position of the first key, the query, and sequence·heads + head.
 struct Draw {
   int position, query, sequence_head;
 };
 
-// The same of a tile of keys, whose columns are queries. A lane draws for one column in 32, all of the warp's keys.
+// The same for a tile of keys, whose columns are queries. A lane draws for one column in 32, for all keys of the warp.
 template <int MT, int NT>
 struct KeptQueries {
   static constexpr int kCols = 8 * NT, kEach = kCols > 32 ? kCols / 32 : 1;

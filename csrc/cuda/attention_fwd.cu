@@ -1,15 +1,15 @@
-// attention, forward: a block owns a tile of queries of one head and goes through blocks of keys with the online
+// attention, forward: a block computes a tile of queries of one head and goes through blocks of keys with the online
 // softmax. The maths: fastlm/ops/attention.py.
 //
-// A warp has its rows to itself, all columns of them: scores, probabilities and output stay in its registers, and the
-// maximum of a row is taken over four lanes. Keys and values of the next block are on their way (cp.async) while one is
-// computed; the one barrier of a step is where they arrive.
+// A warp computes all columns of its rows: scores, probabilities and output stay in its registers, and the maximum of a
+// row is taken over four lanes. While a block of keys and values is processed, cp.async loads the next one; a step has
+// one barrier, where the loads arrive.
 #include "attention_dropout.cuh"
 
 namespace fastlm::cuda {
 
-// Two tiles of sixteen rows a warp halve what is read of k and v from shared memory; at d 256 registers do not hold
-// two.
+// With two tiles of sixteen rows per warp, k and v are read half as often from shared memory; at d 256 the registers do
+// not hold two.
 template <class T, int D>
 struct ForwardShape : Shape<D <= 128 ? 2 : 1, D <= 64 ? 8 : 4, 4, 2, 2> {};
 template <int D>
@@ -21,7 +21,7 @@ struct ForwardShared {
   T q[S::M * D], k[S::STAGES][S::N * D], v[S::STAGES][S::N * D];
   RowSight<S::M> sight;
   RowDropout<S::M> dropout;
-  Plan plan;  // here, not in registers, which are few
+  Plan plan;  // in shared memory, to save registers
   Bytes bytes;
   int buffer[3 * S::WARPS];
 };
@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(ForwardShape<T, D>::THREADS, ForwardShape<T, D
   const bool drops = EXTRAS && a.dropout.threshold, biased = EXTRAS && a.bias;
   const int warp_row = threadIdx.x / 32 * 16 * MT, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 
-  // Where causal, the last tiles see most keys: they start first.
+  // With a causal mask the last tiles see the most keys, so they start first.
   const int tiles = (a.sq + M - 1) / M, head = blockIdx.x / tiles % a.heads;
   const int tile = a.right >= 0 ? tiles - 1 - int(blockIdx.x % tiles) : int(blockIdx.x % tiles);
   const int64_t b = blockIdx.x / tiles / a.heads;
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(ForwardShape<T, D>::THREADS, ForwardShape<T, D
   RealKeys real{0, a.sk, false};
   if (mask) real = real_keys<S::WARPS>(mask, a.sk, shared.buffer);
   const Sight sight{{a.cu_q, a.sq}, {a.cu_k, a.sk}, a.left, a.right, a.far, a.far_right, real.first, real.end};
-  // The maximum is taken before scaling, so a scale of 0 or less has no plain block.
+  // A plain block takes the maximum before scaling, which is wrong for a scale of 0 or less.
   if (threadIdx.x == 0) {
     shared.plan = make_plan<N>(sight, a.sequences, row0, last_row, !real.holes && a.scale > 0.0f, biased);
     if (drops) shared.bytes = Bytes(a.dropout);

@@ -1,13 +1,14 @@
-// What attention's kernels share: which blocks a tile visits, loads and stores of rows, masks, bias, dropout's bits.
+// Shared by the kernels of attention: the blocks that a tile visits, loads and stores of rows, masks, bias, dropout
+// bits.
 //
-// A kernel owns a tile of rows, queries or keys, and visits blocks of columns of the other kind. Rows and columns are
-// counted along a token axis: of all packed sequences, or of one padded sequence. Row i and column j of one sequence
-// lie on its diagonal where j = i + end of the columns - end of the rows: that is bottom-right alignment. What a row
-// sees is a range of columns [lo, hi); both ends never fall as rows rise, from sequence to sequence too, so that the
-// first and the last row of a tile bound the range of all.
+// A block of threads computes a tile of rows (queries or keys) and visits blocks of columns of the other kind. Rows and
+// columns are counted along a token axis: over all packed sequences, or over one padded sequence. Row i and column j of
+// one sequence are on its diagonal if j = i + end of the columns - end of the rows: bottom-right alignment. A row sees
+// a range of columns [lo, hi). Both ends never fall from one row to the next, also across sequences, so the first and
+// the last row of a tile bound the ranges of all its rows.
 //
-// Scores of 16-bit inputs are kept times log2 e, the scale and log2 e one factor, so that 2^x needs no multiplication.
-// float32's are not, for lse is rounded where it is stored.
+// Scores of 16-bit inputs are multiplied by log2 e together with the scale, so that 2^x needs no multiplication. Scores
+// of float32 are not, since lse is rounded when it is stored.
 #pragma once
 
 #include <algorithm>
@@ -25,7 +26,7 @@ constexpr float kLn2 = 0.69314718055994531f;
 template <class T>
 constexpr float kUnit = sizeof(T) == 2 ? 1.4426950408889634f : 1.0f;  // of the scores
 
-// 2^x, or of float32 e^x.
+// 2^x; for float32 e^x.
 template <class T>
 __device__ __forceinline__ float power(float x) {
   if constexpr (sizeof(T) == 4) return expf(x);
@@ -34,8 +35,8 @@ __device__ __forceinline__ float power(float x) {
   return y;
 }
 
-// 16·MT rows for each of WARPS warps, blocks of 8·NT columns, of which STAGES are in shared memory at a time. BLOCKS of
-// a multiprocessor are what registers are handed out for.
+// 16·MT rows for each of WARPS warps; blocks of 8·NT columns, STAGES of them in shared memory at a time. The compiler
+// limits registers so that BLOCKS blocks fit a multiprocessor.
 template <int MT_, int NT_, int WARPS_, int STAGES_, int BLOCKS_>
 struct Shape {
   static constexpr int MT = MT_, NT = NT_, WARPS = WARPS_, STAGES = STAGES_, BLOCKS = BLOCKS_;
@@ -54,7 +55,7 @@ struct Axis {
   __device__ __forceinline__ int end(int s) const { return cu ? cu[s + 1] : size; }
 };
 
-// The last sequence s of first..last with cu[s] <= row; the answer is known to be one of them.
+// The last sequence s in first..last with cu[s] <= row. There must be one.
 __device__ __forceinline__ int find_sequence(const int32_t* cu, int row, int first, int last) {
   while (first < last) {
     const int middle = last - (last - first) / 2;
@@ -71,8 +72,8 @@ struct Range {
   int lo, hi;
 };
 
-// How rows see columns. before, after: of the window, -1: no limit. first, end: all columns that are real lie between.
-// Bias is constant at near_before columns and more before the diagonal, and at near_after and more after it.
+// How rows see columns. before, after: of the window, -1: no limit. first, end: all real columns are in [first, end).
+// The bias is constant from near_before columns before the diagonal on, and from near_after columns after it on.
 struct Sight {
   Axis rows, cols;
   int before, after, near_before, near_after, first, end;
@@ -88,8 +89,9 @@ struct Sight {
   }
 };
 
-// The blocks that a tile visits: those of [begin, hi), N columns each. In up to two runs of them, [a0, a1) and [b0, b1)
-// with a1 <= b0, every row sees every column and, with a bias, is far from the diagonal. Those plain blocks come first.
+// The blocks that a tile visits: those of [begin, hi), N columns each. In up to two runs, [a0, a1) and [b0, b1) with
+// a1 <= b0, every row sees every column and, with a bias, is far from the diagonal. These plain blocks are visited
+// first.
 struct Plan {
   int first, last;  // sequences of the first and the last row
   int origin, begin, hi, count, a0, a1, b0, b1;
@@ -105,7 +107,7 @@ struct Plan {
   __device__ __forceinline__ int column(int t, int n) const { return begin + block(t) * n; }
 };
 
-// Of rows row0..last_row. plain: whether there may be plain blocks.
+// The plan for rows row0..last_row. plain: whether there may be plain blocks.
 template <int N>
 __device__ __forceinline__ Plan make_plan(const Sight& sight, int sequences, int row0, int last_row, bool plain,
                                           bool bias) {
@@ -116,7 +118,7 @@ __device__ __forceinline__ Plan make_plan(const Sight& sight, int sequences, int
     p.last = find_sequence(sight.rows.cu, last_row, p.first, sequences - 1);
   }
   const Range a = sight.range(row0, p.first), b = sight.range(last_row, p.last);
-  // Blocks start at a multiple of 16 in the first sequence, for dropout's sake.
+  // Blocks start at a multiple of 16 in the first sequence, since dropout draws for sixteen keys at a time.
   p.origin = sight.cols.start(p.first);
   p.begin = p.origin + (a.lo - p.origin) / 16 * 16;
   p.hi = b.hi;
@@ -136,7 +138,7 @@ __device__ __forceinline__ Plan make_plan(const Sight& sight, int sequences, int
   return p;
 }
 
-// Of each row of a tile: it sees columns [lo, lo + width), and column `diagonal` lies on its diagonal.
+// Each row of a tile sees columns [lo, lo + width); column `diagonal` is on its diagonal.
 template <int M>
 struct RowSight {
   int lo[M], width[M], diagonal[M];
@@ -147,7 +149,7 @@ struct RowSight {
   }
 };
 
-// Where the real keys of mask (sk,) lie, for all threads of a block; buffer: 3·WARPS of shared memory.
+// The range of the real keys of mask (sk,), for all threads of a block; buffer: 3·WARPS of shared memory.
 struct RealKeys {
   int first, end;
   bool holes;
@@ -189,11 +191,11 @@ struct Slice {
       : data(static_cast<const T*>(x.data) + sequence * x.sequence + head * x.head), stride(x.row), wide(x.wide) {}
 };
 
-// tile (ROWS, D) = rows row0 and on of x; 0 from row `end` and column d on, and where mask, if any, is 0.
+// tile (ROWS, D) = the rows of x from row0 on; 0 from row `end` and column d on, and where the mask, if given, is 0.
 template <class T, int D, int ROWS, int THREADS>
 __device__ __forceinline__ void load_rows(T* tile, const Slice<T>& x, int row0, int end, const uint8_t* mask, int d) {
   using At = Tile<T, D>;
-  constexpr int kStep = THREADS / At::kChunks;  // rows apart, a thread's chunks, all of one number
+  constexpr int kStep = THREADS / At::kChunks;  // rows between a thread's chunks, all of the same number
   static_assert(THREADS % At::kChunks == 0);
   const int chunk = threadIdx.x % At::kChunks, cols = min(At::kChunk, d - chunk * At::kChunk);
   int r = threadIdx.x / At::kChunks;
@@ -214,8 +216,8 @@ __device__ __forceinline__ void load_rows(T* tile, const Slice<T>& x, int row0, 
   }
 }
 
-// out = factor times the fragment acc (16·MT, 8·DT), columns from `chunk0` chunks on, of the warp's first `rows` rows,
-// `stride` apart. By way of `tile`, the warp's rows of a tile that nobody reads any more.
+// out = factor times the fragment acc (16·MT, 8·DT), columns from `chunk0` chunks on, for the warp's first `rows` rows,
+// `stride` apart. The data passes through `tile`, the warp's rows of a tile that is no longer read.
 template <class T, int D, int MT, int DT>
 __device__ __forceinline__ void store_rows(T* out, int64_t stride, int rows, int d, bool wide,
                                            const float (&acc)[MT][DT][4], const float (&factor)[MT][2], T* tile,
@@ -255,7 +257,8 @@ __device__ __forceinline__ void store_rows(T* out, int64_t stride, int rows, int
   }
 }
 
-// Between two steps: waits for what was fetched. With one stage it is fetched now, when all are done with the last.
+// Between two steps: waits for the loads of the next block. With one stage, they start only here, after all warps have
+// finished with the previous block.
 template <int STAGES, class F>
 __device__ __forceinline__ void next_stage(F fetch) {
   if (STAGES == 1) {
@@ -268,7 +271,7 @@ __device__ __forceinline__ void next_stage(F fetch) {
 
 // ---- masks and bias
 
-// Bits of N columns from col0 on: those below `end` that mask (the columns', or null) has as real.
+// Bits of N columns from col0 on: set for those below `end` that are real in the columns' mask (null: all are real).
 template <int NT>
 struct RealColumns {
   uint32_t bits[(NT + 3) / 4];
@@ -285,9 +288,9 @@ struct RealColumns {
   }
 };
 
-// Scores with bias (2 far + 1,), if any; -inf where a row does not see a column. row0: the warp's first in `sight`.
-// sign: 1 where columns are keys, -1 where rows are. Returns what they are still to be multiplied by to be in their
-// unit: the factor, left for an FMA that rounds once, where it is positive and there is no bias; else 1.
+// Adds bias (2 far + 1,), if given, to scores, and sets -inf where a row does not see a column. row0: the warp's first
+// row in `sight`. sign: 1 if columns are keys, -1 if rows are. Returns the factor that is still to be applied: if the
+// factor is positive and there is no bias, it is left to an FMA that rounds once; else 1.
 template <int MT, int NT, int M>
 __device__ __forceinline__ float finish_scores(float (&s)[MT][NT][4], float factor, const RowSight<M>& sight, int row0,
                                                int col0, const RealColumns<NT>& real, const float* bias, int far,
@@ -325,8 +328,8 @@ inline bool is_wide(const Rows& x, int d, size_t item) {
 
 inline int64_t blocks_of(int64_t rows, int size) { return (rows + size - 1) / size; }
 
-// f(T, D, EXTRAS) for the head dimension's class. EXTRAS: the kernel asks whether there is dropout or a bias. Only what
-// most models are trained in, heads of 64 and 128 in bfloat16, has kernels without: they take fewer registers.
+// f(T, D, EXTRAS) for the class of the head dimension. EXTRAS: the kernel supports dropout and a bias. Only heads of 64
+// and 128 in bfloat16, in which most models are trained, have kernels without; these take fewer registers.
 template <class F>
 void choose(const Attention& a, DType dtype, F f) {
   auto extras = [&](auto type, auto d) {

@@ -1,16 +1,18 @@
-// cross_entropy: a row's loss and its gradient in one kernel. The maths: fastlm/ops/cross_entropy.py.
+// cross_entropy: the loss of a row and its gradient in one kernel. The maths: fastlm/ops/cross_entropy.py.
 //
-// A block takes a row. It is copied to shared memory in kSlots chunks, 16 bytes at a time and asynchronously, so that
-// it needs no registers while it is under way; Σ exp is taken under a running maximum as chunks arrive, then the
-// gradient is written over the row where it lies, and goes out 16 bytes at a time. Memory is read once and written once
-// by rows of up to kSlots chunks, 192 KB on sm_90: two rows of 50257 classes in bfloat16 fit a multiprocessor, and one
-// loads while the other computes. In registers a row would need a block of its own size, and 1024 threads of 64
-// registers leave no room for a second. Of a longer row the chunks that came last are still there when the gradient
-// goes backward through them; the others are read again, from the second-level cache.
+// A block of threads processes a row. It copies the row to shared memory in kSlots chunks, asynchronously and 16 bytes
+// at a time, so the row needs no registers while it is loaded. Σ exp is computed with a running maximum as chunks
+// arrive. The gradient then overwrites the row in shared memory and is written out 16 bytes at a time. A row of up to
+// kSlots
+// chunks, 192 KB on sm_90, is read once and written once: two rows of 50257 classes in bfloat16 fit a multiprocessor,
+// and one loads while the other computes. With the row in registers, 1024 threads of 64 registers would leave no room
+// for a second block. The gradient goes backward through a longer row: the last chunks are still in shared memory, the
+// others are read again, from the second-level cache.
 //
-// Rows of an odd vocabulary start anywhere, and 16 bytes lie on 16 bytes. So a row lies in shared memory as far past
-// such a boundary as in global memory, and threads take its columns from there, by their numbers: the sums, and so the
-// bits, do not depend on strides. Only edges of less than 16 bytes, at both ends of a chunk, move one by one.
+// Rows of an odd vocabulary start at any address, but 16-byte accesses need aligned ones. So a row is placed in shared
+// memory at the same distance from a 16-byte boundary as in global memory. Threads select columns by their number: the
+// sums, and so the bits, do not depend on strides. Only edges of less than 16 bytes, at both ends of a chunk, are
+// copied element by element.
 #include <cuda_pipeline.h>
 
 #include <algorithm>
@@ -39,7 +41,7 @@ __device__ __forceinline__ int past(const T* p) {
   return int(reinterpret_cast<uintptr_t>(p) / sizeof(T) % kVector<T>);
 }
 
-// n elements from p on: `head` of them before a 16-byte boundary, `packs` of 16 bytes, the rest after them.
+// n elements from p on: `head` elements before a 16-byte boundary, then `packs` of 16 bytes, then the rest.
 template <class T>
 struct Split {
   int head;
@@ -50,15 +52,15 @@ struct Split {
     if (head > n) head = int(n);
     packs = (n - head) / kVector<T>;
   }
-  // The element that thread `lane` of 2·kVector takes of head and rest; -1: none.
+  // The element of head and rest that thread `lane` of 2·kVector copies; -1: none.
   __device__ __forceinline__ int64_t edge(int lane) const {
     const int64_t body = packs * kVector<T>;
     return lane >= n - body ? -1 : lane < head ? lane : lane + body;
   }
 };
 
-// Starts to copy n elements; `to` lies as far past a 16-byte boundary as `from`. The edges are copied by the warp of
-// this number, so that those of several chunks wait for memory side by side.
+// Starts to copy n elements. `to` and `from` are at the same distance from a 16-byte boundary. The warp of the given
+// number copies the edges, so that the edges of several chunks wait for memory at the same time.
 template <class T, int THREADS>
 __device__ __forceinline__ void fetch(T* to, const T* from, int n, int warp) {
   const Split<T> split(from, n);
@@ -95,8 +97,8 @@ __device__ __forceinline__ void put_zeros(T* to, int64_t n) {
 
 // ---- a chunk in shared memory
 
-// Columns from `at` on as float; those that `left` does not reach are -inf. Units lie on 4 bytes, or else (ON4 false)
-// values move one by one.
+// Columns from `at` on as float; those past `left` are -inf. With ON4, units are aligned to 4 bytes; else values are
+// read one by one.
 template <bool ON4, class T>
 __device__ __forceinline__ void load_unit(const T* at, int left, float (&x)[kUnit<T>]) {
   if (ON4 && left >= kUnit<T>) {
@@ -119,8 +121,8 @@ __device__ __forceinline__ void store_unit(T* at, int left, const float (&x)[kUn
   }
 }
 
-// Calls of(column, how many are left of the chunk, unit of the batch) for a thread's units of a batch that begins at
-// column `begin` of a chunk of `cols`. `left` is a constant where the batch is a whole one.
+// Calls of(column, columns left in the chunk, unit of the batch) for a thread's units of a batch that starts at column
+// `begin` of a chunk of `cols`. `left` is a constant if the batch is complete.
 template <class T, int THREADS, class F>
 __device__ __forceinline__ void each_unit(int begin, int cols, F of) {
   const int first = begin + int(threadIdx.x) * kUnit<T>;
@@ -133,7 +135,7 @@ __device__ __forceinline__ void each_unit(int begin, int cols, F of) {
   }
 }
 
-// Calls of(true_type) or of(false_type), so that the choice is made once and not for every unit.
+// Calls of(true_type) or of(false_type), so that the choice is made once instead of for every unit.
 template <class F>
 __device__ __forceinline__ void by(bool choice, F of) {
   if (choice) {
@@ -149,7 +151,7 @@ __device__ __forceinline__ float exp_of(float x) {
   return y;
 }
 
-// The maximum over the threads of a block, to all of them; `buffer` as of row_sum.
+// The maximum over the threads of a block, returned to all of them; `buffer` as for row_sum.
 template <int THREADS>
 __device__ __forceinline__ float row_max(float x, float* buffer) {
 #pragma unroll
@@ -164,7 +166,7 @@ __device__ __forceinline__ float row_max(float x, float* buffer) {
   return x;
 }
 
-// Σ of kLossParts parts, to every thread.
+// Σ of kLossParts parts, returned to every thread.
 __device__ __forceinline__ float sum_parts(const float* parts) {
   const int lane = threadIdx.x % 32;
   float sum = 0.0f;
@@ -206,8 +208,8 @@ __global__ void __launch_bounds__(THREADS, 1024 / THREADS) cross_entropy_fwd_ker
   const float dloss = a.dloss ? a.dloss[row] : 1.0f;
   auto weight = [&](int64_t col) { return a.weight ? a.weight[col] : 1.0f; };
 
-  // Σ exp(x - top); of smoothing's Σ w (lse - x), the part Σ w (reference - x). A sum for every column of a unit: the
-  // order is that of the columns, wherever the chunk lies. top is a number even where a row holds -inf alone.
+  // Σ exp(x - top), and Σ w (reference - x), the part of smoothing's Σ w (lse - x). Each column of a unit has its sum,
+  // so the order is that of the columns, wherever the chunk is. top is finite even if all of a row is -inf.
   const float reference = fabsf(x_t) < INFINITY ? x_t : 0.0f;
   float top = -FLT_MAX, sums[U] = {}, distances[U] = {};
   for (int k = 0; k < chunks; ++k) {
@@ -267,7 +269,7 @@ __global__ void __launch_bounds__(THREADS, 1024 / THREADS) cross_entropy_fwd_ker
   const float scale = (is_class ? dloss : NAN) / denominator;
   const float one_hot = w_t * (1.0f - a.label_smoothing) * scale, uniform = each * scale;
   const float factor = (one_hot + uniform * w_sum + 2.0f * scale * a.z_loss * lse) / total;
-  // Where rows of x and dx lie unlike each other, every thread writes its columns to dx itself.
+  // If the rows of x and dx are aligned differently, every thread writes its columns to dx directly.
   const bool alike = past(dx) == offset;
   const int t_chunk = is_class ? int(t / a.chunk) : -1, t_col = is_class ? int(t % a.chunk) : 0;
   for (int k = chunks - 1; k >= 0; --k) {
@@ -319,8 +321,8 @@ __global__ void __launch_bounds__(THREADS, 1024 / THREADS) cross_entropy_fwd_ker
 constexpr int kScale = 256;     // threads
 constexpr int kScalePacks = 4;  // 16-byte accesses of a thread in a tile
 
-// Few blocks that loop over tiles: where dloss is 1, as it mostly is, they only have to see that. `alike`: rows of y
-// lie past 16-byte boundaries as those of x.
+// Few blocks loop over tiles: dloss is usually 1, and then each block only has to check that. `alike`: the rows of y
+// have the alignment of the rows of x.
 template <class T>
 __global__ void __launch_bounds__(kScale) cross_entropy_bwd_kernel(const CrossEntropyBackward a, bool alike) {
   constexpr int V = kVector<T>, kTile = kScale * kScalePacks * V;
@@ -361,7 +363,7 @@ __global__ void __launch_bounds__(kScale) cross_entropy_bwd_kernel(const CrossEn
 
 constexpr int kSum = 1024;  // threads
 
-// A block's share of [0, n), and its threads' numbers of it in turn.
+// A block's share of [0, n); its threads take the indices in turn.
 template <class F>
 __device__ __forceinline__ float sum_share(int64_t n, F of) {
   __shared__ float buffer[32];
@@ -409,7 +411,7 @@ void forward(CrossEntropyForward a, Place place) {
   launch(kernel, grid_size(a.rows), THREADS, shared, place.stream, a);
 }
 
-// A warp, or four, for a row of few batches, of 1 and 4 KB; a batch of 512 threads is 16 KB.
+// A row of few batches gets one warp or four; their batches are 1 and 4 KB, and a batch of 512 threads is 16 KB.
 template <class T>
 void forward(const CrossEntropyForward& a, Place place) {
   const int64_t bytes = a.cols * int64_t(sizeof(T));

@@ -4,20 +4,20 @@
 
 namespace fastlm::cuda {
 
-constexpr int kLossParts = 64;  // what sums over the rows are shared out to
+constexpr int kLossParts = 64;  // the parts of a sum over the rows
 
 // x, dx (rows, cols), of one dtype; target, loss, dloss (rows,); weight (cols,), weight_sum () float32, null for ones.
 struct CrossEntropyForward {
   const void* x;
   const int64_t* target;
   const float *weight, *weight_sum;
-  const float* parts;  // (kLossParts,), what "mean" divides by is their sum; null: 1
+  const float* parts;  // (kLossParts,): their sum is the denominator of "mean"; null: 1
   const float* dloss;  // factors of the rows' gradients; null: ones
   float* loss;         // not reduced; NaN for a target that is neither a class nor ignore_index
   void* dx;            // the gradient of Σ dloss loss / Σ parts; null: none; may be x
   int64_t rows, cols, stride_x, stride_dx, ignore_index;
   float label_smoothing, z_loss;
-  int chunk;  // set by cross_entropy_fwd: columns that lie in shared memory together
+  int chunk;  // set by cross_entropy_fwd: columns of a chunk in shared memory
 };
 
 void cross_entropy_fwd(const CrossEntropyForward& args, DType dtype, Place place);

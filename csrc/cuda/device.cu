@@ -1,4 +1,4 @@
-// What the CUDA runtime says of the devices: for `fastlm info`, and for choosing a kernel's configuration.
+// The properties of the devices, from the CUDA runtime: for `fastlm info`, and for choosing a kernel's configuration.
 #include <cuda_runtime.h>
 
 #include <stdexcept>
@@ -24,7 +24,7 @@ std::vector<Device> devices() {
   return out;
 }
 
-// nvcc's own list of what it compiles this file for: "800,900,1000" for sm_80, sm_90 and sm_100.
+// The architectures for which nvcc compiles this file: "800,900,1000" for sm_80, sm_90 and sm_100.
 std::string architectures() { return FASTLM_STRING(__CUDA_ARCH_LIST__); }
 
 std::string compiler() {

@@ -20,7 +20,7 @@ bool on_device() { return !dropped && !current; }
 
 static std::mutex mutex;
 
-// A device's attribute, which is asked for once.
+// An attribute of a device. The runtime is asked once.
 static int attribute(cudaDeviceAttr which, int device) {
   static std::map<std::pair<int, int>, int> known;
   const std::lock_guard<std::mutex> lock(mutex);

@@ -1,5 +1,5 @@
-// The one place that launches a kernel. A recorder, set by a test, is handed what would be launched instead: grids,
-// template choices and parameters are then computed as for a device, and tests/ptx executes the kernel.
+// The only place that launches kernels. If a test has set a recorder, `launch` calls it instead. Grids, template
+// choices and parameters are computed as for a device, and tests/ptx executes the kernel.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -18,7 +18,7 @@ inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
-// Makes a device the current one, and puts back what was. The launch that follows uses `stream` of that device.
+// Makes a device the current one, and restores the previous one at the end. The launch that follows uses `stream`.
 class OnDevice {
  public:
   explicit OnDevice(int device) {
@@ -41,13 +41,13 @@ class OnDevice {
 // Multiprocessors of a device; 2 without one, so that kernels which share out rows among blocks loop there too.
 int multiprocessors(int device);
 
-// Bytes of shared memory that a block can have; without a device sm_80's, for which tests execute kernels.
+// Bytes of shared memory that a block can have. Without a device it is sm_80's, for which tests execute kernels.
 size_t shared_memory(int device);
 
-// Lets a kernel have so much dynamic shared memory on the current device: past 48 KB it must be asked for.
+// Allows a kernel this much dynamic shared memory on the current device. More than 48 KB must be requested.
 void allow_shared(const void* kernel, size_t bytes);
 
-// So many blocks along x, of which a grid has at most 2^31 - 1: more would lose high bits, and leave rows unwritten.
+// A grid of this many blocks along x, at most 2^31 - 1. More would lose high bits and leave rows unwritten.
 inline unsigned grid_size(int64_t blocks) {
   if (blocks > INT_MAX)
     throw std::invalid_argument("expected an input of at most 2^31 - 1 blocks of a CUDA kernel, got one of " +
@@ -72,8 +72,8 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStre
     return;
   }
   if (!recorder()) return;
-  // The host's symbol of a kernel has the name of the device's. It is visible where the kernel is in no anonymous
-  // namespace: setup.py has nvcc leave it so.
+  // The host's symbol of a kernel has the name of the device's. It is visible if the kernel is not in an anonymous
+  // namespace, since setup.py tells nvcc not to hide it.
   Dl_info info;
   if (!dladdr(reinterpret_cast<void*>(kernel), &info) || !info.dli_sname)
     throw std::runtime_error("a kernel without a visible symbol");

@@ -1,9 +1,9 @@
 // layer_norm and rms_norm: h = residual + dropout(x); y = norm(h) * weight + bias. The maths: fastlm/ops/layer_norm.py.
 //
-// Forward: THREADS threads hold a row in registers, N packs of VEC columns each, so that every tensor is read and
-// written once, 16 bytes at a time. Backward: blocks walk over the rows and keep the weights' gradients of their
-// columns in registers, each leaves one partial sum, and a second kernel adds those in order. Rows that are too long
-// for registers are read again from the second-level cache; VEC is 1 where rows do not start on 16 bytes.
+// Forward: THREADS threads hold a row in registers, N packs of VEC columns each, so every tensor is read and written
+// once, 16 bytes at a time. Backward: each block loops over rows and keeps the weight gradients of its columns in
+// registers. It writes one partial sum, and a second kernel adds these in order. Rows that are too long for registers
+// are read again from the second-level cache. VEC is 1 if rows do not start on 16 bytes.
 #include <algorithm>
 
 #include "launch.h"
@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(block_size(THREADS)) layer_norm_fwd_kernel(con
   constexpr int kRows = block_size(THREADS) / THREADS;
   __shared__ float buffer[2][32];
   const int64_t row = int64_t(blockIdx.x) * kRows + threadIdx.x / THREADS;
-  if (row >= a.rows) return;  // a whole warp: with more threads to a row, every block has one
+  if (row >= a.rows) return;  // a whole warp returns; with more threads per row, every block has a row
   const int lane = threadIdx.x % THREADS;
   const Key key = a.dropout.threshold ? dropout_key(a.dropout.rng, a.dropout.site) : Key{0, 0};
   const T* x = static_cast<const T*>(a.x) + row * a.stride_x;
@@ -92,8 +92,8 @@ __global__ void __launch_bounds__(block_size(THREADS)) layer_norm_fwd_kernel(con
   }
 }
 
-// Blocks that a multiprocessor is to hold: 16 warps where a thread holds 16 values of each tensor, 20 of 8, 32 of 4.
-// Left to itself ptxas stops float32's <4, 2, 32> at 72 registers on sm_90, and spills.
+// Blocks that a multiprocessor should hold: 16 warps if a thread holds 16 values of each tensor, 20 for 8, 32 for 4.
+// Without this, ptxas limits float32's <4, 2, 32> to 72 registers on sm_90, and spills.
 __host__ __device__ constexpr int bwd_blocks(int values, int block) {
   return (values > 8 ? 512 : values > 4 ? 640 : 1024) / block;
 }
@@ -102,7 +102,7 @@ template <class T, int VEC, int N, int THREADS>
 __global__ void __launch_bounds__(block_size(THREADS), bwd_blocks(VEC* N, block_size(THREADS)))
     layer_norm_bwd_kernel(const LayerNormBackward a) {
   constexpr int kRows = block_size(THREADS) / THREADS;
-  __shared__ float buffer[2][2][32];  // of rows in turn: a row's sums are read while the next one's are written
+  __shared__ float buffer[2][2][32];  // rows alternate: a row's sums are read while the next one's are written
   __shared__ float sums[2][THREADS * N * VEC];  // of weights' gradients, over the rows of a block
   const int lane = threadIdx.x % THREADS, group = threadIdx.x / THREADS;
   const Key key = a.dropout.threshold ? dropout_key(a.dropout.rng, a.dropout.site) : Key{0, 0};
@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(block_size(THREADS), bwd_blocks(VEC* N, block_
   }
   if (!a.dweight && !a.dbias) return;
 
-  // The rows that share a block add up their columns one after the other; the last one writes.
+  // The rows that share a block add their columns one after the other; the last one writes.
   for (int k = 0; k < kRows; ++k) {
     if (group == k) {
 #pragma unroll
@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(kLong) layer_norm_fwd_long_kernel(const LayerN
   const T* x = static_cast<const T*>(a.x) + row * a.stride_x;
   const T* residual = static_cast<const T*>(a.residual) + (a.residual ? row * a.stride_residual : 0);
   T* stored = static_cast<T*>(a.h) + (a.h ? row * a.cols : 0);
-  const T* source = a.h ? stored : x;  // what a thread wrote it reads back itself
+  const T* source = a.h ? stored : x;  // a thread reads back only what it wrote
   float v[VEC];
   float sum = 0.0f;
   for (int64_t col = int64_t(threadIdx.x) * VEC; col < a.cols; col += kLong * VEC) {
@@ -321,7 +321,7 @@ void run_fwd(const LayerNormForward& a, Place place) {
          place.stream, a);
 }
 
-// Up to four packs a thread, 32 values of bfloat16, and a warp to a row while that is enough: no barrier.
+// Up to four packs a thread, which is 32 values of bfloat16. A row gets one warp if that is enough: no barrier.
 template <class T>
 void forward(LayerNormForward a, Place place) {
   constexpr int V = kVector<T>;
@@ -353,7 +353,7 @@ void finish(const LayerNormBackward& a, int64_t count, Place place) {
 template <class T, int VEC, int N, int THREADS>
 void run_bwd(const LayerNormBackward& a, Place place) {
   constexpr int kRows = block_size(THREADS) / THREADS;
-  // As many blocks as are resident at once, so that each walks over its rows once and leaves one partial sum.
+  // As many blocks as are resident at once; each loops over its rows and writes one partial sum.
   const int64_t resident =
       std::min<int64_t>(partial_rows(place.device), multiprocessors(place.device) * (1024 / block_size(THREADS)));
   const int64_t blocks = std::min<int64_t>((a.rows + kRows - 1) / kRows, resident);
@@ -371,7 +371,7 @@ void run_bwd_long(const LayerNormBackward& a, Place place) {
   finish<T>(a, count, place);
 }
 
-// At most two packs a thread: beside dy and x̂ it holds the weight and the sums of two gradients.
+// At most two packs a thread, since besides dy and x̂ it holds the weight and the sums of two gradients.
 template <class T>
 void backward(LayerNormBackward a, Place place) {
   constexpr int V = kVector<T>;

@@ -5,7 +5,7 @@
 namespace fastlm::cuda {
 
 // Shapes: x, residual, h, y (rows, cols); weight, bias (cols,), float32 or of x's dtype; mean, rstd (rows,) float32.
-// A null pointer stands for what is absent: residual, weight, bias, h (then h = x is not written), mean (rms).
+// residual, weight, bias, h and mean may be null. Without h, h = x is not written. Without mean it is rms_norm.
 struct LayerNormForward {
   const void *x, *residual, *weight, *bias;
   void *h, *y;
@@ -14,10 +14,10 @@ struct LayerNormForward {
   float eps;
   bool weight_is_float, bias_is_float;
   Dropout dropout;
-  bool wide;  // set by layer_norm_fwd: everything lies on 16 bytes
+  bool wide;  // set by layer_norm_fwd: all rows are aligned to 16 bytes
 };
 
-// dy, dh (the gradient that reaches the residual stream beside y; may be null), h (rows, cols) in;
+// dy, dh (the gradient of h besides the one through y; may be null), h (rows, cols) in;
 // dresidual (rows, cols) and, under dropout, dx (rows, cols) out; dweight (cols,) in weight's dtype, dbias (cols,)
 // float32, or null. partial: (2, partial_rows(device), cols) float32 scratch.
 struct LayerNormBackward {

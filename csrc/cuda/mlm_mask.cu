@@ -1,12 +1,12 @@
-// mlm_mask: the definition is fastlm/ops/mlm_mask.py's. No host synchronisation, no atomics.
+// mlm_mask: the definition is in fastlm/ops/mlm_mask.py. No host synchronisation, no atomics.
 //
-// Three kernels over blocks of kMaskBlock tokens of the flattened input, the first for whole words alone:
+// Three kernels over blocks of kMaskBlock tokens of the flattened input, the first for whole words only:
 //   mlm_mask_words     the last token of a block that starts a word
 //   mlm_mask_select    ids and labels, a flag a token, and the number selected in a block
 //   mlm_mask_compact   a selected token's slot is the number selected before it
-// What crosses blocks, a word's first token and the numbers selected, a block takes from all blocks before its own: one
-// number each, which stays cheap up to many millions of tokens. A thread has kTokens neighbours: 32 bytes of ids, which
-// move 16 bytes at a time.
+// A block needs the first token of a word and the numbers selected in earlier blocks. It reads them from all blocks
+// before it, one number each, which is cheap up to many millions of tokens. A thread has kTokens neighbouring tokens:
+// 32 bytes of ids, in accesses of 16 bytes.
 #include <algorithm>
 #include <limits>
 
@@ -28,8 +28,8 @@ struct Larger {
   __device__ static int32_t join(int32_t a, int32_t b) { return max(a, b); }
 };
 
-// Over the threads of a block: what is before a thread's own x, and in `total` everything. Barriers before and after
-// its use of `buffer` are its own.
+// Combines x over the threads of a block: returns the result of the threads before this one, and sets `total` to that
+// of all. The function has the barriers that `buffer` needs.
 template <class Op>
 __device__ int32_t scan_before(int32_t x, int32_t& total, int32_t* buffer) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -53,7 +53,7 @@ __device__ int32_t scan_before(int32_t x, int32_t& total, int32_t* buffer) {
   return lane == 0 ? before : Op::join(before, mine);
 }
 
-// Everything in from[0, count), to all threads of a block.
+// Combines from[0, count); all threads of a block get the result.
 template <class Op>
 __device__ int32_t join_all(const int32_t* from, int count, int32_t* buffer) {
   int32_t x = Op::kNothing, total;
@@ -62,8 +62,8 @@ __device__ int32_t join_all(const int32_t* from, int count, int32_t* buffer) {
   return total;
 }
 
-// Two neighbours of an array of which `left` elements are left: 16 bytes at once, or not `wide` or at the end, one by
-// one.
+// Two neighbouring elements of an array that has `left` more: 16 bytes at once; one by one if not `wide`, or at the
+// end.
 __device__ __forceinline__ void load_pair(const int64_t* from, int64_t left, bool wide, int64_t* to) {
   if (wide && left >= 2) {
     const longlong2 pair = *reinterpret_cast<const longlong2*>(from);
@@ -105,7 +105,8 @@ __device__ __forceinline__ Words words(const MlmMask& a, int32_t token, Key key)
   return philox(position, epoch, uint32_t(sample), uint32_t(sample >> 32), key);
 }
 
-// Whether a token starts a word: by word_starts, as the first of a row or a sample, or after a special token.
+// Whether a token starts a word: word_starts is set, it is the first of a row or a sample, or it follows a special
+// token.
 __device__ __forceinline__ bool starts_word(const MlmMask& a, int32_t token) {
   const int32_t cols = int32_t(a.cols), row = token / cols, col = token - row * cols;
   if (col == 0 || a.word_starts[token] || is_special(a, token - 1, a.input_ids[token - 1])) return true;
@@ -169,7 +170,7 @@ __global__ void __launch_bounds__(kMaskThreads, 5) mlm_mask_select(const MlmMask
       if (w.r1 < a.mask_below) {
         to = a.mask_token_id;
       } else if (w.r1 < a.replace_below) {
-        // The j-th id that is left: j, and past every range left out its length more, in ascending order.
+        // The j-th of the remaining ids: j, plus the length of every left-out range at or below it, in ascending order.
         to = int64_t(uint64_t(w.r2) * choices >> 32);
         for (int n = 0; n < a.left_out.count; ++n) to += to >= a.left_out.first[n] ? a.left_out.length[n] : 0;
       }
@@ -207,7 +208,7 @@ __global__ void __launch_bounds__(kMaskThreads) mlm_mask_compact(const MlmMask a
       a.targets[slot] = a.input_ids[begin + k];
     }
     slot += hit[k];
-    // Slots that no token takes: this thread's share of all slots.
+    // Slots without a token: this thread fills its share of all slots.
     if (begin + k >= all && begin + k < a.capacity) {
       a.index[begin + k] = 0;
       a.targets[begin + k] = kIgnore;

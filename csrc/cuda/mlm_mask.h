@@ -4,7 +4,7 @@
 
 namespace fastlm::cuda {
 
-constexpr int kMaskRanges = 64;  // of special ids: what a kernel's parameters have room for, twice
+constexpr int kMaskRanges = 64;  // the most ranges of special ids: the kernel's parameters have room for two such lists
 constexpr int kMaskBlock = 1024;
 
 // Ids of a vocabulary as ranges [first, first + length), ascending.
@@ -13,15 +13,15 @@ struct Ranges {
   int32_t first[kMaskRanges], length[kMaskRanges];
 };
 
-// A number per token as a (rows, cols) view; null for the default.
+// A number per token as a (rows, cols) view. null: the default.
 struct PerToken {
   const int64_t* data;
   int64_t stride_row, stride_col;
 };
 
-// input_ids, special_tokens_mask, word_starts (rows, cols) contiguous; the masks may be null. input_ids_out, labels like
-// input_ids; index, targets (capacity,); count (). Scratch, with blocks = ceil(rows·cols / kMaskBlock): flags
-// (rows·cols,), counts (blocks,), last (blocks,), which only word_starts takes. rows·cols < 2^31.
+// input_ids, special_tokens_mask, word_starts (rows, cols) are contiguous; the masks may be null. input_ids_out and
+// labels are like input_ids; index, targets (capacity,); count (). Scratch, with blocks = ceil(rows·cols / kMaskBlock):
+// flags (rows·cols,), counts (blocks,), and last (blocks,), needed only with word_starts. rows·cols < 2^31.
 struct MlmMask {
   const int64_t* input_ids;
   PerToken sample_ids, positions, epochs;
@@ -34,7 +34,7 @@ struct MlmMask {
   uint8_t* flags;
   int32_t *counts, *last;
   int64_t rows, cols, capacity;
-  bool wide;  // set by mlm_mask: input_ids, input_ids_out and labels lie on 16 bytes
+  bool wide;  // set by mlm_mask: input_ids, input_ids_out and labels are aligned to 16 bytes
 };
 
 void mlm_mask(const MlmMask& args, Place place);

@@ -1,10 +1,11 @@
-// Products of tiles: sixteen rows a warp on the tensor cores (mma.sync m16n8k16, bfloat16 and float16, float32 sums),
-// and, of float32 tiles, on FMA, for those products are to be float32. Both have the same fragments, so that one kernel
-// serves all types.
+// Products of tiles. Tiles of bfloat16 and float16 use the tensor cores, sixteen rows per warp (mma.sync m16n8k16,
+// float32 sums). Tiles of float32 use FMA, since their products must be float32. Both have the same fragments, so one
+// kernel serves all types.
 //
-// A tile lies in shared memory, rows of D elements. A fragment of a product, float [MT][NT][4], is a warp's 16·MT rows
-// of 8·NT columns: with lane = 4 g + t, element [m][n][e] is row 16 m + g + 8 (e div 2), column 8 n + 2 t + e mod 2.
-// Such a fragment is, rounded, the left side of the next product as it stands: that of softmax(q kᵀ) and v, say.
+// A tile is in shared memory, in rows of D elements. A fragment of a product, float [MT][NT][4], holds 16·MT rows of
+// 8·NT
+// columns in a warp: with lane = 4 g + t, element [m][n][e] is row 16 m + g + 8 (e div 2), column 8 n + 2 t + e mod 2.
+// A rounded fragment can be the left side of the next product without a rearrangement, as softmax(q kᵀ) for v.
 #pragma once
 
 #include "rows.cuh"
@@ -31,14 +32,14 @@ __device__ __forceinline__ void copies_arrive() { asm volatile("cp.async.wait_al
 
 // ---- a tile in shared memory
 
-// Rows of D elements, in chunks of 16 bytes; those of a row are permuted by its number, so that neither one chunk of
-// eight rows nor eight chunks of one row meet in a bank. Its first byte lies on a multiple of 1024.
+// Rows of D elements in chunks of 16 bytes. The chunks of a row are permuted by the row's number, so neither one chunk
+// of eight rows nor eight chunks of one row conflict in a bank. The address of a tile is a multiple of 1024.
 template <class T, int D>
 struct Tile {
   static constexpr int kChunk = kVector<T>, kChunks = D / kChunk, kRowBytes = D * int(sizeof(T));
   static_assert(kChunks >= 4, "narrower rows would need another permutation");
 
-  // The element that a chunk begins at.
+  // The first element of a chunk.
   __device__ __forceinline__ static int at(int row, int chunk) {
     return (row * kChunks + (chunk ^ (kChunks >= 8 ? row & 7 : (row >> 1) & 3))) * kChunk;
   }
@@ -85,7 +86,7 @@ __device__ __forceinline__ uint32_t pack(__half, float low, float high) {
 
 // ---- the two products
 
-// f(m, n, e) for every element of a thread's fragment.
+// Calls f(m, n, e) for every element of a thread's fragment.
 template <int MT, int NT, class F>
 __device__ __forceinline__ void each(F f) {
 #pragma unroll
@@ -103,7 +104,7 @@ __device__ __forceinline__ void clear(float (&x)[MT][NT][4]) {
   each<MT, NT>([&](int m, int n, int e) { x[m][n][e] = 0.0f; });
 }
 
-// A warp's 16·MT rows of a tile, the left side of a product. KEEP: in registers, loaded once.
+// A warp's 16·MT rows of a tile, the left side of a product. KEEP: they are loaded once and stay in registers.
 template <class T, int D, int MT, bool KEEP>
 struct Left {
   const T* rows;
@@ -122,7 +123,7 @@ struct Left {
     }
   }
 
-  // Sixteen rows and columns. A chunk's number is XORed in, so 2 k is, too: see Tile.
+  // Sixteen rows and columns. The number of a chunk is combined by XOR (see Tile), so 2 k is too.
   __device__ __forceinline__ void load(uint32_t (&a)[4], int m, int k) const {
     load_matrices(a, (address ^ (32 * k)) + 16 * m * Tile<T, D>::kRowBytes);
   }
@@ -137,7 +138,7 @@ struct Left {
   }
 };
 
-// In parts of 64 columns: a float32 sum in order grows its error with its length, and eager's sums are shorter.
+// Sums in parts of 64 columns, since the error of a float32 sum grows with its length, and eager's sums are shorter.
 template <int D, int MT, int NT>
 __device__ __forceinline__ void product_float(float (&s)[MT][NT][4], const float* x, const float* y, float factor) {
   using At = Tile<float, D>;
@@ -180,8 +181,8 @@ __device__ __forceinline__ void product_float(float (&s)[MT][NT][4], const float
   }
 }
 
-// s = x yᵀ (16·MT, 8·NT) of a warp's rows x and a tile y (8·NT, D). float32: of factor·y, rounded,
-// which is dropout's scale and v: then do·out, where out is one v, is do·v to the bit.
+// s = x yᵀ (16·MT, 8·NT) of a warp's rows x and a tile y (8·NT, D). float32 takes factor·y,
+// rounded; factor is dropout's scale and y is v. If out equals one v, do·out is then do·v to the bit.
 template <class T, int D, int MT, int NT, bool KEEP>
 __device__ __forceinline__ void product(float (&s)[MT][NT][4], const Left<T, D, MT, KEEP>& x, const T* y,
                                         float factor = 1.0f) {
@@ -210,7 +211,8 @@ __device__ __forceinline__ void product(float (&s)[MT][NT][4], const Left<T, D, 
   }
 }
 
-// A step's sum by itself, before it is added to those before it: as above. 32 columns at a time, for registers.
+// The sum of a step is computed separately and then added to the sum so far, for the same reason. 32 columns at a time,
+// to save registers.
 template <int D, int MT, int NT, int DT>
 __device__ __forceinline__ void accumulate_float(float (&acc)[MT][DT][4], const float (&p)[MT][NT][4], const float* z,
                                                  int chunk0) {
@@ -220,7 +222,7 @@ __device__ __forceinline__ void accumulate_float(float (&acc)[MT][DT][4], const 
     float part[MT][4][4];
     clear(part);
 #pragma unroll 1
-    for (int lane = 0; lane < 4; ++lane) {  // of the four that share a row, whose columns are taken
+    for (int lane = 0; lane < 4; ++lane) {  // the lane, of the four that share a row, that has these columns
 #pragma unroll
       for (int n = 0; n < NT; ++n) {
 #pragma unroll
@@ -253,8 +255,8 @@ __device__ __forceinline__ void accumulate_float(float (&acc)[MT][DT][4], const 
   }
 }
 
-// acc (16·MT, 8·DT) += p z of a fragment p (16·MT, 8·NT), rounded to T, and the columns from `chunk0` chunks on of a
-// tile z (8·NT, D). Which column an element of acc has: column() below.
+// acc (16·MT, 8·DT) += p z, for a fragment p (16·MT, 8·NT), rounded to T, and the columns of a tile z (8·NT, D) from
+// `chunk0` chunks on. column() below gives the column of an element of acc.
 template <class T, int D, int MT, int NT, int DT>
 __device__ __forceinline__ void accumulate(float (&acc)[MT][DT][4], const float (&p)[MT][NT][4], const T* z,
                                            int chunk0) {
@@ -285,7 +287,7 @@ __device__ __forceinline__ void accumulate(float (&acc)[MT][DT][4], const float 
   }
 }
 
-// The first of the two neighbouring columns that elements 0, 1 (and, eight rows on, 2, 3) of acc[.][n] are.
+// The first of the two neighbouring columns of elements 0 and 1 of acc[.][n], and, eight rows below, of 2 and 3.
 template <class T>
 __device__ __forceinline__ int column(int n) {
   const int t = threadIdx.x % 4;

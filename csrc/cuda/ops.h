@@ -1,16 +1,17 @@
-// The CUDA kernels' entry points: plain pointers, sizes, a device and a stream. Rows have a unit last stride, and a
-// stride in elements where one is named. Bound in csrc/bindings_cuda; the maths stands in fastlm/ops/<op>.py.
+// The types that the entry points of the CUDA kernels share. The arguments are plain pointers, sizes, a device and a
+// stream. The elements of a row are contiguous; a row stride, if there is one, counts elements. csrc/bindings_cuda/
+// binds the functions to Python; the maths is in fastlm/ops/<op>.py.
 #pragma once
 
 #include <cstdint>
 
-struct CUstream_st;  // CUDA's, so that what includes this needs none of CUDA's headers
+struct CUstream_st;  // of CUDA; declared here, so that files that include this need no CUDA header
 
 namespace fastlm::cuda {
 
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
 
-// Dropout of one call: dropped where a word is below `threshold` = floor(p·2^32); scale = 1/(1-p). threshold 0: none.
+// Dropout of one call. A word below `threshold` = floor(p·2^32) drops; scale = 1/(1-p). threshold 0: no dropout.
 struct Dropout {
   uint64_t threshold;
   float scale;
@@ -18,7 +19,7 @@ struct Dropout {
   uint32_t site;
 };
 
-// Where a kernel runs. Its partial sums, of gradients over rows, are at most partial_rows(device) rows.
+// Where a kernel runs. Partial sums of gradients over rows have at most partial_rows(device) rows.
 struct Place {
   int device;
   CUstream_st* stream;

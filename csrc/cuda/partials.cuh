@@ -1,4 +1,4 @@
-// Sums over the partial sums that the blocks of a kernel leave, in order: the same bits in every run, without atomics.
+// Adds the partial sums of a kernel's blocks in order: the same bits in every run, without atomics.
 #pragma once
 
 #include "launch.h"
@@ -8,7 +8,7 @@ namespace fastlm::cuda {
 
 constexpr int kPartialCols = 32, kPartialThreads = 32;
 
-// out (cols,), float32 or T = the sum of partial (count, cols). A block takes 32 columns, 32 threads to each.
+// out (cols,), float32 or T = the sum of partial (count, cols). A block has 32 columns, with 32 threads each.
 template <class T>
 __global__ void __launch_bounds__(kPartialThreads* kPartialCols)
     sum_partials_kernel(const float* partial, int64_t count, int64_t cols, void* out, bool is_float) {

@@ -1,4 +1,4 @@
-// The seam that tests take the launches of kernels by: see launch.h.
+// Lets tests take over the launches of kernels: see launch.h.
 #pragma once
 
 #include <cstddef>
@@ -11,9 +11,9 @@ using Recorder = std::function<void(const char*, const unsigned*, size_t, const 
 void set_recorder(Recorder recorder);
 const Recorder& recorder();
 
-// For measuring the host's share of a call: launches are left out, and nobody is told.
+// For measuring the host's share of a call: launches are left out, without a recorder.
 void drop_launches(bool on);
-// Whether kernels are launched, neither recorded nor dropped. Else no device is asked for anything.
+// Whether kernels are launched, neither recorded nor dropped. If not, the device is not used at all.
 bool on_device();
 
 }  // namespace fastlm::cuda

@@ -1,4 +1,4 @@
-// What kernels over rows share: 128-bit loads and stores in float, sums over the threads of a row, dropout's bits.
+// Shared by kernels over rows: 128-bit loads and stores as float, sums over the threads of a row, dropout bits.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -36,8 +36,8 @@ struct alignas(sizeof(T) * N) Pack {
   T item[N];
 };
 
-// N values as float: one access of N·sizeof(T) bytes, of 16 where that is more; or, not `wide`, one for each. Which
-// values a thread holds, and so the order of a sum, does not depend on it.
+// N values as float, in accesses of at most 16 bytes; if not `wide`, one access per value. A thread holds the same
+// values either way, so the order of a sum is the same.
 template <int N, class T>
 __device__ __forceinline__ void load(const T* from, float (&to)[N], bool wide = true) {
   if (!wide) {
@@ -76,13 +76,14 @@ __device__ __forceinline__ void load_parameter(const void* from, bool is_float, 
   }
 }
 
-// Whether rows from p on, `stride` elements apart, can be read 16 bytes at a time; what is absent can.
+// Whether rows from p on, `stride` elements apart, can be read 16 bytes at a time. True for a null pointer.
 inline bool is_wide(const void* p, int64_t stride, size_t item) {
   return !p || (reinterpret_cast<uintptr_t>(p) % 16 == 0 && stride * int64_t(item) % 16 == 0);
 }
 
-// The sum over the THREADS threads that share a row, to all of them, in a fixed order. More than a warp of them are the
-// whole block, and every call takes another `buffer` (32 floats of shared memory), or follows a barrier.
+// The sum over the THREADS threads that share a row, returned to all of them, in a fixed order. If THREADS exceeds a
+// warp, it is the whole block, and each call needs another `buffer` (32 floats of shared memory) or a barrier before
+// it.
 template <int THREADS>
 __device__ __forceinline__ float row_sum(float x, float* buffer) {
 #pragma unroll
@@ -99,7 +100,7 @@ __device__ __forceinline__ float row_sum(float x, float* buffer) {
   return x;
 }
 
-// Dropout of N columns from `col` on, of which 4 divides N and col, or N = 1: one Philox call for four columns.
+// Dropout of N columns from `col` on. N and col are multiples of 4, or N is 1. One Philox call serves four columns.
 template <int N>
 __device__ __forceinline__ void drop(float (&x)[N], int64_t row, int64_t col, const Dropout& dropout, Key key) {
 #pragma unroll

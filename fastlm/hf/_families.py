@@ -27,7 +27,7 @@ MODULES = {
     },
     "modernbert": {
         "ModernBertEncoderLayer": (modules.ModernBertLayer, "addition and second LayerNorm in one pass"),
-        "ModernBertMLP": (modules.ModernBertMLP, "GELU and gate in one pass"),
+        "ModernBertMLP": (modules.ModernBertMLP, "activation and gate in one pass"),
         "ModernBertPredictionHead": (modules.ModernBertHead, "bias and GELU in one pass"),
     },
     "gpt2": {
@@ -37,11 +37,12 @@ MODULES = {
     "t5": {
         "T5LayerNorm": (modules.T5LayerNorm, "RMSNorm"),
         "T5Attention": (T5Attention, "attention, the relative bias and its gradient inside"),
-        "T5DenseGatedActDense": (modules.T5GatedDense, "GELU and gate in one pass"),
+        "T5DenseGatedActDense": (modules.T5GatedDense, "activation and gate in one pass"),
     },
     "llama": {
         "LlamaDecoderLayer": (modules.LlamaLayer, "addition and second RMSNorm in one pass"),
         "LlamaRMSNorm": (modules.RMSNorm, "RMSNorm"),
+        "LlamaMLP": (modules.LlamaMLP, "activation and gate in one pass"),
     },
 }
 
@@ -52,6 +53,8 @@ COMMON = {
     "transformers.activations.GELUTanh": (modules.TanhGELU, "GELU by tanh"),
     "transformers.activations.NewGELUActivation": (modules.TanhGELU, "GELU by tanh"),
     "transformers.activations.AccurateGELUActivation": (modules.TanhGELU, "GELU by tanh"),
+    "transformers.activations.SiLUActivation": (modules.SiLU, "SiLU"),
+    "torch.nn.modules.activation.SiLU": (modules.SiLU, "SiLU"),
 }
 
 LOSSES = {
@@ -70,8 +73,7 @@ _EMBEDDINGS = "its lookups and their sum; its LayerNorm is replaced by itself"
 # Classes that are left: class name -> reason
 LEFT = {
     **dict.fromkeys(("BertEmbeddings", "RobertaEmbeddings", "Embeddings", "ModernBertEmbeddings"), _EMBEDDINGS),
-    "T5DenseActDense": "no bias or gate to fuse; a GELU in it is replaced by itself",
-    "LlamaMLP": "fastlm has no SiLU",
+    "T5DenseActDense": "no bias or gate to fuse; a GELU or SiLU in it is replaced by itself",
     "LlamaRotaryEmbedding": "fastlm has no rotary embedding",
     "ModernBertRotaryEmbedding": "fastlm has no rotary embedding",
     "BertPooler": "tanh of one token a row",
@@ -96,14 +98,15 @@ def replacement(module, model_type: str):
     mixin, what = MODULES[model_type].get(last, (None, None))
     if mixin is None:
         return None
-    activation = getattr(mixin, "act_name", None)
-    if activation and not is_gelu(getattr(module, activation)):
-        return None, f"its activation is a {type(getattr(module, activation)).__name__}; fastlm has GELU"
+    name = getattr(mixin, "act_name", None)
+    if name and not _is_or_becomes(getattr(module, name), mixin.activations):
+        known = " and ".join(known.__name__ for known in mixin.activations)
+        return None, f"its activation is a {type(getattr(module, name)).__name__}; fastlm has {known}"
     return mixin, what
 
 
-def is_gelu(activation) -> bool:
-    if isinstance(activation, modules.GELU):
+def _is_or_becomes(activation, mixins: tuple[type, ...]) -> bool:
+    if isinstance(activation, mixins):
         return True
     mixin, _ = COMMON.get(full_name(type(activation)), (None, None))
-    return mixin is not None and issubclass(mixin, modules.GELU)
+    return mixin is not None and issubclass(mixin, mixins)

@@ -67,11 +67,44 @@ class GELU(Patched):
     def forward(self, input):
         return ops.gelu(input, approximate=self.approximate)
 
+    def gated(self, x, gate):
+        return ops.gelu(x, gate=gate, approximate=self.approximate)
+
 
 class TanhGELU(GELU):
     """GELU by tanh."""
 
     approximate = "tanh"
+
+
+class SiLU(Patched):
+    """SiLU."""
+
+    def forward(self, input):
+        return ops.silu(input)
+
+    def gated(self, x, gate):
+        return ops.silu(x, gate=gate)
+
+
+class AfterDense(Patched):
+    """A module with gelu(dense(x)) in it, its activation under `act_name`."""
+
+    act_name: str
+    activations = (GELU,)
+
+
+class Gated(Patched):
+    """A module with act(x) * gate in it, its activation under `act_name`."""
+
+    act_name: str
+    activations = (GELU, SiLU)
+
+    def gated(self, x, gate):
+        """In one pass where the activation is as it was, without a hook."""
+        activation = getattr(self, self.act_name)
+        fused = isinstance(activation, self.activations) and bare(activation, type(activation))
+        return activation.gated(x, gate) if fused else activation(x) * gate
 
 
 def dense_gelu(dense, x, activation):
@@ -89,11 +122,6 @@ def dense_gelu(dense, x, activation):
     return ops.gelu(h, bias, approximate=activation.approximate)
 
 
-def gated(activation, x, gate):
-    """activation(x) * gate."""
-    return ops.gelu(x, gate=gate, approximate=activation.approximate)
-
-
 # ---- BERT, RoBERTa
 
 
@@ -104,7 +132,7 @@ class DenseAddNorm(Patched):
         return add_norm(self.LayerNorm, self.dense(hidden_states), input_tensor, self.dropout)
 
 
-class Intermediate(Patched):
+class Intermediate(AfterDense):
     """BertIntermediate: gelu(dense(x))."""
 
     act_name = "intermediate_act_fn"
@@ -113,7 +141,7 @@ class Intermediate(Patched):
         return dense_gelu(self.dense, hidden_states, self.intermediate_act_fn)
 
 
-class HeadTransform(Patched):
+class HeadTransform(AfterDense):
     """BertPredictionHeadTransform: LN(gelu(dense(x)))."""
 
     act_name = "transform_act_fn"
@@ -136,7 +164,7 @@ class RobertaLMHead(Patched):
 # ---- DistilBERT
 
 
-class DistilBertFFN(Patched):
+class DistilBertFFN(AfterDense):
     """dropout(lin2(gelu(lin1(x)))), in chunks of the sequence if the configuration asks for them."""
 
     act_name = "activation"
@@ -157,14 +185,14 @@ class DistilBertBlock(Patched):
 # ---- ModernBERT
 
 
-class ModernBertMLP(Patched):
-    """Wo(dropout(gelu(a) * b)) with (a, b) the halves of Wi(x)."""
+class ModernBertMLP(Gated):
+    """Wo(dropout(act(a) * b)) with (a, b) the halves of Wi(x)."""
 
     act_name = "act"
 
     def forward(self, hidden_states):
         x, gate = self.Wi(hidden_states).chunk(2, dim=-1)
-        return self.Wo(self.drop(gated(self.act, x, gate)))
+        return self.Wo(self.drop(self.gated(x, gate)))
 
 
 class ModernBertLayer(Patched):
@@ -181,7 +209,7 @@ class ModernBertLayer(Patched):
         return hidden_states + self.mlp(normed)
 
 
-class ModernBertHead(Patched):
+class ModernBertHead(AfterDense):
     """LN(gelu(dense(x)))."""
 
     act_name = "act"
@@ -193,7 +221,7 @@ class ModernBertHead(Patched):
 # ---- GPT-2
 
 
-class GPT2MLP(Patched):
+class GPT2MLP(AfterDense):
     """dropout(c_proj(gelu(c_fc(x))))."""
 
     act_name = "act"
@@ -239,13 +267,13 @@ class GPT2Block(Patched):
 # ---- T5
 
 
-class T5GatedDense(Patched):
-    """wo(dropout(gelu(wi_0(x)) * wi_1(x)))."""
+class T5GatedDense(Gated):
+    """wo(dropout(act(wi_0(x)) * wi_1(x)))."""
 
     act_name = "act"
 
     def forward(self, hidden_states):
-        x = self.dropout(gated(self.act, self.wi_0(hidden_states), self.wi_1(hidden_states)))
+        x = self.dropout(self.gated(self.wi_0(hidden_states), self.wi_1(hidden_states)))
         weight = self.wo.weight  # float32 in a half-precision model; int8 if quantised, which takes x unchanged
         if isinstance(weight, torch.Tensor) and weight.dtype not in (x.dtype, torch.int8):
             x = x.to(weight.dtype)
@@ -264,3 +292,12 @@ class LlamaLayer(Patched):
         )
         normed, hidden_states = add_norm(self.post_attention_layernorm, attended, hidden_states, return_residual=True)
         return hidden_states + self.mlp(normed)
+
+
+class LlamaMLP(Gated):
+    """down_proj(act(gate_proj(x)) * up_proj(x)); what Llama calls the gate is x of ops.silu."""
+
+    act_name = "act_fn"
+
+    def forward(self, x):
+        return self.down_proj(self.gated(self.gate_proj(x), self.up_proj(x)))

@@ -190,6 +190,6 @@ def add_norm(norm, x, delta, *, dropout_p, rng, site):
 
 
 def as_stream(x: torch.Tensor) -> torch.Tensor:
-    """The embeddings in the dtype of the residual stream: autocast's, where there is one."""
+    """The embeddings in the dtype of the residual, which is autocast's if autocast is on."""
     device = x.device.type
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x

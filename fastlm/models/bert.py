@@ -6,7 +6,7 @@
     logits = word · LN(gelu(W x)) + bias                            the decoder is the word table
 
 W_q, W_k, W_v are one matrix product; dropout, addition and LN are one pass, bias and GELU another. In bfloat16 (the
-model's dtype, or autocast over float32 parameters) the residual stream x is bfloat16, every LN's statistics float32.
+model's dtype, or autocast over float32 parameters) the residual x is bfloat16; the statistics of every LN are float32.
 """
 
 from __future__ import annotations

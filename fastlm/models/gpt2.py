@@ -33,8 +33,8 @@ class GPT2Config(Config):
     """The architecture, with the names and defaults of Transformers' config.json. ValueError if it cannot be built.
 
     n_inner: width of the feed-forward; None: 4 n_embd.
-    initializer_range: weights start from a normal distribution of this standard deviation, those that lead into the
-        residual stream of a 1/sqrt(2 n_layer) of it; biases start at 0, LN at 1 and 0.
+    initializer_range: standard deviation of the normal distribution of the initial weights. It is divided by
+        sqrt(2 n_layer) for weights that lead into the residual. Biases start at 0, LN at 1 and 0.
     bos_token_id, eos_token_id, pad_token_id: of the tokenizer, for generation; the model does not read them.
     """
 

@@ -39,8 +39,8 @@ class T5Config(Config):
 
     num_decoder_layers: None: num_layers.
     feed_forward_proj: "relu" (T5) or "gated-gelu" (v1.1; the GELU is the tanh form).
-    initializer_factor: of the standard deviations that weights start with, 1 for the word table, else 1/sqrt(inputs);
-        norms start at it.
+    initializer_factor: factor of the standard deviations of the initial weights, which are 1 for the word table, else
+        1/sqrt(inputs). Norms start at this factor.
     tie_word_embeddings: the head is the word table (T5), or a separate matrix (v1.1).
     scale_decoder_outputs: by 1/sqrt(d_model) before the head; None: if the head is tied.
     decoder_start_token_id: the decoder's first input; None: pad_token_id, which also replaces a label of -100.

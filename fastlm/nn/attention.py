@@ -96,7 +96,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             key_padding_mask: (N, S), or (S,) without a batch; bool, True = padding (or float, 0 and -inf).
             need_weights: must be False.
             attn_mask: only with is_causal=True, with which it must agree (it is torch's hint).
-            is_causal: each query sees the keys up to its own position; query and key have equal lengths.
+            is_causal: each query sees the keys up to its position; query and key have equal lengths.
             cu_seqlens, max_seqlen: int32 (B + 1,) offsets of packed sequences, query (T, E), and a bound on their
                 length; the keys' are the same unless cu_seqlens_k, max_seqlen_k say otherwise.
             rng: int64 (2,), (seed, step), for the dropout; None draws from torch's generator.

@@ -15,9 +15,9 @@ class MLP(torch.nn.Module):
 
     Args:
         in_features, hidden_features, out_features: widths; out_features defaults to in_features.
-        gated: GEGLU, ReGLU (Shazeer 2020, arXiv:2002.05202): linear1 has 2·hidden_features rows, the activated half
-            first.
-        activation: "gelu" or "relu".
+        gated: GEGLU, ReGLU, SwiGLU (Shazeer 2020, arXiv:2002.05202): linear1 has 2·hidden_features rows, the activated
+            half first.
+        activation: "gelu", "relu" or "silu".
         approximate: "none" (erf) or "tanh", as torch.nn.GELU; read for "gelu" alone.
         bias: whether both linears have one; in a gated block linear1 never has, as in T5.
         dropout: dropout probability of linear2's input; site: the number of that dropout call site.
@@ -41,7 +41,7 @@ class MLP(torch.nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        _checks.one_of("activation", activation, ("gelu", "relu"))
+        _checks.one_of("activation", activation, ("gelu", "relu", "silu"))
         factory = {"device": device, "dtype": dtype}
         self.gated, self.activation, self.approximate = gated, activation, approximate
         rows = 2 * hidden_features if gated else hidden_features
@@ -51,14 +51,17 @@ class MLP(torch.nn.Module):
 
     def forward(self, x: torch.Tensor, rng: torch.Tensor | None = None) -> torch.Tensor:
         """x (..., in_features) -> (..., out_features). rng: of the dropout; see `fastlm.nn.Dropout`."""
-        if self.activation == "relu":
+        if self.activation == "gelu":
+            h, gate = self._halves(F.linear(x, self.linear1.weight))
+            h = ops.gelu(h, self.linear1.bias, gate=gate, approximate=self.approximate)
+        elif self.activation == "silu":
+            h, gate = self._halves(self.linear1(x))
+            h = ops.silu(h, gate=gate)
+        else:
             h, gate = self._halves(self.linear1(x))
             if gate is None:
                 return self.linear2(self.dropout(h, rng, relu=True))
             h = F.relu(h) * gate
-        else:
-            h, gate = self._halves(F.linear(x, self.linear1.weight))
-            h = ops.gelu(h, self.linear1.bias, gate=gate, approximate=self.approximate)
         return self.linear2(self.dropout(h, rng))
 
     def _halves(self, h):

@@ -39,7 +39,6 @@ from typing import NamedTuple, get_type_hints
 
 import torch
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from fastlm import _native
 from fastlm.ops import _autocast
@@ -140,9 +139,9 @@ def column(page: str, backend: str):
 
 def _load(page: str, backend: str) -> None:
     """Imports a module of a column. It is then an attribute of the column's package."""
-    if not hasattr(_PACKAGES[backend], page):
-        module = importlib.import_module(f"fastlm.ops._{backend}.{page}")
-        module.limit = getattr(module, "limit", None)  # a lookup that fails takes 0.6 µs
+    module = importlib.import_module(f"fastlm.ops._{backend}.{page}")
+    if not hasattr(module, "limit"):
+        module.limit = None  # a lookup that fails takes 0.6 µs
 
 
 _load._dynamo_marked_constant = True  # torch.compile cannot trace an import of a computed name
@@ -190,7 +189,9 @@ def _limit(op: str, backend: str) -> Callable | None:
     if torch.compiler.is_compiling():  # Dynamo may trace this twice: the first import must not change what it sees
         return column(page, backend).limit
     found = getattr(_PACKAGES[backend], page, None)  # at every call with "auto": no import, no call of ours
-    return (found or column(page, backend)).limit
+    if found is None or not hasattr(found, "limit"):  # not loaded, or imported by another module of the column
+        found = column(page, backend)
+    return found.limit
 
 
 def reason(op: str, backend: str, device: str, dtype: torch.dtype | None, x=None, **features) -> str | None:
@@ -286,6 +287,19 @@ def _refuse_tangents(name: str, args) -> None:
             )
 
 
+def _refuse_second_derivative(name: str) -> None:
+    """Raises where a backward is asked for a graph of itself (create_graph=True).
+
+    The gradients do not depend on the inputs by any graph, so a Hessian-vector product or a gradient penalty through
+    them would silently be 0. torch's once_differentiable raises only if a gradient of the outputs requires a gradient.
+    """
+    if torch.is_grad_enabled():
+        raise NotImplementedError(
+            f"fastlm::{name} has no second derivative (double backward), and backward was called with "
+            'create_graph=True. Use create_graph=False, or backend="reference".'
+        )
+
+
 def differentiable(name: str, save: Callable, backward: Callable, *, constant: tuple[str, ...] = ()) -> None:
     """Registers the gradient of the raw op `name`, at torch's Autograd key.
 
@@ -318,8 +332,8 @@ def differentiable(name: str, save: Callable, backward: Callable, *, constant: t
             return outputs
 
         @staticmethod
-        @once_differentiable
         def backward(ctx, *grads):
+            _refuse_second_derivative(name)
             needs = arguments.unflatten(ctx.needs_input_grad[3:])
             gradients = backward(merge(ctx.saved_tensors, ctx.others), needs, ctx.backend, *grads)
             return None, None, None, *map(gradients.get, names)

@@ -135,6 +135,23 @@ def opcheck(case: OpCase, variant: Variant, dtype: torch.dtype, device: str, bac
             torch.library.opcheck(function, _leaves(args, differentiable))
 
 
+def second_derivative_is_refused(case: OpCase, backend: str, device: str = "cpu"):
+    """A gradient with a graph of its own raises an error that names the remedy, and is not silently a constant."""
+    inputs = case.inputs(case.tests[0], 0, torch.float32, device)
+    outputs = case.run(case.function, case.tests[0], inputs, backend=backend)
+    total = sum(out.float().square().sum() for out in outputs if out.requires_grad)
+    leaves = [inputs[name] for name in case.gradients if inputs.get(name) is not None]
+    try:
+        torch.autograd.grad(total, leaves, create_graph=True, allow_unused=True)
+    except NotImplementedError as error:
+        message = str(error)
+    else:
+        message = "no error"
+    assert f"fastlm::{case.op}" in message or "fastlm::layer_norm" in message, message
+    assert "no second derivative" in message, message
+    assert 'backend="reference"' in message, message
+
+
 def compiles(case: OpCase, variant: Variant, dtype: torch.dtype, device: str, backend: str, around=nullcontext):
     """torch.compile(fullgraph=True), forward and backward, gives eager's bits."""
     inputs = case.inputs(variant, 0, dtype, device)

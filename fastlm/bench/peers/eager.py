@@ -55,6 +55,11 @@ def gelu(x, bias=None, *, gate=None, approximate="none"):
     return y if gate is None else y * gate
 
 
+def silu(x, *, gate=None):
+    y = F.silu(x)
+    return y if gate is None else y * gate
+
+
 def embedding(
     input_ids,
     word,
@@ -187,6 +192,7 @@ PEERS = {
     "linear_cross_entropy": {"eager": Peer(linear_cross_entropy), "chunked": Peer(linear_cross_entropy_chunked)},
     "mlm_mask": {"eager": Peer(mlm_mask)},
     "gelu": {"eager": Peer(gelu)},
+    "silu": {"eager": Peer(silu)},
     "embedding": {"eager": Peer(embedding)},
     "dropout": {"eager": Peer(dropout)},
     "attention": {

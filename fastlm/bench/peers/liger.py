@@ -62,7 +62,13 @@ def _gelu(x, bias=None, *, gate=None, approximate="none"):
     return _functional().liger_geglu(x if bias is None else x + bias, gate)
 
 
-def _adapt_gelu(inputs, options):
+def _silu(x, *, gate=None):
+    if gate is None:
+        raise Unsupported("has the gated form alone")
+    return _functional().liger_swiglu(x, gate)
+
+
+def _adapt_gated(inputs, options):
     """Copies: its backward writes the gradients over x and gate. So its inputs drift from call to call."""
     copies = {
         name: x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
@@ -76,5 +82,6 @@ PEERS = {
     "rms_norm": {"liger": Peer(_rms_norm, cuda=True)},
     "cross_entropy": {"liger": Peer(_cross_entropy, cuda=True)},
     "linear_cross_entropy": {"liger": Peer(_linear_cross_entropy, cuda=True)},
-    "gelu": {"liger": Peer(_gelu, _adapt_gelu, cuda=True)},
+    "gelu": {"liger": Peer(_gelu, _adapt_gated, cuda=True)},
+    "silu": {"liger": Peer(_silu, _adapt_gated, cuda=True)},
 }

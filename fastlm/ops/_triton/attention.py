@@ -33,30 +33,31 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
     return x if seen else x.contiguous()
 
 
-def _shared(args: Args) -> dict:
-    """The keyword arguments that both launchers take."""
+def _options(args: Args) -> kernels.Options:
     check_cu_seqlens(args)
     dropout = _random.attention_dropout(args.dropout_p, args.rng, args.site)
-    return {
-        "cu_seqlens_q": contiguous(args.cu_seqlens_q),
-        "cu_seqlens_k": contiguous(args.cu_seqlens_k),
-        "key_mask": contiguous(args.key_mask),
-        "table": contiguous(args.table),
-        "starts": args.starts,
-        "bidirectional": args.bidirectional,
-        "left": args.window_left,
-        "right": args.window_right,
-        "scale": args.softmax_scale,
-        "threshold": dropout.threshold,
-        "dropout_scale": dropout.scale,
-        "rng": dropout.rng,
-        "site": dropout.site,
-    }
+    return kernels.Options(
+        cu_seqlens_q=contiguous(args.cu_seqlens_q),
+        cu_seqlens_k=contiguous(args.cu_seqlens_k),
+        max_seqlen_q=args.max_seqlen_q,
+        max_seqlen_k=args.max_seqlen_k,
+        key_mask=contiguous(args.key_mask),
+        table=contiguous(args.table),
+        starts=args.starts,
+        bidirectional=args.bidirectional,
+        left=args.window_left,
+        right=args.window_right,
+        scale=args.softmax_scale,
+        threshold=dropout.threshold,
+        dropout_scale=dropout.scale,
+        rng=dropout.rng,
+        site=dropout.site,
+    )
 
 
 def attention_fwd(args: Args) -> Outputs:
-    shared, outputs = _shared(args), empty_forward(args)
-    kernels.attention_fwd(_aligned(args.q), _aligned(args.k), _aligned(args.v), outputs.out, outputs.lse, **shared)
+    options, outputs = _options(args), empty_forward(args)
+    kernels.attention_fwd(_aligned(args.q), _aligned(args.k), _aligned(args.v), outputs.out, outputs.lse, options)
     return outputs
 
 
@@ -74,8 +75,6 @@ def attention_bwd(args: BackwardArgs) -> Gradients:
         gradients.dk,
         gradients.dv,
         gradients.dtable if args.table_gradient else None,
-        max_seqlen_q=forward.max_seqlen_q,
-        max_seqlen_k=forward.max_seqlen_k,
-        **_shared(forward),
+        _options(forward),
     )
     return gradients

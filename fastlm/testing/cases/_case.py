@@ -63,6 +63,9 @@ class OpCase:
     # making them costs nothing. 16 rows, since Triton compiles for what 16 divides and for what it does not.
     production: tuple[Variant, ...] = ()
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+    # Arguments that the op takes, and changes to them that it refuses: each with how the ValueError begins.
+    accepted: dict[str, object] = field(default_factory=dict)
+    refused: tuple[tuple[dict[str, object], str], ...] = ()
     gradcheck: tuple[Variant, ...] = ()  # small ones, for the reference in float64
     backends: tuple[str, ...] = ("cpu", "triton", "cuda", "reference")  # held to the bound where they can run
     thread_invariant: bool = True  # the bits do not depend on the number of threads (a BLAS does not promise that)

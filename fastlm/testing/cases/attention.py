@@ -153,6 +153,8 @@ _CUDA = (
     Variant({"b": 32, "s": 512, "h": 16, "d": 64}, {"dropout_p": 0.1}),
 )
 
+_Q = torch.ones(1, 4, 2, 16)
+
 ATTENTION = OpCase(
     op="attention",
     function=_return_lse(_bind(ops.attention)),
@@ -174,5 +176,13 @@ ATTENTION = OpCase(
             {"h": 1, "d": 3, "lengths": (2, 0, 3), "buckets": 4},
             {"causal": True, "bidirectional": False, "max_distance": 4},
         ),
+    ),
+    accepted={"q": _Q, "k": _Q, "v": _Q},
+    refused=(
+        ({"q": torch.ones(4, 2, 16)}, "q: expected shape (B, S, H, D), or (T, H, D) with cu_seqlens_q"),
+        ({"k": torch.ones(1, 4, 2, 8)}, "k: expected shape (1, *, *, 16), got (1, 4, 2, 8)"),
+        ({"v": torch.ones(1, 3, 2, 16)}, "v: expected shape (1, 4, 2, 16), got (1, 3, 2, 16)"),
+        ({"key_mask": torch.ones(1, 3, dtype=torch.bool)}, "key_mask: expected shape (1, 4), got (1, 3)"),
+        ({"dropout_p": -0.1}, "dropout_p: expected a probability in [0, 1], got -0.1"),
     ),
 )

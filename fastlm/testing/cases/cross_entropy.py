@@ -45,6 +45,8 @@ def _reference(*, inplace=False, **arguments):
     return ops.cross_entropy_reference(**arguments)
 
 
+_X, _ROW, _TARGET = torch.ones(4, 8), torch.ones(8), torch.zeros(4, dtype=torch.int64)
+
 CROSS_ENTROPY = OpCase(
     op="cross_entropy",
     function=_overwriting,
@@ -92,5 +94,14 @@ CROSS_ENTROPY = OpCase(
     gradcheck=(
         Variant({"rows": 5, "vocabulary": 6, "weight": 1, "ignored": 1}, {"label_smoothing": 0.2, "z_loss": 0.1}),
         Variant({"rows": 5, "vocabulary": 6, "ignored": 1}, {"reduction": "none"}),
+    ),
+    accepted={"logits": _X, "target": _TARGET},
+    refused=(
+        ({"logits": _X.int()}, "logits: expected a floating-point tensor"),
+        ({"target": _TARGET[:3]}, "target: expected shape (4,), got (3,)"),
+        ({"target": _TARGET.int()}, "target: expected torch.int64, got torch.int32"),
+        ({"weight": _ROW[:7]}, "weight: expected shape (8,), got (7,)"),
+        ({"label_smoothing": 1.1}, "label_smoothing: expected a probability"),
+        ({"reduction": "avg"}, "reduction: expected one of 'none', 'mean', 'sum'"),
     ),
 )

@@ -20,6 +20,8 @@ def _dropout_bytes(shape, options, itemsize, backward):
 
 _RELU = {"p": 0.1, "relu": True, "site": 3}
 
+_X, _RNG = torch.ones(4, 8), torch.zeros(2, dtype=torch.int64)
+
 DROPOUT = OpCase(
     op="dropout",
     function=ops.dropout,
@@ -43,4 +45,12 @@ DROPOUT = OpCase(
     production=tuple(Variant({"rows": 16, "cols": 2048}, options) for options in ({"p": 0.1}, _RELU)),
     bytes=_dropout_bytes,
     gradcheck=(Variant({"rows": 3, "cols": 5}, {"p": 0.3}), Variant({"rows": 3, "cols": 5}, {"p": 0.3, "relu": True})),
+    accepted={"x": _X, "p": 0.5, "rng": _RNG},
+    refused=(
+        ({"x": _X.int()}, "x: expected a floating-point tensor"),
+        ({"x": _X.sum()}, "x: expected at least one dimension, got a scalar"),
+        ({"p": 1.5}, "p: expected a probability in [0, 1], got 1.5"),
+        ({"rng": _RNG[:1]}, "rng: expected shape (2,), got (1,)"),
+        ({"site": -1}, "site: "),
+    ),
 )

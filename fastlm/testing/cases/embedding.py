@@ -39,6 +39,8 @@ def _embedding_bytes(shape, options, itemsize, backward):
 
 _BERT = {"cols": 768, "vocab": 30522, "places": 512, "types": 2}
 
+_IDS, _X, _ROW = torch.ones(2, 3, dtype=torch.int64), torch.ones(4, 8), torch.ones(8)
+
 EMBEDDING = OpCase(
     op="embedding",
     function=ops.embedding,
@@ -78,4 +80,12 @@ EMBEDDING = OpCase(
     ),
     bytes=_embedding_bytes,
     gradcheck=(Variant({"rows": 2, "seq": 3, "cols": 4, "vocab": 5, "places": 4, "types": 2}, {"dropout_p": 0.3}),),
+    accepted={"input_ids": _IDS, "word": _X, "weight": _ROW, "bias": _ROW},
+    refused=(
+        ({"input_ids": _IDS.float()}, "input_ids: expected torch.int64 or torch.int32"),
+        ({"word": _ROW}, "word: expected shape"),
+        ({"position": _X[:2]}, "position: expected at least 3 rows"),
+        ({"token_type_ids": _IDS}, "token_type_ids: given without its table"),
+        ({"padding_idx": 4}, "padding_idx: expected an id of the 4 rows of word, got 4"),
+    ),
 )

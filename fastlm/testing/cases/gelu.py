@@ -25,6 +25,8 @@ def _gelu_bytes(shape, options, itemsize, backward):
 
 _TANH = {"approximate": "tanh"}
 
+_X, _ROW = torch.ones(4, 8), torch.ones(8)
+
 GELU = OpCase(
     op="gelu",
     function=ops.gelu,
@@ -60,4 +62,11 @@ GELU = OpCase(
     ),
     bytes=_gelu_bytes,
     gradcheck=(Variant({"rows": 3, "cols": 5, "gate": 1}), Variant({"rows": 3, "cols": 5}, _TANH)),
+    accepted={"x": _X},
+    refused=(
+        ({"x": _X.int()}, "x: expected a floating-point tensor"),
+        ({"bias": _ROW[:7]}, "bias: expected shape (8,), got (7,)"),
+        ({"gate": _ROW}, "gate: expected shape (4, 8), got (8,)"),
+        ({"approximate": "erf"}, "approximate: expected one of 'none', 'tanh', got 'erf'"),
+    ),
 )

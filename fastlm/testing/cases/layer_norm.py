@@ -83,6 +83,8 @@ def _return_residual(function):
     return call
 
 
+_X, _ROW, _RNG = torch.ones(4, 8), torch.ones(8), torch.zeros(2, dtype=torch.int64)
+
 LAYER_NORM = OpCase(
     op="layer_norm",
     function=_return_residual(ops.layer_norm),
@@ -95,6 +97,15 @@ LAYER_NORM = OpCase(
     production=_NORM_PRODUCTION,
     bytes=_norm_bytes,
     gradcheck=(Variant({"rows": 3, "cols": 6, "residual": 1}, {"dropout_p": 0.3}),),
+    accepted={"x": _X, "weight": _ROW, "bias": _ROW},
+    refused=(
+        ({"x": _X.int()}, "x: expected a floating-point tensor, got torch.int32"),
+        ({"weight": _ROW[:7]}, "weight: expected shape (8,), got (7,)"),
+        ({"bias": _ROW.int()}, "bias: expected a floating-point tensor"),
+        ({"residual": _X[:3]}, "residual: expected shape (4, 8), got (3, 8)"),
+        ({"dropout_p": 1.5}, "dropout_p: expected a probability in [0, 1], got 1.5"),
+        ({"dropout_p": 0.5, "rng": _RNG[:1]}, "rng: expected shape (2,), got (1,)"),
+    ),
 )
 RMS_NORM = dataclasses.replace(
     LAYER_NORM,
@@ -107,4 +118,9 @@ RMS_NORM = dataclasses.replace(
     benchmarks_cuda=_without_bias(_NORM_CUDA),
     production=_without_bias(v for v in _NORM_PRODUCTION if v.shape["cols"] in (512, 1024, 4096)),
     gradcheck=_without_bias(LAYER_NORM.gradcheck),
+    accepted={"x": _X, "weight": _ROW},
+    refused=(
+        ({"weight": _X}, "weight: expected shape (8,), got (4, 8)"),
+        ({"residual": _ROW}, "residual: expected shape (4, 8), got (8,)"),
+    ),
 )

@@ -32,6 +32,8 @@ def _flops(shape, options, backward):
     return 0 if backward else 6 * shape["rows"] * shape["features"] * shape["vocabulary"]
 
 
+_X, _ROW, _TARGET = torch.ones(4, 8), torch.ones(8), torch.zeros(4, dtype=torch.int64)
+
 LINEAR_CROSS_ENTROPY = OpCase(
     op="linear_cross_entropy",
     function=ops.linear_cross_entropy,
@@ -67,4 +69,11 @@ LINEAR_CROSS_ENTROPY = OpCase(
         Variant({"rows": 4, "features": 3, "vocabulary": 6, "bias": 1, "class_weight": 1}, {"label_smoothing": 0.2}),
     ),
     thread_invariant=False,  # the matrix products are the BLAS's
+    accepted={"hidden": _X, "weight": torch.ones(5, 8), "target": _TARGET},
+    refused=(
+        ({"weight": torch.ones(5, 7)}, "weight: expected shape (*, 8), got (5, 7)"),
+        ({"weight": torch.ones(5, 8).bfloat16()}, "weight: expected torch.float32, hidden's dtype"),
+        ({"bias": _ROW}, "bias: expected shape (5,), got (8,)"),
+        ({"target": _TARGET[:3]}, "target: expected shape (4,), got (3,)"),
+    ),
 )

@@ -32,6 +32,8 @@ def _make_mlm_mask(generator, rows, cols, vocab=97, packed=0, epochs=0, words=0,
 _OPTIONS = {"mask_token_id": 4, "vocab_size": 97, "special_ids": (0, 1, 2, 3), "seed": -5}
 _BERT = {**_OPTIONS, "vocab_size": 30522}
 
+_IDS = torch.ones(2, 3, dtype=torch.int64)
+
 MLM_MASK = OpCase(
     op="mlm_mask",
     function=ops.mlm_mask,
@@ -73,4 +75,13 @@ MLM_MASK = OpCase(
         * (8 * (3 + 2 * shape.get("packed", 0) + (shape.get("epochs", 0) == 2)) + shape.get("words", 0))
     ),
     dtypes=(torch.float32,),
+    accepted={"input_ids": _IDS, "mask_token_id": 3, "vocab_size": 9, "special_ids": (0,), "seed": 0},
+    refused=(
+        ({"input_ids": _IDS.float()}, "input_ids: expected torch.int64 or torch.int32"),
+        ({"mask_token_id": 9}, "mask_token_id: "),
+        ({"special_ids": range(9)}, "special_ids: all 9 ids"),
+        ({"word_starts": _IDS}, "word_starts: expected torch.bool"),
+        ({"mlm_probability": 1.5}, "mlm_probability: expected a probability in [0, 1], got 1.5"),
+        ({"capacity": -1}, "capacity: "),
+    ),
 )
