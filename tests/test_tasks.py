@@ -141,6 +141,8 @@ def test_tables_of_another_task_are_refused(next_token):
         Recipe(train=TrainTable())
     with pytest.raises(ValueError, match=r"model\.architecture: expected 'bert', got 'gpt2'"):
         Recipe(model=GPT2Config())
+    with pytest.raises(ValueError, match=r"model\.architecture: expected 'bert', got \['bert'\]"):
+        Recipe.from_dict({"model": {"architecture": ["bert"]}})
     with pytest.raises(ValueError, match=r"model\.architecture: expected 'gpt2' or 't5', got 'bert'"):
         Recipe("next_token", model=BertConfig())
 
