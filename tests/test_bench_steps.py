@@ -251,8 +251,14 @@ def test_full_rows_are_not_packed(tmp_path):
 def test_steps_of_other_models(made, tmp_path):
     """fastlm and Transformers start from one loss, and take their steps."""
     pytest.importorskip("transformers")
-    recipe, inputs = made()
-    losses = first_losses(recipe, inputs, ("fastlm", "transformers tuned", "transformers patched"), tmp_path, steps=3)
+    table, inputs = made()
+    losses = first_losses(
+        steps.Training("step", table),
+        inputs,
+        ("fastlm", "transformers tuned", "transformers patched"),
+        tmp_path,
+        steps=3,
+    )
     assert not comparison.wrong_losses(losses, 1e-4)
 
 

@@ -52,6 +52,11 @@ def test_a_run_writes_rows_and_curves(tmp_path, capsys):
         (["--curve-plot", "curve.png"], "--curve-plot: expected with --curve N"),
         (["--rounds", "0"], "--rounds: expected at least 1, got 0"),
         (["--recipe", "t5"], "got 't5'; or of the fixed steps bert-mini-16x128, "),
+        (
+            ["--recipe", "t5-small-8x256", "--set", "train.batch_tokens=9"],
+            "fixes model and batches; got train.batch_to",
+        ),
+        (["--recipe", "t5-small-8x256", "--set", "train.lr=fast"], "train.lr: expected a number, got 'fast'"),
         (["--device", "tpu"], "invalid choice: 'tpu'"),
         (["--device", "cuda"], "--device cuda: torch sees no CUDA device"),
     ],

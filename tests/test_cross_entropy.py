@@ -336,6 +336,7 @@ BAD = {
     "label_smoothing: expected a probability": lambda: ops.cross_entropy(LOGITS, TARGET, label_smoothing=1.1),
     "reduction: expected one of 'none', 'mean', 'sum'": lambda: ops.cross_entropy(LOGITS, TARGET, reduction="avg"),
     "ignore_index: expected an integer": lambda: ops.cross_entropy(LOGITS, TARGET, ignore_index=None),
+    "ignore_index: expected an integer of 64 bits": lambda: ops.cross_entropy(LOGITS, TARGET, ignore_index=2**63),
     'backend="cpu" cannot run cross_entropy': lambda: ops.cross_entropy(LOGITS.double(), TARGET, backend="cpu"),
     "hidden: expected .*D ≥ 1": lambda: ops.linear_cross_entropy(LOGITS[:, :0], LOGITS[:, :0], TARGET),
     r"weight: expected shape \(\*, 4\)": lambda: ops.linear_cross_entropy(LOGITS, LOGITS.t(), TARGET),

@@ -1,5 +1,6 @@
 """_registry.call: it bypasses the dispatcher only if nothing else has to see the call."""
 
+import sys
 from unittest import mock
 
 import pytest
@@ -121,6 +122,31 @@ def test_forward_mode_is_refused(requires_grad):
             gelu(forward_ad.make_dual(x, torch.ones_like(X)))
     with pytest.raises(NotImplementedError, match=r"fastlm::gelu_fwd has no forward-mode derivative"):
         torch.func.jvp(gelu, (x,), (torch.ones_like(X),))
+
+
+def test_gradients_by_torch_func_are_refused():
+    for differentiate in (torch.func.grad, lambda f: torch.func.vmap(torch.func.grad(f))):
+        with pytest.raises(NotImplementedError, match=r"fastlm::gelu_fwd cannot be differentiated by torch\.func"):
+            differentiate(lambda x: gelu(x).sum())(X)
+    want = torch.func.grad(lambda x: ops.gelu(x, BIAS, backend="reference").sum())(X)
+    torch.testing.assert_close(want, torch.autograd.grad(gelu(x := X.clone().requires_grad_()).sum(), x)[0])
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_the_first_call_may_be_compiled(dynamic, monkeypatch):
+    """The adapters are imported while Dynamo traces; after a graph break or with dynamic shapes it traces again."""
+    monkeypatch.delitem(sys.modules, "fastlm.ops._cpu.gelu", raising=False)
+    monkeypatch.delattr(_registry._PACKAGES["cpu"], "gelu", raising=False)
+    monkeypatch.setattr(_registry._raw["gelu_fwd"], "implementations", {})
+
+    def two(x):
+        y = ops.gelu(x, BIAS)
+        if dynamic is None:
+            torch._dynamo.graph_break()
+        return ops.gelu(y)
+
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(two, backend="eager", dynamic=dynamic)(X), ops.gelu(gelu()))
 
 
 def test_compiled_graphs_hold_the_op():

@@ -109,3 +109,10 @@ def test_streams_steps_and_seeds_are_independent():
 def test_bad_input(op, wrong, message):
     with pytest.raises(ValueError, match=message):
         OPS[op](2, 3, **{"dropout_p": 0.5, **wrong})
+
+
+def test_a_raw_op_takes_an_rng_with_any_stride():
+    """The public functions make it contiguous; a raw op's caller need not."""
+    x, wide = torch.ones(4, 9), torch.tensor([3, 99, 5, 99])
+    want = torch.ops.fastlm.dropout_fwd(x, 0.5, torch.tensor([3, 5]), 1, False, "cpu")
+    assert torch.equal(torch.ops.fastlm.dropout_fwd(x, 0.5, wide[::2], 1, False, "cpu"), want)

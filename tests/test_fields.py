@@ -6,10 +6,11 @@ import signal
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from fastlm import _native
+from fastlm import _native, ops
 
 CSRC = Path(__file__).parent.parent / "csrc"
 built = pytest.mark.skipif(_native.missing_cpu() is not None, reason=str(_native.missing_cpu()))
@@ -57,6 +58,29 @@ def test_any_order_and_names_that_are_not_interned():
     assert torch.equal(y, want)
     with pytest.raises(TypeError, match="gelu_fwd: expected keyword arguments alone"):
         _native.cpu().gelu_fwd(x)
+
+
+@built
+def test_integers_of_numpy():
+    """A signed field (rows) and an unsigned one (the site of dropout)."""
+    assert torch.equal(gelu(rows=np.int64(1)), gelu())
+    x, rng = torch.ones(4, 8), torch.tensor([1, 2])
+    want = ops.dropout(x, 0.5, rng=rng, site=3, backend="cpu")
+    assert torch.equal(ops.dropout(x, 0.5, rng=rng, site=np.int64(3), backend="cpu"), want)
+
+
+@built
+def test_booleans_of_numpy():
+    """The ops make them Python's; a binding takes no other."""
+    x, rng = torch.randn(4, 8), torch.tensor([1, 2])
+    want = ops.dropout(x, 0.5, rng=rng, relu=True, backend="cpu")
+    assert torch.equal(ops.dropout(x, 0.5, rng=rng, relu=np.bool_(True), backend="cpu"), want)
+    q, table = torch.randn(1, 4, 2, 16), torch.randn(8, 2)
+    out, same = (
+        ops.attention(q, q, q, relative_bias=ops.RelativeBias(table, one_way, 16), backend="cpu")
+        for one_way in (False, np.bool_(False))
+    )
+    assert torch.equal(out, same)
 
 
 class Interrupted:

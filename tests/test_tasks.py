@@ -8,6 +8,7 @@ import torch
 from training import corpus
 
 import fastlm.tasks
+from fastlm.bench.steps import find_step
 from fastlm.data import open_dataset, prepare
 from fastlm.models import GPT2, Bert, BertConfig, Counts, GPT2Config, T5Config
 from fastlm.run.metrics import read_metrics
@@ -140,6 +141,8 @@ def test_tables_of_another_task_are_refused(next_token):
         Recipe(train=TrainTable())
     with pytest.raises(ValueError, match=r"model\.architecture: expected 'bert', got 'gpt2'"):
         Recipe(model=GPT2Config())
+    with pytest.raises(ValueError, match=r"model\.architecture: expected 'bert', got \['bert'\]"):
+        Recipe.from_dict({"model": {"architecture": ["bert"]}})
     with pytest.raises(ValueError, match=r"model\.architecture: expected 'gpt2' or 't5', got 'bert'"):
         Recipe("next_token", model=BertConfig())
 
@@ -166,3 +169,10 @@ def test_the_model_of_a_recipe_has_the_tokenizers_entries(data):
     other = make_model(recipe.with_values({"train.seed": 1}), tokenizer.vocab_size, tokenizer.pad_id)
     assert not torch.equal(model.embeddings.word, other.embeddings.word)
     assert model.flops(Counts(tokens=10)) < model.flops(Counts(tokens=10, predicted=1))
+
+
+def test_steps_are_drawn_for_masked_lm_alone(next_token, tmp_path):
+    """What `fastlm profile` and bench_train time."""
+    (tmp_path / "next.toml").write_text(Recipe.from_dict(CONTENT).as_toml())
+    with pytest.raises(ValueError, match=r"recipe: expected one of task masked_lm, .* got next_token"):
+        find_step(str(tmp_path / "next.toml"))

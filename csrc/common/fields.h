@@ -111,7 +111,8 @@ template <class T>
 struct Convert<T, std::enable_if_t<std::is_integral_v<T> && !std::is_same_v<T, bool>>> {
   static void from(PyObject* object, T& value) {
     if constexpr (std::is_unsigned_v<T>) {
-      const unsigned long long wide = PyLong_AsUnsignedLongLong(object);
+      const Owned number(PyNumber_Index(object));  // PyLong_AsLongLong does this itself
+      const unsigned long long wide = PyLong_AsUnsignedLongLong(number.get());
       if (wide == ~0ull && PyErr_Occurred()) throw Failed{};
       if (wide > std::numeric_limits<T>::max()) fail(PyExc_OverflowError, "an integer is too large for its field");
       value = T(wide);

@@ -33,7 +33,7 @@ from fastlm.bench import ceilings, step_contenders
 from fastlm.bench.results import WRONG
 from fastlm.bench.step_contenders import MATMUL
 from fastlm.bench.step_worker import TENSORS, Worker
-from fastlm.bench.steps import BATCHES, StepInputs
+from fastlm.bench.steps import BATCHES, StepInputs, Training
 from fastlm.bench.timing import Timing
 from fastlm.chip import peak_flops
 from fastlm.run.recipe import Recipe
@@ -136,7 +136,7 @@ class _Contest:
 
 
 def compare_steps(
-    recipe: Recipe,
+    recipe: Recipe | Training,
     inputs: StepInputs,
     *,
     device: str = "cpu",
@@ -211,7 +211,9 @@ def wrong_losses(losses: dict[str, float], tolerance: float) -> dict[str, str]:
     }
 
 
-def write_inputs(recipe: Recipe, inputs: StepInputs, directory: Path, device: str, threads: int | None) -> None:
+def write_inputs(
+    recipe: Recipe | Training, inputs: StepInputs, directory: Path, device: str, threads: int | None
+) -> None:
     """Weights, batches and a specification, for the workers."""
     inputs.model.save_pretrained(directory / "weights")
     tensors = {

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 
 from fastlm import models
 from fastlm.data import Dataset
 from fastlm.ops import IGNORE_INDEX
-from fastlm.run.recipe import Recipe, load_recipe
-from fastlm.tasks import find_task, make_model
+from fastlm.run.recipe import Recipe, load_recipe, parse_settings
+from fastlm.settings import typed
+from fastlm.tasks import TrainTable, find_task, make_model
 
 BATCHES = 4  # different ones, in turn
 # Of the fixed steps, which have no warm-up. At 1e-4 BERT-small's loss jumps from 6 to 14 nats within twenty steps, at a
@@ -36,6 +37,14 @@ _COUNTS = """
 SENTENCES = tuple(int(count) for count in _COUNTS.split())
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Training:
+    """How all contenders of a step train. A Recipe has both fields too, and can stand in its place."""
+
+    name: str
+    train: TrainTable
 
 
 @dataclass(frozen=True)
@@ -133,21 +142,21 @@ def _draw_ids(shape: tuple[int, int], vocab_size: int, draw: torch.Generator) ->
     return 5 + torch.multinomial(weights, math.prod(shape), replacement=True, generator=draw).view(shape)
 
 
-def gpt2_step(rows: int = 4, length: int = 256, dtype: str = "float32", **sizes) -> tuple[Recipe, StepInputs]:
+def gpt2_step(rows: int = 4, length: int = 256, dtype: str = "float32", **sizes) -> tuple[TrainTable, StepInputs]:
     """A step of GPT-2 on ids drawn likewise; sizes: of GPT2Config."""
-    recipe, draw = _recipe(rows, length, dtype), torch.Generator().manual_seed(0)
+    table, draw = TrainTable(batch_tokens=rows * length, lr=_LR, dtype=dtype), torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     model = models.GPT2(models.GPT2Config(**sizes))
     ids = [_draw_ids((rows, length), model.config.vocab_size, draw) for _ in range(BATCHES)]
     counts = models.Counts(tokens=rows * length, pairs=rows * length**2, predicted=rows * (length - 1))
-    return recipe, StepInputs(model, [_full(i, i) for i in ids], rows * length, model.flops(counts))
+    return table, StepInputs(model, [_full(i, i) for i in ids], rows * length, model.flops(counts))
 
 
 def t5_step(
     rows: int = 8, length: int = 256, target: int = 64, dtype: str = "float32", **sizes
-) -> tuple[Recipe, StepInputs]:
+) -> tuple[TrainTable, StepInputs]:
     """A step of T5, rows of `length` tokens to rows of `target`; sizes: of T5Config."""
-    recipe, draw = _recipe(rows, length, dtype), torch.Generator().manual_seed(0)
+    table, draw = TrainTable(batch_tokens=rows * length, lr=_LR, dtype=dtype), torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     model = models.T5(models.T5Config(**sizes))
     batches = [
@@ -161,25 +170,12 @@ def t5_step(
         target_pairs=rows * target**2,
         cross_pairs=rows * length * target,
     )
-    return recipe, StepInputs(model, batches, rows * length, model.flops(counts))
-
-
-def _recipe(rows: int, length: int, dtype: str) -> Recipe:
-    """Of rows, optimizer and dtype alone; its model table is not read."""
-    return Recipe().with_values(
-        {
-            "model.max_position_embeddings": length,
-            "data.row_tokens": length,
-            "train.batch_tokens": rows * length,
-            "train.lr": _LR,
-            "train.dtype": dtype,
-        }
-    )
+    return table, StepInputs(model, batches, rows * length, model.flops(counts))
 
 
 def bert_step(
     name: str, rows: int, length: int, dtype: str = "float32", draw: Callable[[Recipe, int], StepInputs] = drawn
-) -> tuple[Recipe, StepInputs]:
+) -> tuple[TrainTable, StepInputs]:
     """A step of a recipe's BERT, with dropout, on rows of BERT's vocabulary; draw: `drawn` or `texts`."""
     tokens = rows * length
     recipe = load_recipe(name).with_values(
@@ -193,11 +189,11 @@ def bert_step(
             "train.dtype": dtype,
         }
     )
-    return recipe, draw(recipe, 30522)
+    return recipe.train, draw(recipe, 30522)
 
 
 # The fixed steps by name. Those in bfloat16 are for a GPU. gpt2-39m is GPT-2 with four layers of 512 columns.
-STEPS: dict[str, Callable[[], tuple[Recipe, StepInputs]]] = {
+STEPS: dict[str, Callable[[], tuple[TrainTable, StepInputs]]] = {
     "bert-mini-16x128": lambda: bert_step("bert-mini", 16, 128),
     "bert-small-8x128": lambda: bert_step("bert-small", 8, 128),
     "bert-small-32x128": lambda: bert_step("bert-small", 32, 128),
@@ -215,7 +211,7 @@ STEPS: dict[str, Callable[[], tuple[Recipe, StepInputs]]] = {
 }
 
 
-def find_step(name: str, settings: Sequence[str] = (), vocab_size: int = 30522) -> tuple[Recipe, StepInputs]:
+def find_step(name: str, settings: Sequence[str] = (), vocab_size: int = 30522) -> tuple[Training, StepInputs]:
     """The step of a recipe, `drawn`, or of STEPS. ValueError for an unknown one, or settings that it does not take."""
     if name not in STEPS:
         try:
@@ -224,9 +220,15 @@ def find_step(name: str, settings: Sequence[str] = (), vocab_size: int = 30522) 
             if str(error).startswith("recipe: expected one of"):
                 raise ValueError(f"{error}; or of the fixed steps {', '.join(STEPS)}") from error
             raise
-        return recipe, drawn(recipe, vocab_size)
-    made, inputs = STEPS[name]()
-    recipe = replace(made.with_settings(settings), name=name)
-    if (recipe.model, recipe.data, recipe.micro_batch_tokens) != (made.model, made.data, made.micro_batch_tokens):
-        raise ValueError(f"--set: expected keys of train other than its batches, since {name} fixes model and batches")
-    return recipe, inputs
+        return Training(recipe.name, recipe.train), drawn(recipe, vocab_size)
+    table, inputs = STEPS[name]()
+    batches = "batch_tokens", "micro_batch_tokens"
+    keys = {f"train.{of.name}": of for of in fields(TrainTable) if of.name not in batches}
+    values = parse_settings(settings)
+    if others := sorted(values.keys() - keys.keys()):
+        raise ValueError(
+            f"--set: expected keys of train other than its batches, since {name} fixes model and batches; got "
+            f"{', '.join(others)}"
+        )
+    entries = {keys[key].name: typed(key, value, keys[key]) for key, value in values.items()}
+    return Training(name, replace(table, **entries)), inputs

@@ -21,11 +21,10 @@ from fastlm.bench import results
 from fastlm.bench.clock import Clock
 from fastlm.bench.compare import EVERY, LEAST_CURVE, StepTime, compare_steps, table
 from fastlm.bench.results import WRONG
-from fastlm.bench.steps import STEPS, StepInputs, find_step
-from fastlm.run.recipe import Recipe
+from fastlm.bench.steps import STEPS, StepInputs, Training, find_step
 
 
-def row(recipe: Recipe, inputs: StepInputs, time: StepTime, threads: int | None) -> dict:
+def row(recipe: Training, inputs: StepInputs, time: StepTime, threads: int | None) -> dict:
     return {
         "op": "training step",
         "recipe": recipe.name,

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from fastlm import philox
+from fastlm.ops._shapes import contiguous
 
 _LOW32 = 0xFFFFFFFF
 
@@ -64,7 +65,7 @@ def row_dropout(p: float, rng: torch.Tensor | None, site: int) -> Dropout:
     """Dropout of a row op: a 32-bit word per element, compared with floor(p·2^32)."""
     if p == 0.0:
         return NO_DROPOUT
-    return Dropout(philox.threshold(p), row_scale(p), rng, site)
+    return Dropout(philox.threshold(p), row_scale(p), contiguous(rng), site)
 
 
 def dropout_rows(x: torch.Tensor, p: float, rng: torch.Tensor | None, site: int) -> torch.Tensor:
@@ -86,7 +87,7 @@ def attention_dropout(p: float, rng: torch.Tensor | None, site: int) -> Dropout:
     """Dropout of attention: a byte per element, compared with round(256·p)."""
     if p == 0.0:
         return NO_DROPOUT
-    return Dropout(attention_threshold(p), attention_scale(p), rng, site)
+    return Dropout(attention_threshold(p), attention_scale(p), contiguous(rng), site)
 
 
 def keep_attention(

@@ -186,6 +186,8 @@ def _limit(op: str, backend: str) -> Callable | None:
     if backend in COMPOSITE and backend not in _COLUMNS:
         return None
     page = _pages[op].name
+    if torch.compiler.is_compiling():  # Dynamo may trace this twice: the first import must not change what it sees
+        return column(page, backend).limit
     found = getattr(_PACKAGES[backend], page, None)  # at every call with "auto": no import, no call of ours
     if found is None or not hasattr(found, "limit"):  # not loaded, or imported by another module of the column
         found = column(page, backend)
@@ -351,6 +353,11 @@ def differentiable(name: str, save: Callable, backward: Callable, *, constant: t
         if torch.is_grad_enabled():
             for a in flat:  # a generator for any() takes as long as a small kernel
                 if isinstance(a, torch.Tensor) and a.requires_grad:
+                    if torch._C._are_functorch_transforms_active():
+                        raise NotImplementedError(
+                            f"fastlm::{name} cannot be differentiated by torch.func (grad, vjp, jacrev, vmap). Use "
+                            'torch.autograd, or backend="reference".'
+                        )
                     return Function.apply(redispatch, backend, arguments.unflatten(flat[:-1]), *flat[:-1])
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & below, *flat)

@@ -454,7 +454,7 @@ def attention(
         window_left=min(window_size[0], 2**31),
         window_right=0 if causal else min(window_size[1], 2**31),
         softmax_scale=1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale,
-        bidirectional=relative_bias.bidirectional if biased else True,
+        bidirectional=bool(relative_bias.bidirectional) if biased else True,
         max_distance=relative_bias.max_distance if biased else 0,
         dropout_p=dropout_p,
         site=site,

@@ -71,8 +71,8 @@ def check_options(device, vocabulary, weight, weight_name, label_smoothing, redu
             raise ValueError(f"{weight_name}: expected constants, got a tensor that requires a gradient; detach it")
     _checks.probability("label_smoothing", label_smoothing)
     _checks.one_of("reduction", reduction, REDUCTIONS)
-    if not isinstance(ignore_index, int):
-        raise ValueError(f"ignore_index: expected an integer, got {ignore_index!r}")
+    if not isinstance(ignore_index, int) or not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index: expected an integer of 64 bits, got {ignore_index!r}")
 
 
 def check_target(target, device, shape):

@@ -106,4 +106,4 @@ def dropout(
     rng = _random.draw_rng(rng, p, x.device)
     if backend == "reference":
         return dropout_reference(x, p, rng=rng, site=site, relu=relu)
-    return _registry.call("dropout_fwd", Args(x, p, rng, site, relu), backend)
+    return _registry.call("dropout_fwd", Args(x, p, rng, site, bool(relu)), backend)

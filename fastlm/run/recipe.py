@@ -183,16 +183,21 @@ class Recipe:
 
     def with_settings(self, settings: Iterable[str]) -> Recipe:
         """The recipe with `key=value` strings applied, as `--set` takes them; a value is written as in TOML."""
-        values = {}
-        for setting in settings:
-            name, equals, text = setting.partition("=")
-            if not equals:
-                raise ValueError(f"--set: expected key=value, as train.lr=1e-3, got {setting!r}")
-            values[name.strip()] = _value(text.strip())
-        return self.with_values(values)
+        return self.with_values(parse_settings(settings))
 
     def _keys(self) -> dict[str, Field | None]:
         return _keys(type(self.model), data=type(self.data), train=type(self.train))
+
+
+def parse_settings(settings: Iterable[str]) -> dict[str, object]:
+    """{"train.lr": 1e-3} of ["train.lr=1e-3"]; a value is written as in TOML. ValueError where there is no "="."""
+    values = {}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        if not equals:
+            raise ValueError(f"--set: expected key=value, as train.lr=1e-3, got {setting!r}")
+        values[name.strip()] = _value(text.strip())
+    return values
 
 
 def load_recipe(name) -> Recipe:

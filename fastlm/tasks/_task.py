@@ -56,7 +56,7 @@ class Task:
     def model_class(cls, architecture: str) -> type[Model]:
         """The model with this model_type. ValueError where the task does not train it."""
         known = {model.config_class.model_type: model for model in cls.models}
-        if architecture not in known:
+        if not isinstance(architecture, str) or architecture not in known:
             raise ValueError(f"model.architecture: expected {' or '.join(map(repr, known))}, got {architecture!r}")
         return known[architecture]
 

@@ -63,7 +63,7 @@ def train_step(
     Returns float32 (2,): that mean, and the norm of its gradient before clipping. Where either is not finite, the
     parameters and the optimizer's state are as they were. No parameter has a .grad afterwards.
     """
-    device = micros[0].inputs["input_ids"].device
+    device = next(model.parameters()).device
     predicted = max(1, sum(micro.counts.predicted for micro in micros))
     losses = []
     for micro in micros:

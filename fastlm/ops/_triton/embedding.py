@@ -7,13 +7,10 @@ from fastlm.ops import _random
 from fastlm.ops._shapes import as_rows, contiguous
 from fastlm.ops.embedding import Args, BackwardArgs, Gradients, Lookup, Outputs, empty_backward, empty_forward
 
-MOST_COLUMNS = 8192
-
 
 def limit(word) -> str | None:
-    if word.shape[1] > MOST_COLUMNS:
-        return f"its rows have at most {MOST_COLUMNS} columns, word has {word.shape[1]}"
-    return None
+    most = kernels.LONGEST
+    return None if word.shape[1] <= most else f"its rows have at most {most} columns, word has {word.shape[1]}"
 
 
 def _lookups(lookup: Lookup) -> tuple[list, list, int]:
