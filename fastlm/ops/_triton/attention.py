@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from fastlm.kernels import attention as kernels
@@ -17,8 +19,16 @@ from fastlm.ops.attention import (
     empty_forward,
 )
 
+# Triton reads the variable when it defines a kernel, so when this module imports the kernels.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
 
 def limit(q, **features) -> str | None:
+    if _INTERPRETED and q.dtype == torch.bfloat16:
+        return (
+            "Triton's interpreter holds bfloat16 as 16-bit integers, and its tl.dot multiplies these; "
+            "use float32 or float16, or leave TRITON_INTERPRET unset"
+        )
     return None if q.shape[-1] <= 256 else f"it takes head dimensions up to 256, not {q.shape[-1]}"
 
 
