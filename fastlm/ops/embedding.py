@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from fastlm.ops import _checks, _random, _registry
+from fastlm.ops.layer_norm import normalize
 
 __all__ = ["embedding", "embedding_reference"]
 
@@ -51,7 +52,7 @@ def embedding_reference(
     if token_type is not None:
         h = h + (token_type[0] if token_type_ids is None else F.embedding(token_type_ids, token_type))
     if weight is not None:
-        h = F.layer_norm(h, h.shape[-1:], weight, bias, eps)
+        h = normalize(h, weight, bias, eps)
     return _random.dropout_rows(h, dropout_p, rng, site)
 
 
