@@ -401,8 +401,8 @@ def attention(
 
     Args:
         q: (B, Sq, H, D), or packed (Tq, H, D) with cu_seqlens_q; floating point.
-        k, v: (B, Sk, Hkv, D), or (Tk, Hkv, D), in q's dtype (autocast casts the three); Hkv divides H, query head h uses head
-            h div (H/Hkv).
+        k, v: (B, Sk, Hkv, D), or (Tk, Hkv, D), in q's dtype (autocast casts all three); Hkv divides H, query head h
+            uses head h div (H/Hkv).
         causal: query i sees keys up to i + Sk - Sq.
         window_size: (left, right): query i sees keys from i + Sk - Sq - left to i + Sk - Sq + right; -1: no limit.
         softmax_scale: default 1/sqrt(D).

@@ -109,7 +109,8 @@ class Gradients(NamedTuple):
 
 
 def empty_forward(args: Args) -> Outputs:
-    x, rows = args.x, args.x.shape[:-1].numel()
+    x = args.x
+    rows = x.numel() // x.shape[-1]  # not torch.Size.numel, which fixes a symbolic length
     return Outputs(
         y=torch.empty_like(x, memory_format=torch.contiguous_format),
         h=torch.empty_like(x, memory_format=torch.contiguous_format) if args.keeps_h else x.new_empty(0),
