@@ -197,6 +197,21 @@ def self_attention(causal):
     return lambda x: attention(x, x, x, need_weights=False, is_causal=causal)[0]
 
 
+def masked_attention():
+    """Two masks that the op cannot do, one of them with the weights."""
+    attention = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def call(x, mask):
+        weighted = attention(x, x, x, attn_mask=mask)
+        return *weighted, attention(x, x, x, attn_mask=mask, need_weights=False)[0]
+
+    return call
+
+
+def masked_rows(n):
+    return *rows(n), torch.eye(n).bool()
+
+
 def encoder_layer(**options):
     layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.1, batch_first=True, **options)
     return lambda x: layer(x, rng=RNG)
@@ -230,6 +245,7 @@ MODULES = {
     "MLP-gated": (lambda: nn.MLP(16, 32, gated=True, activation="silu"), rows),
     "MultiheadAttention": (lambda: self_attention(False), rows),
     "MultiheadAttention-causal": (lambda: self_attention(True), rows),
+    "MultiheadAttention-mask": (masked_attention, masked_rows),
     "TransformerEncoderLayer": (encoder_layer, rows),
     "TransformerEncoderLayer-norm_first": (lambda: encoder_layer(norm_first=True, activation="gelu"), rows),
     "TransformerEncoderLayer-packed": (packed_encoder_layer, packed_heads),
@@ -253,3 +269,15 @@ def test_module_compiles_once(name, seeded):
 def test_module_exports_with_a_dynamic_length(name, seeded):
     make, inputs = MODULES[name]
     exports(make(), inputs)
+
+
+def test_a_compiled_call_reads_no_mask():
+    """Under torch.compile a causal mask has the values of the op's causal attention, by torch's attention."""
+    attention = nn.MultiheadAttention(16, 2, batch_first=True)
+    compiled = torch.compile(
+        lambda x, mask: attention(x, x, x, attn_mask=mask, need_weights=False)[0], backend="eager", fullgraph=True
+    )
+    (x,) = rows(9)
+    mask = torch.nn.Transformer.generate_square_subsequent_mask(9)
+    want = attention(x, x, x, is_causal=True, need_weights=False)[0]
+    torch.testing.assert_close(compiled(x, mask), want)
