@@ -408,7 +408,8 @@ def attention(
         softmax_scale: default 1/sqrt(D).
         cu_seqlens_q, cu_seqlens_k: int32 (sequences + 1,): where each sequence starts in the packed tensors, then the
             total. The total may be repeated (empty sequences), to keep the shape fixed. Keys default to the queries.
-            The values are checked on the CPU only: reading them from a device would stall.
+            The values are checked on the CPU only: reading them from a device would stall. There, on backend "triton",
+            out, lse and the gradients are NaN in rows of no sequence, and dtable is if a sequence exceeds max_seqlen.
         max_seqlen_q, max_seqlen_k: upper bounds of the sequences' lengths; required with cu_seqlens.
         key_mask: (B, Sk) bool, True for a real token, for padded input; padding on either side. The values in a masked
             row of k and v have no effect, even NaN.

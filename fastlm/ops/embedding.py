@@ -271,8 +271,8 @@ def embedding(
     Returns y, input_ids.shape + (cols,), in the tables' dtype (the promoted one where they differ).
     The gradients of the tables are dense except with `sparse`. They have the same bits in every run and for any number
     of threads. Raises ValueError for a wrong shape, dtype or device, and for a named backend that cannot run. An id
-    outside its table is a ValueError on the CPU. On a device, where the check would stall, it is undefined, as in
-    F.embedding.
+    outside its table is a ValueError on the CPU. On a device the check would stall: there such a token's y is NaN on
+    backend "triton" (but for elements that dropout makes 0), and the reference does as F.embedding.
     """
     lookup = Lookup(input_ids, word, position, token_type, positions, token_type_ids)
     _check_lookup(lookup)

@@ -87,4 +87,10 @@ def attention_bwd(args: BackwardArgs) -> Gradients:
         gradients.dtable if args.table_gradient else None,
         _options(forward),
     )
+    if args.table_gradient and forward.packed and forward.cu_seqlens_q.shape[0] > 1:
+        # The kernel of dtable loops up to max_seqlen. On a device, where the values are not checked, a longer sequence
+        # makes dtable NaN.
+        too_long = forward.cu_seqlens_q.diff().amax() > forward.max_seqlen_q
+        too_long |= forward.cu_seqlens_k.diff().amax() > forward.max_seqlen_k
+        gradients.dtable.masked_fill_(too_long, torch.nan)
     return gradients
