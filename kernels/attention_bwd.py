@@ -19,6 +19,7 @@ from .attention_plan import (
     find_sequence,
     general_block,
     general_count,
+    in_no_sequence,
     load_rows,
     make_plan,
     plain_block,
@@ -206,6 +207,9 @@ def _dkdv(
         dk *= scale
     dk = tl.where(real[:, None], dk, 0.0)
     dv = tl.where(real[:, None], dv * dropout_scale, 0.0)
+    if PACKED:
+        lost = in_no_sequence(features.cu_k_ptr, sequences, key)[:, None]
+        dk, dv = tl.where(lost, float("nan"), dk), tl.where(lost, float("nan"), dv)
     tl.store(dk_ptr + at, dk.to(dk_ptr.dtype.element_ty), mask=stored)
     tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=stored)
 

@@ -14,6 +14,7 @@ from .attention_plan import (
     columns,
     general_block,
     general_count,
+    in_no_sequence,
     load_rows,
     plain_block,
     plain_count,
@@ -134,7 +135,11 @@ def _fwd(
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
     lse = m + tl.log(total) if FLOAT32 else (m + tl.log2(total)) * LN2
-    tl.store(lse_ptr + (b * heads + head) * sq + row, tl.where(empty, float("-inf"), lse), mask=in_row)
+    lse = tl.where(empty, float("-inf"), lse)
     acc *= (tl.where(empty, 0.0, features.dropout_scale / total))[:, None]
+    if PACKED:
+        lost = in_no_sequence(features.cu_q_ptr, sequences, row)
+        lse, acc = tl.where(lost, float("nan"), lse), tl.where(lost[:, None], float("nan"), acc)
+    tl.store(lse_ptr + (b * heads + head) * sq + row, lse, mask=in_row)
     out = ((b * sq + row) * heads + head)[:, None] * D + col[None, :]
     tl.store(out_ptr + out, acc.to(out_ptr.dtype.element_ty), mask=stored)

@@ -127,6 +127,13 @@ def find_sequence(cu_ptr, row, first, last):
 
 
 @triton.jit
+def in_no_sequence(cu_ptr, sequences, row):
+    """Which packed rows precede the first sequence or follow the last. cu_seqlens are wrong then, and nothing on a
+    device can raise: the results of such rows are NaN."""
+    return (row < tl.load(cu_ptr)) | (row >= tl.load(cu_ptr + sequences))
+
+
+@triton.jit
 def bounds(axis: Axis, s):
     """[start, end) of sequence s; padded: of the one sequence."""
     if axis.cu_ptr is not None:

@@ -66,9 +66,10 @@ class Lookup(NamedTuple):
 
 @triton.jit
 def _gather(table: Lookup, row, col, mask):
-    """table[row] (M, N) in float32; a row outside the table is 0."""
-    inside = mask & ((row >= 0) & (row < table.rows))[:, None]
-    return tl.load(table.ptr + row[:, None] * table.stride + col[None, :], mask=inside, other=0.0).to(tl.float32)
+    """table[row] (M, N) in float32, 0 outside of `mask`. A row outside the table is NaN: nothing here can raise."""
+    inside = ((row >= 0) & (row < table.rows))[:, None]
+    h = tl.load(table.ptr + row[:, None] * table.stride + col[None, :], mask=mask & inside, other=0.0).to(tl.float32)
+    return tl.where(mask & ~inside, float("nan"), h)
 
 
 @triton.jit

@@ -281,7 +281,7 @@ BAD = {
     "q: expected shape": (PACKED, {}),
     "q: expected shape (T, H, D)": (Q, {"cu_seqlens_q": CU, "max_seqlen_q": 6}),
     "q: expected at least one head": (Q[..., :0], {}),
-    "k: expected torch.float32, got torch.bfloat16": (Q, {"k": Q.bfloat16()}),
+    "k: expected torch.float32, q's dtype, got torch.bfloat16; cast it, or use autocast": (Q, {"k": Q.bfloat16()}),
     "k: expected shape": (Q, {"k": Q[..., :4]}),
     "k: expected shape (2, ": (Q, {"k": Q[:1]}),
     "v: expected shape": (Q, {"v": Q[:, :3]}),

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 import fastlm.nn as nn
 from fastlm import ops
+from fastlm.nn import _masks
 from fastlm.ops import _random
 from fastlm.testing.compare import ModelComparison
 
@@ -188,6 +189,146 @@ def test_attention_dropout():
     assert torch.equal(run(0), run(1))
 
 
+def band(sq, sk, left, right):
+    """bool (sq, sk), True = masked: the keys outside the window, aligned bottom right."""
+    relative = torch.arange(sk) - torch.arange(sq)[:, None] - (sk - sq)
+    masked = torch.zeros(sq, sk, dtype=torch.bool)
+    masked |= relative < -left if left >= 0 else False
+    return masked | (relative > right if right >= 0 else torch.tensor(False))
+
+
+HEADS, COLUMN = 4, torch.arange(9) < 2
+# Mask (L, S) or (N * heads, L, S) -> the window and whether keys are masked; None for what the op cannot do.
+MASKS = {
+    "nothing": (band(9, 9, -1, -1), ((-1, -1), False)),
+    "causal": (band(9, 9, -1, 0), ((-1, 0), False)),
+    "anticausal": (band(9, 9, 0, -1), ((0, -1), False)),
+    "window": (band(9, 9, 3, 2), ((3, 2), False)),
+    "diagonal": (band(9, 9, 0, 0), ((0, 0), False)),
+    "keys": (COLUMN.expand(9, 9), ((-1, -1), True)),
+    "padding": (PADDING[:, None, None].expand(3, HEADS, 9, 9).flatten(0, 1), ((-1, -1), True)),
+    "causal-padding": ((PADDING[:, None] | band(9, 9, -1, 0)).repeat_interleave(HEADS, 0), ((-1, 0), True)),
+    "window-keys": (band(9, 9, 3, 2) | COLUMN, ((3, 2), True)),
+    "causal-of-each-head": (band(9, 9, -1, 0).expand(3 * HEADS, 9, 9), ((-1, 0), False)),
+    "above": (~band(9, 9, -1, 0), None),
+    "one-pair": (
+        torch.zeros(9, 9, dtype=torch.bool).index_put((torch.tensor(4), torch.tensor(5)), torch.tensor(True)),
+        None,
+    ),
+    "one-head": (torch.cat([band(9, 9, -1, -1)[None], band(9, 9, -1, 0).expand(11, 9, 9)]), None),
+    "everything": (torch.ones(9, 9, dtype=torch.bool), ((-1, -1), True)),
+}
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.float64], ids=["bool", "float"])
+@pytest.mark.parametrize("name", MASKS)
+def test_attention_masks(name, kind, device, monkeypatch):
+    """The op runs the masks that it can do; the others are right too, and give a warning."""
+    masked, want = MASKS[name]
+    found = _masks.recognise(
+        _masks.as_four_dims(masked if kind == torch.bool else float_mask(masked), 3, HEADS, (9, 9))
+    )
+    assert (None if found is None else (found.window_size, found.key_mask is not None)) == want
+    calls = []
+    monkeypatch.setattr(ops, "attention", lambda *a, original=ops.attention, **o: calls.append(o) or original(*a, **o))
+    warned = []
+    monkeypatch.setattr(_masks, "warn_once", warned.append)
+    ours, theirs = mha_pair(batch_first=True)
+
+    def call(m, x):
+        mask = (masked if kind == torch.bool else float_mask(masked)).to(x.device)
+        out = m(x, x, x, attn_mask=mask if kind == torch.bool else mask.to(x), need_weights=False)[0]
+        return torch.where(seen(masked).to(x.device), out, 0.0)  # a query without keys is NaN in torch
+
+    if name == "everything":
+        assert torch.equal(
+            ours(*3 * (randn(3, 9, 24).float(),), attn_mask=masked, need_weights=False)[0][0, 0], ours.out_proj.bias
+        )
+    else:
+        assert_equal_to_torch(ours, theirs, call, [randn(3, 9, 24)], device)
+    assert bool(calls) == (want is not None)
+    assert bool(warned) == (want is None)
+
+
+def float_mask(masked):
+    return torch.zeros(masked.shape, dtype=torch.float64).masked_fill(masked, -torch.inf)
+
+
+def seen(masked):
+    """bool (N or 1, L, 1): the queries that see a key in every head."""
+    some = (~masked).any(-1)
+    return some[None, :, None] if some.dim() == 1 else some.view(3, HEADS, 9).all(1)[..., None]
+
+
+def test_a_bias_per_pair_is_added(device):
+    ours, theirs = mha_pair(batch_first=True)
+    bias = randn(3 * HEADS, 9, 9, seed=4)
+
+    def call(m, x):
+        mask = bias.to(x).masked_fill(band(9, 9, -1, 4).to(x.device), -torch.inf)
+        return m(
+            x, x, x, key_padding_mask=(PADDING[2:].expand(3, -1).to(x.device)), attn_mask=mask, need_weights=False
+        )[0]
+
+    assert_equal_to_torch(ours, theirs, call, [randn(3, 9, 24)], device)
+
+
+@pytest.mark.parametrize("average", [True, False])
+@pytest.mark.parametrize("mask", [None, "causal", "above"])
+@pytest.mark.parametrize("shape", [(9, 24), (3, 9, 24)], ids=["unbatched", "batched"])
+def test_attention_weights(shape, mask, average, device):
+    """Weights and output, with torch's default arguments."""
+    ours, theirs = mha_pair(batch_first=True)
+    padding = PADDING[2:].expand(3, -1) if len(shape) == 3 else PADDING[2]
+
+    def call(m, x):
+        attn_mask = None if mask is None else MASKS[mask][0].to(x.device)
+        arguments = {"attn_mask": attn_mask, "average_attn_weights": average}
+        if mask != "above":
+            arguments["key_padding_mask"] = padding.to(x.device)
+        out, weights = m(x, x, x, **arguments)
+        if mask == "above":  # its last query sees no key
+            out, weights = out[..., :-1, :], weights[..., :-1, :]
+        return torch.cat([out.flatten(), weights.flatten()])
+
+    assert_equal_to_torch(ours, theirs, call, [randn(*shape)], device)
+
+
+def test_each_attention_warning_is_given_once():
+    def call(**arguments):
+        for _ in range(2):
+            m(X, X, X, **arguments)
+
+    _masks._warn.cache_clear()
+    m = nn.MultiheadAttention(24, 4)
+    with pytest.warns(UserWarning, match="need_weights=False") as warned:
+        call()
+    assert len(warned) == 1
+    with pytest.warns(UserWarning, match="neither causal") as warned:
+        call(attn_mask=~band(5, 5, -1, 0), need_weights=False)
+    assert len(warned) == 1
+
+
+def test_attention_weights_have_the_ops_dropout():
+    """The same bits as without the weights."""
+    rng = torch.tensor([1, 2])
+    m, x = nn.MultiheadAttention(24, 4, dropout=0.5, site=3), randn(6, 2, 24).float()
+    fused, _ = m(x, x, x, need_weights=False, rng=rng)
+    out, weights = m(x, x, x, rng=rng, average_attn_weights=False)
+    torch.testing.assert_close(out, fused)
+    assert 0.3 < (weights == 0).float().mean() < 0.7
+    other = torch.eye(6).bool()
+    outs = [m(x, x, x, attn_mask=other, need_weights=need, rng=rng)[0] for need in (True, False)]
+    torch.testing.assert_close(*outs)
+
+
+def test_encoder_layer_masks(device):
+    ours, theirs = layer_pair(batch_first=True)
+    for masked, _ in (MASKS["causal"], MASKS["nothing"], MASKS["window"], MASKS["one-pair"]):
+        call = lambda m, x, masked=masked: m(x, src_mask=masked.to(x.device))  # noqa: E731
+        assert_equal_to_torch(ours, theirs, call, [randn(3, 9, 24)], device)
+
+
 X, TWO = torch.zeros(5, 2, 24), torch.zeros(5, 24)
 OFFSETS = torch.tensor([0, 5], dtype=torch.int32)
 
@@ -195,8 +336,22 @@ OFFSETS = torch.tensor([0, 5], dtype=torch.int32)
 @pytest.mark.parametrize(
     ("inputs", "arguments", "message"),
     [
-        ((X, X, X), {"need_weights": True}, "need_weights: expected False.*pass need_weights=False"),
-        ((X, X, X), {"attn_mask": torch.zeros(5, 5)}, "attn_mask: .*is_causal=True"),
+        (
+            (X, X, X),
+            {"attn_mask": torch.zeros(4, 5)},
+            r"attn_mask: expected shape \(5, 5\) or \(8, 5, 5\), got \(4, 5\)",
+        ),
+        ((X, X, X), {"attn_mask": torch.zeros(5, 5).int()}, "attn_mask: expected bool .*use mask.bool"),
+        (
+            (TWO, TWO, TWO),
+            {"cu_seqlens": OFFSETS, "max_seqlen": 5, "need_weights": True},
+            "need_weights: expected False.*pass need_weights=False",
+        ),
+        (
+            (TWO, TWO, TWO),
+            {"cu_seqlens": OFFSETS, "max_seqlen": 5, "attn_mask": torch.zeros(5, 5)},
+            "attn_mask: .*is_causal=True",
+        ),
         ((X, X, X), {"key_padding_mask": torch.zeros(3, 5).bool()}, r"key_padding_mask: expected shape \(2, 5\)"),
         ((X, X, X), {"key_padding_mask": torch.zeros(2, 5).long()}, "key_padding_mask: expected bool"),
         ((X, X, X), {"key_padding_mask": torch.ones(2, 5)}, "key_padding_mask: expected 0"),
@@ -346,7 +501,7 @@ def test_encoder_layer_errors():
     with pytest.raises(ValueError, match='activation: expected "relu", "gelu" or a callable'):
         nn.TransformerEncoderLayer(24, 4, activation="swish")
     with pytest.raises(ValueError, match="attn_mask"):
-        nn.TransformerEncoderLayer(24, 4)(X, src_mask=torch.zeros(5, 5))
+        nn.TransformerEncoderLayer(24, 4)(X, src_mask=torch.zeros(5, 4))
 
 
 @pytest.mark.parametrize("norm_first", [False, True], ids=["post", "pre"])

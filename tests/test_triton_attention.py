@@ -1,6 +1,9 @@
 """attention in Triton beyond its OpCase: dropout bits equal to the CPU's, all kinds of tiles, launches for a GPU."""
 
+import os
 import random
+import subprocess
+import sys
 
 import ptx
 import pytest
@@ -72,6 +75,36 @@ def test_limits():
     q = torch.zeros(1, 4, 1, 257, dtype=torch.bfloat16)
     with ptx.triton_on_ptx(), pytest.raises(ValueError, match="head dimensions up to 256, not 257"):
         ops.attention(q, q, q, backend="triton")
+
+
+INTERPRETED_BFLOAT16 = """
+import torch
+from fastlm import ops
+from fastlm.ops import _registry
+from fastlm.testing.cases import CASES
+
+case = CASES["attention"]
+inputs = case.inputs(case.tests[0], 0, torch.bfloat16)
+try:
+    case.run(case.function, case.tests[0], inputs, backend="triton")
+except ValueError as error:
+    assert "tl.dot" in str(error) and "TRITON_INTERPRET" in str(error), error
+else:
+    raise AssertionError("bfloat16 attention ran on the interpreter")
+x = inputs["q"]
+_registry._pages["attention"].auto["cpu"] = ("triton", "reference")
+assert _registry.choose("attention", "auto", x) == "reference"
+assert _registry.choose("attention", "auto", x.half()) == "triton"
+assert _registry.choose("attention", "auto", x.float()) == "triton"
+"""
+
+
+def test_interpreted_bfloat16_is_refused():
+    """Triton's interpreter multiplies the bit patterns of bfloat16 in tl.dot. "auto" takes the next backend."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", INTERPRETED_BFLOAT16]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("message", BAD)

@@ -6,7 +6,19 @@ import torch
 import torch.nn.functional as F
 
 from fastlm import ops
+from fastlm.nn import _masks
 from fastlm.ops import _checks
+from fastlm.ops.attention import visible_keys
+
+_WEIGHTS = (
+    "fastlm.nn.MultiheadAttention: need_weights=True (torch's default) has attention run in plain torch, since the "
+    "fused kernel never holds the weights. Pass need_weights=False if they are not used."
+)
+_OTHER_MASK = (
+    "fastlm.nn.MultiheadAttention: this attn_mask is neither causal nor a window nor padding of keys, or was not read "
+    "(under torch.compile or graph capture, or if it requires a gradient), so attention runs in torch. Pass "
+    "is_causal=True for a causal mask, and key_padding_mask for padding."
+)
 
 
 def real_keys(key_padding_mask: torch.Tensor | None, shape: tuple[int, int]) -> torch.Tensor | None:
@@ -38,8 +50,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     """torch.nn.MultiheadAttention (arguments, state_dict, initialisation) on `fastlm.ops.attention`.
 
     Inputs are padded as in torch, (L, E), (L, N, E) or with batch_first (N, L, E); or packed, (T, E) with `cu_seqlens`.
-    A ValueError with the remedy: returned attention weights (torch's default; pass need_weights=False), an attn_mask
-    other than causal, add_bias_kv, add_zero_attn, nested tensors.
+    An attn_mask runs on the op if it masks nothing, or is causal, a window, padding of keys, or these together. Any
+    other runs on F.scaled_dot_product_attention, with a warning. Returned attention weights (torch's default) make
+    attention run in plain torch, with a warning; pass need_weights=False. Each warning is given once.
+    A ValueError with the remedy: add_bias_kv, add_zero_attn, nested tensors.
     A query with no real key gives out_proj's bias; torch gives NaN. The dropout probability is in steps of 1/256.
 
     Args beyond torch's:
@@ -88,14 +102,15 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         cu_seqlens_k: torch.Tensor | None = None,
         max_seqlen_k: int | None = None,
         rng: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, None]:
-        """(output, None), the output shaped like query.
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(output, weights), the output shaped like query; weights as torch's, None without need_weights.
 
         Args:
             query, key, value, average_attn_weights: as torch's. The same tensor three times runs one GEMM.
             key_padding_mask: (N, S), or (S,) without a batch; bool, True = padding (or float, 0 and -inf).
-            need_weights: must be False.
-            attn_mask: only with is_causal=True, with which it must agree (it is torch's hint).
+            need_weights: return the attention weights, after dropout; see the class. Not with cu_seqlens.
+            attn_mask: (L, S) or (N * num_heads, L, S); bool, True = masked, or float, added to the scores. With
+                is_causal=True it is not read and must be the causal mask (as is torch's rule). Not with cu_seqlens.
             is_causal: each query sees the keys up to its position; query and key have equal lengths.
             cu_seqlens, max_seqlen: int32 (B + 1,) offsets of packed sequences, query (T, E), and a bound on their
                 length; the keys' are the same unless cu_seqlens_k, max_seqlen_k say otherwise.
@@ -113,24 +128,47 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
         elif query.dim() == 3 and not self.batch_first:
             q, k, v = (t.transpose(0, 1) for t in (q, k, v))
-        out = ops.attention(
-            q,
-            k,
-            v,
-            causal=is_causal,
-            cu_seqlens_q=cu_seqlens,
-            cu_seqlens_k=cu_seqlens_k,
-            max_seqlen_q=max_seqlen,
-            max_seqlen_k=max_seqlen_k,
-            key_mask=real_keys(key_padding_mask, tuple(k.shape[:2])),
-            dropout_p=self.dropout if self.training else 0.0,
-            rng=rng,
-            site=self.site,
-        )
+        key_mask = real_keys(key_padding_mask, tuple(k.shape[:2]))
+        dropout = {"dropout_p": self.dropout if self.training else 0.0, "rng": rng, "site": self.site}
+        weights, window, other_mask = None, (-1, 0 if is_causal else -1), None
+        if attn_mask is not None and not is_causal:
+            window, key_mask, other_mask = self._read(attn_mask, q, k, key_mask)
+        if need_weights or other_mask is not None:
+            _masks.warn_once(_WEIGHTS if need_weights else _OTHER_MASK)
+            visible, _ = visible_keys(q.shape[1], k.shape[1], None, None, key_mask, window, q.device)
+            visible = visible if visible.dim() == 2 else visible[:, None]
+            out, weights = _masks.attention(q, k, v, other_mask, visible, need_weights=need_weights, **dropout)
+        else:
+            out = ops.attention(
+                q,
+                k,
+                v,
+                window_size=window,
+                cu_seqlens_q=cu_seqlens,
+                cu_seqlens_k=cu_seqlens_k,
+                max_seqlen_q=max_seqlen,
+                max_seqlen_k=max_seqlen_k,
+                key_mask=key_mask,
+                **dropout,
+            )
         out = self.out_proj(out.flatten(-2))
+        if weights is not None and average_attn_weights:
+            weights = weights.mean(1)
         if query.dim() == 2:
-            return out.view_as(query), None
-        return out if self.batch_first else out.transpose(0, 1), None
+            return out.view_as(query), None if weights is None else weights.squeeze(0)
+        return out if self.batch_first else out.transpose(0, 1), weights
+
+    def _read(self, attn_mask, q, k, key_mask):
+        """(window, key_mask, None) if the op can do the mask; else (-1s, key_mask, mask), mask in four dimensions."""
+        lengths = q.shape[1], k.shape[1]
+        mask = _masks.as_four_dims(attn_mask, q.shape[0], self.num_heads, lengths)
+        found = _masks.recognise(mask)
+        if found is None:
+            return (-1, -1), key_mask, mask
+        if found.key_mask is None:
+            return found.window_size, key_mask, None
+        keys = found.key_mask.expand(k.shape[:2])
+        return found.window_size, keys if key_mask is None else keys & key_mask, None
 
     def _project(self, query, key, value):
         """q, k, v (..., heads, head_dim): views of one GEMM's result where the inputs are one tensor."""
@@ -164,15 +202,15 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 f"is_causal: expected query and key of one length, got {lengths[0]} and {lengths[1]}; torch aligns "
                 "such a mask top left, fastlm.ops.attention bottom right: call the op, or torch's module"
             )
-        if need_weights:
+        if packed and need_weights:
             raise ValueError(
-                "need_weights: expected False, got True (torch's default): the fused kernel never holds the attention "
-                "weights; pass need_weights=False, or use torch.nn.MultiheadAttention where they are needed"
+                "need_weights: expected False with cu_seqlens, got True (torch's default): packed sequences have no "
+                "common shape of weights; pass need_weights=False"
             )
-        if attn_mask is not None and not is_causal:
+        if packed and attn_mask is not None and not is_causal:
             raise ValueError(
-                "attn_mask: expected None, got a tensor; pass is_causal=True for a causal mask, key_padding_mask for "
-                "padding, and use torch.nn.MultiheadAttention for any other"
+                "attn_mask: expected None with cu_seqlens, got a tensor; pass is_causal=True for a causal mask, or "
+                "padded input"
             )
         if packed and key_padding_mask is not None:
             raise ValueError(

@@ -30,7 +30,7 @@ class TransformerEncoderLayer(torch.nn.Module):
 
     Each LN is one pass with the dropout and addition before it; so is a GELU with the first bias.
     It works inside torch.nn.TransformerEncoder, which may warn that its nested-tensor path is disabled.
-    A src_mask other than causal is a ValueError; see `MultiheadAttention`.
+    Which forms of src_mask run on the op, `MultiheadAttention` says.
 
     Args beyond torch's:
         site: the first of the four dropout site numbers of the layer (attention, after attention, inside the

@@ -100,7 +100,8 @@ def keep_attention(
     """
     k0, k1 = call_key(rng, site)
     device = rng.device
-    block = torch.arange((keys + 15) // 16, device=device)
+    # At least two blocks of keys: torch.compile makes a graph of its own for a dimension of one.
+    block = torch.arange(keys // 16 + 2, device=device)
     query = torch.arange(queries, device=device)[:, None]
     head = torch.arange(batch * heads, device=device)[:, None, None]
     words = torch.stack(torch.broadcast_tensors(*philox.philox4x32(block, query, head, 0, k0, k1)), -1)

@@ -6,6 +6,7 @@ Source: Raffel et al. 2020 (arXiv:1910.10683).
 from __future__ import annotations
 
 import functools
+import operator
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +54,7 @@ def _bucket_starts(n: int, max_distance: int) -> tuple[int, ...]:
 def relative_buckets(relative: torch.Tensor, buckets: int, bidirectional: bool, max_distance: int) -> torch.Tensor:
     """The bucket of each relative position (key minus query), int64."""
     distance = relative.abs() if bidirectional else (-relative).clamp(min=0)
+    buckets = operator.index(buckets)  # not symbolic: a graph has as many comparisons as there are buckets
     starts = bucket_starts(buckets, bidirectional, max_distance)
     bucket = sum(((distance >= start).long() for start in starts[1:]), torch.zeros_like(distance))
     return bucket + (relative > 0) * (buckets // 2) if bidirectional else bucket

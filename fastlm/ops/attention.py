@@ -334,8 +334,8 @@ def _check_inputs(
     if heads == 0 or d == 0:
         raise ValueError(f"q: expected at least one head and one dimension, got shape {tuple(q.shape)}")
     shape_k = (None, None, d) if packed else (q.shape[0], None, None, d)
-    _checks.is_tensor("k", k, device=q.device, dtypes=(q.dtype,), shape=shape_k)
-    _checks.is_tensor("v", v, device=q.device, dtypes=(q.dtype,), shape=tuple(k.shape))
+    _checks.is_tensor("k", k, device=q.device, shape=shape_k)
+    _checks.is_tensor("v", v, device=q.device, shape=tuple(k.shape))
     if k.shape[-2] == 0 or heads % k.shape[-2]:
         raise ValueError(f"k: expected a number of heads that divides q's {heads}, got {k.shape[-2]}")
     if len(window_size) != 2 or min(window_size) < -1:
@@ -401,13 +401,15 @@ def attention(
 
     Args:
         q: (B, Sq, H, D), or packed (Tq, H, D) with cu_seqlens_q; floating point.
-        k, v: (B, Sk, Hkv, D), or (Tk, Hkv, D), in q's dtype; Hkv divides H, query head h uses head h div (H/Hkv).
+        k, v: (B, Sk, Hkv, D), or (Tk, Hkv, D), in q's dtype (autocast casts all three); Hkv divides H, query head h
+            uses head h div (H/Hkv).
         causal: query i sees keys up to i + Sk - Sq.
         window_size: (left, right): query i sees keys from i + Sk - Sq - left to i + Sk - Sq + right; -1: no limit.
         softmax_scale: default 1/sqrt(D).
         cu_seqlens_q, cu_seqlens_k: int32 (sequences + 1,): where each sequence starts in the packed tensors, then the
             total. The total may be repeated (empty sequences), to keep the shape fixed. Keys default to the queries.
-            The values are checked on the CPU only: reading them from a device would stall.
+            The values are checked on the CPU only: reading them from a device would stall. There, on backend "triton",
+            out, lse and the gradients are NaN in rows of no sequence, and dtable is if a sequence exceeds max_seqlen.
         max_seqlen_q, max_seqlen_k: upper bounds of the sequences' lengths; required with cu_seqlens.
         key_mask: (B, Sk) bool, True for a real token, for padded input; padding on either side. The values in a masked
             row of k and v have no effect, even NaN.
@@ -428,7 +430,11 @@ def attention(
     lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
     _check_inputs(q, k, v, window_size, *lengths, key_mask, relative_bias, dropout_p, rng, site)
 
+    q_dtype = q.dtype
     q, k, v = autocast("attention", q, k, v)
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise ValueError(f"{name}: expected {q_dtype}, q's dtype, got {x.dtype}; cast it, or use autocast")
     biased = relative_bias is not None
     backend = _registry.choose(
         "attention",

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from fastlm.ops import _checks, _random, _registry
+from fastlm.ops.layer_norm import normalize
 
 __all__ = ["embedding", "embedding_reference"]
 
@@ -51,7 +52,7 @@ def embedding_reference(
     if token_type is not None:
         h = h + (token_type[0] if token_type_ids is None else F.embedding(token_type_ids, token_type))
     if weight is not None:
-        h = F.layer_norm(h, h.shape[-1:], weight, bias, eps)
+        h = normalize(h, weight, bias, eps)
     return _random.dropout_rows(h, dropout_p, rng, site)
 
 
@@ -270,8 +271,8 @@ def embedding(
     Returns y, input_ids.shape + (cols,), in the tables' dtype (the promoted one where they differ).
     The gradients of the tables are dense except with `sparse`. They have the same bits in every run and for any number
     of threads. Raises ValueError for a wrong shape, dtype or device, and for a named backend that cannot run. An id
-    outside its table is a ValueError on the CPU. On a device, where the check would stall, it is undefined, as in
-    F.embedding.
+    outside its table is a ValueError on the CPU. On a device the check would stall: there such a token's y is NaN on
+    backend "triton" (but for elements that dropout makes 0), and the reference does as F.embedding.
     """
     lookup = Lookup(input_ids, word, position, token_type, positions, token_type_ids)
     _check_lookup(lookup)

@@ -28,11 +28,25 @@ from fastlm.ops._autocast import autocast
 __all__ = ["layer_norm", "layer_norm_reference", "rms_norm", "rms_norm_reference"]
 
 
+def normalize(h, weight, bias, eps):
+    """F.layer_norm of h over its last dimension, in h's dtype, for parameters of any floating-point dtype.
+
+    F.layer_norm takes parameters of h's dtype, and on the CPU also float32 ones for a low-precision h. For any others
+    the norm is computed in h's dtype or float32, whichever is wider, and rounded once.
+    """
+    dtypes, shape = {p.dtype for p in (weight, bias) if p is not None}, h.shape[-1:]
+    wide = torch.promote_types(h.dtype, torch.float32)
+    if dtypes <= {h.dtype} or (dtypes == {wide} and h.device.type == "cpu"):
+        return F.layer_norm(h, shape, weight, bias, eps)
+    weight, bias = (None if p is None else p.to(wide) for p in (weight, bias))
+    return F.layer_norm(h.to(wide), shape, weight, bias, eps).to(h.dtype)
+
+
 def layer_norm_reference(x, weight=None, bias=None, *, eps=1e-5, residual=None, dropout_p=0.0, rng=None, site=0):
     """(y, h) in plain differentiable torch, in the dtype of its inputs. Arguments as of `layer_norm`."""
     h = _random.dropout_rows(x, dropout_p, rng, site)
     h = h if residual is None else residual + h
-    return F.layer_norm(h, h.shape[-1:], weight, bias, eps), h
+    return normalize(h, weight, bias, eps), h
 
 
 def rms_norm_reference(x, weight=None, *, eps=1e-5, residual=None, dropout_p=0.0, rng=None, site=0):
@@ -95,7 +109,8 @@ class Gradients(NamedTuple):
 
 
 def empty_forward(args: Args) -> Outputs:
-    x, rows = args.x, args.x.shape[:-1].numel()
+    x = args.x
+    rows = x.numel() // x.shape[-1]  # not torch.Size.numel, which fixes a symbolic length
     return Outputs(
         y=torch.empty_like(x, memory_format=torch.contiguous_format),
         h=torch.empty_like(x, memory_format=torch.contiguous_format) if args.keeps_h else x.new_empty(0),
@@ -199,7 +214,8 @@ def layer_norm(
 
     Args:
         x: (..., cols), floating point, any strides (a unit last one saves a copy).
-        weight, bias: (cols,) or None.
+        weight, bias: (cols,) or None. Any floating-point dtype: they do not promote x, and each gradient has the dtype
+            of its parameter.
         eps: added to the variance.
         residual: like x, or None. If its dtype differs from x's, both are promoted.
         dropout_p: probability of dropping an element of x; the kept ones are scaled by 1/(1-p).

@@ -32,6 +32,7 @@ import torch
 
 from fastlm import philox
 from fastlm.ops import _checks, _registry
+from fastlm.ops._args import SymInt
 from fastlm.ops._labels import IGNORE_INDEX
 
 __all__ = ["MaskedTokens", "mlm_mask", "mlm_mask_reference"]
@@ -60,8 +61,8 @@ def default_capacity(tokens: int, mlm_probability: float, whole_words: bool = Fa
     """Mean + 6σ of the number of selected tokens, rounded up to 128, at most `tokens`. For whole words: `tokens`."""
     if whole_words:  # one draw selects many tokens: the spread is not that of independent ones
         return tokens
-    sigma = math.sqrt(tokens * mlm_probability * (1.0 - mlm_probability))
-    return min(tokens, math.ceil((tokens * mlm_probability + 6.0 * sigma) / 128) * 128)
+    sigma = torch.sym_sqrt(tokens * mlm_probability * (1.0 - mlm_probability))  # math.sqrt fixes a symbolic length
+    return torch.sym_min(tokens, math.ceil((tokens * mlm_probability + 6.0 * sigma) / 128) * 128)
 
 
 def _per_token(value, shape):
@@ -152,7 +153,7 @@ class Args(NamedTuple):
     select_below: int  # floor(p·2^32) of the probabilities
     mask_below: int
     replace_below: int
-    capacity: int
+    capacity: SymInt
 
 
 def empty_outputs(args: Args) -> MaskedTokens:
@@ -175,7 +176,7 @@ _registry.define("mlm_mask", Args, empty_outputs)
 
 
 def _integer(name, value, low, high):
-    if not isinstance(value, int) or not low <= value < high:
+    if not isinstance(value, (int, torch.SymInt)) or not low <= value < high:
         raise ValueError(f"{name}: expected an integer in [{low}, {high}), got {value!r}")
 
 
@@ -299,7 +300,8 @@ def mlm_mask(
     epoch, sample_ids, positions = _check_per_token(input_ids, epoch, sample_ids, positions)
     if capacity is None:
         capacity = default_capacity(input_ids.numel(), mlm_probability, word_starts is not None)
-    _integer("capacity", capacity, 0, 2**63)
+    else:
+        _integer("capacity", capacity, 0, 2**63)
 
     backend = _registry.choose("mlm_mask", backend, input_ids, left_out=left_out)
     input_ids = input_ids.to(torch.int64)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from fastlm.kernels import attention as kernels
@@ -17,8 +19,16 @@ from fastlm.ops.attention import (
     empty_forward,
 )
 
+# Triton reads the variable when it defines a kernel, so when this module imports the kernels.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
 
 def limit(q, **features) -> str | None:
+    if _INTERPRETED and q.dtype == torch.bfloat16:
+        return (
+            "Triton's interpreter holds bfloat16 as 16-bit integers, and its tl.dot multiplies these; "
+            "use float32 or float16, or leave TRITON_INTERPRET unset"
+        )
     return None if q.shape[-1] <= 256 else f"it takes head dimensions up to 256, not {q.shape[-1]}"
 
 
@@ -77,4 +87,10 @@ def attention_bwd(args: BackwardArgs) -> Gradients:
         gradients.dtable if args.table_gradient else None,
         _options(forward),
     )
+    if args.table_gradient and forward.packed and forward.cu_seqlens_q.shape[0] > 1:
+        # The kernel of dtable loops up to max_seqlen. On a device, where the values are not checked, a longer sequence
+        # makes dtable NaN.
+        too_long = forward.cu_seqlens_q.diff().amax() > forward.max_seqlen_q
+        too_long |= forward.cu_seqlens_k.diff().amax() > forward.max_seqlen_k
+        gradients.dtable.masked_fill_(too_long, torch.nan)
     return gradients
