@@ -87,7 +87,10 @@ def pretrain(
         ),
     ] = "auto",
 ) -> None:
-    """Pretrain a model; the finished one lies in OUT/hf, for `AutoModel.from_pretrained`."""
+    """Pretrain a model; the finished one lies in OUT/hf, for `AutoModel.from_pretrained`.
+
+    SIGTERM and Ctrl-C write a checkpoint first; the exit status is then 143 or 130, and the same command resumes.
+    """
     from fastlm.run.recipe import load_recipe
 
     flags = {"train.max_steps": max_steps, "train.seed": seed, "train.dtype": dtype, "data.tokenizer": tokenizer}
@@ -103,6 +106,8 @@ def pretrain(
         raise ValueError("--tokenizer: the data is prepared, with a tokenizer; leave --tokenizer out, or give text")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     result = train.pretrain(chosen, data, out, device=device, resume=resume)
+    if result.stopped_by is not None:
+        sys.exit(128 + result.stopped_by)  # as a shell reports it; `pretrain && next` does not go on without a model
     if result.summary is not None:
         first, final, entropy = (result.summary.get(key) for key in ("first_loss", "final_loss", "unigram_entropy"))
         losses = "no loss" if first is None else f"loss {first:.3f} -> {final:.3f}"  # none: no step predicted a token

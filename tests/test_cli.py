@@ -2,6 +2,7 @@
 
 import io
 import json
+import signal
 import subprocess
 import sys
 
@@ -14,7 +15,10 @@ from fastlm import _malloc, cli
 from fastlm.data import Tokenizer
 from fastlm.fill_mask import fill_mask
 from fastlm.models import Bert, BertConfig
+from fastlm.run import directory
+from fastlm.run.metrics import read_metrics
 from fastlm.run.progress import ProgressLine
+from fastlm.train import loop
 
 
 def run(*arguments):
@@ -178,6 +182,37 @@ def test_plain_progress_says_a_thing_once():
         for done in (1, 2, 2):
             line.update(done, f"{done} of 2")
     assert console.file.getvalue() == "rows 2 of 2\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_is_no_success(number, text, tmp_path, fastlm, monkeypatch):
+    """In its last but one step; a signal in the last step stops nothing."""
+    original = loop.train_step
+
+    def step_and_signal(*arguments, **options):
+        result = original(*arguments, **options)
+        if len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == at:
+            signal.raise_signal(number)
+        return result
+
+    monkeypatch.setattr(loop, "train_step", step_and_signal)
+    at = 10
+    status, out, err = fastlm(*pretrain_arguments(text, tmp_path / "run"))
+    assert (status, out) == (128 + number, "")
+    assert "stopped at step 11; the same command continues after step 11" in err
+    assert (tmp_path / "run" / "checkpoints" / "step-00000011").is_dir()
+    at = 11
+    status, out, err = fastlm(*pretrain_arguments(text, tmp_path / "run"))
+    assert status == 0
+    assert out.startswith("loss ")
+
+
+def test_interrupted_before_training(text, tmp_path, fastlm, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(directory, "open_data", interrupted)
+    assert fastlm(*pretrain_arguments(text, tmp_path / "run"))[0] == 130
 
 
 def test_a_traceback_where_asked_for(tmp_path):

@@ -44,11 +44,16 @@ class Diverged(FloatingPointError):
 
 @dataclass(frozen=True)
 class Result:
-    """How a call of `pretrain` ended: `summary` is what summary.json holds, None where the run was stopped early."""
+    """How a call of `pretrain` ended.
+
+    summary      what summary.json holds; None where the run was stopped early
+    stopped_by   the number of the signal that stopped it; None for a finished run
+    """
 
     out: Path
     step: int
     summary: dict | None
+    stopped_by: int | None = None
 
 
 @dataclass
@@ -72,7 +77,8 @@ def pretrain(recipe: Recipe, data, out, *, device: str = "cpu", resume: str = "a
     resume   "auto": continue from the newest checkpoint in `out`, if there is one; "never": `out` must hold no run;
              a checkpoint's or a run's directory: start a new run in `out` from there; given again, continue that one
 
-    SIGTERM and SIGINT finish the step, write a checkpoint and return; a second one ends the process.
+    SIGTERM and SIGINT finish the step, write a checkpoint and return, with `Result.stopped_by`; a second one ends the
+    process.
     ValueError where data, checkpoints or `out` do not fit the recipe. `Diverged` after ten steps in a row without
     finite gradients; none of them was applied, and checkpoints are from before.
     """
@@ -150,7 +156,7 @@ class _Run:
                         self.model, self.optimizer, moved, lr=lr, grad_clip=table.grad_clip, dtype=self.dtype
                     )
                     launched.append(_Launched(step + 1, micros, lr, result))
-                    last = stop.is_set() or step + 1 == table.max_steps
+                    last = bool(stop) or step + 1 == table.max_steps
                     due = last or (table.checkpoint_every and (step + 1) % table.checkpoint_every == 0)
                     # The host looks at a step of a GPU while the next one runs, so that the GPU never waits for it.
                     while len(launched) > (self.device.type == "cuda" and not due):
@@ -165,7 +171,7 @@ class _Run:
                 self.line.note(
                     f"stopped at step {self.counters.step}; the same command continues after step {self.saved}"
                 )
-                return Result(self.out, self.counters.step, None)
+                return Result(self.out, self.counters.step, None, stop[0])
         return Result(self.out, self.counters.step, self._finish())
 
     def _report(self, step: _Launched) -> None:
@@ -305,12 +311,12 @@ def _ahead(task: Task, micro_count: int, start: int, stop: int) -> Iterator[tupl
 
 
 @contextmanager
-def _stop_signal() -> Iterator[threading.Event]:
-    """An event that SIGTERM and SIGINT set; the second of them does what it did before."""
-    stop, before = threading.Event(), {}
+def _stop_signal() -> Iterator[list[int]]:
+    """A list to which SIGTERM and SIGINT add their numbers; the second of the same does what it did before."""
+    stop, before = [], {}
 
     def on_signal(number, frame):
-        stop.set()
+        stop.append(number)
         signal.signal(number, before[number])
 
     if threading.current_thread() is threading.main_thread():
