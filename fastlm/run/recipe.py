@@ -186,7 +186,7 @@ class Recipe:
         values = {}
         for setting in settings:
             name, equals, text = setting.partition("=")
-            if not equals:
+            if not equals or not name.strip():
                 raise ValueError(f"--set: expected key=value, as train.lr=1e-3, got {setting!r}")
             values[name.strip()] = _value(text.strip())
         return self.with_values(values)

@@ -201,17 +201,16 @@ class _Run:
         )
         self.pace.append(seconds)
         pace, steps = sum(self.pace) / len(self.pace), self.recipe.train.max_steps
-        text = [
+        fields = [  # on a narrow terminal the last ones are left out
             f"step {step.number}/{steps}",
             f"loss {loss:.3f}",
             f"{tokens / pace:,.0f} tokens/s",
+            f"ETA {duration((steps - step.number) * pace)}",
+            *([f"{counters.skipped} skipped"] if counters.skipped else []),
             f"MFU {'n/a' if mfu is None else f'{100 * mfu:.0f}%'}",
             f"lr {step.lr:.1e}",
-            f"ETA {duration((steps - step.number) * pace)}",
         ]
-        if counters.skipped:
-            text.append(f"{counters.skipped} skipped")
-        self.line.update(step.number, "  ".join(text))
+        self.line.update(step.number, fields)
         if counters.streak == min(PATIENCE, steps):
             newest, _ = load_newest(self.out / runs.CHECKPOINTS)
             kept = "there is no checkpoint yet" if newest is None else f"the newest checkpoint is {newest.path}"
