@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from itertools import pairwise
 from pathlib import Path
 
@@ -101,6 +102,10 @@ def test_set_reaches_every_key_with_its_type():
             "model.attention_probs_dropout_prob: expected 0 or at least 1/256",
         ),
         ("model.hidden_size=0", "model.hidden_size: expected a positive integer, got 0"),
+        ("model.hidden_size=1000000000", "model.hidden_size: expected at most 268435456, got 1000000000"),
+        ("model.num_hidden_layers=100000", "model.num_hidden_layers: expected at most 10000, got 100000"),
+        ("model.hidden_dropout_prob=1.0", "model.hidden_dropout_prob: expected less than 1"),
+        ("model.attention_probs_dropout_prob=1", "model.attention_probs_dropout_prob: expected less than 1"),
         ("model.hidden_act=relu", "model.hidden_act: expected one of 'gelu'"),
         ("model.vocab_size=9", "model.vocab_size: there is no such key"),
         (
@@ -418,6 +423,48 @@ def test_a_run_shorter_than_the_patience_diverges_too(data, tmp_path, monkeypatc
     with pytest.raises(Diverged, match=r"of 3 steps in a row, up to step 3, .*; there is no checkpoint yet"):
         pretrain(small(train__max_steps=3), data, tmp_path)
     assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize("steps", [2, 5, 9])
+def test_a_rate_that_destroys_the_model_fails(steps, data, tmp_path):
+    """The first step is applied, and no other has finite gradients: no model is written."""
+    recipe = small(train__lr=1e30, train__warmup_steps=0, train__max_steps=steps)
+    with pytest.raises(
+        Diverged, match=rf"{steps - 1} of {steps} steps.* were not finite.*a lower train.lr than 1e\+30"
+    ):
+        pretrain(recipe, data, tmp_path)
+    assert not (tmp_path / "hf").exists()
+    assert not (tmp_path / "summary.json").exists()
+
+
+@pytest.mark.parametrize(("warmup", "warned"), [(2, False), (3, True), (4, True)])
+def test_a_warm_up_that_never_ends_is_said(warmup, warned, data, tmp_path):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pretrain(small(train__warmup_steps=warmup, train__max_steps=3), data, tmp_path)
+    said = [str(w.message) for w in caught if "warmup" in str(w.message)]
+    assert bool(said) is warned
+    assert not warned or said == [
+        f"train.warmup_steps: expected fewer than train.max_steps=3, got {warmup}; the learning rate only rises, and "
+        "the schedule after the peak is not used"
+    ]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model__hidden_size": 2**26},
+        {"model__intermediate_size": 2**28, "model__hidden_size": 1024},
+        {"model__num_hidden_layers": 10_000, "model__hidden_size": 1024, "model__intermediate_size": 4096},
+    ],
+)
+def test_a_model_beyond_the_memory_is_refused_before_anything_is_made(settings, data, tmp_path):
+    recipe = small(**settings)
+    with pytest.raises(
+        ValueError, match=r"^model: .* fits into the memory of cpu, got [\d,]+ parameters, .* GB of the"
+    ):
+        pretrain(recipe, data, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_loss_of_a_step_without_predictions_is_null(data, tmp_path):

@@ -13,11 +13,12 @@ import shutil
 import signal
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ import fastlm
 from fastlm.chip import chip_name, parse_device, peak_flops
 from fastlm.data import Dataset
 from fastlm.models import Counts
+from fastlm.models._size import TRAINED, check_memory
 from fastlm.run import directory as runs
 from fastlm.run.checkpoint import load_newest, restore, save_checkpoint
 from fastlm.run.metrics import MetricsFile, first_and_final_loss, plot_loss, read_metrics
@@ -79,14 +81,31 @@ def pretrain(recipe: Recipe, data, out, *, device: str = "cpu", resume: str = "a
 
     SIGTERM and SIGINT finish the step, write a checkpoint and return, with `Result.stopped_by`; a second one ends the
     process.
-    ValueError where data, checkpoints or `out` do not fit the recipe. `Diverged` after ten steps in a row without
-    finite gradients; none of them was applied, and checkpoints are from before.
+    ValueError where data, checkpoints or `out` do not fit the recipe, or the model not into memory. `Diverged` after
+    ten steps in a row without finite gradients, or at the end where half of the run had none; none of them was
+    applied, and checkpoints are from before.
     """
     out, device = Path(out), parse_device(device)
+    _check_size(recipe, device, vocab_size=8)  # before text is prepared; its vocabulary is not known yet
+    if recipe.train.warmup_steps >= recipe.train.max_steps:
+        warnings.warn(
+            f"train.warmup_steps: expected fewer than train.max_steps={recipe.train.max_steps}, got "
+            f"{recipe.train.warmup_steps}; the learning rate only rises, and the schedule after the peak is not used",
+            stacklevel=2,
+        )
     with runs.alone_in(out):
         start = runs.find_start(recipe, out, resume)
         dataset = runs.open_data(recipe, data, out, start.checkpoint)
         return _Run(recipe, dataset, out, device, start).train()
+
+
+def _check_size(recipe: Recipe, device: torch.device, vocab_size: int) -> None:
+    """ValueError where the model does not fit: its weights into the host's memory, and its training into `device`'s."""
+    cls = find_task(recipe.task).model_class(recipe.model.model_type)
+    config = replace(recipe.model, vocab_size=vocab_size, pad_token_id=None)
+    if device.type != "cpu":
+        check_memory(cls, config, torch.device("cpu"), 4, "weights")
+    check_memory(cls, config, device, TRAINED, "weights, gradients and AdamW moments")
 
 
 class _Launched:
@@ -116,6 +135,7 @@ class _Run:
         self.recipe, self.dataset, self.out, self.device = recipe, dataset, out, device
         self.dtype = getattr(torch, recipe.train.dtype)
         self.task = find_task(recipe.task)(recipe, dataset, device)
+        _check_size(recipe, device, dataset.tokenizer.vocab_size)
         model = make_model(recipe, dataset.tokenizer.vocab_size, dataset.tokenizer.pad_id)
         self.task.initialize(model)
         self.model = model.to(device).train()
@@ -172,6 +192,8 @@ class _Run:
                     f"stopped at step {self.counters.step}; the same command continues after step {self.saved}"
                 )
                 return Result(self.out, self.counters.step, None, stop[0])
+        if 2 * self.counters.skipped >= table.max_steps:
+            raise self._diverged(f"{self.counters.skipped} of {table.max_steps} steps")
         return Result(self.out, self.counters.step, self._finish())
 
     def _report(self, step: _Launched) -> None:
@@ -212,14 +234,16 @@ class _Run:
         ]
         self.line.update(step.number, fields)
         if counters.streak == min(PATIENCE, steps):
-            newest, _ = load_newest(self.out / runs.CHECKPOINTS)
-            kept = "there is no checkpoint yet" if newest is None else f"the newest checkpoint is {newest.path}"
-            raise Diverged(
-                f"the gradients of {counters.streak} steps in a row, up to step {step.number}, were not finite, and "
-                f"none was applied; {kept}. "
-                f"Try a lower train.lr than {self.recipe.train.lr:g}, or more than "
-                f"{self.recipe.train.warmup_steps} train.warmup_steps"
-            )
+            raise self._diverged(f"{counters.streak} steps in a row, up to step {step.number},")
+
+    def _diverged(self, steps: str) -> Diverged:
+        newest, _ = load_newest(self.out / runs.CHECKPOINTS)
+        kept = "there is no checkpoint yet" if newest is None else f"the newest checkpoint is {newest.path}"
+        return Diverged(
+            f"the gradients of {steps} were not finite, and none was applied; {kept}. "
+            f"Try a lower train.lr than {self.recipe.train.lr:g}, or more than "
+            f"{self.recipe.train.warmup_steps} train.warmup_steps"
+        )
 
     def _save(self) -> None:
         self.metrics.sync()
