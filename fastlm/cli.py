@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 import warnings
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.core import TyperGroup
 
 from fastlm import _malloc
+from fastlm.terminal import width_of, wrap
+
+_FINE_TUNING = "fine-tune a finished model in Python: load OUT/hf with Transformers and call fastlm.patch"
+_ELSEWHERE = dict.fromkeys(("finetune", "fine-tune", "fine_tune", "sft"), _FINE_TUNING)  # no commands of fastlm's
+
+
+class _Commands(TyperGroup):
+    """Subcommands, and an error of one line for a name that is none: Typer would take "finetune" for "tune"."""
+
+    def resolve_command(self, ctx, args):
+        name = args[0]
+        if name.startswith("-") or name in self.commands:
+            return super().resolve_command(ctx, args)
+        near = difflib.get_close_matches(name, self.commands, cutoff=0.75)
+        hint = _ELSEWHERE.get(name) or (f"did you mean {' or '.join(near)}?" if near else "see fastlm --help")
+        raise ValueError(f"command: expected one of {', '.join(self.commands)}, got {name!r}; {hint}")
+
 
 app = typer.Typer(
+    cls=_Commands,
     help="Pretrain Transformer language models on fused kernels.",
     no_args_is_help=True,
     add_completion=False,
@@ -60,12 +80,12 @@ def prepare(
 
     dataset = prepare_with_progress(data, tokenizer, out, row_tokens=row_tokens, documents=documents)
     report = dataset.manifest["report"]
-    typer.echo(
+    _say(
         f"{out}: {dataset.rows:,} rows of {dataset.row_tokens} tokens from {report['kept']:,} of {report['read']:,} "
         f"documents; vocabulary {dataset.tokenizer.vocab_size:,}, unigram entropy {dataset.unigram_entropy:.3f} nats"
     )
     for reason, entry in report["set_aside"].items():
-        typer.echo(f"  set aside: {entry['count']:,} {reason} (first: {entry['first'][0]})")
+        _say(f"  set aside: {entry['count']:,} {reason} (first: {entry['first'][0]})")
 
 
 @app.command()
@@ -87,7 +107,10 @@ def pretrain(
         ),
     ] = "auto",
 ) -> None:
-    """Pretrain a model; the finished one lies in OUT/hf, for `AutoModel.from_pretrained`."""
+    """Pretrain a model; the finished one lies in OUT/hf, for `AutoModel.from_pretrained`.
+
+    SIGTERM and Ctrl-C write a checkpoint first; the exit status is then 143 or 130, and the same command resumes.
+    """
     from fastlm.run.recipe import load_recipe
 
     flags = {"train.max_steps": max_steps, "train.seed": seed, "train.dtype": dtype, "data.tokenizer": tokenizer}
@@ -103,11 +126,15 @@ def pretrain(
         raise ValueError("--tokenizer: the data is prepared, with a tokenizer; leave --tokenizer out, or give text")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     result = train.pretrain(chosen, data, out, device=device, resume=resume)
+    if result.stopped_by is not None:
+        sys.exit(128 + result.stopped_by)  # as a shell reports it; `pretrain && next` does not go on without a model
     if result.summary is not None:
         first, final, entropy = (result.summary.get(key) for key in ("first_loss", "final_loss", "unigram_entropy"))
-        losses = "no loss" if first is None else f"loss {first:.3f} -> {final:.3f}"  # none: no step predicted a token
+        losses = "no loss" if first is None else f"loss {first:.3f}"  # none: no step predicted a token
+        if first != final:
+            losses += f" -> {final:.3f}"
         level = "" if entropy is None else f" (unigram entropy {entropy:.3f})"
-        typer.echo(f"{losses}{level}; the model is in {out / 'hf'}")
+        _say(f"{losses}{level}; the model is in {out / 'hf'}")
 
 
 @app.command()
@@ -192,6 +219,11 @@ def tune(
     typer.echo(f"{sum(map(len, found.values()))} configurations: {out}")
 
 
+def _say(text: str, stream=None) -> None:
+    stream = stream or sys.stdout
+    print(wrap(text, width_of(stream)), file=stream)
+
+
 def _repeat_options(arguments: list[str]) -> list[str]:
     """`--data a b` as `--data a --data b`, which is what click knows. ValueError where no value follows."""
     out, several = [], None
@@ -213,7 +245,7 @@ def main() -> None:
     """Run the command line. What a user can mend is one line, `error: ...`, and exit status 2."""
     arguments = sys.argv[1:]
     _malloc.tune()
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_: _say(f"warning: {message}", sys.stderr)
     try:
         app(_repeat_options(arguments))
     except (ValueError, OSError, FloatingPointError) as error:
@@ -223,5 +255,5 @@ def main() -> None:
 
 
 def _fail(error: Exception) -> int:
-    print(f"error: {error}", file=sys.stderr)
+    _say(f"error: {error}", sys.stderr)
     return 2

@@ -33,10 +33,11 @@ def demo(
     least_steps: int = LEAST_STEPS,
     corpus_bytes: int = CORPUS_BYTES,
     rounds: int = 5,
-) -> dict | None:
+) -> dict:
     """Run it all with `recipe`, its max_steps and warmup_steps set so that training takes `seconds`.
 
-    The summary of the run, None where it was stopped by a signal; see `judge` for what it must have reached.
+    The summary of the run; see `judge` for what it must have reached. SystemExit where a signal stopped it: 128 + its
+    number.
     """
     from fastlm.bench.compare import compare_steps, table
     from fastlm.bench.steps import from_dataset
@@ -62,9 +63,9 @@ def demo(
     else:
         recipe = started
     result = pretrain(recipe, out / DATA, out)
-    if result.summary is None:
+    if result.stopped_by is not None:
         say("Stopped; the same command continues the run.")
-        return None
+        sys.exit(128 + result.stopped_by)
     summary = result.summary
     first, final, entropy = summary["first_loss"], summary["final_loss"], summary["unigram_entropy"]
     say(f"\nloss {first:.2f} -> {final:.2f} nats after {summary['tokens'] / 1e3:.0f}k tokens")
@@ -151,10 +152,9 @@ def main() -> None:
         summary = demo(arguments.out, seconds=arguments.seconds, recipe=replace(load_recipe("bert-mini"), name="demo"))
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
-    if summary is not None:
-        good, verdict = judge(summary)
-        if not good:
-            sys.exit(f"error: {verdict}")
+    good, verdict = judge(summary)
+    if not good:
+        sys.exit(f"error: {verdict}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from bert_models import TINY, Batch, make_bert
 from models import same_state, same_weights
 from safetensors.torch import load_file, save_file
 
-from fastlm.models import Bert, BertConfig
+from fastlm.models import GPT2, T5, Bert, BertConfig, GPT2Config, T5Config
+from fastlm.models._size import parameter_count
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -134,7 +135,8 @@ def test_save_is_atomic(tmp_path, monkeypatch):
 def test_a_save_sweeps_what_a_killed_one_left(tmp_path):
     code = """
 import os, signal, sys
-from fastlm.models import Bert, BertConfig
+from fastlm.models import T5, Bert, BertConfig, GPT2, GPT2Config, T5Config
+from fastlm.models._size import parameter_count
 class Killed:
     def save(self, directory):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -216,3 +218,36 @@ def test_missing_shard_and_directory(tmp_path):
         Bert.from_pretrained(tmp_path, dtype=torch.int8)
     with pytest.raises(ValueError, match=r"expected a directory with config.json.*google-bert/bert-base-uncased"):
         Bert.from_pretrained("google-bert/bert-base-uncased")
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"num_hidden_layers": 1_000_000}, "num_hidden_layers: expected at most 10000, got 1000000"),
+        ({"hidden_size": 10**9}, "hidden_size: expected at most 268435456, got 1000000000"),
+        ({"hidden_size": 2**24}, "model: expected one that fits into the memory of cpu, got "),
+        ({"vocab_size": 2**28, "hidden_size": 2**20}, "model: expected one that fits into the memory of cpu, got "),
+    ],
+)
+def test_a_size_that_cannot_be_is_refused_at_once(entries, message, tmp_path):
+    """Nothing is allocated: the parameters are counted first."""
+    config = BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    Bert(config).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
+    with pytest.raises(ValueError, match=f"^{message}"):
+        Bert.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model", "config"),
+    [
+        (Bert, BertConfig(num_hidden_layers=3)),
+        (GPT2, GPT2Config(n_layer=4)),
+        (T5, T5Config(num_layers=2, num_decoder_layers=5)),
+        (T5, T5Config(num_layers=3)),
+    ],
+)
+def test_parameters_are_counted_without_the_model(model, config):
+    want = sum(p.numel() for p in model(config, device="meta").parameters())
+    assert parameter_count(model, config) == want

@@ -199,6 +199,12 @@ def test_resume_from_a_named_checkpoint_starts_another_run(run, text, tmp_path):
         pretrain(small(), text, run, resume=str(run / "checkpoints" / "step-00000008"))
     with pytest.raises(ValueError, match="expected auto, never, or a checkpoint's or a run's directory"):
         pretrain(small(), text, tmp_path / "nowhere", resume=str(tmp_path / "missing"))
+    with pytest.raises(
+        ValueError, match=r"has another recipe: train\.lr is 0\.001.*only train\.checkpoint_every"
+    ) as raised:
+        pretrain(small(train__lr=1e-3), text, tmp_path / "nowhere", resume=str(run))
+    assert "name another directory" not in str(raised.value)  # one was named
+    assert "load OUT/hf of the finished run" in str(raised.value)
     assert not (tmp_path / "nowhere").exists()
 
 

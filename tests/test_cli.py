@@ -2,6 +2,8 @@
 
 import io
 import json
+import re
+import signal
 import subprocess
 import sys
 
@@ -14,7 +16,10 @@ from fastlm import _malloc, cli
 from fastlm.data import Tokenizer
 from fastlm.fill_mask import fill_mask
 from fastlm.models import Bert, BertConfig
+from fastlm.run import directory
+from fastlm.run.metrics import read_metrics
 from fastlm.run.progress import ProgressLine
+from fastlm.train import loop
 
 
 def run(*arguments):
@@ -176,8 +181,111 @@ def test_plain_progress_says_a_thing_once():
     console = Console(file=io.StringIO(), force_terminal=False)
     with ProgressLine("rows", 2, console) as line:
         for done in (1, 2, 2):
-            line.update(done, f"{done} of 2")
+            line.update(done, [f"{done} of 2"])
     assert console.file.getvalue() == "rows 2 of 2\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_is_no_success(number, text, tmp_path, fastlm, monkeypatch):
+    """In its last but one step; a signal in the last step stops nothing."""
+    original = loop.train_step
+
+    def step_and_signal(*arguments, **options):
+        result = original(*arguments, **options)
+        if len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == at:
+            signal.raise_signal(number)
+        return result
+
+    monkeypatch.setattr(loop, "train_step", step_and_signal)
+    at = 10
+    status, out, err = fastlm(*pretrain_arguments(text, tmp_path / "run"))
+    assert (status, out) == (128 + number, "")
+    assert "stopped at step 11; the same command continues after step 11" in err
+    assert (tmp_path / "run" / "checkpoints" / "step-00000011").is_dir()
+    at = 11
+    status, out, err = fastlm(*pretrain_arguments(text, tmp_path / "run"))
+    assert status == 0
+    assert out.startswith("loss ")
+
+
+def test_interrupted_before_training(text, tmp_path, fastlm, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(directory, "open_data", interrupted)
+    assert fastlm(*pretrain_arguments(text, tmp_path / "run"))[0] == 130
+
+
+FIELDS = ["step 640/1000", "loss 6.413", "12,345 tokens/s", "ETA 3:05", "2 skipped", "MFU n/a", "lr 1.0e-03"]
+
+
+@pytest.mark.parametrize(("width", "shown"), [(60, 2), (80, 4), (90, 5), (140, 7)])
+def test_the_bar_stays_on_a_narrow_terminal(width, shown):
+    """One line with the bar, and as many fields as fit, the first ones first."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=width, legacy_windows=False, _environ={})
+    with ProgressLine("bert-mini", 1000, console) as line:
+        line.update(640, FIELDS)
+        line._bar.refresh()
+        (text,) = (t for t in ANSI.sub("", console.file.getvalue()).replace("\r", "\n").split("\n") if "640" in t)
+    assert len(text.rstrip()) <= width
+    assert "━━━━" in text
+    assert text.rstrip().endswith("  ".join(FIELDS[:shown]))
+
+
+ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+def test_notes_break_between_words():
+    """On a terminal alone: a log keeps its lines whole."""
+    text = "small: 0.05 M parameters; 1,234 rows of 128 tokens, vocabulary 8,192, in /a/path/of/more/than/40/columns/x"
+    for live, lines in ((True, 4), (False, 1)):
+        console = Console(file=io.StringIO(), force_terminal=live, width=30, highlight=False, _environ={})
+        ProgressLine("rows", 2, console).note(text)
+        found = console.file.getvalue().splitlines()
+        assert " ".join(found) == text
+        assert len(found) >= lines
+        assert not live or all(len(line) <= 30 or " " not in line for line in found)
+
+
+def test_messages_break_between_words(monkeypatch, fastlm, tmp_path):
+    monkeypatch.setattr(cli, "width_of", lambda stream: 40)
+    _, _, err = fastlm("fill-mask", "--model", tmp_path / "none", "a [MASK]")
+    assert " ".join(err.split()).startswith("error: model: expected a directory, as OUT/hf after")
+    assert all(len(line) <= 40 or " " not in line for line in err.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("finetune", "fine-tune a finished model in Python: load OUT/hf"),
+        ("pretain", "did you mean pretrain?"),
+        ("train", "did you mean pretrain?"),
+        ("filmask", "did you mean fill-mask?"),
+        ("bake", "see fastlm --help"),
+    ],
+)
+def test_unknown_commands(name, hint, fastlm):
+    status, out, err = fastlm(name, "bert-mini")
+    assert (status, out) == (2, "")
+    assert err.startswith("error: command: expected one of info, prepare, pretrain, recipe, fill-mask, profile, tune")
+    assert f"got '{name}'; {hint}" in err
+    assert "mean tune" not in err
+
+
+def test_short_runs_print_their_loss_once(text, tmp_path, fastlm):
+    for steps, pattern in ((1, r"loss \d\.\d{3} \("), (2, r"loss (\d\.\d{3}) -> (?!\1)\d\.\d{3} \(")):
+        settings = [f"train.max_steps={steps}", "train.warmup_steps=0"]
+        _, out, _ = fastlm(*pretrain_arguments(text, tmp_path / str(steps), *settings))
+        assert re.match(pattern, out), out
+
+
+def test_the_directory_of_a_run_is_no_model(tmp_path, fastlm):
+    tokenizer = Tokenizer.train(lambda: ["the cat sat on the mat"] * 9, 30)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    Bert(BertConfig(vocab_size=tokenizer.vocab_size, **sizes)).save_pretrained(tmp_path / "hf", tokenizer)
+    status, _, err = fastlm("fill-mask", "--model", tmp_path, "a [MASK]")
+    assert status == 2
+    assert err.endswith(f"it is the directory of a run, whose model is in {tmp_path / 'hf'}\n")
 
 
 def test_a_traceback_where_asked_for(tmp_path):

@@ -2,6 +2,7 @@
 
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -123,6 +124,90 @@ def test_drawn_sample_ids(tokenizer):
     assert not torch.equal(first, second)
 
 
+def test_seed_repeats(tokenizer):
+    """Two collators of one seed: the same masks call by call, whatever torch's generator has drawn."""
+    examples = rows(tokenizer, [40, 40])
+    one, two = (DataCollatorForLanguageModeling(tokenizer, seed=42) for _ in range(2))
+    torch.manual_seed(1)
+    first = [one(examples) for _ in range(3)]
+    torch.manual_seed(2)
+    for batch in first:
+        again = two(examples)
+        assert torch.equal(again["labels"], batch["labels"])
+        assert torch.equal(again["input_ids"], batch["input_ids"])
+    assert len({tuple(batch["labels"].flatten().tolist()) for batch in first}) == 3
+    state = torch.get_rng_state()
+    other = DataCollatorForLanguageModeling(tokenizer, seed=43)(examples)["labels"]
+    assert not torch.equal(other, first[0]["labels"])
+    assert torch.equal(torch.get_rng_state(), state)  # nothing is drawn from it
+    assert torch.equal(pickle.loads(pickle.dumps(one))(examples)["labels"], one(examples)["labels"])
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_seed_repeats_in_workers(persistent, tokenizer):
+    """Every worker and every pass has other masks; a second collator makes the same ones again."""
+    examples = rows(tokenizer, [20] * 2) * 4
+
+    def passes():
+        collate = DataCollatorForLanguageModeling(tokenizer, pad_to_multiple_of=64, seed=42)
+        loader = torch.utils.data.DataLoader(
+            Rows(examples), batch_size=2, collate_fn=collate, num_workers=2, persistent_workers=persistent
+        )
+        return [batch["labels"] for _ in range(2) for batch in loader]
+
+    first, second = passes(), passes()
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert len({tuple(labels.flatten().tolist()) for labels in first}) == 8
+
+
+@pytest.mark.parametrize("mlm", [True, False])
+def test_numpy(mlm, tokenizer):
+    """The same numbers as torch's, of Transformers' keys and dtypes; for the collator, or for one call."""
+    examples = [{**row, "sample_id": i} for i, row in enumerate(rows(tokenizer))]
+    theirs = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=mlm, return_tensors="np")(rows(tokenizer))
+    collate = DataCollatorForLanguageModeling(tokenizer, mlm=mlm)
+    if not mlm:
+        examples = rows(tokenizer)
+    want = collate(examples)
+    ours = DataCollatorForLanguageModeling(tokenizer, mlm=mlm, return_tensors="np")
+    for got in (ours(examples), collate(examples, return_tensors="np")):
+        assert got.keys() == want.keys() == theirs.keys()
+        for key, value in got.items():
+            assert isinstance(value, np.ndarray)
+            assert (value.shape, value.dtype) == (theirs[key].shape, theirs[key].dtype)
+            np.testing.assert_array_equal(value, want[key].numpy())
+    assert isinstance(ours(examples, return_tensors="pt")["labels"], torch.Tensor)
+
+
+def test_no_probability_without_masks(tokenizer):
+    """mlm=False reads no mlm_probability, as in Transformers."""
+    for p in (None, 2.0):
+        want = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False, mlm_probability=p)(rows(tokenizer))
+        got = DataCollatorForLanguageModeling(tokenizer, mlm=False, mlm_probability=p)(rows(tokenizer))
+        assert torch.equal(got["labels"], want["labels"])
+    for p in (None, 2.0):
+        with pytest.raises(ValueError, match=r"mlm_probability: expected a probability"):
+            DataCollatorForLanguageModeling(tokenizer, mlm_probability=p)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_an_end_of_text_that_is_the_padding_token(side):
+    """A label where the rows' attention_mask says that it is real; without one, as in Transformers, it is none."""
+    gpt2 = transformers.GPT2Tokenizer(vocab={"a": 0, "b": 1, "<|endoftext|>": 2}, merges=[], padding_side=side)
+    gpt2.pad_token = "<|endoftext|>"
+    collate = DataCollatorForLanguageModeling(gpt2, mlm=False)
+    ids = [[0, 1, 2], [1, 2, 0, 1, 2]]
+    masked = collate([{"input_ids": row, "attention_mask": [1] * len(row)} for row in ids])
+    padding = [-100, -100]
+    short = [*padding, 0, 1, 2] if side == "left" else [0, 1, 2, *padding]
+    assert masked["labels"].tolist() == [short, [1, 2, 0, 1, 2]]
+    padded = collate([{"input_ids": [0, 2, 2, 2, 2], "attention_mask": [1, 1, 0, 0, 0]}])
+    assert padded["labels"].tolist() == [[0, 2, -100, -100, -100]]
+    theirs = transformers.DataCollatorForLanguageModeling(gpt2, mlm=False)
+    for bare in (ids, [{"input_ids": row} for row in ids]):
+        assert torch.equal(collate(bare)["labels"], theirs(bare)["labels"])
+
+
 def words_of(row, tokenizer):
     """The words of a row of ids, as lists of columns."""
     out = []
@@ -198,7 +283,7 @@ def test_no_advice_about_padding(tokenizer, caplog):
 
 def test_errors(tokenizer):
     for arguments, message in (
-        ({"return_tensors": "np"}, r'return_tensors: expected "pt", got \'np\''),
+        ({"return_tensors": "tf"}, r'return_tensors: expected "pt" or "np", got \'tf\''),
         ({"mlm": False, "whole_word_mask": True}, "whole_word_mask: expected False with mlm=False"),
         ({"mlm_probability": 1.5}, r"mlm_probability: expected a probability in \[0, 1\], got 1.5"),
         ({"mask_replace_prob": None}, r"mask_replace_prob: expected a probability in \[0, 1\], got None"),
@@ -210,8 +295,8 @@ def test_errors(tokenizer):
     collate = DataCollatorForLanguageModeling(tokenizer)
     with pytest.raises(ValueError, match="epoch: expected an integer from 0"):
         collate.set_epoch(-1)
-    with pytest.raises(ValueError, match=r'return_tensors: expected "pt"'):
-        collate(rows(tokenizer), return_tensors="np")
+    with pytest.raises(ValueError, match=r'return_tensors: expected "pt" or "np"'):
+        collate(rows(tokenizer), return_tensors="jax")
     mixed = rows(tokenizer)
     mixed[0]["sample_id"] = 1
     with pytest.raises(ValueError, match="sample_id: expected in every row or in none, got it in 1 of 3"):

@@ -40,6 +40,16 @@ def test_a_directory_is_read_in_the_order_of_its_paths(tmp_path):
     }
 
 
+@pytest.mark.parametrize("name", ["a.csv", "a.TSV", "a.parquet", "a.xlsx"])
+def test_a_table_is_no_prose(name, tmp_path):
+    (tmp_path / name).write_text("id,text\n1,hello\n")
+    with pytest.raises(ValueError, match=rf"data: expected text, got .*{name}, which is a table; .* JSON lines"):
+        read([tmp_path / name])
+    (tmp_path / "b.txt").write_text("prose")
+    (tmp_path / "notes").write_text("prose of no suffix")
+    assert [place for place, _ in read([tmp_path, tmp_path / "notes"])[0]] == [f"{tmp_path.name}/b.txt", "notes"]
+
+
 def test_what_a_document_is(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"one\ntwo\r\n\n \n\nthree\nfour\n\n")

@@ -1,13 +1,14 @@
 """The demo, at a small size."""
 
 import json
+import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from training import small
 
-from fastlm import demo
+from fastlm import demo, train
 from fastlm.bench import compare
 from fastlm.run.metrics import read_metrics
 
@@ -96,6 +97,15 @@ def test_a_finished_demo_is_known_until_nothing_of_it_is_left(tmp_path, monkeypa
     assert demo._stopped_demo(tmp_path, said.append) is None
     assert [line.split(":")[0] for line in said] == ["Starting anew"] * 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl", "data"]
+
+
+def test_a_stopped_demo_is_no_success(run_demo, monkeypatch, capsys):
+    result = train.Result(Path("out"), 3, None, signal.SIGTERM)
+    monkeypatch.setattr(train, "pretrain", lambda *_: result)
+    with pytest.raises(SystemExit) as exit:
+        run_demo()
+    assert exit.value.code == 143
+    assert "the same command continues the run" in capsys.readouterr().out
 
 
 def test_demo_replaces_no_other_run(run_demo, tmp_path):

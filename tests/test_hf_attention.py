@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 import transformers
-from hf_models import VOCABULARY, Batch, make, patched, run
+from hf_models import FAMILIES, VOCABULARY, Batch, make, patched, run
 
 import fastlm
 
@@ -87,11 +87,94 @@ def test_a_decoder_made_an_encoder():
     torch.testing.assert_close(ours(ids, attention_mask=real).logits, want, rtol=1e-4, atol=1e-4)
 
 
+def weights_equal(got, want, batch, name):
+    """Every kind of weights that Transformers returns, and everything else; rows of padding are left out."""
+    assert got.keys() == want.keys()
+    kinds = [key for key in want if key.endswith("attentions")]
+    assert kinds
+    for key in kinds:
+        assert len(got[key]) == len(want[key])
+        if not want[key]:
+            assert key == "cross_attentions"  # of a model without an encoder
+            continue
+        queries = torch.ones(len(batch.labels), want[key][0].shape[2], dtype=torch.bool)
+        if want[key][0].shape[2] == batch.real.shape[1] and not (name.startswith("t5") and key != "encoder_attentions"):
+            queries = batch.real
+        for ours, theirs in zip(got[key], want[key]):
+            rows = queries[:, None].expand(ours.shape[:3])
+            torch.testing.assert_close(ours[rows], theirs[rows], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(batch.real_logits(got.logits), batch.real_logits(want.logits), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("name", [*FAMILIES, "bert-causal"])
+def test_attention_weights(name, side):
+    """output_attentions=True: what Transformers' eager path returns, by argument or configuration, and a warning."""
+    if name == "distilbert" and side == "left":
+        pytest.skip("distilbert takes no position_ids")
+    model, batch = make(name).eval(), Batch(name, side=side)
+    inputs = {**batch.inputs, "labels": batch.labels} if name.startswith("t5") else batch.inputs
+    want = model(**inputs, output_attentions=True)
+    ours = patched(model)
+    with pytest.warns(UserWarning, match="output_attentions=True runs on Transformers' eager attention"):
+        weights_equal(ours(**inputs, output_attentions=True), want, batch, name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "attentions" not in ours(**inputs)  # and it does not stay
+    model.config.output_attentions = True
+    by_config = patched(model)
+    if not name.startswith("t5"):  # its stacks have configurations of their own, as in Transformers
+        with pytest.warns(UserWarning, match="output_attentions=True"):
+            weights_equal(by_config(**inputs), want, batch, name)
+
+
+def test_attention_weights_train_with_the_fused_loss():
+    model, batch = make("bert"), Batch("bert")
+    ours = patched(model, fused_loss=True)
+    want = model(**batch.inputs, labels=batch.labels, output_attentions=True)
+    with pytest.warns(UserWarning, match="output_attentions=True"):
+        got = ours(**batch.inputs, labels=batch.labels, output_attentions=True)
+    assert got.logits is None
+    assert len(got.attentions) == len(want.attentions) == 2
+    want.loss.backward()
+    got.loss.backward()
+    for (name, p), q in zip(model.named_parameters(), ours.parameters()):
+        if p.grad is not None:
+            torch.testing.assert_close(q.grad, p.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5-gated", "llama"])
+def test_attention_weights_of_generated_tokens(name):
+    """One query a step, with a cache."""
+    model, batch = make(name).eval(), Batch(name, side="left", lengths=(5, 3, 8))
+    batch.inputs.pop("position_ids", None)
+    settings = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_attentions": True}
+    want = model.generate(**batch.inputs, **settings)
+    with pytest.warns(UserWarning, match="output_attentions=True"):
+        got = patched(model).generate(**batch.inputs, **settings)
+    assert torch.equal(got.sequences, want.sequences)
+    key = "decoder_attentions" if name == "t5-gated" else "attentions"
+    assert [[w.shape for w in step] for step in got[key]] == [[w.shape for w in step] for step in want[key]]
+    for ours, theirs in zip(got[key][1:], want[key][1:], strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_t5_put_back_on_eager():
+    model, batch = make("t5-gated").eval(), Batch("t5-gated")
+    ours = patched(model)
+    ours.set_attn_implementation("eager")
+    inputs = {**batch.inputs, "labels": batch.labels, "output_attentions": True}
+    with pytest.warns(UserWarning, match="output_attentions=True"):
+        weights_equal(ours(**inputs), model(**inputs), batch, "t5-gated")
+
+
 def test_refused():
     model = patched(make("llama"))
     ids = Batch("llama", lengths=(4, 4)).inputs["input_ids"]
-    with pytest.raises(ValueError, match=r"output_attentions: expected none.*never holds the attention weights"):
-        model(ids, output_attentions=True)
+    packed = {"cu_seq_lens_q": torch.tensor([0, 4]), "cu_seq_lens_k": torch.tensor([0, 4])}
+    with pytest.raises(ValueError, match=r"output_attentions: expected False with cu_seq_lens_q"):
+        model(ids[:1], output_attentions=True, max_length_q=4, max_length_k=4, **packed)
     t5 = make("t5")
     t5.set_attn_implementation("fastlm")
     with pytest.raises(ValueError, match=r"position_bias: expected none.*use fastlm.patch"):

@@ -47,6 +47,25 @@ def test_fused_loss_takes_num_items_as_transformers(name):
     torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("label", [VOCABULARY, -7])
+@pytest.mark.parametrize("name", [*FAMILIES, "bert-causal"])
+def test_a_bad_label_is_named_by_its_place_in_the_labels(name, label):
+    """Not by its place among the predicted tokens, nor after the shift of a causal model."""
+    model, batch = patched(make(name), fused_loss=True), Batch(name)
+    labels = torch.full_like(batch.labels, -100)
+    labels.view(-1)[27] = label  # T5's last of a row, which is no input of its decoder
+    with pytest.raises(
+        ValueError, match=rf"^labels: .*in \[0, {VOCABULARY}\).* got {label} at position 27 of the flat"
+    ):
+        model(**batch.inputs, labels=labels)
+    if name in ("gpt2", "llama"):
+        with pytest.raises(ValueError, match=rf"^shift_labels: .* got {label} at position 27 of the flattened shift_"):
+            model(**batch.inputs, labels=labels, shift_labels=labels)
+        first = labels.clone().fill_(-100)
+        first[0, 1], first[:, 0] = 5, label  # a causal model reads no first label
+        assert model(**batch.inputs, labels=first).loss.isfinite()
+
+
 def test_fused_loss_leaves_other_losses():
     """A loss function of the user's, shifted labels, labels of no token, a head that is not a plain Linear."""
     batch = Batch("gpt2")

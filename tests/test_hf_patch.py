@@ -121,6 +121,55 @@ def test_a_model_inside_another():
     assert state(two) == before
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_shared_configuration(name):
+    """Models of one configuration: patch and unpatch of one do not reach another, or a later one."""
+    first = make(name, attention="sdpa")
+    config, cls = first.config, type(first)
+    second = cls(config)
+    before = config.to_dict()
+    fastlm.patch(first)
+    third = cls(config)
+    assert first.config._attn_implementation == "fastlm"
+    for other in (second, third):
+        assert other.config is config
+        assert {m.config._attn_implementation for m in other.modules() if hasattr(m, "config")} == {"sdpa"}
+    fastlm.patch(second)
+    fastlm.unpatch(first)
+    assert first.config is config
+    assert {m.config._attn_implementation for m in second.modules() if hasattr(m, "config")} == {"fastlm"}
+    run(second, Batch(name))
+    fastlm.unpatch(second)
+    assert second.config is config
+    assert (config.to_dict(), config._attn_implementation) == (before, "sdpa")
+
+
+def test_a_configuration_changed_while_patched():
+    """The change stays, for every module of that model alone."""
+    model = make("bert", attention="sdpa")
+    config = model.config
+    fastlm.patch(model)
+    model.resize_token_embeddings(80)
+    fastlm.unpatch(model)
+    assert (model.config.vocab_size, config.vocab_size) == (80, BERT["vocab_size"])
+    assert model.config._attn_implementation == "sdpa"
+    assert {id(m.config) for m in model.modules() if hasattr(m, "config")} == {id(model.config)}
+
+
+def test_configurations_of_an_encoder_decoder():
+    """The parts are of known families, the model around them is not: its configuration holds theirs."""
+    parts = make("bert").bert, make("bert-causal", add_cross_attention=True)
+    model = transformers.EncoderDecoderModel(encoder=parts[0], decoder=parts[1])
+    outer, before = model.config, state(model)
+    fastlm.patch(model)
+    assert model.config.encoder is model.encoder.config
+    assert model.config.decoder is model.decoder.config
+    assert model.config.decoder._attn_implementation == "fastlm"
+    assert {outer.encoder._attn_implementation, outer.decoder._attn_implementation} == {"eager"}
+    fastlm.unpatch(model)
+    assert state(model) == before
+
+
 def test_class_changed_again():
     model = make("bert")
     fastlm.patch(model)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from itertools import pairwise
 from pathlib import Path
 
@@ -81,6 +82,9 @@ def test_set_reaches_every_key_with_its_type():
         ("train.wramup_steps=1", "did you mean train.warmup_steps"),
         ("hidden_size=64", "did you mean model.hidden_size?"),
         ("train.lr", "expected key=value"),
+        ("=3", "--set: expected key=value, as train.lr=1e-3, got '=3'"),
+        (" = 3", "--set: expected key=value, as train.lr=1e-3, got ' = 3'"),
+        ("train.lr=", "train.lr: expected a number, got ''"),
         ("train.lr=fast", "train.lr: expected a number, got 'fast'"),
         ("train.max_steps=1.5", "train.max_steps: expected an integer, got 1.5"),
         ("train.max_steps=true", "train.max_steps: expected an integer, got True"),
@@ -98,6 +102,10 @@ def test_set_reaches_every_key_with_its_type():
             "model.attention_probs_dropout_prob: expected 0 or at least 1/256",
         ),
         ("model.hidden_size=0", "model.hidden_size: expected a positive integer, got 0"),
+        ("model.hidden_size=1000000000", "model.hidden_size: expected at most 268435456, got 1000000000"),
+        ("model.num_hidden_layers=100000", "model.num_hidden_layers: expected at most 10000, got 100000"),
+        ("model.hidden_dropout_prob=1.0", "model.hidden_dropout_prob: expected less than 1"),
+        ("model.attention_probs_dropout_prob=1", "model.attention_probs_dropout_prob: expected less than 1"),
         ("model.hidden_act=relu", "model.hidden_act: expected one of 'gelu'"),
         ("model.vocab_size=9", "model.vocab_size: there is no such key"),
         (
@@ -417,6 +425,48 @@ def test_a_run_shorter_than_the_patience_diverges_too(data, tmp_path, monkeypatc
     assert not (tmp_path / "hf").exists()
 
 
+@pytest.mark.parametrize("steps", [2, 5, 9])
+def test_a_rate_that_destroys_the_model_fails(steps, data, tmp_path):
+    """The first step is applied, and no other has finite gradients: no model is written."""
+    recipe = small(train__lr=1e30, train__warmup_steps=0, train__max_steps=steps)
+    with pytest.raises(
+        Diverged, match=rf"{steps - 1} of {steps} steps.* were not finite.*a lower train.lr than 1e\+30"
+    ):
+        pretrain(recipe, data, tmp_path)
+    assert not (tmp_path / "hf").exists()
+    assert not (tmp_path / "summary.json").exists()
+
+
+@pytest.mark.parametrize(("warmup", "warned"), [(2, False), (3, True), (4, True)])
+def test_a_warm_up_that_never_ends_is_said(warmup, warned, data, tmp_path):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pretrain(small(train__warmup_steps=warmup, train__max_steps=3), data, tmp_path)
+    said = [str(w.message) for w in caught if "warmup" in str(w.message)]
+    assert bool(said) is warned
+    assert not warned or said == [
+        f"train.warmup_steps: expected fewer than train.max_steps=3, got {warmup}; the learning rate only rises, and "
+        "the schedule after the peak is not used"
+    ]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model__hidden_size": 2**26},
+        {"model__intermediate_size": 2**28, "model__hidden_size": 1024},
+        {"model__num_hidden_layers": 10_000, "model__hidden_size": 1024, "model__intermediate_size": 4096},
+    ],
+)
+def test_a_model_beyond_the_memory_is_refused_before_anything_is_made(settings, data, tmp_path):
+    recipe = small(**settings)
+    with pytest.raises(
+        ValueError, match=r"^model: .* fits into the memory of cpu, got [\d,]+ parameters, .* GB of the"
+    ):
+        pretrain(recipe, data, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_loss_of_a_step_without_predictions_is_null(data, tmp_path):
     recipe = small(data__mlm_probability=0.01, train__batch_tokens=32)
     summary = pretrain(recipe, data, tmp_path).summary
@@ -424,9 +474,8 @@ def test_the_loss_of_a_step_without_predictions_is_null(data, tmp_path):
     predicted = [MaskedLM(recipe, open_dataset(data), CPU).micro(step, 0).counts.predicted for step in range(12)]
     assert [loss is None for loss in found] == [count == 0 for count in predicted]
     assert 0 < predicted.count(0) < 12
-    assert summary["final_loss"] == pytest.approx(
-        sum(loss for loss in found if loss is not None) / (12 - found.count(None))
-    )
+    half = (12 - found.count(None)) // 2
+    assert summary["final_loss"] == pytest.approx(sum([loss for loss in found if loss is not None][-half:]) / half)
 
 
 def command(*arguments):
@@ -449,7 +498,10 @@ def wait_for_steps(run, count):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_killed_and_resumed_gives_the_same_losses(number, data, tmp_path):
-    """SIGKILL loses the steps since the checkpoint, SIGTERM and SIGINT none; the losses are bit-identical."""
+    """SIGKILL loses the steps since the checkpoint, SIGTERM and SIGINT none; the losses are bit-identical.
+
+    The exit status is the signal's, 143 or 130, so that no script takes an interrupted run for a finished one.
+    """
     steps = ["train.max_steps=40", "train.checkpoint_every=8"]
     steps += ["model.hidden_dropout_prob=0.1", "model.attention_probs_dropout_prob=0.1"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -469,8 +521,10 @@ def test_killed_and_resumed_gives_the_same_losses(number, data, tmp_path):
     if number == signal.SIGKILL:
         assert process.returncode == -signal.SIGKILL
     else:
-        assert process.returncode == 0, err
+        assert process.returncode == 128 + number, err
         assert "stopped at step" in err
+        step = len(read_metrics(cut / "metrics.jsonl"))
+        assert (cut / "checkpoints" / f"step-{step:08d}" / "manifest.json").exists()
     assert not (cut / "hf").exists()
     done = len(read_metrics(cut / "metrics.jsonl"))
     assert 11 <= done < 40
@@ -499,8 +553,16 @@ def test_metrics_are_cut_to_the_step_resumed_from(tmp_path):
     metrics.close()
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert lines == [{"step": s, "loss": float(s), "grad_norm": None} for s in (1, 2, 3)] + [{"step": 4, "loss": None}]
-    assert first_and_final_loss(lines) == (2.0, 2.0)
-    assert first_and_final_loss([]) == (None, None)
+    assert first_and_final_loss(lines) == (1.0, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("count", "want"),
+    [(0, (None, None)), (1, (0, 0)), (2, (0, 1)), (9, (1.5, 6.5)), (20, (4.5, 14.5)), (50, (4.5, 44.5))],
+)
+def test_no_step_is_in_the_first_and_in_the_final_loss(count, want):
+    rows = [{"step": step + 1, "loss": float(step)} for step in range(count)]
+    assert first_and_final_loss(rows) == want
 
 
 def test_default_model_is_its_configuration():

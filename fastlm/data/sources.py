@@ -5,6 +5,7 @@
 | `.jsonl`, `.ndjson`, `.json`           | the "text" field of each line                                        |
 | `.txt`, `.md`, `.rst`, `.text`         | by `documents`: the file, each line, or each block between blank lines |
 | a directory                            | every such file in it, recursively, in the order of their paths      |
+| a table (`.csv`, `.parquet`, ...), named by itself | refused: which of its columns is text is not known |
 | a file of another name, named by itself | as plain text                                                       |
 
 Inside a directory, what is hidden is skipped in silence; links to directories, what `prepare` wrote and the directories
@@ -23,6 +24,7 @@ from pathlib import Path
 
 JSON_SUFFIXES = {".jsonl", ".ndjson", ".json"}
 TEXT_SUFFIXES = {".txt", ".md", ".rst", ".text"}
+TABLE_SUFFIXES = {".csv", ".tsv", ".tab", ".psv", ".parquet", ".arrow", ".feather", ".xlsx", ".xls", ".ods"}
 DOCUMENTS = ("file", "line", "blank")
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer"  # the two make a directory the output of `fastlm prepare`
 RUN_FILES = "recipe.json", "metrics.jsonl"  # the two make a directory that of a training run
@@ -96,6 +98,11 @@ def find_files(paths: Iterable, report: Report, *, outputs: Iterable = ()) -> li
             )
         if os.path.isdir(given):
             files += _walk(given, report, outputs)
+        elif given.suffix.lower() in TABLE_SUFFIXES and os.path.isfile(given):
+            raise ValueError(
+                f"data: expected text, got {given}, which is a table; write its text column as JSON lines, "
+                '{"text": "..."} on each line of a .jsonl file'
+            )
         elif os.path.isfile(given):
             files.append(SourceFile(_label(given.name), given, given.stat().st_size))
         else:

@@ -6,6 +6,7 @@ optimizers, save_pretrained, copies, pickles, DDP and adapters still work. _fami
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ __all__ = ["Report", "patch", "register", "unpatch"]
 _FAMILIES = ", ".join(sorted(_families.MODULES))
 _INSTANCE = "its forward was replaced on the instance (accelerate does that); patch before"
 _BEFORE = "_fastlm_attention_before"  # attribute of a patched model: its attention implementation before
+_CONFIGS = "_fastlm_configs_before"  # attribute of its modules: {attribute: the configuration that was there before}
 
 
 @dataclass
@@ -73,11 +75,37 @@ def patch(model: torch.nn.Module, *, fused_loss: bool = False) -> Report:
         warnings.warn(f"fastlm.patch: {note}", stacklevel=2)
         return report
     register()
+    _own_configs(model, models)
     for found in models:
         _patch_modules(found, report)
         _patch_attention(found, report)
         _patch_loss(found, fused_loss, report)
     return report
+
+
+def _own_configs(model, models):
+    """Gives `models` copies of their configurations: another model made from the same object is not affected.
+
+    A module around them whose configuration contains one of these (an encoder-decoder of two) gets a copy too.
+    """
+    copies = {}  # deepcopy's memo: id -> copy
+    for found in models:
+        for module in found.modules():
+            _copy_configs(module, copies, lambda config: True)
+    for module in model.modules():
+        _copy_configs(module, copies, lambda config: any(id(getattr(config, n)) in copies for n in config.sub_configs))
+
+
+def _copy_configs(module, copies, wanted):
+    from transformers import PreTrainedConfig
+
+    if _CONFIGS in module.__dict__:
+        return
+    before = {n: c for n, c in module.__dict__.items() if isinstance(c, PreTrainedConfig) and wanted(c)}
+    if before:
+        for name, config in before.items():
+            setattr(module, name, copy.deepcopy(config, copies))
+        setattr(module, _CONFIGS, before)
 
 
 def _patch_modules(model, report):
@@ -133,7 +161,10 @@ def _patch_loss(model, fused_loss, report):
 
 
 def unpatch(model: torch.nn.Module) -> None:
-    """Undoes `patch`, also for a copy or an unpickled model: restores every class and attention implementation."""
+    """Undoes `patch`, also for a copy or an unpickled model: restores classes, attention and configurations.
+
+    A configuration that was changed since `patch` stays as it is, but for its attention implementation.
+    """
     if not isinstance(model, torch.nn.Module):
         raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     classes = [(module, class_before(module)) for module in model.modules() if isinstance(module, Patched)]
@@ -143,3 +174,7 @@ def unpatch(model: torch.nn.Module) -> None:
     for module in model.modules():
         if _BEFORE in module.__dict__:
             module.config._attn_implementation_internal = module.__dict__.pop(_BEFORE)
+    for module in model.modules():
+        for name, config in module.__dict__.pop(_CONFIGS, {}).items():
+            if getattr(module, name) == config:
+                setattr(module, name, config)

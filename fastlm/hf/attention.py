@@ -5,6 +5,9 @@ The mask function here returns what the op takes: None, or the key mask (B, keys
 Causality and window come from the module (`is_causal`, `sliding_window`). Both are aligned bottom-right. A static cache
 has room for more tokens than it holds; a key mask that is shorter than the cache cuts it to the tokens so far.
 
+A call with output_attentions=True runs on the eager attention of the model's own module, with a warning: the fused
+kernel never holds the weights.
+
 Any other mask (a 4-D one that the user made, packed position_ids, a mask function combined with another) is 4-D. That
 call runs on Transformers' "sdpa", with a warning.
 
@@ -14,6 +17,7 @@ fastlm.hf: unpickling a patched model (fastlm.hf._swap) registers the interface.
 
 from __future__ import annotations
 
+import sys
 import warnings
 
 import torch
@@ -21,12 +25,15 @@ import torch
 from fastlm import ops
 
 NAME = "fastlm"
+_collector = None  # Transformers' variable with the outputs that the running forward collects; not in all versions
 
 
 def register() -> None:
     """Makes attn_implementation="fastlm" known to Transformers, for `from_pretrained` too. `patch` does this."""
+    global _collector
     from transformers import AttentionInterface, AttentionMaskInterface
 
+    _collector = getattr(sys.modules.get("transformers.utils.output_capturing"), "_active_collector", None)
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, key_mask)
 
@@ -85,7 +92,6 @@ _REFUSED = {
     "s_aux": None,
     "cache": None,
     "position_bias": 'T5\'s is in its attention module: use fastlm.patch, not attn_implementation="fastlm" alone',
-    "output_attentions": "the fused kernel never holds the attention weights",
 }
 
 
@@ -107,6 +113,54 @@ def warn_other_mask():
             "max_length_q and max_length_k.",
             stacklevel=3,
         )
+
+
+def wants_weights(module, options) -> bool:
+    """Whether this call is to return attention weights. GPT-2 asks only through Transformers' collector of outputs."""
+    if options.get("output_attentions") or getattr(getattr(module, "config", None), "output_attentions", False):
+        return True
+    if _collector is None or (torch.compiler.is_compiling() and not _collector.compiling):  # a graph cannot read it
+        return False
+    return "attentions" in (_collector.get() or ())
+
+
+def attend_eagerly(module, q, k, v, visible, options, bias=None):
+    """The eager attention of the module's family: ((B, Sq, H, D), weights (B, H, Sq, Sk)).
+
+    q, k, v (B, H, S, D); visible: bool, broadcasting to (B, H, Sq, Sk), or a mask to add; bias is added where it is
+    True.
+    """
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if eager is None:
+        raise ValueError(
+            f"output_attentions: expected False, since {type(module).__name__} has no eager attention of its own; use "
+            "fastlm.unpatch(model)"
+        )
+    if not torch.compiler.is_compiling():
+        warnings.warn(
+            "fastlm: output_attentions=True runs on Transformers' eager attention, since the fused kernel never holds "
+            "the weights. Leave it out to train or to measure time.",
+            stacklevel=3,
+        )
+    if visible.dtype == torch.bool:
+        bias = torch.zeros((), dtype=q.dtype, device=q.device) if bias is None else bias
+        visible = torch.where(visible, bias, torch.finfo(q.dtype).min)
+    return eager(module, q, k, v, visible, scaling=options["softmax_scale"], dropout=options["dropout_p"])
+
+
+def visible_keys(queries, keys, mask, options, device):
+    """(1 or B, 1, Sq, Sk) bool: what `attend` sees with the key mask, causality and window of `options`."""
+    seen = keys if mask is None else mask.shape[1]
+    distance = torch.arange(keys, device=device) - (torch.arange(queries, device=device)[:, None] + seen - queries)
+    visible = (distance < seen).expand(1, 1, queries, keys)
+    if options["causal"] and queries > 1:
+        visible = visible & (distance <= 0)
+    if "window_size" in options:
+        left, right = options["window_size"]
+        visible = visible & (distance >= -left) & (distance <= right)
+    if mask is not None:
+        visible = visible & torch.nn.functional.pad(mask, (0, keys - seen))[:, None, None, :]
+    return visible
 
 
 def module_is_causal(module, is_causal):
@@ -135,7 +189,7 @@ def attention(
     sliding_window=None,
     **kwargs,
 ):
-    """The attention function: query (B, H, Sq, D), key and value (B, Hkv, Sk, D) -> ((B, Sq, H, D), None).
+    """The attention function: query (B, H, Sq, D), key and value (B, Hkv, Sk, D) -> ((B, Sq, H, D), weights or None).
 
     Rows packed without padding come as one row with Transformers' cu_seq_lens_q, cu_seq_lens_k, max_length_q and
     max_length_k (DataCollatorWithFlattening makes them); no mask is read then.
@@ -147,7 +201,18 @@ def attention(
     if sliding_window is not None:  # it counts the query's own position
         options["window_size"] = sliding_window - 1, 0 if causal else sliding_window - 1
     cu_seqlens = kwargs.get("cu_seq_lens_q")
+    weights = wants_weights(module, kwargs)
+    if weights and cu_seqlens is None:
+        visible = attention_mask
+        if visible is None or visible.dim() != 4:
+            visible = visible_keys(query.shape[2], key.shape[2], attention_mask, options, query.device)
+        return attend_eagerly(module, query, key, value, visible, options)
     if cu_seqlens is not None:
+        if weights:
+            raise ValueError(
+                "output_attentions: expected False with cu_seq_lens_q, since no kernel holds the weights of packed "
+                "rows; leave it out, or pass padded rows with an attention_mask"
+            )
         if query.shape[0] != 1:
             raise ValueError(
                 f"cu_seq_lens_q: expected with one packed row, got a batch of {query.shape[0]}; pack all sequences "

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from fastlm import ops
 from fastlm.hf._swap import Patched, bare, swap
+from fastlm.ops.cross_entropy import outside
 
 
 class Decoder(Patched):
@@ -28,14 +29,36 @@ class Decoder(Patched):
         return input if self.deferred else super().forward(input)
 
 
-def _cross_entropy(hidden, decoder, target, *, ignore_index=ops.IGNORE_INDEX, num_items=None, wide=False):
-    """The mean over the targets that are not ignore_index; with num_items, their sum / num_items. wide: in float32."""
+def _check_labels(labels, vocabulary, ignore_index, name, shift):
+    """ValueError for a label outside the vocabulary, by its place in what the user passed: the op sees fewer rows.
+
+    shift: how many places later it stands there. On a device the op's loss is NaN, since a check would stall.
+    """
+    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    bad = outside(labels, vocabulary, ignore_index)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise ValueError(
+            f"{name}: expected class indices in [0, {vocabulary}), the vocabulary, or ignore_index={ignore_index}; got "
+            f"{int(labels[row])} at position {row + shift} of the flattened {name}"
+        )
+
+
+def _cross_entropy(
+    hidden, decoder, target, *, ignore_index=ops.IGNORE_INDEX, num_items=None, wide=False, name="labels", shift=0
+):
+    """The mean over the targets that are not ignore_index; with num_items, their sum / num_items. wide: in float32.
+
+    name, shift: of `target` in errors; see _check_labels.
+    """
     if target.numel() != hidden.shape[:-1].numel():
         raise ValueError(
             f"labels: expected one for each of the {tuple(hidden.shape[:-1])} positions, got {tuple(target.shape)}; "
             "pass labels (or shift_labels) of input_ids' shape, and no logits_to_keep"
         )
     hidden, target = hidden.flatten(0, -2), target.to(hidden.device).flatten()
+    _check_labels(target, decoder.weight.shape[0], ignore_index, name, shift)
     # Rows without a target are removed before the products. On a device this reads their number, once a step.
     if not torch.compiler.is_compiling():
         rows = (target != ignore_index).nonzero().flatten()
@@ -134,8 +157,19 @@ class FusedLossFunction(FusedLoss):
 
     def _loss(self, hidden, decoder, labels, options):
         ignore_index = options.get("ignore_index", ops.IGNORE_INDEX)
-        if self._kind() == "ForCausalLM":
-            shifted = options.get("shift_labels")
-            labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:] if shifted is None else shifted
+        name, shift = "labels", 0
+        if self._kind() == "ForCausalLM" and options.get("shift_labels") is not None:
+            name, labels = "shift_labels", options["shift_labels"]
+        elif self._kind() == "ForCausalLM":
+            shift, labels = 1, F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         num_items = options.get("num_items_in_batch")
-        return _cross_entropy(hidden, decoder, labels, ignore_index=ignore_index, num_items=num_items, wide=True)
+        return _cross_entropy(
+            hidden,
+            decoder,
+            labels,
+            ignore_index=ignore_index,
+            num_items=num_items,
+            wide=True,
+            name=name,
+            shift=shift,
+        )

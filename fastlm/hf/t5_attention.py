@@ -6,7 +6,15 @@ import torch
 
 from fastlm import ops
 from fastlm.hf._swap import Patched
-from fastlm.hf.attention import attend, in_autocast_dtype, module_is_causal, refuse_options, warn_other_mask
+from fastlm.hf.attention import (
+    attend,
+    attend_eagerly,
+    in_autocast_dtype,
+    module_is_causal,
+    refuse_options,
+    wants_weights,
+    warn_other_mask,
+)
 from fastlm.ops._relative_bias import relative_buckets
 
 
@@ -14,7 +22,8 @@ class T5Attention(Patched):
     """T5's attention with the relative bias inside the kernel, which gives its table a gradient.
 
     Transformers passes the bias that the first layer made, (1, H, Sq, Sk), from layer to layer; here it passes the
-    table (buckets, H), and None for cross-attention.
+    table (buckets, H), and None for cross-attention. With output_attentions=True T5's eager attention runs, with the
+    bias as a matrix.
     """
 
     def forward(
@@ -39,10 +48,15 @@ class T5Attention(Patched):
         options = {"softmax_scale": self.scaling, "dropout_p": self.dropout if self.training else 0.0}
         causal = module_is_causal(self, None)
         other_mask = mask is not None and mask.dim() == 4
-        if other_mask:
+        weights, wanted = None, wants_weights(self, kwargs)
+        if other_mask and not wanted:
             warn_other_mask()
         aligned = isinstance(past, int) and past + q.shape[1] == k.shape[1]
-        if other_mask or (position_bias is not None and key_value_states is None and causal and not aligned):
+        if wanted:
+            bias = self._bias(q, k, mask, position_bias, past, causal)
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            out, weights = attend_eagerly(self, q, k, v, bias, options)
+        elif other_mask or (position_bias is not None and key_value_states is None and causal and not aligned):
             out = self._attend_by_bias(q, k, v, mask, position_bias, past, causal, options)
         else:
             if position_bias is not None:
@@ -50,7 +64,7 @@ class T5Attention(Patched):
                     position_bias, bidirectional=not self.is_decoder, max_distance=self.relative_attention_max_distance
                 )
             out = attend(q, k, v, mask, {**options, "causal": causal})
-        return self.o(out.flatten(-2)), position_bias, None
+        return self.o(out.flatten(-2)), position_bias, weights
 
     def _cached(self, hidden_states, key_value_states, cache, heads):
         """k, v (B, H, Sk, D) out of the cache and, but for a cross-attention that is there already, added to it."""
@@ -71,6 +85,15 @@ class T5Attention(Patched):
 
     def _attend_by_bias(self, q, k, v, mask, table, past, causal, options):
         """With the bias as a matrix, by torch: for 4-D masks, and where keys follow that are not filled yet."""
+        bias = self._bias(q, k, mask, table, past, causal)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=bias, scale=options["softmax_scale"], dropout_p=options["dropout_p"]
+        )
+        return out.transpose(1, 2)
+
+    def _bias(self, q, k, mask, table, past, causal):
+        """Relative bias, mask and causality as one matrix to add, broadcasting to (B, H, Sq, Sk)."""
         query = torch.arange(q.shape[1], device=q.device)[:, None] + past
         relative = torch.arange(k.shape[1], device=q.device) - query
         visible = relative <= 0 if causal else torch.ones_like(relative, dtype=torch.bool)
@@ -86,9 +109,4 @@ class T5Attention(Patched):
                 relative, table.shape[0], not self.is_decoder, self.relative_attention_max_distance
             )
             bias = bias + table[buckets].movedim(-1, 0).to(q.dtype)
-        bias = torch.where(visible, bias, torch.finfo(q.dtype).min)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=bias, scale=options["softmax_scale"], dropout_p=options["dropout_p"]
-        )
-        return out.transpose(1, 2)
+        return torch.where(visible, bias, torch.finfo(q.dtype).min)

@@ -23,6 +23,7 @@ Tensors = dict[str, torch.Tensor]
 
 _NAMED = 3  # wrong tensors that an error names
 _WEIGHTS, _INDEX, _CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+_RUN_MODEL = "hf"  # where a run leaves its model
 # The files of a tokenizer, as Transformers and sentencepiece name them.
 _TOKENIZER = (
     "tokenizer.json",
@@ -62,7 +63,10 @@ def read_config(directory: str | Path, model_type: str) -> dict:
             "model of the Hugging Face hub has to be downloaded first (huggingface_hub.snapshot_download)"
         )
     if not (directory / _CONFIG).is_file():
-        raise ValueError(f"directory: expected a {_CONFIG} in {directory}, found none")
+        found = "none"
+        if (directory / _RUN_MODEL / _CONFIG).is_file():
+            found = f"none; it is the directory of a run, whose model is in {directory / _RUN_MODEL}"
+        raise ValueError(f"directory: expected a {_CONFIG} in {directory}, found {found}")
     config = _read_json(directory / _CONFIG)
     if config.get("model_type") != model_type:
         raise ValueError(

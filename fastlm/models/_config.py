@@ -10,6 +10,10 @@ from typing import ClassVar
 GELUS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
 
 
+LARGEST = 2**28  # of an integer entry: the bytes of a matrix of two of them, thrice, still fit into int64
+DEEPEST = 10_000  # layers: more take minutes to build even where each is tiny; the deepest published has 1,000
+
+
 class Config:
     """Base of the frozen dataclasses whose fields are entries of config.json, with Transformers' names and defaults.
 
@@ -19,6 +23,7 @@ class Config:
         meaning that fastlm.settings.key gives them.
     length: the entry that bounds a sequence's length; None where nothing does.
     attention_dropout: the entry with the dropout of attention.
+    depths: the entries that count layers.
     """
 
     model_type: ClassVar[str]
@@ -26,6 +31,7 @@ class Config:
     decided: ClassVar[tuple[str, ...]]
     length: ClassVar[str | None] = None
     attention_dropout: ClassVar[str]
+    depths: ClassVar[tuple[str, ...]]
 
     @classmethod
     def settings(cls) -> list[Field]:
@@ -44,6 +50,9 @@ class Config:
                 raise ValueError(f"{field.name}: expected a positive integer, got {value!r}")
             if field.type == "float" and not (isinstance(value, (int, float)) and 0 <= value < math.inf):
                 raise ValueError(f"{field.name}: expected a number that is not negative, got {value!r}")
+            most = DEEPEST if field.name in self.depths else LARGEST
+            if isinstance(value, int) and value > most and field.type.startswith("int"):
+                raise ValueError(f"{field.name}: expected at most {most}, got {value}")
 
     def _check_id(self, name: str) -> None:
         """ValueError for a token id outside the vocabulary. None means that there is no such id."""

@@ -12,7 +12,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from fastlm.models import _checkpoint
+from fastlm.models import _checkpoint, _size
 from fastlm.models._config import Config
 
 
@@ -115,7 +115,7 @@ class Model(torch.nn.Module):
         changes: entries of the configuration to be other than config.json's, as labels=("no", "yes").
 
         ValueError for a missing or unreadable file, another model_type, pickled weights, missing tensors of all but the
-        head, and tensors of another shape than the configuration says.
+        head, tensors of another shape than the configuration says, and more weights than the memory holds.
         """
         if not dtype.is_floating_point:
             raise ValueError(f"dtype: expected a floating-point one, got {dtype}")
@@ -136,11 +136,13 @@ class Model(torch.nn.Module):
         others = sorted(tensors.keys() - {name for theirs in names.values() for name in theirs})
         if strange := [name for name in others if name.startswith(cls.backbone)]:
             raise ValueError(f"directory: expected no tensor beyond config.json's architecture, got {strange[0]}")
-        model = cls(config, device="meta", dtype=dtype).to_empty(device="cpu")
+        _size.check_memory(cls, config, torch.device("cpu"), dtype.itemsize, "weights")
+        model = cls(config, device="meta", dtype=dtype)
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         state, missing = _checkpoint.import_tensors(tensors, names, shapes)
         if incomplete := [name for name in missing if name.startswith(cls.backbone)]:
             raise ValueError(f"directory: expected every tensor but a head's, {', '.join(incomplete)} missing")
+        model = model.to_empty(device="cpu")
         if others:
             warnings.warn(f"left out, {cls.__name__} has no place for: {', '.join(others)}", stacklevel=2)
         if missing:

@@ -72,6 +72,7 @@ class BertConfig(Config):
     )
     length: ClassVar[str | None] = "max_position_embeddings"
     attention_dropout: ClassVar[str] = "attention_probs_dropout_prob"
+    depths: ClassVar[tuple[str, ...]] = ("num_hidden_layers",)
 
     def __post_init__(self):
         super().__post_init__()

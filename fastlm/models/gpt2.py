@@ -64,6 +64,7 @@ class GPT2Config(Config):
     decided: ClassVar[tuple[str, ...]] = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
     length: ClassVar[str | None] = "n_positions"
     attention_dropout: ClassVar[str] = "attn_pdrop"
+    depths: ClassVar[tuple[str, ...]] = ("n_layer",)
 
     def __post_init__(self):
         super().__post_init__()

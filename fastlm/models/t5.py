@@ -69,6 +69,7 @@ class T5Config(Config):
     fixed: ClassVar[dict[str, object]] = {"is_encoder_decoder": True}
     decided: ClassVar[tuple[str, ...]] = ("vocab_size", "pad_token_id", "eos_token_id", "decoder_start_token_id")
     attention_dropout: ClassVar[str] = "dropout_rate"
+    depths: ClassVar[tuple[str, ...]] = ("num_layers", "num_decoder_layers")
 
     def __post_init__(self):
         for name, default in (

@@ -23,7 +23,7 @@ from fastlm.data import Dataset, is_prepared, open_dataset
 from fastlm.data.sources import RUN_FILES
 from fastlm.run.checkpoint import Checkpoint, load_newest, read_checkpoint
 from fastlm.run.progress import prepare_with_progress
-from fastlm.run.recipe import TABLES, Recipe
+from fastlm.run.recipe import FREE_KEYS, TABLES, Recipe
 from fastlm.storage import atomic_file, json_checksum, replace_json
 
 DATA = "data"
@@ -107,7 +107,7 @@ def find_start(recipe: Recipe, out: Path, resume: str) -> Start:
         if newest is None:
             origin = os.path.realpath(start.path)
     if start is not None:
-        _same_recipe(recipe, start.state["recipe"], start.path)
+        _same_recipe(recipe, start.state["recipe"], start.path, branches=newest is None)
     elif stored is not None:
         _same_recipe(recipe, stored, out)
     finished = [name for name in (MODEL, SUMMARY) if (out / name).exists()]
@@ -174,7 +174,7 @@ def _named(path: Path) -> Checkpoint:
     return newest
 
 
-def _same_recipe(recipe: Recipe, content: dict, where: Path) -> None:
+def _same_recipe(recipe: Recipe, content: dict, where: Path, *, branches: bool = False) -> None:
     try:
         differences = recipe.differences(content)
     except ValueError as error:
@@ -182,10 +182,17 @@ def _same_recipe(recipe: Recipe, content: dict, where: Path) -> None:
             f"resume: the run in {where} has a recipe that this version of fastlm does not read ({error}); resume it "
             "with the version that started it, or name another directory"
         ) from error
+    if differences and branches:
+        raise ValueError(
+            f"resume: the run in {where} has another recipe: {'; '.join(differences)}. A run that starts from it goes "
+            f"on with its optimizer and schedule, so only {' and '.join(sorted(FREE_KEYS))} may differ: give its "
+            "recipe. To train its weights by another recipe, load OUT/hf of the finished run in Python "
+            "(fastlm.models.Bert.from_pretrained, or Transformers' AutoModel and fastlm.patch)"
+        )
     if differences:
         raise ValueError(
             f"resume: the run in {where} has another recipe: {'; '.join(differences)}. Resume it with its own, or name "
-            "another directory for this one"
+            "another directory for this one with --out"
         )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from fastlm.storage import atomic_file
 
-_MEAN_OF = 10  # steps that the first and the final loss are means of
+_MEAN_OF = 10  # steps that the first and the final loss are means of; at most half of the run's
 
 
 class MetricsFile:
@@ -68,11 +68,15 @@ def _rows(file) -> Iterator[tuple[dict, int]]:
 
 
 def first_and_final_loss(rows: list[dict]) -> tuple[float | None, float | None]:
-    """Means of the first and of the last ten losses that are finite; None where there is none."""
+    """Means of the first and of the last ten losses that are finite; None where there is none.
+
+    Of a shorter run each is the mean of a half, so that no step is in both.
+    """
     losses = [row["loss"] for row in rows if row["loss"] is not None]
     if not losses:
         return None, None
-    return float(np.mean(losses[:_MEAN_OF])), float(np.mean(losses[-_MEAN_OF:]))
+    count = max(1, min(_MEAN_OF, len(losses) // 2))
+    return float(np.mean(losses[:count])), float(np.mean(losses[-count:]))
 
 
 def plot_loss(rows: list[dict], path: Path, *, levels: dict[str, float], title: str) -> None:

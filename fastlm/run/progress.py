@@ -6,16 +6,21 @@ import time
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+from rich.table import Column
 
 from fastlm.data import Dataset, prepare
+from fastlm.terminal import fit, wrap
 
 _PLAIN_EVERY = 10.0  # seconds between plain lines
+_BAR, _NARROW_BAR = 24, 10  # columns; the narrow one on a terminal of fewer than _WIDE
+_WIDE = 110
 
 
 class ProgressLine:
     """A context manager around a job of `total` units.
 
-    update(done, text) shows how far it is; note(text) prints a line that stays.
+    update(done, fields) shows how far it is; note(text) prints a line that stays. On a terminal the line shows the
+    first fields that fit beside the bar.
     """
 
     def __init__(self, label: str, total: int, console: Console | None = None):
@@ -25,9 +30,9 @@ class ProgressLine:
         self._last, self._plain = time.monotonic(), ""  # when the last plain line was printed, and what it said
         self._bar = Progress(
             SpinnerColumn(),
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[text]}"),
+            TextColumn("[bold]{task.description}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=_BAR if self.console.width >= _WIDE else _NARROW_BAR),
+            TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True)),
             console=self.console,
             transient=True,
         )
@@ -42,15 +47,19 @@ class ProgressLine:
         if self.live:
             self._bar.stop()
 
-    def update(self, done: int, text: str) -> None:
+    def update(self, done: int, fields: list[str]) -> None:
+        text = "  ".join(fields)
         if self.live:
-            self._bar.update(self._task, completed=done, text=text)
+            bar = _BAR if self.console.width >= _WIDE else _NARROW_BAR
+            others = 1 + len(self.label) + bar + 3  # the spinner, the label, the bar, and a space after each
+            self._bar.update(self._task, completed=done, text=fit(fields, self.console.width - others))
         elif text != self._plain and (time.monotonic() - self._last >= _PLAIN_EVERY or done == self.total):
             self._last, self._plain = time.monotonic(), text
             self.console.print(f"{self.label} {text}", markup=False, soft_wrap=True)
 
     def note(self, text: str) -> None:
-        self.console.print(text, markup=False, soft_wrap=True)
+        width = self.console.width if self.live else None
+        self.console.print(wrap(text, width), markup=False, soft_wrap=True)
 
 
 def duration(seconds: float) -> str:
@@ -75,7 +84,7 @@ def prepare_with_progress(paths, tokenizer, out, **settings) -> Dataset:
             if line is not None:
                 line.__exit__()
             stage, line = name, ProgressLine(_STAGES.get(name, name), total).__enter__()
-        line.update(done, f"{done / 1e6:.1f} of {total / 1e6:.1f} MB")
+        line.update(done, [f"{done / 1e6:.1f} of {total / 1e6:.1f} MB"])
 
     try:
         return prepare(paths, tokenizer, out, progress=show, **settings)

@@ -70,6 +70,9 @@ class Recipe:
             raise ValueError(
                 f"model.{dropout}: expected 0 or at least 1/256, which is the step attention drops in; got {p}"
             )
+        for of in self.model.settings():
+            if "drop" in of.name and getattr(self.model, of.name) == 1:
+                raise ValueError(f"model.{of.name}: expected less than 1, which drops everything, got 1.0")
 
     def _check_kinds(self, task: type[Task]) -> None:
         task.model_class(self.model.model_type)
@@ -194,7 +197,7 @@ def parse_settings(settings: Iterable[str]) -> dict[str, object]:
     values = {}
     for setting in settings:
         name, equals, text = setting.partition("=")
-        if not equals:
+        if not equals or not name.strip():
             raise ValueError(f"--set: expected key=value, as train.lr=1e-3, got {setting!r}")
         values[name.strip()] = _value(text.strip())
     return values

@@ -13,11 +13,12 @@ import shutil
 import signal
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ import fastlm
 from fastlm.chip import chip_name, parse_device, peak_flops
 from fastlm.data import Dataset
 from fastlm.models import Counts
+from fastlm.models._size import TRAINED, check_memory
 from fastlm.run import directory as runs
 from fastlm.run.checkpoint import load_newest, restore, save_checkpoint
 from fastlm.run.metrics import MetricsFile, first_and_final_loss, plot_loss, read_metrics
@@ -44,11 +46,16 @@ class Diverged(FloatingPointError):
 
 @dataclass(frozen=True)
 class Result:
-    """How a call of `pretrain` ended: `summary` is what summary.json holds, None where the run was stopped early."""
+    """How a call of `pretrain` ended.
+
+    summary      what summary.json holds; None where the run was stopped early
+    stopped_by   the number of the signal that stopped it; None for a finished run
+    """
 
     out: Path
     step: int
     summary: dict | None
+    stopped_by: int | None = None
 
 
 @dataclass
@@ -72,15 +79,33 @@ def pretrain(recipe: Recipe, data, out, *, device: str = "cpu", resume: str = "a
     resume   "auto": continue from the newest checkpoint in `out`, if there is one; "never": `out` must hold no run;
              a checkpoint's or a run's directory: start a new run in `out` from there; given again, continue that one
 
-    SIGTERM and SIGINT finish the step, write a checkpoint and return; a second one ends the process.
-    ValueError where data, checkpoints or `out` do not fit the recipe. `Diverged` after ten steps in a row without
-    finite gradients; none of them was applied, and checkpoints are from before.
+    SIGTERM and SIGINT finish the step, write a checkpoint and return, with `Result.stopped_by`; a second one ends the
+    process.
+    ValueError where data, checkpoints or `out` do not fit the recipe, or the model not into memory. `Diverged` after
+    ten steps in a row without finite gradients, or at the end where half of the run had none; none of them was
+    applied, and checkpoints are from before.
     """
     out, device = Path(out), parse_device(device)
+    _check_size(recipe, device, vocab_size=8)  # before text is prepared; its vocabulary is not known yet
+    if recipe.train.warmup_steps >= recipe.train.max_steps:
+        warnings.warn(
+            f"train.warmup_steps: expected fewer than train.max_steps={recipe.train.max_steps}, got "
+            f"{recipe.train.warmup_steps}; the learning rate only rises, and the schedule after the peak is not used",
+            stacklevel=2,
+        )
     with runs.alone_in(out):
         start = runs.find_start(recipe, out, resume)
         dataset = runs.open_data(recipe, data, out, start.checkpoint)
         return _Run(recipe, dataset, out, device, start).train()
+
+
+def _check_size(recipe: Recipe, device: torch.device, vocab_size: int) -> None:
+    """ValueError where the model does not fit: its weights into the host's memory, and its training into `device`'s."""
+    cls = find_task(recipe.task).model_class(recipe.model.model_type)
+    config = replace(recipe.model, vocab_size=vocab_size, pad_token_id=None)
+    if device.type != "cpu":
+        check_memory(cls, config, torch.device("cpu"), 4, "weights")
+    check_memory(cls, config, device, TRAINED, "weights, gradients and AdamW moments")
 
 
 class _Launched:
@@ -110,6 +135,7 @@ class _Run:
         self.recipe, self.dataset, self.out, self.device = recipe, dataset, out, device
         self.dtype = getattr(torch, recipe.train.dtype)
         self.task = find_task(recipe.task)(recipe, dataset, device)
+        _check_size(recipe, device, dataset.tokenizer.vocab_size)
         model = make_model(recipe, dataset.tokenizer.vocab_size, dataset.tokenizer.pad_id)
         self.task.initialize(model)
         self.model = model.to(device).train()
@@ -150,7 +176,7 @@ class _Run:
                         self.model, self.optimizer, moved, lr=lr, grad_clip=table.grad_clip, dtype=self.dtype
                     )
                     launched.append(_Launched(step + 1, micros, lr, result))
-                    last = stop.is_set() or step + 1 == table.max_steps
+                    last = bool(stop) or step + 1 == table.max_steps
                     due = last or (table.checkpoint_every and (step + 1) % table.checkpoint_every == 0)
                     # The host looks at a step of a GPU while the next one runs, so that the GPU never waits for it.
                     while len(launched) > (self.device.type == "cuda" and not due):
@@ -165,7 +191,9 @@ class _Run:
                 self.line.note(
                     f"stopped at step {self.counters.step}; the same command continues after step {self.saved}"
                 )
-                return Result(self.out, self.counters.step, None)
+                return Result(self.out, self.counters.step, None, stop[0])
+        if 2 * self.counters.skipped >= table.max_steps:
+            raise self._diverged(f"{self.counters.skipped} of {table.max_steps} steps")
         return Result(self.out, self.counters.step, self._finish())
 
     def _report(self, step: _Launched) -> None:
@@ -195,26 +223,27 @@ class _Run:
         )
         self.pace.append(seconds)
         pace, steps = sum(self.pace) / len(self.pace), self.recipe.train.max_steps
-        text = [
+        fields = [  # on a narrow terminal the last ones are left out
             f"step {step.number}/{steps}",
             f"loss {loss:.3f}",
             f"{tokens / pace:,.0f} tokens/s",
+            f"ETA {duration((steps - step.number) * pace)}",
+            *([f"{counters.skipped} skipped"] if counters.skipped else []),
             f"MFU {'n/a' if mfu is None else f'{100 * mfu:.0f}%'}",
             f"lr {step.lr:.1e}",
-            f"ETA {duration((steps - step.number) * pace)}",
         ]
-        if counters.skipped:
-            text.append(f"{counters.skipped} skipped")
-        self.line.update(step.number, "  ".join(text))
+        self.line.update(step.number, fields)
         if counters.streak == min(PATIENCE, steps):
-            newest, _ = load_newest(self.out / runs.CHECKPOINTS)
-            kept = "there is no checkpoint yet" if newest is None else f"the newest checkpoint is {newest.path}"
-            raise Diverged(
-                f"the gradients of {counters.streak} steps in a row, up to step {step.number}, were not finite, and "
-                f"none was applied; {kept}. "
-                f"Try a lower train.lr than {self.recipe.train.lr:g}, or more than "
-                f"{self.recipe.train.warmup_steps} train.warmup_steps"
-            )
+            raise self._diverged(f"{counters.streak} steps in a row, up to step {step.number},")
+
+    def _diverged(self, steps: str) -> Diverged:
+        newest, _ = load_newest(self.out / runs.CHECKPOINTS)
+        kept = "there is no checkpoint yet" if newest is None else f"the newest checkpoint is {newest.path}"
+        return Diverged(
+            f"the gradients of {steps} were not finite, and none was applied; {kept}. "
+            f"Try a lower train.lr than {self.recipe.train.lr:g}, or more than "
+            f"{self.recipe.train.warmup_steps} train.warmup_steps"
+        )
 
     def _save(self) -> None:
         self.metrics.sync()
@@ -305,12 +334,12 @@ def _ahead(task: Task, micro_count: int, start: int, stop: int) -> Iterator[tupl
 
 
 @contextmanager
-def _stop_signal() -> Iterator[threading.Event]:
-    """An event that SIGTERM and SIGINT set; the second of them does what it did before."""
-    stop, before = threading.Event(), {}
+def _stop_signal() -> Iterator[list[int]]:
+    """A list to which SIGTERM and SIGINT add their numbers; the second of the same does what it did before."""
+    stop, before = [], {}
 
     def on_signal(number, frame):
-        stop.set()
+        stop.append(number)
         signal.signal(number, before[number])
 
     if threading.current_thread() is threading.main_thread():

@@ -1,0 +1,33 @@
+"""Text for a terminal: lines are broken between words, never inside one. Files and pipes get lines as they are."""
+
+from __future__ import annotations
+
+import os
+import textwrap
+
+
+def width_of(stream) -> int | None:
+    """Columns of the terminal that `stream` writes to; COLUMNS overrides it. None for a file or a pipe."""
+    if not stream.isatty():
+        return None
+    if os.environ.get("COLUMNS", "").isdigit():
+        return int(os.environ["COLUMNS"])
+    return os.get_terminal_size(stream.fileno()).columns
+
+
+def wrap(text: str, width: int | None) -> str:
+    """`text` in lines of at most `width` columns; a longer word, as a path, stays whole. None: unchanged."""
+    if not width:
+        return text
+    options = {"break_long_words": False, "break_on_hyphens": False, "drop_whitespace": True}
+    return "\n".join(textwrap.fill(line, width, **options) if len(line) > width else line for line in text.split("\n"))
+
+
+def fit(fields: list[str], width: int) -> str:
+    """The first fields that fit into `width` columns, two spaces between them; always the first one."""
+    text = fields[0]
+    for field in fields[1:]:
+        if len(text) + 2 + len(field) > width:
+            break
+        text += f"  {field}"
+    return text
