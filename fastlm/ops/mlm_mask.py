@@ -190,6 +190,12 @@ def _integers(name, value, input_ids, *, per_row):
     return value.to(torch.int64)
 
 
+def _check_ids(input_ids) -> None:
+    _checks.is_tensor("input_ids", input_ids, dtypes=(torch.int64, torch.int32))
+    if input_ids.dim() not in (1, 2):
+        raise ValueError(f"input_ids: expected (B, S) rows or (T,) packed tokens, got shape {tuple(input_ids.shape)}")
+
+
 def _check_vocabulary(mask_token_id, vocab_size, special_ids) -> tuple[list[int], list[int]]:
     """The special ids, and with the mask's the ids that are never drawn; both sorted and unique."""
     _integer("vocab_size", vocab_size, 1, 2**31)
@@ -290,9 +296,7 @@ def mlm_mask(
     [0, vocab_size) in input_ids is a ValueError on the CPU. On a device, where the check would stall, it is treated as
     any other token. No host synchronisation.
     """
-    _checks.is_tensor("input_ids", input_ids, dtypes=(torch.int64, torch.int32))
-    if input_ids.dim() not in (1, 2):
-        raise ValueError(f"input_ids: expected (B, S) rows or (T,) packed tokens, got shape {tuple(input_ids.shape)}")
+    _check_ids(input_ids)
     special_ids, left_out = _check_vocabulary(mask_token_id, vocab_size, special_ids)
     _integer("seed", seed, -(2**63), 2**64)
     replace_below = _check_probabilities(mlm_probability, mask_replace_prob, random_replace_prob)
