@@ -186,6 +186,8 @@ def _limit(op: str, backend: str) -> Callable | None:
     if backend in COMPOSITE and backend not in _COLUMNS:
         return None
     page = _pages[op].name
+    if torch.compiler.is_compiling():  # a trace that is restarted must take the path of the first, which loaded it
+        _load(page, backend)
     found = getattr(_PACKAGES[backend], page, None)  # at every call with "auto": no import, no call of ours
     if found is None or not hasattr(found, "limit"):  # not loaded, or imported by another module of the column
         found = column(page, backend)
