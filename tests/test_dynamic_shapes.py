@@ -1,5 +1,7 @@
 """One graph for all lengths: torch.compile(dynamic=True) and torch.export of every op and every module of fastlm.nn."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -281,3 +283,23 @@ def test_a_compiled_call_reads_no_mask():
     mask = torch.nn.Transformer.generate_square_subsequent_mask(9)
     want = attention(x, x, x, is_causal=True, need_weights=False)[0]
     torch.testing.assert_close(compiled(x, mask), want)
+
+
+FIRST_CALL = """
+import torch
+from fastlm import ops
+
+torch._dynamo.config.error_on_recompile = True
+options = {"mask_token_id": 3, "vocab_size": 50, "special_ids": (0, 1), "seed": 7}
+mask = torch.compile(lambda i: tuple(ops.mlm_mask(i, **options)), backend="aot_eager", dynamic=True, fullgraph=True)
+norm = torch.compile(lambda x: ops.layer_norm(x), backend="aot_eager", dynamic=True, fullgraph=True)
+for n in (5, 9, 400):
+    mask(torch.randint(50, (2, n)))
+    norm(torch.randn(2, n, 16))
+"""
+
+
+def test_the_first_call_of_a_process_is_compiled():
+    """The trace loads the backends, and torch may start it again."""
+    done = subprocess.run([sys.executable, "-c", FIRST_CALL], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -7,6 +7,7 @@ import ptx
 import pytest
 import torch
 
+import fastlm.nn as nn
 from fastlm import ops
 from fastlm.ops import _registry
 
@@ -92,3 +93,39 @@ def test_ids_outside_their_table(name, bad, weight):
         assert gradient[touched].isnan().all(), key
         assert gradient[~touched].isfinite().all(), key
         assert table.shape == gradient.shape
+
+
+@pytest.mark.parametrize(
+    ("offsets", "max_seqlen", "lost"),
+    [([0, 5, 9], 5, [9, 10, 11]), ([2, 5, 12], 7, [0, 1]), ([0, 5, 12], 6, list(range(5, 12))), ([0, 5, 12], 7, [])],
+    ids=["tail", "head", "longer", "right"],
+)
+def test_the_reference_of_packed_rows(offsets, max_seqlen, lost):
+    """As on a device: the public function checks on the CPU."""
+    q, k, v = (torch.randn(12, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    cu = torch.tensor(offsets, dtype=torch.int32)
+    out, lse = ops.attention_reference(q, k, v, cu_seqlens_q=cu, max_seqlen_q=max_seqlen)
+    gradients = torch.autograd.grad(out.square().nansum(), (q, k, v))
+    missing = torch.zeros(12, dtype=torch.bool)
+    missing[lost] = True
+    for tensor in (out, lse.t()):
+        assert tensor[missing].isnan().all()
+        assert tensor[~missing].isfinite().all()
+    for gradient in gradients:
+        rows = gradient[missing]
+        assert bool((rows.isnan() | (rows == 0)).all())
+
+
+def test_other_values_of_a_padding_mask():
+    """A compiled call cannot raise either: the sequence with such a mask is NaN, the other is not."""
+    attention = nn.MultiheadAttention(16, 2, batch_first=True)
+    compiled = torch.compile(
+        lambda x, mask: attention(x, x, x, mask, need_weights=False)[0], backend="eager", fullgraph=True
+    )
+    x, mask = torch.randn(2, 5, 16), torch.zeros(2, 5)
+    mask[:, 4] = -torch.inf
+    assert torch.equal(compiled(x, mask), attention(x, x, x, mask, need_weights=False)[0])
+    mask[1, 2] = 0.5
+    y = compiled(x, mask)
+    assert y[0].isfinite().all()
+    assert y[1].isnan().all()

@@ -21,12 +21,24 @@ _OTHER_MASK = (
 )
 
 
+def _checkable(mask: torch.Tensor) -> bool:
+    return mask.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def nan_for_other_values(v: torch.Tensor, key_padding_mask: torch.Tensor | None) -> torch.Tensor:
+    """v (N, S, H, D), all NaN in a sequence whose mask has values that `real_keys` could not refuse."""
+    if key_padding_mask is None or key_padding_mask.dtype == torch.bool or _checkable(key_padding_mask):
+        return v
+    other = ((key_padding_mask != 0) & (key_padding_mask != -torch.inf)).any(-1)
+    return torch.where(other[:, None, None, None], torch.nan, v)
+
+
 def real_keys(key_padding_mask: torch.Tensor | None, shape: tuple[int, int]) -> torch.Tensor | None:
     """torch's key_padding_mask as the op's key_mask: bool, True for a real token.
 
     torch's is bool, True for padding, or floating point, 0 and -inf (`torch.nn.TransformerEncoder` converts to that).
     ValueError for another shape or dtype and, on the CPU, for another value. On a device, where the check would stall,
-    every value except 0 counts as padding.
+    and under torch.compile every value except 0 counts as padding; `nan_for_other_values` makes such a result NaN.
     """
     if key_padding_mask is None:
         return None
@@ -38,7 +50,7 @@ def real_keys(key_padding_mask: torch.Tensor | None, shape: tuple[int, int]) -> 
             f"key_padding_mask: expected bool (True = padding), got {key_padding_mask.dtype}; use mask == 0"
         )
     real = key_padding_mask == 0
-    if key_padding_mask.device.type == "cpu" and not bool((real | (key_padding_mask == -torch.inf)).all()):
+    if _checkable(key_padding_mask) and not bool((real | (key_padding_mask == -torch.inf)).all()):
         raise ValueError(
             "key_padding_mask: expected 0 (a real token) and -inf (padding) in a floating-point mask, got others; "
             "an additive bias per key is torch.nn.MultiheadAttention's alone"
@@ -129,6 +141,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         elif query.dim() == 3 and not self.batch_first:
             q, k, v = (t.transpose(0, 1) for t in (q, k, v))
         key_mask = real_keys(key_padding_mask, tuple(k.shape[:2]))
+        v = nan_for_other_values(v, key_padding_mask)
         dropout = {"dropout_p": self.dropout if self.training else 0.0, "rng": rng, "site": self.site}
         weights, window, other_mask = None, (-1, 0 if is_causal else -1), None
         if attn_mask is not None and not is_causal:

@@ -138,9 +138,15 @@ def attention_reference(
     out, lse = _attend(q, k, v, mask, bias, keep, scale, dropout_p)
     if packed:
         token = torch.arange(total, device=q.device)
-        sequence = torch.searchsorted(cu_seqlens_q[1:].contiguous(), token, right=True)
+        sequence = torch.searchsorted(cu_seqlens_q[1:].contiguous(), token, right=True).clamp(max=len(lengths_q) - 1)
         position = token - cu_seqlens_q[sequence]
-        out, lse = out[sequence, position], lse.transpose(1, 2)[sequence, position].transpose(0, 1)
+        # Wrong cu_seqlens and max_seqlen raise on the CPU alone: here a row of no sequence, and a sequence longer than
+        # max_seqlen, are NaN.
+        lost = (position < 0) | (position >= lengths_q[sequence])
+        lost = lost | ((lengths_q > max_seqlen_q) | (lengths_k > max_seqlen_k))[sequence]
+        position = position.clamp(0, max_seqlen_q - 1)
+        out = torch.where(lost[:, None, None], torch.nan, out[sequence, position])
+        lse = torch.where(lost[:, None], torch.nan, lse.transpose(1, 2)[sequence, position]).transpose(0, 1)
     return out, lse
 
 
@@ -408,8 +414,9 @@ def attention(
         softmax_scale: default 1/sqrt(D).
         cu_seqlens_q, cu_seqlens_k: int32 (sequences + 1,): where each sequence starts in the packed tensors, then the
             total. The total may be repeated (empty sequences), to keep the shape fixed. Keys default to the queries.
-            The values are checked on the CPU only: reading them from a device would stall. There, on backend "triton",
-            out, lse and the gradients are NaN in rows of no sequence, and dtable is if a sequence exceeds max_seqlen.
+            The values are checked on the CPU only: reading them from a device would stall. There a row of no sequence
+            has NaN in out and lse, and NaN or 0 in its gradients; if a sequence exceeds max_seqlen, its out or dtable
+            is NaN. Not so on backend "cuda".
         max_seqlen_q, max_seqlen_k: upper bounds of the sequences' lengths; required with cu_seqlens.
         key_mask: (B, Sk) bool, True for a real token, for padded input; padding on either side. The values in a masked
             row of k and v have no effect, even NaN.
