@@ -220,6 +220,8 @@ def find_step(name: str, settings: Sequence[str] = (), vocab_size: int = 30522) 
             if str(error).startswith("recipe: expected one of"):
                 raise ValueError(f"{error}; or of the fixed steps {', '.join(STEPS)}") from error
             raise
+        if recipe.task != "masked_lm":
+            raise ValueError(f"recipe: expected one of task masked_lm, for which batches are drawn, got {recipe.task}")
         return Training(recipe.name, recipe.train), drawn(recipe, vocab_size)
     table, inputs = STEPS[name]()
     batches = "batch_tokens", "micro_batch_tokens"
