@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from fastlm.ops._shapes import as_rows
-from fastlm.ops.cross_entropy import Args, InplaceArgs, LossArgs, Outputs, ScaleArgs, empty_forward, empty_scaled
+from fastlm.ops.cross_entropy import Args, InplaceArgs, LossArgs, Outputs, ScaleArgs, empty_dlogits, empty_scaled
 
 
 class Losses:
@@ -52,7 +52,7 @@ def raw_ops(losses: type[Losses], scaled: Callable, rows: Callable = as_rows) ->
         return all_losses.loss()
 
     def forward(args: Args) -> Outputs:
-        dlogits = empty_forward(args).dlogits
+        dlogits = empty_dlogits(args)
         dx = as_rows(dlogits) if args.needs_dlogits else None
         return Outputs(total(rows(args.logits), dx, args.loss), dlogits)
 

@@ -143,10 +143,13 @@ def empty_loss(args: LossArgs) -> torch.Tensor:
     return args.target.new_empty(args.target.shape if args.reduction == "none" else (), dtype=torch.float32)
 
 
-def empty_forward(args: Args) -> Outputs:
+def empty_dlogits(args: Args) -> torch.Tensor:
     x = args.logits
-    dlogits = torch.empty_like(x, memory_format=torch.contiguous_format) if args.needs_dlogits else x.new_empty(0)
-    return Outputs(empty_loss(args.loss), dlogits)
+    return torch.empty_like(x, memory_format=torch.contiguous_format) if args.needs_dlogits else x.new_empty(0)
+
+
+def empty_forward(args: Args) -> Outputs:
+    return Outputs(empty_loss(args.loss), empty_dlogits(args))
 
 
 def empty_inplace(args: InplaceArgs) -> torch.Tensor:

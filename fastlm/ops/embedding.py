@@ -292,7 +292,9 @@ def embedding(
     dtype = word.dtype
     for table in (position, token_type):
         dtype = dtype if table is None else torch.promote_types(dtype, table.dtype)
-    word, position, token_type = (None if t is None else t.to(dtype) for t in (word, position, token_type))
+    if any(table is not None and table.dtype != dtype for table in lookup.tables):
+        word, position, token_type = (None if t is None else t.to(dtype) for t in (word, position, token_type))
+        lookup = lookup._replace(word=word, position=position, token_type=token_type)
     backend = _registry.choose("embedding", backend, word)
     if sparse and backend == "triton":
         raise ValueError("sparse: expected False for backend triton, whose gradients are dense, got True")
@@ -315,11 +317,11 @@ def embedding(
             padding_idx=padding_idx,
             sparse=sparse,
         )
-    input_ids, positions, token_type_ids = (
-        None if ids is None else ids.to(torch.int64) for ids in (input_ids, positions, token_type_ids)
-    )
+    if any(ids is not None and ids.dtype != torch.int64 for ids in lookup.ids):
+        input_ids, positions, token_type_ids = (None if i is None else i.to(torch.int64) for i in lookup.ids)
+        lookup = lookup._replace(input_ids=input_ids, positions=positions, token_type_ids=token_type_ids)
     args = Args(
-        lookup=Lookup(input_ids, word, position, token_type, positions, token_type_ids),
+        lookup=lookup,
         weight=weight,
         bias=bias,
         eps=eps,

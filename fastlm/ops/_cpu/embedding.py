@@ -6,7 +6,7 @@ import torch
 
 from fastlm import _native
 from fastlm.ops import _random
-from fastlm.ops._shapes import as_float, as_rows, contiguous, row_stride
+from fastlm.ops._shapes import as_float, as_rows, contiguous
 from fastlm.ops.embedding import (
     Args,
     BackwardArgs,
@@ -21,9 +21,13 @@ from fastlm.ops.embedding import (
 
 def _lookups(lookup: Lookup) -> list[tuple]:
     """(table, ids, stride, period) of each table, csrc/cpu/embedding.h's Lookup."""
-    periods = 1, lookup.period, 1  # used for the positions and types that are not given
-    tables, ids = map(as_rows, lookup.tables), map(contiguous, lookup.ids)
-    return [(table, i, row_stride(table), period) for table, i, period in zip(tables, ids, periods)]
+    # The period is used for the positions and types that are not given.
+    each = zip(lookup.tables, lookup.ids, (1, lookup.period, 1))
+    return [None if table is None else _row(as_rows(table), ids, period) for table, ids, period in each]
+
+
+def _row(table: torch.Tensor, ids: torch.Tensor | None, period: int) -> tuple:
+    return table, contiguous(ids), table.stride(0), period
 
 
 def embedding_fwd(args: Args) -> Outputs:
