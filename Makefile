@@ -47,8 +47,7 @@ test-all: setup $(VENV)/.test
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check $(SOURCES)
 	$(VENV)/bin/ruff format --check $(SOURCES)
-	find csrc tests/ptx -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(VENV)/bin/clang-format
-	--dry-run -Werror
+	find csrc tests/ptx -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run -Werror
 
 # A CUDA machine usually has a torch of its own. It is tested, and nothing is installed. Else VENV's torch is tested.
 test-gpu:
@@ -68,8 +67,8 @@ bench-check: setup
 	$(PY) benchmarks/bench_check.py --results $(OUT)
 
 $(PY):
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fastlm needs Python 3.10 or newer: make
-	PYTHON=...")' $(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fastlm needs Python 3.10 or newer: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.lint: constraints.txt | $(PY)
 	$(PIP) ruff clang-format
