@@ -24,7 +24,7 @@ from fastlm.data.sources import (
     read_documents,
 )
 from fastlm.data.tokenizer import Tokenizer, parse
-from fastlm.storage import atomic_directory, file_checksum, json_checksum, write_json
+from fastlm.storage import NoSpace, atomic_directory, file_checksum, json_checksum, write_json
 
 _SHARD_TOKENS = 1 << 24  # 32 MiB of two-byte tokens in a shard: one is held in memory while preparing
 
@@ -92,7 +92,8 @@ def prepare(
         progress(stage, total, total)
 
     try:
-        with _target(out) as partial:
+        # The rows written so far, scaled to all of the text; the tokenizer is small.
+        with _target(out, lambda written: int(written * total / max(1, report.bytes_read))) as partial:
             if isinstance(tokenizer, int):
                 tokenizer = Tokenizer.train(lambda: texts("tokenizer", Report()), tokenizer)
             counts = _Counts(tokenizer.vocab_size)
@@ -137,11 +138,14 @@ def _already(out: Path, identity: str) -> Dataset:
 
 
 @contextmanager
-def _target(out: Path) -> Iterator[Path]:
+def _target(out: Path, need: Callable[[int], int]) -> Iterator[Path]:
     """`atomic_directory`, with a ValueError where it cannot begin."""
+    kept = "nothing of it is kept, and the text is unchanged; make room, or name a directory on another disk"
     with ExitStack() as stack:
         try:
-            partial = stack.enter_context(atomic_directory(out))
+            partial = stack.enter_context(atomic_directory(out, what="the prepared data", need=need, kept=kept))
+        except NoSpace:
+            raise
         except OSError as error:
             raise ValueError(f"out: expected a directory that can be written, got {out} ({error})") from error
         yield partial

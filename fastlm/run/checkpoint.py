@@ -55,7 +55,11 @@ def save_checkpoint(
         for parameter, values in optimizer.state.items()
         for key, value in values.items()
     }
-    with atomic_directory(target) as partial:
+    need = sum(x.numel() * x.element_size() for x in (*names, *moments.values()))
+    before = next((path for path in _found(directory) if path != target), None)
+    kept = "there is none before it" if before is None else f"the one before, {before}, is whole"
+    kept += "; make room, and the same command continues from there"
+    with atomic_directory(target, what="the checkpoint", need=need, kept=kept) as partial:
         save_file({name: p.detach().cpu().contiguous() for p, name in names.items()}, partial / FILES[0])
         save_file(moments, partial / FILES[1])
         write_json(partial / FILES[2], {**state, "step": step})

@@ -30,11 +30,12 @@ from fastlm.models import Counts
 from fastlm.models._size import TRAINED, check_memory
 from fastlm.run import directory as runs
 from fastlm.run.checkpoint import load_newest, restore, save_checkpoint
-from fastlm.run.metrics import MetricsFile, first_and_final_loss, plot_loss, read_metrics
+from fastlm.run.metrics import RERUN, MetricsFile, first_and_final_loss, plot_loss, read_metrics
 from fastlm.run.progress import ProgressLine, duration
 from fastlm.run.recipe import Recipe
 from fastlm.storage import atomic_directory, json_checksum, replace_json
 from fastlm.tasks import Micro, Task, find_task, make_model
+from fastlm.train._memory import check_step
 from fastlm.train.optimizer import lr_at, make_optimizer, train_step
 
 PATIENCE = 10  # steps without finite gradients, one after another, that end a run; all of a shorter one
@@ -135,8 +136,10 @@ class _Run:
         self.recipe, self.dataset, self.out, self.device = recipe, dataset, out, device
         self.dtype = getattr(torch, recipe.train.dtype)
         self.task = find_task(recipe.task)(recipe, dataset, device)
-        _check_size(recipe, device, dataset.tokenizer.vocab_size)
-        model = make_model(recipe, dataset.tokenizer.vocab_size, dataset.tokenizer.pad_id)
+        vocab_size, pad_id = dataset.tokenizer.vocab_size, dataset.tokenizer.pad_id
+        _check_size(recipe, device, vocab_size)
+        check_step(self.task, replace(recipe.model, vocab_size=vocab_size, pad_token_id=pad_id))
+        model = make_model(recipe, vocab_size, pad_id)
         self.task.initialize(model)
         self.model = model.to(device).train()
         self.optimizer = make_optimizer(self.model, recipe.train)
@@ -302,11 +305,11 @@ class _Run:
             )
         plot_loss(rows, self.out / runs.PLOT, levels=self.task.metrics(), title=f"fastlm {self.recipe.name}")
         model = self.out / runs.MODEL
-        with atomic_directory(model) as partial:
+        with atomic_directory(model, what="the model", need=4 * summary["parameters"], kept=RERUN) as partial:
             self.model.eval().save_pretrained(partial, self.dataset.tokenizer)
             if model.exists():  # this run's too: from a later checkpoint, or it was killed before the summary
                 shutil.rmtree(model)
-        replace_json(self.out / runs.SUMMARY, summary)
+        replace_json(self.out / runs.SUMMARY, summary, what="the summary", kept=RERUN)
         return summary
 
 
