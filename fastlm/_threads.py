@@ -1,7 +1,7 @@
 """The threads of the command line: how many a run is worth, and how they wait for each other.
 
-A thread of the OpenMP pool that has no work spins for some milliseconds before it sleeps. On a core that another process
-wants, all of that is lost: 150 steps of a tiny model took 41 s instead of 1.6 (LOG.md). `wait_policy` bounds the
+A thread of the OpenMP pool that has no work spins for some milliseconds before it sleeps. On a core that another
+process wants, all of that is lost: 150 steps of a tiny model took 41 s, not 1.6 (LOG.md). `wait_policy` bounds the
 spinning before torch loads the pool, and `for_work` takes fewer threads for small work. The command line calls both.
 `import fastlm` alone changes nothing of a program.
 """
@@ -47,8 +47,8 @@ def others() -> float:
 def wait_policy() -> str:
     """Bound how long idle threads of the OpenMP pool spin; returns what `state` says of it.
 
-    On cores that are shared, by a quota or with other running processes, they do not spin. It changes the environment of
-    this process and of those that it starts, and has an effect only before torch is imported. What the user's
+    On cores that are shared, by a quota or with other running processes, they do not spin. It changes the environment
+    of this process and of those that it starts, and has an effect only before torch is imported. What the user's
     environment says stays.
     """
     global _waiting

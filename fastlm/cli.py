@@ -85,6 +85,8 @@ def prepare(
         f"{out}: {dataset.rows:,} rows of {dataset.row_tokens} tokens from {report['kept']:,} of {report['read']:,} "
         f"documents; vocabulary {dataset.tokenizer.vocab_size:,}, unigram entropy {dataset.unigram_entropy:.3f} nats"
     )
+    if unknown := dataset.manifest.get("unknown"):  # older preparations did not count it
+        _say(f"  [UNK]: {unknown['tokens']:.2%} of the tokens, for {unknown['characters']:.2%} of the characters")
     for reason, entry in report["set_aside"].items():
         _say(f"  set aside: {entry['count']:,} {reason} (first: {entry['first'][0]})")
 

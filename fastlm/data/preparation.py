@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -23,10 +24,12 @@ from fastlm.data.sources import (
     is_prepared,
     read_documents,
 )
-from fastlm.data.tokenizer import Tokenizer, parse
+from fastlm.data.tokenizer import LONGEST, Tokenizer, parse
 from fastlm.storage import NoSpace, atomic_directory, file_checksum, json_checksum, write_json
 
 _SHARD_TOKENS = 1 << 24  # 32 MiB of two-byte tokens in a shard: one is held in memory while preparing
+
+_WARNED, _REFUSED = 0.05, 0.9  # shares of [UNK]
 
 Progress = Callable[[str, int, int], None]
 
@@ -57,7 +60,8 @@ def prepare(
 
     Where `out` already holds the same preparation (same text, settings and tokenizer), it is opened as it is;
     so it is where another process prepared the same meanwhile. ValueError where it holds anything else or cannot be
-    written, for a missing path, a bad setting, or a corpus of which nothing is left.
+    written, for a missing path, a bad setting, a corpus of which nothing is left, or one that the tokenizer cannot
+    spell: [UNK] is nine tenths of its tokens, or stands for nine tenths of its characters. A twentieth warns.
     """
     out = Path(out)
     row_tokens = integer("row_tokens", row_tokens, MIN_PIECE)
@@ -96,8 +100,8 @@ def prepare(
         with _target(out, lambda written: int(written * total / max(1, report.bytes_read))) as partial:
             if isinstance(tokenizer, int):
                 tokenizer = Tokenizer.train(lambda: texts("tokenizer", Report()), tokenizer)
-            counts = _Counts(tokenizer.vocab_size)
-            ids = counts.count(encode_documents(texts("rows", report), tokenizer), report)
+            counts = _Counts(tokenizer)
+            ids = counts.count(encode_documents(texts("rows", report), tokenizer, counts.look), report)
             shards = [
                 write_shard(partial, f"{index:05d}", shard)
                 for index, shard in enumerate(pack(ids, tokenizer, row_tokens, shard_rows))
@@ -105,6 +109,7 @@ def prepare(
             if not shards:
                 given = ", ".join(file.name for file in files[:5])
                 raise ValueError(f"data: no text is left of {report.read} records in {given}: {report.reasons()}")
+            counts.check_unknown()
             tokenizer.save(partial / TOKENIZER)
             manifest = {
                 "format": FORMAT,
@@ -121,6 +126,7 @@ def prepare(
                 "documents": counts.documents,
                 "text_tokens": int(counts.tokens.sum()),
                 "unigram_entropy": counts.entropy(tokenizer.special_ids),
+                "unknown": counts.unknown(),
                 "report": report.as_dict(),
                 "shards": shards,
             }
@@ -165,10 +171,44 @@ def _contents(files: Iterable[SourceFile], progress: Progress) -> list[list[str]
 
 
 class _Counts:
-    """What passes from the tokenizer to the rows: documents, and how often each token occurs (vocab_size,) int64."""
+    """What passes from the tokenizer to the rows: documents, how often each token occurs (vocab_size,) int64, and how
+    many characters, white space aside, there are and are lost to [UNK]."""
 
-    def __init__(self, vocab_size: int):
-        self.documents, self.tokens = 0, np.zeros(vocab_size, np.int64)
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self.documents, self.tokens = 0, np.zeros(tokenizer.vocab_size, np.int64)
+        self.characters = self.lost = 0
+        self._lengths = np.zeros(tokenizer.vocab_size, np.int64)  # characters that a token stands for
+        for token, id in tokenizer.backend.get_vocab(with_added_tokens=True).items():
+            self._lengths[id] = len(token.removeprefix("##").lstrip("▁"))
+
+    def look(self, chunk: str, ids: np.ndarray) -> None:
+        """Count the characters of `chunk` that its tokens do not spell."""
+        characters = len(chunk) - chunk.count(" ") - chunk.count("\n")
+        self.characters += characters
+        known = ids[ids != self.tokenizer.unk_id] if self.tokenizer.unk_id is not None else ids
+        if len(known) < len(ids):  # elsewhere a difference is the normalizer's
+            self.lost += max(len(ids) - len(known), characters - int(self._lengths[known].sum()))
+
+    def unknown(self) -> dict[str, float]:
+        """The shares of the tokens that are [UNK], and of the characters that it stands for: the manifest's entry."""
+        tokens = 0 if self.tokenizer.unk_id is None else int(self.tokens[self.tokenizer.unk_id])
+        shares = tokens / max(1, self.tokens.sum()), self.lost / max(1, self.characters)
+        return dict(zip(("tokens", "characters"), (round(float(share), 6) for share in shares)))
+
+    def check_unknown(self) -> None:
+        """ValueError where nearly all of the text is [UNK], and a warning where much of it is."""
+        found = self.unknown()
+        worst = max(found.values())
+        says = (
+            f"{found['tokens']:.1%} of the tokens are [UNK], which stands for {found['characters']:.1%} of the "
+            f"characters: words of more than {LONGEST} characters, or with characters that the vocabulary lacks; give "
+            "text with spaces between words, or a tokenizer that was trained on such text"
+        )
+        if worst >= _REFUSED:
+            raise ValueError(f"data: expected text that the tokenizer can spell, but {says}")
+        if worst >= _WARNED:
+            warnings.warn(f"data: {says}", stacklevel=3)
 
     def count(self, documents: Iterable[np.ndarray], report: Report) -> Iterator[np.ndarray]:
         for ids in documents:

@@ -28,6 +28,7 @@ from fastlm.storage import atomic_directory, file_checksum, json_checksum, sweep
 FORMAT = "fastlm checkpoint"
 VERSION = 1
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+_HEADERS = 1 << 16  # bytes of a checkpoint beside its tensors, about
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -55,10 +56,11 @@ def save_checkpoint(
         for parameter, values in optimizer.state.items()
         for key, value in values.items()
     }
-    need = sum(x.numel() * x.element_size() for x in (*names, *moments.values()))
+    need = _HEADERS + sum(x.numel() * x.element_size() for x in (*names, *moments.values()))
     before = next((path for path in _found(directory) if path != target), None)
-    kept = "there is none before it" if before is None else f"the one before, {before}, is whole"
-    kept += "; make room, and the same command continues from there"
+    kept = f"the one before, {before}, is whole; make room, and the same command continues from there"
+    if before is None:
+        kept = "there is none before it; make room, and the same command starts again"
     with atomic_directory(target, what="the checkpoint", need=need, kept=kept) as partial:
         save_file({name: p.detach().cpu().contiguous() for p, name in names.items()}, partial / FILES[0])
         save_file(moments, partial / FILES[1])
