@@ -112,6 +112,8 @@ _TESTS = (
     Variant({"b": 3, "s": 70, "h": 2, "d": 16, "padding": "both"}, {"dropout_p": 0.1}),
     Variant({"b": 3, "s": 40, "h": 2, "d": 16, "padding": "left"}, {"causal": True}),
     Variant({"b": 2, "s": 66, "h": 1, "d": 16, "padding": "holes"}),
+    Variant({"b": 2, "s": 70, "h": 2, "d": 16, "padding": "both"}, {"softcap": 1.5, "dropout_p": 0.1}),
+    Variant({"b": 1, "s": 150, "h": 4, "kv": 2, "d": 64}, {"softcap": 50.0, "causal": True, "softmax_scale": 1.0}),
     Variant({"b": 1, "s": 70, "h": 2, "d": 16, "offset": 300}, {"causal": True}),
     Variant({"b": 2, "s": 40, "sk": 70, "h": 1, "d": 33, "offset": -100}, {"dropout_p": 0.1}),
     Variant({"h": 4, "kv": 1, "d": 16, "lengths": (5, 0, 70, 1, 0)}, {"dropout_p": 0.1}),
@@ -182,6 +184,7 @@ ATTENTION = OpCase(
             {"h": 1, "d": 3, "lengths": (2, 0, 3), "buckets": 4},
             {"causal": True, "bidirectional": False, "max_distance": 4},
         ),
+        Variant({"b": 1, "s": 3, "sk": 4, "h": 1, "d": 3}, {"softcap": 0.7, "causal": True}),
     ),
     accepted={"q": _Q, "k": _Q, "v": _Q},
     refused=(
@@ -189,6 +192,7 @@ ATTENTION = OpCase(
         ({"k": torch.ones(1, 4, 2, 8)}, "k: expected shape (1, *, *, 16), got (1, 4, 2, 8)"),
         ({"v": torch.ones(1, 3, 2, 16)}, "v: expected shape (1, 4, 2, 16), got (1, 3, 2, 16)"),
         ({"key_mask": torch.ones(1, 3, dtype=torch.bool)}, "key_mask: expected shape (1, 4), got (1, 3)"),
+        ({"softcap": -1.0}, "softcap: expected 0 (none) or a positive number, got -1.0"),
         ({"dropout_p": -0.1}, "dropout_p: expected a probability in [0, 1], got -0.1"),
     ),
 )
