@@ -16,8 +16,9 @@ def make_target(generator, rows, vocabulary, ignored=0):
     return target
 
 
-def _make(generator, rows, vocabulary, ignored=0, weight=0, scale=3, masked=0):
-    logits = torch.randn(rows, vocabulary, generator=generator, dtype=torch.float64) * scale
+def _make(generator, rows, vocabulary, ignored=0, weight=0, scale=3, masked=0, offset=0):
+    """offset: added to all logits."""
+    logits = torch.randn(rows, vocabulary, generator=generator, dtype=torch.float64) * scale + offset
     target = make_target(generator, rows, vocabulary, ignored)
     if masked:  # a third of the classes cannot be
         impossible = torch.rand(rows, vocabulary, generator=generator) < 1 / 3
@@ -63,6 +64,8 @@ CROSS_ENTROPY = OpCase(
         Variant({"rows": 12, "vocabulary": 50, "ignored": 1}, {"z_loss": 1e-3, "reduction": "none"}),
         Variant({"rows": 6, "vocabulary": 65, "weight": 1}, {"label_smoothing": 1.0, "z_loss": 1e-4, "inplace": True}),
         Variant({"rows": 6, "vocabulary": 65, "scale": 10000}),
+        Variant({"rows": 6, "vocabulary": 300, "offset": 1000}, {"reduction": "none"}),
+        Variant({"rows": 6, "vocabulary": 65, "offset": -300}, {"label_smoothing": 0.1}),
         Variant({"rows": 7, "vocabulary": 130, "masked": 1}, {"reduction": "none", "inplace": True}),
         # Past what a Triton program keeps in registers; past where two rows fit an L1, in bfloat16 too.
         Variant({"rows": 3, "vocabulary": 33003, "ignored": 1}, {"inplace": True}),
