@@ -23,6 +23,7 @@ import warnings
 import torch
 
 from fastlm import ops
+from fastlm.ops import _registry
 
 NAME = "fastlm"
 _collector = None  # Transformers' variable with the outputs that the running forward collects; not in all versions
@@ -96,6 +97,8 @@ _REFUSED = {
 
 
 def refuse_options(options):
+    """ValueError for options that the kernel lacks, and in an export to ONNX. Every patched attention calls it."""
+    _registry.refuse_onnx()
     for name, why in _REFUSED.items():
         if options.get(name) is not None and options[name] is not False:
             why = why or "the fused kernel has no such thing"
