@@ -53,6 +53,7 @@ WHOLE = 16384
 L1 = 208 * 1024
 # Bytes that a thread loads at once in a sweep, in four accesses: a multiprocessor then has 64 KB in flight, twice the
 # product of latency and bandwidth. Class weights are not aligned as the row is: 4-byte loads, each with an address.
+# With a softcap, 64 bytes would spill 80 to 216 bytes a thread; tanh, two an element, takes longer than the loads.
 SWEEP, SWEEP_WEIGHTED = 64, 16
 PARTS = 64  # partial sums at most in what `_sum` adds
 SUM_BLOCK = 4096
@@ -60,6 +61,7 @@ SCALE_BLOCK = 4096  # 128 threads, 32 elements each
 
 
 def config(cols: int, itemsize: int, weighted: bool) -> Config:
+    """weighted: with class weights or a softcap, for which a thread needs more registers an element."""
     shape = (triton.next_power_of_2(cols) if cols <= WHOLE else cols, itemsize, int(weighted))
     return choose(
         "cross_entropy_fwd", shape, lambda: _rule(cols, itemsize, weighted), lambda: _others(cols, itemsize, weighted)
@@ -234,7 +236,7 @@ def cross_entropy_fwd(
     if rows == 0:
         return
     assert dlogits is None or aligned_alike(logits, dlogits)
-    c = config(cols, logits.element_size(), weight is not None)
+    c = config(cols, logits.element_size(), weight is not None or softcap > 0.0)
     programs = min(rows, c.per_sm * multiprocessors(logits.device)) if c.per_sm else rows
     tensors = matrix(logits), target, weight, weight_sum, parts, dloss, loss, matrix(figures), matrix(dlogits)
     options = ignore_index, label_smoothing or None, z_loss or None, softcap or None

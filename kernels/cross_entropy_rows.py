@@ -70,8 +70,15 @@ def _beaten(x, x_t, before, mask):
 
 
 @triton.jit
-def _gradient(e, y, factor, uniform, w_ptr, col, mask, cap, smoothing):
-    """(exp(y - maximum) factor - ε/V w) dy/dx, e = exp(y - maximum); without the target's part."""
+def _cap_slope(x, cap):
+    """The derivative of _capped, 1 - tanh², from e = exp(-2|x / cap|): 1 - t² would cancel."""
+    e = tl.exp(-2.0 * tl.abs(x / cap))
+    return 4.0 * e / ((1.0 + e) * (1.0 + e))
+
+
+@triton.jit
+def _gradient(e, x, factor, uniform, w_ptr, col, mask, cap, smoothing):
+    """(e factor - ε/V w) dy/dx for e = exp(y - maximum), where y is the logit x, capped; without the target's part."""
     dx = e * factor
     if smoothing is not None:
         if w_ptr is not None:
@@ -79,19 +86,18 @@ def _gradient(e, y, factor, uniform, w_ptr, col, mask, cap, smoothing):
         else:
             dx -= uniform
     if cap is not None:
-        t = tl.where(mask, y, 0.0) / cap
-        dx *= (1.0 - t) * (1.0 + t)
+        dx *= _cap_slope(x, cap)
     return dx
 
 
 @triton.jit
 def _read(ptr, col, mask, raw_t, t, cap, JUDGES: tl.constexpr):
-    """The logits of a block, capped, -inf outside of the mask; and how many beat the target's (0 unless JUDGES)."""
+    """The logits of a block, as they are and capped, -inf outside of the mask; how many beat the target's (JUDGES)."""
     x = tl.load(ptr, mask=mask, other=-float("inf")).to(tl.float32)
     beaten = 0.0
     if JUDGES:
         beaten = tl.sum(_beaten(x, raw_t, col < t, mask))
-    return _capped(x, cap, mask), beaten
+    return x, _capped(x, cap, mask), beaten
 
 
 # ---- a row
@@ -122,7 +128,7 @@ def _sums(
     for start in range(0, body, BLOCK_N):
         in_body = (start + group < body)[:, None]
         col = head + start + tile
-        logit, more = _read(body_ptr + start + tile, col, in_body, raw_t, t, cap, JUDGES)
+        _, logit, more = _read(body_ptr + start + tile, col, in_body, raw_t, t, cap, JUDGES)
         if JUDGES:
             beaten += more
         # A maximum for each access: no exchange between threads, at the cost of one more exp an access.
@@ -165,9 +171,9 @@ def _put_gradients(
     for i in range(0, blocks):
         start = (blocks - 1 - i) * BLOCK_N
         in_body = (start + group < body)[:, None]
-        logit, _ = _read(body_ptr + start + tile, tile, in_body, 0.0, 0, cap, JUDGES=False)
+        raw, logit, _ = _read(body_ptr + start + tile, tile, in_body, 0.0, 0, cap, JUDGES=False)
         e = tl.exp(logit - maximum)
-        d = _gradient(e, logit, factor, uniform, w_ptr, head + start + tile, in_body, cap, smoothing)
+        d = _gradient(e, raw, factor, uniform, w_ptr, head + start + tile, in_body, cap, smoothing)
         tl.store(dx_body_ptr + start + tile, d.to(dx_body_ptr.dtype.element_ty), mask=in_body)
 
 
@@ -248,11 +254,11 @@ def _fwd(
 
             # Σ exp(x - maximum); of smoothing's Σ w (lse - x), the part Σ w (reference - x)
             reference = tl.where(tl.abs(x_t) < float("inf"), x_t, 0.0)
-            edge, beaten = _read(row_ptr + edge_col, edge_col, in_edge, raw_t, t, cap, JUDGES)
+            raw_edge, edge, beaten = _read(row_ptr + edge_col, edge_col, in_edge, raw_t, t, cap, JUDGES)
             distance = 0.0
             if WHOLE:
                 in_body = (group < body)[:, None]
-                logit, more = _read(body_ptr + tile, head + tile, in_body, raw_t, t, cap, JUDGES)
+                raw, logit, more = _read(body_ptr + tile, head + tile, in_body, raw_t, t, cap, JUDGES)
                 # Not below the least float: the exponentials of a row that is all -inf are then 0.
                 maximum = tl.maximum(tl.maximum(tl.max(logit), tl.max(edge)), -3.4028234663852886e38)
                 if smoothing is not None:
@@ -304,11 +310,11 @@ def _fwd(
                 factor = numerator / total
                 dtype = dx.ptr.dtype.element_ty
                 tl.debug_barrier()  # every thread has read the edge and the target's element; both are overwritten now
-                edge = _gradient(edge_e, edge, factor, uniform, w_ptr, edge_col, in_edge, cap, smoothing)
+                edge = _gradient(edge_e, raw_edge, factor, uniform, w_ptr, edge_col, in_edge, cap, smoothing)
                 tl.store(dx_row_ptr + edge_col, edge.to(dtype), mask=in_edge)
                 if WHOLE:
                     in_body = (group < body)[:, None]
-                    d = _gradient(e, logit, factor, uniform, w_ptr, head + tile, in_body, cap, smoothing)
+                    d = _gradient(e, raw, factor, uniform, w_ptr, head + tile, in_body, cap, smoothing)
                     tl.store(dx_body_ptr + tile, d.to(dtype), mask=in_body)
                 else:
                     _put_gradients(
@@ -319,5 +325,5 @@ def _fwd(
                 if smoothing is not None:
                     dx_t -= uniform * w_t
                 if cap is not None:
-                    dx_t *= (1.0 - x_t / cap) * (1.0 + x_t / cap)
+                    dx_t *= _cap_slope(raw_t, cap)
                 tl.store(dx_row_ptr + t, dx_t.to(dtype), mask=is_class)

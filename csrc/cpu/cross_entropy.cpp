@@ -80,23 +80,24 @@ FASTLM_INLINE float is_first_maximum(const T* x, int64_t n, int64_t t) {
   return beaten ? 0.0f : 1.0f;
 }
 
-// y = cap tanh(x / cap)
+// y = cap tanh(x / cap), and slope = dy/dx = 1 - tanh², from e = exp(-2|x / cap|): 1 - t² would cancel.
 template <class T>
-FASTLM_INLINE void cap_row(const T* x, int64_t n, float cap, float* y) {
+FASTLM_INLINE void cap_row(const T* x, int64_t n, float cap, float* y, float* slope) {
 #pragma omp simd
-  for (int64_t j = 0; j < n; ++j) y[j] = cap * fast_tanh(load(x + j) / cap);
+  for (int64_t j = 0; j < n; ++j) {
+    const float u = load(x + j) / cap, e = fast_exp(-2.0f * std::fabs(u));
+    y[j] = cap * fast_tanh(u);
+    slope[j] = 4.0f * e / ((1.0f + e) * (1.0f + e));
+  }
 }
 
-// dx = (e factor - uniform w) dy/dx, where dy/dx = 1 - (y / cap)²; w null: 1; y null: dy/dx is 1.
+// dx = (e factor - uniform w) slope; w, slope null: 1.
 template <class T>
-FASTLM_INLINE void row_gradient(const float* e, float factor, float uniform, const float* w, const float* y, float cap,
+FASTLM_INLINE void row_gradient(const float* e, float factor, float uniform, const float* w, const float* slope,
                                 int64_t n, T* dx) {
-  if (y) {
+  if (slope) {
 #pragma omp simd
-    for (int64_t j = 0; j < n; ++j) {
-      const float t = y[j] / cap;
-      store(dx + j, (e[j] * factor - uniform * (w ? w[j] : 1.0f)) * ((1.0f - t) * (1.0f + t)));
-    }
+    for (int64_t j = 0; j < n; ++j) store(dx + j, (e[j] * factor - uniform * (w ? w[j] : 1.0f)) * slope[j]);
   } else if (w) {
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j) store(dx + j, e[j] * factor - uniform * w[j]);
@@ -106,10 +107,10 @@ FASTLM_INLINE void row_gradient(const float* e, float factor, float uniform, con
   }
 }
 
-// Row r, whose logits are x (vocabulary,), capped already where y is x. weight_sum: Σ weight. The exponentials are
-// stored in e; dx null: no gradient, and no e.
+// Row r, whose logits are x (vocabulary,), or where there is a softcap their capped values, with `slope` the
+// derivatives. weight_sum: Σ weight. The exponentials are stored in e; dx null: no gradient, and no e.
 template <class X, class T>
-FASTLM_INLINE void forward_row(const CrossEntropy& a, int64_t r, double weight_sum, const X* x, const float* y,
+FASTLM_INLINE void forward_row(const CrossEntropy& a, int64_t r, double weight_sum, const X* x, const float* slope,
                                float* e, T* dx) {
   const int64_t V = a.vocabulary, t = a.target[r];
   const float smooth = a.label_smoothing, each = smooth / float(V);
@@ -131,13 +132,13 @@ FASTLM_INLINE void forward_row(const CrossEntropy& a, int64_t r, double weight_s
   const float scale = float((a.dloss ? a.dloss[r] : 1.0f) / a.denominator);
   const float one_hot = scale * (1.0f - smooth) * w_t, uniform = scale * each;
   const double all = one_hot + uniform * weight_sum + 2.0 * scale * a.z_loss * lse;
-  const float factor = float(all / sum), t_t = y ? y[t] / a.softcap : 0.0f;
-  const float dx_t = (e[t] * factor - (a.weight ? uniform * w_t : uniform) - one_hot) * ((1.0f - t_t) * (1.0f + t_t));
-  row_gradient(e, factor, uniform, smooth > 0.0f ? a.weight : nullptr, y, a.softcap, V, dx);
+  const float factor = float(all / sum);
+  const float dx_t = (e[t] * factor - (a.weight ? uniform * w_t : uniform) - one_hot) * (slope ? slope[t] : 1.0f);
+  row_gradient(e, factor, uniform, smooth > 0.0f ? a.weight : nullptr, slope, V, dx);
   store(dx + t, dx_t);
 }
 
-// row_e, row_y: (vocabulary,) scratch.
+// row_e (vocabulary,), row_y (2, vocabulary): scratch.
 template <class T>
 FASTLM_CLONES void forward_rows(const CrossEntropy& a, int64_t begin, int64_t end, double weight_sum, float* row_e,
                                 float* row_y) {
@@ -153,8 +154,9 @@ FASTLM_CLONES void forward_rows(const CrossEntropy& a, int64_t begin, int64_t en
     if (a.accuracy) a.accuracy[r] = is_first_maximum(x, a.vocabulary, a.target[r]);
     float* e = dx ? waiting(dx, row_e) : nullptr;
     if (a.softcap > 0.0f) {
-      cap_row(x, a.vocabulary, a.softcap, row_y);
-      forward_row(a, r, weight_sum, static_cast<const float*>(row_y), row_y, e, dx);
+      float* slope = row_y + a.vocabulary;
+      cap_row(x, a.vocabulary, a.softcap, row_y, slope);
+      forward_row(a, r, weight_sum, static_cast<const float*>(row_y), slope, e, dx);
     } else {
       forward_row(a, r, weight_sum, x, nullptr, e, dx);
     }
@@ -180,7 +182,7 @@ void forward(const CrossEntropy& a, int threads) {
   const bool waits = a.dlogits && sizeof(T) < sizeof(float);
   parallel_for(a.rows, grain(a.vocabulary), threads, [&](int64_t begin, int64_t end) {
     const auto row_e = scratch<float>(waits ? a.vocabulary : 0);
-    const auto row_y = scratch<float>(a.softcap > 0.0f ? a.vocabulary : 0);
+    const auto row_y = scratch<float>(a.softcap > 0.0f ? 2 * a.vocabulary : 0);
     forward_rows<T>(a, begin, end, weight_sum, row_e.get(), row_y.get());
   });
 }

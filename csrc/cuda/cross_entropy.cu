@@ -179,17 +179,20 @@ __device__ __forceinline__ float sum_parts(const float* parts) {
 
 // What a kernel computes besides loss and gradient. A softcap and the figures of a row are rarely asked for; kAll tests
 // for each option at run time, the other kernels have no code for them.
-enum Mode { kPlain, kSmooths, kAll };
+constexpr int kPlain = 0, kSmooths = 1, kAll = 2;
 
-// cap tanh(x / cap), and its derivative in `slope`.
-__device__ __forceinline__ float capped(float x, float cap, float& slope) {
-  const float t = tanhf(x / cap);
-  slope = (1.0f - t) * (1.0f + t);
-  return cap * t;
+__device__ __forceinline__ float capped(float x, float cap) { return cap * tanhf(x / cap); }
+
+// The derivative of `capped`, 1 - tanh², from e = exp(-2|x / cap|): 1 - t² would cancel.
+__device__ __forceinline__ float cap_slope(float x, float cap) {
+  const float e = exp_of(-2.0f * fabsf(x / cap)), sum = 1.0f + e;
+  return 4.0f * e / (sum * sum);
 }
 
-template <class T, Mode MODE, int THREADS>
-__global__ void __launch_bounds__(THREADS, 1024 / THREADS) cross_entropy_fwd_kernel(const CrossEntropyForward a) {
+// kAll may use 128 registers: with 64 it would spill.
+template <class T, int MODE, int THREADS>
+__global__ void __launch_bounds__(THREADS, (MODE == kAll ? 512 : 1024) / THREADS)
+    cross_entropy_fwd_kernel(const CrossEntropyForward a) {
   constexpr int U = kUnit<T>, kStep = kBatch<T, THREADS>;
   const bool smooths = MODE == kSmooths || (MODE == kAll && a.label_smoothing > 0.0f);
   const bool caps = MODE == kAll && a.softcap > 0.0f, judges = MODE == kAll && a.accuracy;
@@ -218,8 +221,7 @@ __global__ void __launch_bounds__(THREADS, 1024 / THREADS) cross_entropy_fwd_ker
   }
   const bool is_class = t >= 0 && t < a.cols;
   const float raw_t = is_class ? to_float(x[t]) : NAN;
-  float x_t = raw_t, slope_t = 1.0f;
-  if (caps) x_t = capped(raw_t, a.softcap, slope_t);
+  const float x_t = caps ? capped(raw_t, a.softcap) : raw_t;
   const float w_t = a.weight && is_class ? a.weight[t] : 1.0f;
   const float w_sum = a.weight ? *a.weight_sum : float(a.cols);
   const float denominator = a.parts ? sum_parts(a.parts) : 1.0f;
@@ -246,10 +248,9 @@ __global__ void __launch_bounds__(THREADS, 1024 / THREADS) cross_entropy_fwd_ker
 #pragma unroll
             for (int j = 0; j < U; ++j) {
               if (j >= left) continue;
-              float slope;
               const bool before = int64_t(k) * a.chunk + col + j < t;
               beaten |= before ? !(v[u][j] < raw_t) : !(v[u][j] <= raw_t);
-              if (caps) v[u][j] = capped(v[u][j], a.softcap, slope);
+              if (caps) v[u][j] = capped(v[u][j], a.softcap);
             }
           }
 #pragma unroll
@@ -322,8 +323,8 @@ __global__ void __launch_bounds__(THREADS, 1024 / THREADS) cross_entropy_fwd_ker
           load_unit<on4>(in + col, left, g);
 #pragma unroll
           for (int j = 0; j < U; ++j) {
-            float slope = 1.0f;
-            if (caps) g[j] = capped(g[j], a.softcap, slope);
+            const float slope = caps ? cap_slope(g[j], a.softcap) : 1.0f;
+            if (caps) g[j] = capped(g[j], a.softcap);
             g[j] = exp_of(g[j] - maximum) * factor;
             if (smooths && j < left) g[j] -= uniform * weight(int64_t(k) * a.chunk + col + j);
             if (caps) g[j] *= slope;
@@ -334,7 +335,7 @@ __global__ void __launch_bounds__(THREADS, 1024 / THREADS) cross_entropy_fwd_ker
       if (k == t_chunk && t_col / U % THREADS == int(threadIdx.x)) {  // this thread wrote that column, without one_hot
         float g = exp_of(x_t - maximum) * factor - one_hot;
         if (smooths) g -= uniform * w_t;
-        to[t_col] = from_float<T>(caps ? g * slope_t : g);
+        to[t_col] = from_float<T>(caps ? g * cap_slope(raw_t, a.softcap) : g);
       }
     };
     if (alike) {
