@@ -4,7 +4,7 @@ import torch
 
 from fastlm import ops
 from fastlm.testing.cases._case import OpCase, Variant
-from fastlm.testing.cases.cross_entropy import make_target
+from fastlm.testing.cases.cross_entropy import asked_for, make_target
 
 
 def _make(generator, rows, features, vocabulary, bias=0, ignored=0, class_weight=0, offset=0):
@@ -24,6 +24,14 @@ def _make(generator, rows, features, vocabulary, bias=0, ignored=0, class_weight
     }
 
 
+def _function(**arguments):
+    return asked_for(ops.linear_cross_entropy(**arguments))
+
+
+def _reference(**arguments):
+    return asked_for(ops.linear_cross_entropy_reference(**arguments))
+
+
 def _bytes(shape, options, itemsize, backward):
     """hidden and weight in, their gradients out, all in the forward."""
     return 0 if backward else 2 * itemsize * shape["features"] * (shape["rows"] + shape["vocabulary"])
@@ -38,8 +46,8 @@ _X, _ROW, _TARGET = torch.ones(4, 8), torch.ones(8), torch.zeros(4, dtype=torch.
 
 LINEAR_CROSS_ENTROPY = OpCase(
     op="linear_cross_entropy",
-    function=ops.linear_cross_entropy,
-    reference=ops.linear_cross_entropy_reference,
+    function=_function,
+    reference=_reference,
     make=_make,
     gradients=("hidden", "weight", "bias"),
     tests=(
@@ -51,6 +59,10 @@ LINEAR_CROSS_ENTROPY = OpCase(
         Variant({"rows": 70, "features": 16, "vocabulary": 40, "ignored": 2}, {"reduction": "sum"}),
         Variant({"rows": 515, "features": 8, "vocabulary": 50, "bias": 1}, {"z_loss": 1e-3}),
         Variant({"rows": 70, "features": 8, "vocabulary": 50, "bias": 1, "offset": 300}),
+        Variant(
+            {"rows": 515, "features": 8, "vocabulary": 50, "ignored": 1},
+            {"softcap": 3.0, "z_loss": 1e-3, "return_z_loss": True, "return_token_accuracy": True},
+        ),
     ),
     benchmarks=tuple(
         Variant({"rows": 1024, "features": features, "vocabulary": 30522, "bias": 1}) for features in (256, 512, 768)
