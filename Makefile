@@ -7,15 +7,18 @@
 #   make test-gpu   the op and model tests on a CUDA device, with PYTHON's own torch if that sees one
 #   make bench      ops and training steps beside their peers (benchmarks/results/cpu)
 #   make bench-check   fails if one is slower, relative to its peers, than recorded there
+#   make matrix     the release matrix: each environment below, one after the other; make matrix-NAME for one of them
 #
 # VENV     directory of the environment (default .venv)
 # PYTHON   the interpreter that makes it, 3.10 or newer (default python3)
 # JOBS     processes that run the tests (default 2; 0: a single one, which shows the output of tests under -s)
+# MATRIX   directory of the environments of the release matrix (default .matrix; each takes up to 8 GB)
 # pip's configuration decides the package index; constraints.txt decides the versions.
 
 VENV ?= .venv
 PYTHON ?= python3
 TESTS ?= tests
+MATRIX ?= .matrix
 JOBS ?= 2
 
 PY := $(VENV)/bin/python
@@ -30,7 +33,32 @@ SOURCES := setup.py fastlm kernels tests benchmarks
 # An incomplete environment is made again (Debian without python3-venv makes one without pip).
 .DELETE_ON_ERROR:
 
-.PHONY: setup demo test test-all lint test-gpu bench bench-check
+.PHONY: setup demo test test-all lint test-gpu bench bench-check matrix
+
+# The release matrix. MATRIX_PINS are the versions of an environment that are not those of constraints.txt, and
+# MATRIX_FREE the packages that lose their line there: torch decides on triton (and, to 2.12, setuptools below 82),
+# Transformers on its hub client.
+MATRIX_TARGETS := $(addprefix matrix-,python3.10 python3.12 python3.13 torch2.10 torch2.11 torch2.12 \
+	transformers5.17 cuda-image)
+MATRIX_PYTHON = $(PYTHON)
+matrix-python3.10: MATRIX_PYTHON = python3.10
+matrix-python3.12: MATRIX_PYTHON = python3.12
+matrix-python3.13: MATRIX_PYTHON = python3.13
+matrix-torch%: MATRIX_FREE = torch|triton|setuptools
+matrix-torch2.10: MATRIX_PINS = torch==2.10.*
+matrix-torch2.11: MATRIX_PINS = torch==2.11.*
+matrix-torch2.12: MATRIX_PINS = torch==2.12.*
+matrix-transformers%: MATRIX_FREE = transformers|huggingface_hub
+matrix-transformers5.17: MATRIX_PINS = transformers==5.17.*
+# What images for CUDA held in 2026.
+matrix-cuda-image: MATRIX_PYTHON = python3.12
+matrix-cuda-image: MATRIX_FREE = torch|triton|setuptools|transformers|huggingface_hub
+matrix-cuda-image: MATRIX_PINS = torch==2.11.* triton==3.6.* transformers==5.17.*
+# Each op on the CPU, under torch.compile and through PTX; models, Transformers, the loop and the command line.
+MATRIX_TESTS = $(addprefix tests/,test_import.py test_ops.py test_dispatch.py test_dynamic_shapes.py test_ptx_kernels.py \
+	test_hf_patch.py test_hf_attention.py test_hf_loss.py test_bert.py test_t5.py test_nn.py test_checkpoint.py \
+	test_train.py test_cli.py)
+.PHONY: $(MATRIX_TARGETS)
 
 setup: $(VENV)/.installed
 	@$(PY) setup.py --quiet build_ext --inplace
@@ -65,6 +93,22 @@ bench: setup
 
 bench-check: setup
 	$(PY) benchmarks/bench_check.py --results $(OUT)
+
+matrix: $(MATRIX_TARGETS)
+
+# A quick part of the tests; TESTS= names others, TESTS=tests all.
+$(MATRIX_TARGETS): matrix-%: $(MATRIX)/%/.installed
+	$(MATRIX)/$*/bin/python setup.py --quiet build_ext --inplace
+	$(MATRIX)/$*/bin/python -m fastlm info
+	OMP_WAIT_POLICY=passive $(MATRIX)/$*/bin/python -m pytest -n $(JOBS) --dist worksteal \
+		$(if $(filter file,$(origin TESTS)),$(MATRIX_TESTS),$(TESTS))
+
+$(MATRIX)/%/.installed: constraints.txt pyproject.toml
+	$(MATRIX_PYTHON) -m venv --clear $(@D)
+	sed -E '/^($(or $(MATRIX_FREE),none))==/d' constraints.txt > $(@D)/constraints.txt
+	cd $(@D) && bin/python -m pip install --quiet -c constraints.txt torch setuptools wheel pybind11 $(MATRIX_PINS)
+	$(@D)/bin/python -m pip install --quiet -c $(@D)/constraints.txt --no-build-isolation --editable ".[test]" $(MATRIX_PINS)
+	@touch $@
 
 $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fastlm needs Python 3.10 or newer: make PYTHON=...")'
