@@ -120,7 +120,7 @@ $(MATRIX_TARGETS): matrix-%: $(MATRIX)/%/.installed
 $(MATRIX)/%/.installed: constraints.txt pyproject.toml
 	$(MATRIX_PYTHON) -m venv --clear $(@D)
 	sed -E '/^($(or $(MATRIX_FREE),none))==/d' constraints.txt > $(@D)/constraints.txt
-	cd $(@D) && bin/python -m pip install --quiet -c constraints.txt torch setuptools wheel pybind11 $(MATRIX_PINS)
+	cd $(@D) && bin/python -m pip install --quiet -c constraints.txt torch "setuptools>=77" wheel pybind11 $(MATRIX_PINS)
 	$(@D)/bin/python -m pip install --quiet -c $(@D)/constraints.txt --no-build-isolation --editable ".[test]" $(MATRIX_PINS)
 	@touch $@
 

@@ -132,7 +132,9 @@ def test_wheel_holds_the_package_alone(wheel):
     assert "License-Expression: Apache-2.0" in zipfile.ZipFile(wheel).read(metadata).decode()
 
 
-@pytest.mark.parametrize(("package", "version", "needed"), [("setuptools", "65.5.0", "77"), ("pybind11", "2.9", "2.13")])
+@pytest.mark.parametrize(
+    ("package", "version", "needed"), [("setuptools", "65.5.0", "77"), ("pybind11", "2.9", "2.13")]
+)
 def test_an_old_build_requirement_is_named(package, version, needed, tmp_path):
     """pip --no-build-isolation builds with what is installed."""
     old = tmp_path / f"{package}-{version}.dist-info"
