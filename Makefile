@@ -58,7 +58,8 @@ matrix-cuda-image: MATRIX_PYTHON = python3.12
 matrix-cuda-image: MATRIX_FREE = torch|triton|setuptools|transformers|huggingface_hub
 matrix-cuda-image: MATRIX_PINS = torch==2.11.* triton==3.6.* transformers==5.17.*
 # Each op on the CPU, under torch.compile and through PTX; models, Transformers, the loop and the command line.
-MATRIX_TESTS = $(addprefix tests/,test_import.py test_ops.py test_dispatch.py test_dynamic_shapes.py test_ptx_kernels.py \
+MATRIX_TESTS = $(addprefix tests/,test_import.py test_compile_cache.py test_ops.py test_dispatch.py \
+	test_triton.py::test_compile test_dynamic_shapes.py test_ptx_kernels.py \
 	test_hf_patch.py test_hf_attention.py test_hf_loss.py test_bert.py test_t5.py test_nn.py test_checkpoint.py \
 	test_train.py test_cli.py)
 .PHONY: $(MATRIX_TARGETS)

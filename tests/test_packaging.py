@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import fastlm
 from fastlm.run.recipe import tomllib
 
 pytest.importorskip("pybind11", reason="pybind11 and setuptools are needed to build a wheel")
@@ -165,6 +166,13 @@ def test_wheel_works_from_another_directory(wheel, tmp_path):
     work = tmp_path / "work"
     work.mkdir()
     assert "layer_norm" in call(bin / "python", ROOT / ".ci" / "try_wheel.py", cwd=work)
+
+
+def test_one_version():
+    """In pyproject.toml, in the package, and as the newest of the changelog."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)[1]
+    assert project["version"] == fastlm.__version__ == newest
 
 
 def imported(path):
