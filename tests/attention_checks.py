@@ -139,10 +139,7 @@ def lost_rows(tokens, cu, other):
 
 
 def wrong_offsets(backend, around, offsets_q, offsets_k, tokens_q=12, tokens_k=12, *, table=False, **options):
-    """Without the checks, which are for the CPU: no access outside of a tensor, NaN or 0 in the rows in question.
-
-    The interpreter raises for an access. The other rows are finite.
-    """
+    """Without the checks, which are for the CPU. The interpreter raises for an access outside of a tensor."""
     q, k, v = (randn(n, 2, 16, seed=i).bfloat16() for i, n in enumerate((tokens_q, tokens_k, tokens_k)))
     inputs = [x.requires_grad_() for x in (q, k, v)]
     if table:
@@ -154,6 +151,11 @@ def wrong_offsets(backend, around, offsets_q, offsets_k, tokens_q=12, tokens_k=1
     with mock.patch.object(column, "check_cu_seqlens", create=True), around():
         out, lse = ops.attention(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, return_lse=True, **options)
         dq, dk, dv, *dtable = torch.autograd.grad(out.square().sum() + lse.exp().sum(), inputs)
+    judge_wrong_offsets(offsets_q, offsets_k, tokens_q, tokens_k, out, lse, dq, dk, dv, *dtable)
+
+
+def judge_wrong_offsets(offsets_q, offsets_k, tokens_q, tokens_k, out, lse, dq, dk, dv, *dtable):
+    """NaN or 0 in the rows in question, and only there."""
     queries, keys = (offsets_q, tokens_q), (offsets_k, tokens_k)
     lost_q, lost_k = lost_rows(tokens_q, queries, keys), lost_rows(tokens_k, keys, queries)
     for name, x, lost in (("out", out, lost_q), ("lse", lse.t(), lost_q)):

@@ -151,7 +151,6 @@ __global__ void __launch_bounds__(KeysShape<T, D>::THREADS, KeysShape<T, D>::BLO
     accumulate<T, D>(dk, s, shared.q[stage], chunk0);
   }
 
-  const Range known = sight.rows.all(a.sequences);
   float factor_k[MT][2], factor_v[MT][2];
 #pragma unroll
   for (int m = 0; m < MT; ++m) {
@@ -159,7 +158,7 @@ __global__ void __launch_bounds__(KeysShape<T, D>::THREADS, KeysShape<T, D>::BLO
     for (int h = 0; h < 2; ++h) {
       const int row = row0 + warp_row + 16 * m + 8 * h + g;
       const bool is_real = !mask || (row <= last_row && mask[row]);
-      const bool lost = row < known.lo || row >= known.hi;  // a key of no sequence
+      const bool lost = row < plan.known.lo || row >= plan.known.hi;  // a key of no sequence
       factor_k[m][h] = lost ? kNaN : a.scale;
       factor_v[m][h] = lost ? kNaN : drops ? a.dropout.scale : 1.0f;
 #pragma unroll

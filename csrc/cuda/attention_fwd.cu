@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(ForwardShape<T, D>::THREADS, ForwardShape<T, D
   }
   const bool wrong =
       sight.rows.template wrong<S::THREADS>(a.sequences) || sight.cols.template wrong<S::THREADS>(a.sequences);
-  const Range known = __syncthreads_or(wrong) ? Range{0, 0} : sight.rows.all(a.sequences);
+  const bool lost = __syncthreads_or(wrong);
   const Plan& plan = shared.plan;
   if (threadIdx.x < M) set_query(shared.sight, shared.dropout, sight, plan, int(b), head, a.heads, row0, last_row);
   const bool straddles = a.cu_q && plan.first != plan.last;
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(ForwardShape<T, D>::THREADS, ForwardShape<T, D
       const int row = row0 + warp_row + 16 * m + 8 * h + g;
       maximum[m][h] = -kInf;
       // A row of no sequence gets NaN, and so does every row if cu_seqlens are wrong: lse carries it into backward.
-      total[m][h] = row < known.lo || row >= known.hi ? kNaN : 0.0f;
+      total[m][h] = lost || row < plan.known.lo || row >= plan.known.hi ? kNaN : 0.0f;
     }
   }
 

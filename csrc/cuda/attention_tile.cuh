@@ -117,6 +117,7 @@ struct Sight {
 // a1 <= b0, every row sees every column and, with a bias, is far from the diagonal. These plain blocks are visited
 // first.
 struct Plan {
+  Range known;      // the rows of all sequences
   int first, last;  // sequences of the first and the last row
   int origin, begin, hi, count, a0, a1, b0, b1;
 
@@ -136,6 +137,7 @@ template <int N>
 __device__ __forceinline__ Plan make_plan(const Sight& sight, int sequences, int row0, int last_row, bool plain,
                                           bool bias) {
   Plan p;
+  p.known = sight.rows.all(sequences);
   p.first = p.last = 0;
   if (sight.rows.cu) {
     p.first = find_sequence(sight.rows.cu, row0, 0, sequences - 1);

@@ -45,7 +45,7 @@ def _padded_rows(cu_seqlens, max_seqlen):
     """
     position = torch.arange(max_seqlen, device=cu_seqlens.device)
     real = position < cu_seqlens.diff()[:, None]
-    return torch.where(real, cu_seqlens[:-1, None] + position, 0).long(), real
+    return torch.where(real, cu_seqlens[:-1, None] + position, 0), real
 
 
 def _gather(x, rows, real):
@@ -122,6 +122,7 @@ def attention_reference(
     if packed:
         if cu_seqlens_k is None:
             cu_seqlens_k, max_seqlen_k = cu_seqlens_q, max_seqlen_q
+        cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.long(), cu_seqlens_k.long()  # no difference overflows
         total, lengths_q, lengths_k = q.shape[0], cu_seqlens_q.diff(), cu_seqlens_k.diff()
         wrong = (lengths_q < 0).any() | (lengths_k < 0).any() | (cu_seqlens_q[0] < 0) | (cu_seqlens_k[0] < 0)
         wrong = wrong | (cu_seqlens_q[-1] > total) | (cu_seqlens_k[-1] > k.shape[0])
