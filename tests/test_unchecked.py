@@ -10,6 +10,7 @@ from attention_checks import WRONG, judge_wrong_offsets
 
 import fastlm.nn as nn
 from fastlm import ops
+from fastlm.models._inputs import Sequences
 from fastlm.ops import _registry
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -125,6 +126,17 @@ def test_the_reference_of_wrong_offsets(offsets_q, offsets_k):
     out, lse = ops.attention_reference(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=12, max_seqlen_k=12)
     gradients = torch.autograd.grad(out.square().sum() + lse.exp().sum(), (q, k, v))
     judge_wrong_offsets(offsets_q, offsets_k or offsets_q, 12, 12, out, lse, *gradients)
+
+
+@pytest.mark.parametrize("offsets", [pair[0] for pair in WRONG.values()], ids=WRONG)
+def test_a_model_indexes_nothing_outside(offsets):
+    """What models compute from cu_seqlens; their attention then gives NaN."""
+    ids = torch.arange(12)
+    packed = Sequences(ids, torch.tensor(offsets, dtype=torch.int32), 12, None)
+    assert packed.positions().min() >= 0
+    assert ids[packed.first()].shape == (len(offsets) - 1,)
+    assert packed.next_tokens(ids).shape == packed.shift_right(ids, 0, 0).shape == ids.shape
+    assert packed.padded(ids, 0).shape == (len(offsets) - 1, 12)
 
 
 def test_wrong_offsets_in_a_compiled_call():
