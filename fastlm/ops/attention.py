@@ -364,8 +364,8 @@ def _check_inputs(
     _checks.probability("dropout_p", dropout_p)
     _random.attention_threshold(dropout_p)
     _checks.is_rng(rng, site, q.device)
-    if not 0.0 <= softcap < math.inf:
-        raise ValueError(f"softcap: expected 0 (none) or a positive number, got {softcap!r}")
+    if softcap != 0.0:
+        _checks.softcap(softcap, "0")
 
 
 # ---- public

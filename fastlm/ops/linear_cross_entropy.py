@@ -243,9 +243,8 @@ def linear_cross_entropy(
     if bias is not None:
         _checks.is_float("bias", bias)
         _checks.is_tensor("bias", bias, device=hidden.device, shape=weight.shape[:1])
-    check_options(
-        hidden.device, weight.shape[0], class_weight, "class_weight", label_smoothing, softcap, reduction, ignore_index
-    )
+    classes = hidden.device, weight.shape[0], class_weight, "class_weight"
+    check_options(*classes, label_smoothing, z_loss, softcap, reduction, ignore_index)
     hidden, weight, bias = autocast("linear_cross_entropy", hidden, weight, bias)
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None and parameter.dtype != hidden.dtype:
