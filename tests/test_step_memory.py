@@ -75,6 +75,15 @@ def test_what_surely_fits_is_not_counted(data, tmp_path, monkeypatch):
     pretrain(small(train__max_steps=1, train__warmup_steps=0), data, tmp_path / "run")
 
 
+def test_what_torch_keeps_of_a_gpu_is_free(monkeypatch):
+    """A second run in one process: the first one's memory is still torch's."""
+    device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2_000, 10_000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 7_000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1_000)
+    assert _memory.available(device) == 8_000
+
+
 MEASURE = """
 import json, re, sys
 from dataclasses import replace
