@@ -35,6 +35,13 @@ def is_float(name: str, value, *, device=None, shape=None) -> None:
         raise ValueError(f"{name}: expected a floating-point tensor, got {value.dtype}")
 
 
+def same_dtype(first: str, given: torch.dtype, dtype: torch.dtype, **tensors) -> None:
+    """Checks `tensors` after autocast against `dtype`, that of `first`, which was called with dtype `given`."""
+    for name, x in tensors.items():
+        if x is not None and x.dtype != dtype:
+            raise ValueError(f"{name}: expected {given}, {first}'s dtype, got {x.dtype}; cast it, or use autocast")
+
+
 def probability(name: str, p: float) -> None:
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"{name}: expected a probability in [0, 1], got {p}")

@@ -452,9 +452,7 @@ def attention(
 
     q_dtype = q.dtype
     q, k, v = autocast("attention", q, k, v)
-    for name, x in (("k", k), ("v", v)):
-        if x.dtype != q.dtype:
-            raise ValueError(f"{name}: expected {q_dtype}, q's dtype, got {x.dtype}; cast it, or use autocast")
+    _checks.same_dtype("q", q_dtype, q.dtype, k=k, v=v)
     biased = relative_bias is not None
     backend = _registry.choose(
         "attention",
