@@ -18,8 +18,8 @@ def cpu_quota() -> float | None:
         quota, _, period = read(group / "cpu.max").partition(" ")
         if not quota:  # version 1
             quota, period = read(group / "cpu.cfs_quota_us"), read(group / "cpu.cfs_period_us")
-        if quota.isdigit() and period.strip().isdigit():
-            found.append(int(quota) / int(period))
+        if (time := _number(quota)) and (each := _number(period)):
+            found.append(time / each)
     return min(found, default=None)
 
 
@@ -31,27 +31,34 @@ def free_memory() -> int | None:
             ("memory.max", "memory.current", "inactive_file"),
             ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
         ):
-            if (most := read(group / limit)).isdigit():
-                stat = dict(line.split() for line in read(group / "memory.stat").splitlines())
-                used = int(read(group / usage) or 0) - int(stat.get(cached, 0))
-                found.append(max(0, int(most) - max(0, used)))
+            if (most := _number(read(group / limit))) is not None:
+                stat = dict(line.partition(" ")[::2] for line in read(group / "memory.stat").splitlines())
+                used = (_number(read(group / usage)) or 0) - (_number(stat.get(cached, "")) or 0)
+                found.append(max(0, most - max(0, used)))
     return min(found, default=None)
 
 
 def read(path: Path) -> str:
-    """A file's text, "" where it cannot be read."""
+    """A file's text, "" where it cannot be read. Names of groups may be any bytes."""
     try:
-        return path.read_text(encoding="ascii").strip()
+        return path.read_text(encoding="utf-8", errors="surrogateescape").strip()
     except OSError:
         return ""
+
+
+def _number(text: str) -> int | None:
+    """The number that `text` is; None for "max", "-1" and anything else."""
+    text = text.strip()
+    return int(text) if text.isascii() and text.isdigit() else None
 
 
 def _groups(controller: str) -> list[Path]:
     """The directories of the group of this process and of those above it, in both versions of control groups."""
     places = {_MOUNT: None, _MOUNT / controller: None}
     for line in read(_GROUPS).splitlines():
-        _, names, path = line.split(":", 2)
-        if names and controller not in names.split(","):
+        _, _, rest = line.partition(":")
+        names, separator, path = rest.partition(":")
+        if not separator or (names and controller not in names.split(",")):
             continue
         for mount in [_MOUNT / names, _MOUNT / controller] if names else [_MOUNT]:
             own = mount / path.lstrip("/")

@@ -22,13 +22,16 @@ from pathlib import Path
 
 _CHUNK = 1 << 20
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# safetensors and tokenizers raise errors of their own with Rust's "(os error 28)"; numpy's has no errno, and says
-# "374656 requested and 204736 written" of any short write.
-_SAYS_FULL = re.compile(rf"os error ({'|'.join(map(str, _FULL))})\b|\d+ requested and \d+ written")
+# safetensors and tokenizers raise errors of their own with Rust's "(os error 28)"; numpy's OSError has no errno, and
+# says "374656 requested and 204736 written" of any short write.
+_RUST_FULL = re.compile(rf"\(os error ({'|'.join(map(str, _FULL))})\)")
+_NUMPY_FULL = re.compile(r"\d+ requested and \d+ written")
 
 
 class NoSpace(OSError):
     """A file could not be written: the disk is full, or a quota or a limit on the size of files is reached."""
+
+    target: Path  # what could not be written
 
 
 def file_checksum(*paths: Path) -> str:
@@ -52,9 +55,9 @@ def write_json(path: Path, value) -> None:
 
 def is_full(error: Exception) -> bool:
     """Whether a write failed since there is no room, by `error` as Python or one of the libraries raises it."""
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno in _FULL
-    return bool(_SAYS_FULL.search(str(error)))
+    if not isinstance(error, OSError):
+        return bool(_RUST_FULL.search(str(error)))
+    return error.errno in _FULL if error.errno is not None else bool(_NUMPY_FULL.search(str(error)))
 
 
 def no_space(
@@ -69,8 +72,12 @@ def no_space(
         place = place.parent
     needs = f"it needs {_megabytes(need)}" if need else f"it needs more than {_megabytes(written)}"
     free = shutil.disk_usage(place).free + written  # what was written is removed
+    disk = os.statvfs(place)
+    files = ", but no more files (inodes)" if disk.f_files and not disk.f_favail else ""
     reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "no space left"
-    return NoSpace(f"{target}: {what} cannot be written: {reason}; {needs}, {_megabytes(free)} are free; {kept}")
+    full = NoSpace(f"{target}: {what} cannot be written: {reason}; {needs}, {_megabytes(free)} are free{files}; {kept}")
+    full.target = target
+    return full
 
 
 def _megabytes(count: int) -> str:
@@ -128,14 +135,16 @@ def partial_of(
 ) -> Iterator[Path]:
     """A new hidden file or directory beside `target`, locked while it is written, removed at the end if it is left.
 
-    Leftovers of killed writers of `target` are removed first.
+    For a directory, those above it are made. Leftovers of killed writers of `target` are removed first.
 
     what, need, kept: for the error where there is no room, as of `no_space`; `need` may be a function of the bytes that
         were written until then.
     """
-    sweep(target.parent, glob.escape(target.name))
     partial = lock = None
     try:
+        if directory:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        sweep(target.parent, glob.escape(target.name))
         while True:
             partial = target.parent / f".{target.name}.partial-{secrets.token_hex(4)}"
             partial.mkdir() if directory else partial.touch(exist_ok=False)
@@ -149,15 +158,18 @@ def partial_of(
             os.close(lock)  # another writer removed it before it was locked
         yield partial
     except Exception as error:
+        if isinstance(error, NoSpace) and partial in error.target.parents:
+            error = error.__cause__  # of a writer inside: the user knows the outer target
         if isinstance(error, NoSpace) or not is_full(error):
             raise
-        written = _size(partial) if partial.exists() else 0
+        written = _size(partial) if partial is not None and partial.exists() else 0
         need = need(written) if callable(need) else need
         raise no_space(target, error, what=what, kept=kept, need=need, written=written) from error
     finally:
         if lock is not None:
             os.close(lock)
-        _remove(partial)
+        if partial is not None:
+            _remove(partial)
 
 
 @contextmanager
@@ -193,7 +205,6 @@ def atomic_directory(target: Path, **space) -> Iterator[Path]:
         raise OSError(
             errno.EBUSY, "is a mount point, which cannot be replaced whole; name a directory in it", str(target)
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
     with partial_of(target, directory=True, **space) as partial:
         yield partial
         for path in sorted(partial.rglob("*")):

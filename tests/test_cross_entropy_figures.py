@@ -160,7 +160,18 @@ def test_compiles(generator):
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
-@pytest.mark.parametrize("softcap", [0.0, -1.0, math.inf, math.nan])
+@pytest.mark.parametrize("softcap", [0.0, -1.0, math.inf, math.nan, 1e39, "2"])
 def test_bad_softcap(softcap):
     with pytest.raises(ValueError, match="softcap: expected a positive finite number"):
         ops.cross_entropy(torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64), softcap=softcap)
+    if softcap != 0.0:
+        with pytest.raises(ValueError, match="softcap: expected a positive finite number"):
+            ops.attention(*[torch.zeros(1, 2, 1, 4)] * 3, softcap=softcap)
+
+
+@pytest.mark.parametrize("z_loss", [math.inf, math.nan, None])
+def test_bad_z_loss(z_loss):
+    with pytest.raises(ValueError, match=r"z_loss: expected a finite number, got (inf|nan|None)"):
+        ops.cross_entropy(torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64), z_loss=z_loss)
+    with pytest.raises(ValueError, match="z_loss: expected a finite number"):
+        ops.linear_cross_entropy(torch.zeros(3, 2), torch.zeros(4, 2), torch.zeros(3, dtype=torch.int64), z_loss=z_loss)

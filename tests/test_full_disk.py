@@ -41,10 +41,10 @@ def small_disk(tmp_path):
     """Mounts a tmpfs of some MB; skips where mounting is refused."""
     mounted = []
 
-    def mount(megabytes):
+    def mount(megabytes, *more):
         place = tmp_path / "disk"
         place.mkdir()
-        options = ["-t", "tmpfs", "-o", f"size={megabytes}m", "none", place]
+        options = ["-t", "tmpfs", "-o", ",".join((f"size={megabytes}m", *more)), "none", place]
         try:
             done = subprocess.run(["mount", *map(str, options)], capture_output=True, text=True)
         except FileNotFoundError:
@@ -157,7 +157,38 @@ def test_other_errors_stay_what_they_are(tmp_path):
     with pytest.raises(PermissionError), storage.atomic_file(tmp_path / "x"):
         raise PermissionError(errno.EACCES, "Permission denied")
     assert list(tmp_path.iterdir()) == []
-    assert not storage.is_full(ValueError("128 rows requested"))
+    assert not storage.is_full(ValueError("128 requested and 64 written"))  # numpy's is an OSError
+    assert not storage.is_full(RuntimeError("os error 280, (os error 2)"))
+
+
+def test_a_writer_inside_another_names_the_outer_target(tmp_path):
+    """The model of a run is written by the model, into the run's hidden directory: the user knows neither."""
+    place = tmp_path / "run" / "hf"
+    with (
+        pytest.raises(
+            storage.NoSpace, match=rf"^{place}: the model cannot .*; it needs 7 bytes, .* free; rerun$"
+        ) as bad,
+        storage.atomic_directory(place, what="the model", need=7, kept="rerun") as partial,
+        storage.atomic_file(partial / "inner", what="the inner"),
+    ):
+        full()
+    assert bad.value.target == place
+    assert list(place.parent.iterdir()) == []
+
+
+def test_a_disk_without_inodes(small_disk, tmp_path):
+    """There is room, but not for another file: for a directory above the target, or for the target."""
+    disk = small_disk(1, "nr_inodes=3")
+    for name in ("a", "b"):
+        (disk / name).touch()
+    message = r"^{}: the {} cannot be written: No space .* free, but no more files \(inodes\); "
+    for target in (disk / "x", disk / "above" / "x"):
+        refused = pytest.raises(storage.NoSpace, match=message.format(target, "model"))
+        with refused, storage.atomic_directory(target, what="the model"):
+            pytest.fail("the block was entered")
+    with pytest.raises(storage.NoSpace, match=message.format(disk / "x.json", "recipe")):
+        storage.replace_json(disk / "x.json", {}, what="the recipe")
+    assert {path.name for path in disk.iterdir()} == {"a", "b"}
 
 
 def test_a_benchmark_ends_in_one_line(tmp_path, capsys):

@@ -29,17 +29,17 @@ def step_of(recipe, data):
 
 def test_a_step_that_does_not_fit(data, tmp_path, monkeypatch):
     """With the remedy that the error names the run goes through; nothing was allocated or written before."""
-    recipe = small(train__batch_tokens=32 * 256, train__max_steps=2, train__warmup_steps=1)
+    recipe = small(train__batch_tokens=32 * 64, train__max_steps=1, train__warmup_steps=0)
     step = step_of(recipe, data)
-    there = (step.peak(64) + step.peak(128)) // 2 + _memory.AHEAD * step.batch_bytes(256)
+    there = (step.peak(16) + step.peak(32)) // 2 + _memory.AHEAD * step.batch_bytes(64)
     monkeypatch.setattr(_memory, "available", lambda device: there)
     with pytest.raises(
-        ValueError, match=r"train.micro_batch_tokens: .*8192 tokens.* GB .*, which trains the same"
+        ValueError, match=r"train.micro_batch_tokens: .*2048 tokens.* GB .*, which trains the same"
     ) as bad:
         pretrain(recipe, data, tmp_path / "run")
-    assert "set train.micro_batch_tokens=2048," in str(bad.value)
+    assert "set train.micro_batch_tokens=512," in str(bad.value)
     assert not (tmp_path / "run").exists()
-    pretrain(recipe.with_values({"train.micro_batch_tokens": 2048}), data, tmp_path / "run")
+    pretrain(recipe.with_values({"train.micro_batch_tokens": 512}), data, tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -73,6 +73,15 @@ def test_what_surely_fits_is_not_counted(data, tmp_path, monkeypatch):
     """Torch's fake tensors take seconds to import."""
     monkeypatch.setattr(_memory, "_Step", None)
     pretrain(small(train__max_steps=1, train__warmup_steps=0), data, tmp_path / "run")
+
+
+def test_what_torch_keeps_of_a_gpu_is_free(monkeypatch):
+    """A second run in one process: the first one's memory is still torch's."""
+    device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2_000, 10_000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 7_000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1_000)
+    assert _memory.available(device) == 8_000
 
 
 MEASURE = """

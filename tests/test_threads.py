@@ -47,6 +47,8 @@ def groups(monkeypatch, tmp_path, lines, files):
             2,
         ),
         ("4:cpu:/x\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "10000"}, None),
+        ("0::/é\n", {"é/cpu.max": "50000 100000"}, 0.5),
+        ("\n0\n0:\n::\n0::/a:b\n", {"a:b/cpu.max": "50000 0", "cpu.max": "² 100000"}, None),  # not understood
     ],
 )
 def test_quota(lines, files, want, monkeypatch, tmp_path):
@@ -58,6 +60,12 @@ def test_memory_of_a_group_leaves_out_cached_files(monkeypatch, tmp_path):
     files = {"a/memory.max": "1000", "a/memory.current": "700", "a/memory.stat": "anon 300\ninactive_file 400\n"}
     groups(monkeypatch, tmp_path, "0::/a/b\n", {**files, "a/b/memory.max": "max"})
     assert _cgroup.free_memory() == 700
+
+
+def test_memory_of_a_group_whose_files_are_not_understood(monkeypatch, tmp_path):
+    files = {"a/memory.max": "1000", "a/memory.current": "-", "a/memory.stat": "\nanon\ninactive_file 4 0 0\n"}
+    groups(monkeypatch, tmp_path, "0::/a\n", files)
+    assert _cgroup.free_memory() == 1000
 
 
 def test_small_work_takes_one_thread(monkeypatch):

@@ -3,11 +3,10 @@
 // A block of threads processes a row. It copies the row to shared memory in kSlots chunks, asynchronously and 16 bytes
 // at a time, so the row needs no registers while it is loaded. Σ exp is computed with a running maximum as chunks
 // arrive. The gradient then overwrites the row in shared memory and is written out 16 bytes at a time. A row of up to
-// kSlots
-// chunks, 192 KB on sm_90, is read once and written once: two rows of 50257 classes in bfloat16 fit a multiprocessor,
-// and one loads while the other computes. With the row in registers, 1024 threads of 64 registers would leave no room
-// for a second block. The gradient goes backward through a longer row: the last chunks are still in shared memory, the
-// others are read again, from the second-level cache.
+// kSlots chunks, 192 KB on sm_90, is read once and written once: two rows of 50257 classes in bfloat16 fit a
+// multiprocessor, and one loads while the other computes. With the row in registers, 1024 threads of 64 registers would
+// leave no room for a second block. The gradient goes backward through a longer row: the last chunks are still in
+// shared memory, the others are read again, from the second-level cache.
 //
 // Rows of an odd vocabulary start at any address, but 16-byte accesses need aligned ones. So a row is placed in shared
 // memory at the same distance from a 16-byte boundary as in global memory. Threads select columns by their number: the
@@ -149,21 +148,6 @@ __device__ __forceinline__ float exp_of(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.4426950408889634f));
   return y;
-}
-
-// The maximum over the threads of a block, returned to all of them; `buffer` as for row_sum.
-template <int THREADS>
-__device__ __forceinline__ float row_max(float x, float* buffer) {
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, offset));
-  if constexpr (THREADS > 32) {
-    if (threadIdx.x % 32 == 0) buffer[threadIdx.x / 32] = x;
-    __syncthreads();
-    x = buffer[threadIdx.x % (THREADS / 32)];
-#pragma unroll
-    for (int offset = THREADS / 64; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, offset));
-  }
-  return x;
 }
 
 // Σ of kLossParts parts, returned to every thread.

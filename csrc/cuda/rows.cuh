@@ -100,6 +100,21 @@ __device__ __forceinline__ float row_sum(float x, float* buffer) {
   return x;
 }
 
+// The maximum over the threads of a block, returned to all of them; `buffer` as for row_sum.
+template <int THREADS>
+__device__ __forceinline__ float row_max(float x, float* buffer) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, offset));
+  if constexpr (THREADS > 32) {
+    if (threadIdx.x % 32 == 0) buffer[threadIdx.x / 32] = x;
+    __syncthreads();
+    x = buffer[threadIdx.x % (THREADS / 32)];
+#pragma unroll
+    for (int offset = THREADS / 64; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, offset));
+  }
+  return x;
+}
+
 // row_sum of K values, with one barrier for all; K buffers.
 template <int THREADS, int K>
 __device__ __forceinline__ void row_sums(float (&x)[K], float (*buffer)[32]) {

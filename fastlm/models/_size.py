@@ -49,8 +49,9 @@ def check_memory(cls, config, device: torch.device, bytes_each: int, what: str) 
 
 def available(device: torch.device) -> int | None:
     """Bytes that are free on `device`; of a host, within the limits of its control groups. None where not known."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cuda":  # torch's allocator keeps what earlier work has freed, and gives it out again
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     if device.type != "cpu":
         return None
     found = [limit for limit in [_cgroup.free_memory()] if limit is not None]

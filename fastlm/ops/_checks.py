@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
+
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def is_tensor(name: str, value, *, device=None, dtypes=None, shape=None) -> None:
@@ -31,9 +35,27 @@ def is_float(name: str, value, *, device=None, shape=None) -> None:
         raise ValueError(f"{name}: expected a floating-point tensor, got {value.dtype}")
 
 
+def same_dtype(first: str, given: torch.dtype, dtype: torch.dtype, **tensors) -> None:
+    """Checks `tensors` after autocast against `dtype`, that of `first`, which was called with dtype `given`."""
+    for name, x in tensors.items():
+        if x is not None and x.dtype != dtype:
+            raise ValueError(f"{name}: expected {given}, {first}'s dtype, got {x.dtype}; cast it, or use autocast")
+
+
 def probability(name: str, p: float) -> None:
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"{name}: expected a probability in [0, 1], got {p}")
+
+
+def softcap(value, none: str) -> None:
+    """Checks a cap that a caller has given; `none` is what it would pass for no cap."""
+    if not isinstance(value, (int, float)) or not 0.0 < value <= _LARGEST:
+        raise ValueError(f"softcap: expected a positive finite number in float32, or {none} for no cap, got {value!r}")
+
+
+def finite(name: str, value) -> None:
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value!r}")
 
 
 def is_rng(rng, site: int, device) -> None:

@@ -367,8 +367,8 @@ def _check_inputs(
     _checks.probability("dropout_p", dropout_p)
     _random.attention_threshold(dropout_p)
     _checks.is_rng(rng, site, q.device)
-    if not 0.0 <= softcap < math.inf:
-        raise ValueError(f"softcap: expected 0 (none) or a positive number, got {softcap!r}")
+    if softcap != 0.0:
+        _checks.softcap(softcap, "0")
 
 
 # ---- public
@@ -455,9 +455,7 @@ def attention(
 
     q_dtype = q.dtype
     q, k, v = autocast("attention", q, k, v)
-    for name, x in (("k", k), ("v", v)):
-        if x.dtype != q.dtype:
-            raise ValueError(f"{name}: expected {q_dtype}, q's dtype, got {x.dtype}; cast it, or use autocast")
+    _checks.same_dtype("q", q_dtype, q.dtype, k=k, v=v)
     biased = relative_bias is not None
     backend = _registry.choose(
         "attention",

@@ -27,7 +27,6 @@ maximum.
 from __future__ import annotations
 
 import functools
-import math
 from typing import NamedTuple
 
 import torch
@@ -117,15 +116,16 @@ def cross_entropy_reference(
 # ---- checks shared with linear_cross_entropy
 
 
-def check_options(device, vocabulary, weight, weight_name, label_smoothing, softcap, reduction, ignore_index):
+def check_options(device, vocabulary, weight, weight_name, label_smoothing, z_loss, softcap, reduction, ignore_index):
     if weight is not None:
         _checks.is_float(weight_name, weight)
         _checks.is_tensor(weight_name, weight, device=device, shape=(vocabulary,))
         if weight.requires_grad:
             raise ValueError(f"{weight_name}: expected constants, got a tensor that requires a gradient; detach it")
     _checks.probability("label_smoothing", label_smoothing)
-    if softcap is not None and not 0.0 < softcap < math.inf:
-        raise ValueError(f"softcap: expected a positive finite number, or None for no cap, got {softcap}")
+    _checks.finite("z_loss", z_loss)
+    if softcap is not None:
+        _checks.softcap(softcap, "None")
     _checks.one_of("reduction", reduction, REDUCTIONS)
     if not isinstance(ignore_index, int) or not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index: expected an integer of 64 bits, got {ignore_index!r}")
@@ -368,7 +368,8 @@ def cross_entropy(
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits: expected (..., V) with V ≥ 1, got shape {tuple(logits.shape)}")
     check_target(target, logits.device, logits.shape[:-1])
-    check_options(logits.device, logits.shape[-1], weight, "weight", label_smoothing, softcap, reduction, ignore_index)
+    classes = logits.device, logits.shape[-1], weight, "weight"
+    check_options(*classes, label_smoothing, z_loss, softcap, reduction, ignore_index)
     needs_grad = torch.is_grad_enabled() and logits.requires_grad
     overwrites = inplace and needs_grad
     compiling = torch.compiler.is_compiling()

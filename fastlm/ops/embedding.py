@@ -201,6 +201,14 @@ def check_ids(lookup: Lookup) -> None:
 # ---- public
 
 
+def _with_int64(lookup: Lookup) -> Lookup:
+    ids = (lookup.input_ids, lookup.positions, lookup.token_type_ids)
+    if all(i is None or i.dtype == torch.int64 for i in ids):
+        return lookup
+    input_ids, positions, token_type_ids = (None if i is None else i.to(torch.int64) for i in ids)
+    return lookup._replace(input_ids=input_ids, positions=positions, token_type_ids=token_type_ids)
+
+
 def _check_lookup(lookup: Lookup) -> None:
     input_ids, word, position, token_type, positions, token_type_ids = lookup
     _checks.is_tensor("input_ids", input_ids, dtypes=(torch.int64, torch.int32))
@@ -322,12 +330,8 @@ def embedding(
             padding_idx=padding_idx,
             sparse=sparse,
         )
-    ids = (input_ids, positions, token_type_ids)
-    if any(i is not None and i.dtype != torch.int64 for i in ids):
-        input_ids, positions, token_type_ids = (None if i is None else i.to(torch.int64) for i in ids)
-        lookup = lookup._replace(input_ids=input_ids, positions=positions, token_type_ids=token_type_ids)
     args = Args(
-        lookup=lookup,
+        lookup=_with_int64(lookup),
         weight=weight,
         bias=bias,
         eps=eps,

@@ -243,15 +243,10 @@ def linear_cross_entropy(
     if bias is not None:
         _checks.is_float("bias", bias)
         _checks.is_tensor("bias", bias, device=hidden.device, shape=weight.shape[:1])
-    check_options(
-        hidden.device, weight.shape[0], class_weight, "class_weight", label_smoothing, softcap, reduction, ignore_index
-    )
+    classes = hidden.device, weight.shape[0], class_weight, "class_weight"
+    check_options(*classes, label_smoothing, z_loss, softcap, reduction, ignore_index)
     hidden, weight, bias = autocast("linear_cross_entropy", hidden, weight, bias)
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None and parameter.dtype != hidden.dtype:
-            raise ValueError(
-                f"{name}: expected {hidden_dtype}, hidden's dtype, got {parameter.dtype}; cast it, or use autocast"
-            )
+    _checks.same_dtype("hidden", hidden_dtype, hidden.dtype, weight=weight, bias=bias)
     backend = _registry.choose("linear_cross_entropy", backend, hidden)
     dtype = autocast_dtype("cross_entropy", hidden)
     if backend == "reference":

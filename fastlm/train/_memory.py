@@ -90,9 +90,10 @@ def check_step(task: Task, config: Config) -> None:
         return
     sizes = [n for n in range(1, recipe.batch_rows + 1) if recipe.batch_rows % n == 0]
     fits = bisect.bisect_right(sizes, there, key=step.peak)  # so many of them fit
-    remedy = f"choose a smaller model, or a machine with more memory: one row takes {step.peak(1) / 1e9:,.1f} GB"
     if fits:
         remedy = f"set train.micro_batch_tokens={sizes[fits - 1] * recipe.data.row_tokens}, which trains the same"
+    else:
+        remedy = f"choose a smaller model, or a machine with more memory: one row takes {step.peak(1) / 1e9:,.1f} GB"
     raise ValueError(
         f"train.micro_batch_tokens: expected a step that fits into the memory of {device}, got "
         f"{recipe.micro_batch_tokens} tokens in one forward, which take about {need / 1e9:,.1f} GB of the "

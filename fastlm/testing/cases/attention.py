@@ -192,7 +192,7 @@ ATTENTION = OpCase(
         ({"k": torch.ones(1, 4, 2, 8)}, "k: expected shape (1, *, *, 16), got (1, 4, 2, 8)"),
         ({"v": torch.ones(1, 3, 2, 16)}, "v: expected shape (1, 4, 2, 16), got (1, 3, 2, 16)"),
         ({"key_mask": torch.ones(1, 3, dtype=torch.bool)}, "key_mask: expected shape (1, 4), got (1, 3)"),
-        ({"softcap": -1.0}, "softcap: expected 0 (none) or a positive number, got -1.0"),
+        ({"softcap": -1.0}, "softcap: expected a positive finite number in float32, or 0 for no cap, got -1.0"),
         ({"dropout_p": -0.1}, "dropout_p: expected a probability in [0, 1], got -0.1"),
     ),
 )
