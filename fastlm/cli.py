@@ -71,19 +71,44 @@ def info() -> None:
 def prepare(
     data: DataOption,
     out: Annotated[Path, typer.Option(help="Directory to write.")],
-    tokenizer: Annotated[str, typer.Option(help="train:N, or a tokenizer's directory.")] = "train:8192",
-    row_tokens: Annotated[int, typer.Option(help="Length of a row of packed pieces.")] = 128,
-    documents: Annotated[str, typer.Option(help="A document of a text file: file, line, blank.")] = "file",
+    recipe: Annotated[
+        str | None, typer.Option(help="Take task and data settings from this recipe; else those of masked_lm.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="train:N, bpe:N, chars, or a tokenizer's directory. Default: train:8192.")
+    ] = None,
+    row_tokens: Annotated[int | None, typer.Option(help="Length of a row of packed pieces. Default: 128.")] = None,
+    documents: Annotated[
+        str | None, typer.Option(help="A document of a text file: file, line, blank. Default: file.")
+    ] = None,
+    validation: Annotated[str | None, typer.Option(help="Text to evaluate on, a path.")] = None,
+    validation_share: Annotated[
+        float | None, typer.Option(help="Share of the documents to hold out for evaluation instead.")
+    ] = None,
+    settings: SetOption = None,
 ) -> None:
     """Clean and tokenize text, and pack it into rows that `pretrain` reads."""
-    from fastlm.run.progress import prepare_with_progress
+    from fastlm.run.directory import prepare_for
+    from fastlm.run.recipe import Recipe, load_recipe
 
-    dataset = prepare_with_progress(data, tokenizer, out, row_tokens=row_tokens, documents=documents)
+    flags = {
+        "tokenizer": tokenizer,
+        "row_tokens": row_tokens,
+        "documents": documents,
+        "validation": validation,
+        "validation_share": validation_share,
+    }
+    chosen = Recipe() if recipe is None else load_recipe(recipe)
+    table = chosen.with_settings(settings or []).data_with(**{k: v for k, v in flags.items() if v is not None})
+    dataset = prepare_for(chosen.task, table, data, out)
     report = dataset.manifest["report"]
     _say(
         f"{out}: {dataset.rows:,} rows of {dataset.row_tokens} tokens from {report['kept']:,} of {report['read']:,} "
-        f"documents; vocabulary {dataset.tokenizer.vocab_size:,}, unigram entropy {dataset.unigram_entropy:.3f} nats"
+        f"documents, {' and '.join(f'{share:.0%}' for share in dataset.fill)} full; vocabulary "
+        f"{dataset.tokenizer.vocab_size:,}, unigram entropy {dataset.unigram_entropy:.3f} nats"
     )
+    if held := dataset.manifest["validation"]["rows"]:
+        _say(f"  held out: {held:,} rows of {dataset.manifest['validation']['documents']:,} documents")
     for reason, entry in report["set_aside"].items():
         _say(f"  set aside: {entry['count']:,} {reason} (first: {entry['first'][0]})")
 
@@ -106,6 +131,12 @@ def pretrain(
             "or checkpoint: start a run in OUT from there; the same command again continues that one."
         ),
     ] = "auto",
+    init: Annotated[
+        str | None,
+        typer.Option(
+            help="A model to start from, with its tokenizer: a run, a checkpoint, or a Hugging Face directory."
+        ),
+    ] = None,
 ) -> None:
     """Pretrain a model; the finished one lies in OUT/hf, for `AutoModel.from_pretrained`.
 
@@ -125,7 +156,7 @@ def pretrain(
     if tokenizer is not None and any(map(is_prepared, data)):
         raise ValueError("--tokenizer: the data is prepared, with a tokenizer; leave --tokenizer out, or give text")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    result = train.pretrain(chosen, data, out, device=device, resume=resume)
+    result = train.pretrain(chosen, data, out, device=device, resume=resume, init=init)
     if result.stopped_by is not None:
         sys.exit(128 + result.stopped_by)  # as a shell reports it; `pretrain && next` does not go on without a model
     if result.summary is not None:
@@ -134,6 +165,8 @@ def pretrain(
         if first != final:
             losses += f" -> {final:.3f}"
         level = "" if entropy is None else f" (unigram entropy {entropy:.3f})"
+        if (held := result.summary.get("val_loss")) is not None:
+            level += f", held-out loss {held:.3f}"
         _say(f"{losses}{level}; the model is in {out / 'hf'}")
 
 

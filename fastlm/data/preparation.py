@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,7 +13,8 @@ import numpy as np
 
 from fastlm.data import cleaning
 from fastlm.data._checks import integer
-from fastlm.data.packing import MIN_PIECE, encode_documents, pack
+from fastlm.data.layouts import MIN_PIECE, Layout, MaskedRows
+from fastlm.data.packing import encode_documents, pack
 from fastlm.data.shards import FORMAT, VERSION, Dataset, open_dataset, read_manifest, tokenizer_checksum, write_shard
 from fastlm.data.sources import (
     DOCUMENTS,
@@ -23,7 +26,7 @@ from fastlm.data.sources import (
     is_prepared,
     read_documents,
 )
-from fastlm.data.tokenizer import Tokenizer, parse
+from fastlm.data.tokenizer import Tokenizer, ToTrain, parse
 from fastlm.storage import atomic_directory, file_checksum, json_checksum, write_json
 
 _SHARD_TOKENS = 1 << 24  # 32 MiB of two-byte tokens in a shard: one is held in memory while preparing
@@ -37,8 +40,11 @@ def prepare(
     out,
     *,
     row_tokens: int = 128,
+    layout: Layout | None = None,
     documents: str = "file",
     min_chars: int = 8,
+    validation=None,
+    validation_share: float = 0.0,
     shard_rows: int | None = None,
     outputs: Iterable = (),
     progress: Progress | None = None,
@@ -46,87 +52,181 @@ def prepare(
     """Prepare the text in `paths` for training, into the directory `out`, and open it.
 
     paths       files and directories; see `fastlm.data.sources`
-    tokenizer   "train:8192" to train a WordPiece of that size on this text, a directory to load, or a `Tokenizer`
+    tokenizer   "train:8192" to train one of that size on this text (see `Tokenizer.train`), "wordpiece:8192",
+                "bpe:8192", "chars", a directory to load, or a `Tokenizer`
     row_tokens  length of a row, at least 8: the longest piece of a document that the model sees
+    layout      how documents lie in rows, a `fastlm.data.layouts.Layout`; default: MaskedRows(row_tokens)
     documents   what of a plain-text file is a document: "file", "line", or "blank" (between blank lines)
     min_chars   a document of fewer characters is dropped
+    validation  text to evaluate on, paths as `paths`; or
+    validation_share  the share of documents that is held out for it, chosen by a hash of their text; the tokenizer is
+                trained without them
     shard_rows  rows in a shard file; the default makes 32 MiB
     outputs     directories that the caller writes: not read where they lie inside one of `paths`
     progress    called as progress(stage, bytes done, bytes in all) now and then; the stages are "checksums",
-                "tokenizer" (two passes over the text, only where one is trained) and "rows"
+                "tokenizer" (two passes over the text, only where one is trained), "rows" and "validation"
 
     Where `out` already holds the same preparation (same text, settings and tokenizer), it is opened as it is;
     so it is where another process prepared the same meanwhile. ValueError where it holds anything else or cannot be
     written, for a missing path, a bad setting, or a corpus of which nothing is left.
     """
     out = Path(out)
-    row_tokens = integer("row_tokens", row_tokens, MIN_PIECE)
+    layout = MaskedRows(integer("row_tokens", row_tokens, MIN_PIECE)) if layout is None else layout
     min_chars = integer("min_chars", min_chars, 0)
     if documents not in DOCUMENTS:
         raise ValueError(f"documents: expected one of {', '.join(DOCUMENTS)}, got {documents!r}")
+    if not 0.0 <= validation_share < 1.0 or (validation_share and validation is not None):
+        raise ValueError(
+            "validation_share: expected a share from 0 up to, but not, 1, and 0 where validation names a text, got "
+            f"{validation_share!r}"
+        )
     if shard_rows is None:
-        shard_rows = max(1, _SHARD_TOKENS // row_tokens)
+        shard_rows = max(1, _SHARD_TOKENS // layout.width)
     shard_rows = integer("shard_rows", shard_rows, 1)
     tokenizer = parse(tokenizer)
+    if isinstance(tokenizer, Tokenizer):
+        layout.check(tokenizer)
     progress = progress or (lambda stage, done, total: None)
 
-    report = Report()
+    report, held_report = Report(), Report()
     files = find_files(paths, report, outputs=outputs)
+    held_files = [] if validation is None else find_files(validation, held_report, outputs=outputs)
     settings = {
-        "row_tokens": row_tokens,
+        **layout.settings(),
         "documents": documents,
         "min_chars": min_chars,
+        "validation_share": validation_share,
         "shard_rows": shard_rows,
-        "tokenizer": f"train:{tokenizer}" if isinstance(tokenizer, int) else tokenizer.hash,
+        "tokenizer": str(tokenizer) if isinstance(tokenizer, ToTrain) else tokenizer.hash,
     }
-    identity = json_checksum([VERSION, cleaning.VERSION, settings, _contents(files, progress)])
+    contents = _contents([*files, *held_files], progress)
+    identity = json_checksum([VERSION, cleaning.VERSION, settings, len(files), contents])
     if os.path.exists(out) and not (out.is_dir() and not any(out.iterdir())):
         return _already(out, identity)
 
-    total = sum(file.size for file in files)
-
-    def texts(stage: str, report: Report) -> Iterator[str]:
+    def texts(stage: str, report: Report, files: list[SourceFile]) -> Iterator[str]:
+        total = sum(file.size for file in files)
         for text in cleaning.clean_documents(read_documents(files, documents, report), report, min_chars):
             progress(stage, report.bytes_read, total)
             yield text
         progress(stage, total, total)
 
+    def seen() -> Iterator[str]:
+        return (text for text in texts("tokenizer", Report(), files) if not _held_out(text, validation_share))
+
+    def rows(partial: Path, prefix: str, texts: Iterable[str], report: Report) -> dict:
+        counts = _Counts(tokenizer.vocab_size)
+        ids = counts.count(encode_documents(counts.measure(texts), tokenizer), report)
+        shards = [
+            write_shard(partial, f"{prefix}{index:05d}", shard)
+            for index, shard in enumerate(pack(ids, tokenizer, layout, shard_rows))
+        ]
+        return {
+            "rows": sum(shard["rows"] for shard in shards),
+            "documents": counts.documents,
+            "text_bytes": counts.bytes,
+            "text_tokens": int(counts.tokens.sum()),
+            "unigram_entropy": counts.entropy(tokenizer.special_ids),
+            "fill": _fill(shards, layout),
+            "shards": shards,
+        }
+
     try:
         with _target(out) as partial:
-            if isinstance(tokenizer, int):
-                tokenizer = Tokenizer.train(lambda: texts("tokenizer", Report()), tokenizer)
-            counts = _Counts(tokenizer.vocab_size)
-            ids = counts.count(encode_documents(texts("rows", report), tokenizer), report)
-            shards = [
-                write_shard(partial, f"{index:05d}", shard)
-                for index, shard in enumerate(pack(ids, tokenizer, row_tokens, shard_rows))
-            ]
-            if not shards:
-                given = ", ".join(file.name for file in files[:5])
-                raise ValueError(f"data: no text is left of {report.read} records in {given}: {report.reasons()}")
+            if isinstance(tokenizer, ToTrain):
+                tokenizer = tokenizer.train(seen, layout.name)
+                layout.check(tokenizer)
+            with _Spool(partial / "held-out.jsonl") as spool:
+                kept = spool.take(texts("rows", report, files), lambda text: _held_out(text, validation_share))
+                trained = rows(partial, "", kept, report)
+                if not trained["rows"]:
+                    raise _nothing_left(files, report, spool.count)
+                held = texts("validation", held_report, held_files) if held_files else spool.texts()
+                validated = rows(partial, "validation-", held, held_report)
+            if (held_files or validation_share) and not validated["rows"]:
+                raise _nothing_held(validation_share, held_files, held_report, trained["documents"])
             tokenizer.save(partial / TOKENIZER)
             manifest = {
                 "format": FORMAT,
                 "version": VERSION,
                 "preparation": identity,
                 "settings": settings,
-                "row_tokens": row_tokens,
+                "row_tokens": layout.row_tokens,
+                "width": layout.width,
                 "tokenizer": {
                     "hash": tokenizer.hash,
                     "vocab_size": tokenizer.vocab_size,
                     "checksum": tokenizer_checksum(partial),
                 },
-                "rows": sum(shard["rows"] for shard in shards),
-                "documents": counts.documents,
-                "text_tokens": int(counts.tokens.sum()),
-                "unigram_entropy": counts.entropy(tokenizer.special_ids),
+                **trained,
+                "validation": validated,
                 "report": report.as_dict(),
-                "shards": shards,
             }
             write_json(partial / MANIFEST, {**manifest, "checksum": json_checksum(manifest)})
     except FileExistsError:  # another process finished meanwhile
         return _already(out, identity)
     return open_dataset(out)
+
+
+def _held_out(text: str, share: float) -> bool:
+    """Whether a document is among the share that is held out: a function of its text."""
+    if not share:
+        return False
+    word = hashlib.blake2b(text.encode(), digest_size=8, person=b"held out").digest()
+    return int.from_bytes(word, "little") < share * 2**64
+
+
+def _fill(shards: list[dict], layout: Layout) -> list[float]:
+    """Share of each of the rows' capacities that is used; 0 of no rows."""
+    rows = max(1, sum(shard["rows"] for shard in shards))
+    return [sum(s["used"][i] for s in shards) / (rows * each) for i, each in enumerate(layout.capacity())]
+
+
+def _nothing_left(files: list[SourceFile], report: Report, held: int) -> ValueError:
+    given = ", ".join(file.name for file in files[:5])
+    if held:
+        return ValueError(
+            f"validation_share: all {held} documents in {given} are held out; give a smaller share, or set documents "
+            'to "blank" or "line"'
+        )
+    return ValueError(f"data: no text is left of {report.read} records in {given}: {report.reasons()}")
+
+
+def _nothing_held(share: float, held_files: list[SourceFile], report: Report, documents: int) -> ValueError:
+    if held_files:
+        return _nothing_left(held_files, report, 0)
+    return ValueError(
+        f"validation_share: none of the {documents} documents falls into a share of {share:g}; give a larger share, "
+        'set documents to "blank" or "line", or name a file with validation'
+    )
+
+
+class _Spool:
+    """Documents put aside in a temporary file while the others pass, so that the text is read and cleaned once."""
+
+    def __init__(self, path: Path):
+        self.path, self.count = path, 0
+
+    def __enter__(self) -> _Spool:
+        self._file = open(self.path, "w+", encoding="utf-8")
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._file.close()
+        self.path.unlink()
+
+    def take(self, texts: Iterable[str], chosen: Callable[[str], bool]) -> Iterator[str]:
+        """The texts that are not chosen."""
+        for text in texts:
+            if chosen(text):
+                self.count += 1
+                self._file.write(json.dumps(text) + "\n")
+            else:
+                yield text
+
+    def texts(self) -> Iterator[str]:
+        self._file.seek(0)
+        return (json.loads(line) for line in self._file)
 
 
 def _already(out: Path, identity: str) -> Dataset:
@@ -161,10 +261,15 @@ def _contents(files: Iterable[SourceFile], progress: Progress) -> list[list[str]
 
 
 class _Counts:
-    """What passes from the tokenizer to the rows: documents, and how often each token occurs (vocab_size,) int64."""
+    """What passes to the rows: documents, bytes of UTF-8, and how often each token occurs (vocab_size,) int64."""
 
     def __init__(self, vocab_size: int):
-        self.documents, self.tokens = 0, np.zeros(vocab_size, np.int64)
+        self.documents, self.bytes, self.tokens = 0, 0, np.zeros(vocab_size, np.int64)
+
+    def measure(self, texts: Iterable[str]) -> Iterator[str]:
+        for text in texts:
+            self.bytes += len(text.encode())
+            yield text
 
     def count(self, documents: Iterable[np.ndarray], report: Report) -> Iterator[np.ndarray]:
         for ids in documents:
@@ -179,5 +284,5 @@ class _Counts:
     def entropy(self, special_ids: Iterable[int]) -> float:
         """-sum p ln p over the tokens that are not special, in nats: 0 where there are none."""
         counts = np.delete(self.tokens, list(special_ids))
-        p = counts[counts > 0] / counts.sum()
+        p = counts[counts > 0] / max(counts.sum(), 1)
         return float(-(p * np.log(p)).sum())

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from fastlm.run.checkpoint import Checkpoint, load_newest, read_checkpoint
 from fastlm.run.progress import prepare_with_progress
 from fastlm.run.recipe import FREE_KEYS, TABLES, Recipe
 from fastlm.storage import atomic_file, json_checksum, replace_json
+from fastlm.tasks import DataTable, find_task
 
 DATA = "data"
 WRITTEN = *RUN_FILES, "checkpoints", "summary.json", "loss.png", "hf"  # by a run, beside DATA
@@ -206,27 +207,58 @@ def adopt_metrics(start: Start, out: Path) -> None:
             shutil.copyfile(source, partial)
 
 
-def open_data(recipe: Recipe, data, out: Path, start: Checkpoint | None) -> Dataset:
+@dataclass(frozen=True)
+class Data:
+    """The rows that a run trains on, and those of held-out text, None without."""
+
+    train: Dataset
+    validation: Dataset | None
+
+
+def prepare_for(task: str, table: DataTable, paths, directory: Path, outputs: Iterable = ()) -> Dataset:
+    """Prepare the text in `paths` as rows for `task`, as its table [data] says, with progress on the terminal."""
+    return prepare_with_progress(
+        paths,
+        table.tokenizer,
+        directory,
+        layout=find_task(task).layout(table),
+        documents=table.documents,
+        min_chars=table.min_chars,
+        validation=table.validation or None,
+        validation_share=table.validation_share,
+        outputs=outputs,
+    )
+
+
+def open_data(recipe: Recipe, data, out: Path, start: Checkpoint | None) -> Data:
     """The data of the run in `out`: prepared already, or text that is prepared into OUT/data.
 
     ValueError where its rows are not the recipe's, or it is not what `start` was trained on.
     """
     paths = [data] if isinstance(data, (str, os.PathLike)) else list(data)
     table, prepared = recipe.data, [path for path in paths if is_prepared(path)]
+    layout = find_task(recipe.task).layout(table)
     if prepared and len(paths) > 1:
         raise ValueError(f"data: {prepared[0]} is prepared and stands alone; expected one such directory, or text")
     if prepared:
         directory = prepared[0]
     else:
         directory = out / DATA
-        keys = {"row_tokens": table.row_tokens, "documents": table.documents, "min_chars": table.min_chars}
-        prepare_with_progress(paths, table.tokenizer, directory, **keys, outputs=[out])
+        prepare_for(recipe.task, table, paths, directory, outputs=[out])
     dataset = open_dataset(directory, None if start is None else start.state["data"]["accepted"])
     if start is not None and json_checksum(dataset.manifest) != start.state["data"]["manifest"]:
         raise ValueError(f"data: {directory} is not what the run was started on; resume with the same data")
-    if dataset.row_tokens != table.row_tokens:
+    for name, wanted in layout.settings().items():
+        found = dataset.manifest["settings"].get(name)
+        if found != wanted:
+            raise ValueError(
+                f"data.{name}: {directory} was prepared with {found}, the recipe of task {recipe.task} needs {wanted}; "
+                "prepare the data again, or change the recipe"
+            )
+    held = bool(dataset.manifest["validation"]["rows"])
+    if (table.validation or table.validation_share) and not held:
         raise ValueError(
-            f"data.row_tokens: {directory} was prepared with rows of {dataset.row_tokens} tokens, the recipe says "
-            f"{table.row_tokens}; set data.row_tokens={dataset.row_tokens}, or prepare the data again"
+            f"data.validation: {directory} was prepared without held-out text; prepare it again with --validation or "
+            "--validation-share, or leave both out of the recipe"
         )
-    return dataset
+    return Data(dataset, open_dataset(directory, split="validation") if held else None)

@@ -19,7 +19,8 @@ class MetricsFile:
     """metrics.jsonl, one JSON object a line: step, loss, tokens, tokens_per_s, lr, grad_norm, mfu.
 
     `tokens` are the real ones from the start of the run, `grad_norm` is before clipping. A loss or norm that is not
-    finite (its step was skipped), the loss of a step that predicted nothing, and an unknown MFU are null.
+    finite (its step was skipped), the loss of a step that predicted nothing, and an unknown MFU are null. After an
+    evaluation the line of its step also has val_loss, val_perplexity and what else the task says of it.
 
     `rows` is how many lines there were before.
     """
@@ -95,6 +96,9 @@ def plot_loss(rows: list[dict], path: Path, *, levels: dict[str, float], title: 
     axes = figure.add_subplot()
     axes.plot(tokens, losses, color="#9ecae1", linewidth=0.8, label="each step")
     axes.plot(tokens, _running_mean(losses), color="#08519c", linewidth=1.8, label="running mean")
+    held = [(row["tokens"], row["val_loss"]) for row in rows if row.get("val_loss") is not None]
+    if held:
+        axes.plot(*zip(*held), color="#238b45", linewidth=1.6, marker="o", markersize=3.5, label="held-out text")
     for name, level in levels.items():
         axes.axhline(level, color="#d94801", linestyle="--", linewidth=1.2)
         axes.annotate(

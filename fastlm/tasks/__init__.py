@@ -34,6 +34,9 @@ def find_task(name: str) -> type[Task]:
     return found
 
 
-def make_model(recipe, vocab_size: int, pad_id: int) -> Model:
-    """The model of the recipe's task, on the CPU. Its weights are drawn from the recipe's seed."""
-    return find_task(recipe.task).model(recipe, vocab_size, pad_id)
+def make_model(recipe, vocab_size: int, pad_id: int | None, **token_ids: int | None) -> Model:
+    """The model of the recipe's task, on the CPU. Its weights are drawn from the recipe's seed.
+
+    token_ids: as of `Task.token_ids`
+    """
+    return find_task(recipe.task).model(recipe, vocab_size, pad_id, **token_ids)

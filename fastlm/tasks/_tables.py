@@ -10,12 +10,24 @@ from fastlm.settings import Table, key
 
 @dataclass(frozen=True)
 class DataTable(Table):
-    tokenizer: str = key("train:8192", "train:N for a WordPiece of N tokens, or a tokenizer's directory")
+    tokenizer: str = key("train:8192", "train:N, wordpiece:N, bpe:N or chars to train one, or a tokenizer's directory")
     row_tokens: int = key(128, "length of a row of packed pieces", least=8)
     documents: str = key("file", "what of a plain-text file is a document", one_of=("file", "line", "blank"))
     min_chars: int = key(8, "a document of fewer characters is dropped", least=0)
+    validation: str = key("", "text to evaluate on, a path; it is not trained on")
+    validation_share: float = key(
+        0.0, "share of the documents that is held out for it instead, chosen by their text", least=0.0, below=1.0
+    )
 
     table: ClassVar[str] = "data"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.validation and self.validation_share:
+            raise ValueError(
+                f"data.validation_share: expected 0 with data.validation={self.validation!r}, got "
+                f"{self.validation_share}; set one of them"
+            )
 
 
 @dataclass(frozen=True)
@@ -34,6 +46,8 @@ class TrainTable(Table):
     grad_clip: float = key(1.0, "largest norm of the gradient; 0: as it is", least=0.0)
     dtype: str = key("float32", "of the matrix products; parameters are float32", one_of=("float32", "bfloat16"))
     seed: int = key(0, "of the initial weights, order, masks and dropout", least=0, most=2**63 - 1)
+    eval_every: int = key(500, "steps between evaluations on the held-out text; 0: only after the last", least=0)
+    eval_tokens: int = key(262144, "tokens of it that are evaluated, padding included; 0: all", least=0)
     checkpoint_every: int = key(500, "steps between checkpoints; 0: only the last", least=0)
     keep_checkpoints: int = key(2, "how many are kept, the newest", least=1)
 

@@ -25,16 +25,17 @@ import torch
 
 import fastlm
 from fastlm.chip import chip_name, parse_device, peak_flops
-from fastlm.data import Dataset
 from fastlm.models import Counts
 from fastlm.models._size import TRAINED, check_memory
 from fastlm.run import directory as runs
 from fastlm.run.checkpoint import load_newest, restore, save_checkpoint
+from fastlm.run.initial import Initial, find_initial
 from fastlm.run.metrics import MetricsFile, first_and_final_loss, plot_loss, read_metrics
 from fastlm.run.progress import ProgressLine, duration
 from fastlm.run.recipe import Recipe
 from fastlm.storage import atomic_directory, json_checksum, replace_json
 from fastlm.tasks import Micro, Task, find_task, make_model
+from fastlm.train.evaluation import evaluate
 from fastlm.train.optimizer import lr_at, make_optimizer, train_step
 
 PATIENCE = 10  # steps without finite gradients, one after another, that end a run; all of a shorter one
@@ -70,7 +71,7 @@ class Counters:
     dropped: int = 0  # predictions beyond the capacity of their batch
 
 
-def pretrain(recipe: Recipe, data, out, *, device: str = "cpu", resume: str = "auto") -> Result:
+def pretrain(recipe: Recipe, data, out, *, device: str = "cpu", resume: str = "auto", init=None) -> Result:
     """Train the recipe's model on `data`, and write everything into the directory `out`.
 
     data     what `fastlm.data.prepare` wrote, with rows of recipe.data.row_tokens; or text, a path or several, which
@@ -78,6 +79,8 @@ def pretrain(recipe: Recipe, data, out, *, device: str = "cpu", resume: str = "a
     device   "cpu", "cuda", "cuda:1"
     resume   "auto": continue from the newest checkpoint in `out`, if there is one; "never": `out` must hold no run;
              a checkpoint's or a run's directory: start a new run in `out` from there; given again, continue that one
+    init     a model to start from, with its tokenizer (see fastlm.run.initial); None: new weights. The optimizer and
+             the schedule are new, unlike with `resume`
 
     SIGTERM and SIGINT finish the step, write a checkpoint and return, with `Result.stopped_by`; a second one ends the
     process.
@@ -86,6 +89,9 @@ def pretrain(recipe: Recipe, data, out, *, device: str = "cpu", resume: str = "a
     applied, and checkpoints are from before.
     """
     out, device = Path(out), parse_device(device)
+    initial = None if init is None else find_initial(init)
+    if initial is not None:
+        recipe = initial.recipe(recipe)
     _check_size(recipe, device, vocab_size=8)  # before text is prepared; its vocabulary is not known yet
     if recipe.train.warmup_steps >= recipe.train.max_steps:
         warnings.warn(
@@ -95,8 +101,7 @@ def pretrain(recipe: Recipe, data, out, *, device: str = "cpu", resume: str = "a
         )
     with runs.alone_in(out):
         start = runs.find_start(recipe, out, resume)
-        dataset = runs.open_data(recipe, data, out, start.checkpoint)
-        return _Run(recipe, dataset, out, device, start).train()
+        return _Run(recipe, runs.open_data(recipe, data, out, start.checkpoint), out, device, start, initial).train()
 
 
 def _check_size(recipe: Recipe, device: torch.device, vocab_size: int) -> None:
@@ -131,13 +136,25 @@ class _Launched:
 class _Run:
     """One run, from `start` to its last step or a signal."""
 
-    def __init__(self, recipe: Recipe, dataset: Dataset, out: Path, device: torch.device, start: runs.Start):
-        self.recipe, self.dataset, self.out, self.device = recipe, dataset, out, device
-        self.dtype = getattr(torch, recipe.train.dtype)
-        self.task = find_task(recipe.task)(recipe, dataset, device)
-        _check_size(recipe, device, dataset.tokenizer.vocab_size)
-        model = make_model(recipe, dataset.tokenizer.vocab_size, dataset.tokenizer.pad_id)
-        self.task.initialize(model)
+    def __init__(
+        self,
+        recipe: Recipe,
+        data: runs.Data,
+        out: Path,
+        device: torch.device,
+        start: runs.Start,
+        initial: Initial | None,
+    ):
+        self.recipe, self.dataset, self.out, self.device = recipe, data.train, out, device
+        self.dtype, tokenizer = getattr(torch, recipe.train.dtype), data.train.tokenizer
+        self.task = find_task(recipe.task)(recipe, data.train, device, data.validation)
+        _check_size(recipe, device, tokenizer.vocab_size)
+        if initial is None:
+            ids = self.task.token_ids(tokenizer)
+            model = make_model(recipe, tokenizer.vocab_size, tokenizer.pad_id, **ids)
+            self.task.initialize(model)
+        else:
+            model = initial.model(recipe, tokenizer)
         self.model = model.to(device).train()
         self.optimizer = make_optimizer(self.model, recipe.train)
         self.counters = Counters()
@@ -147,6 +164,7 @@ class _Run:
         self.start, self.saved = start, self.counters.step
         self.peak = peak_flops(device, self.dtype)
         self.pace = deque(maxlen=20)  # seconds of the latest steps
+        self.evaluated: dict[str, float] = {}  # of the latest evaluation
 
     def train(self) -> Result:
         table, first = self.recipe.train, self.counters.step
@@ -178,8 +196,9 @@ class _Run:
                     launched.append(_Launched(step + 1, micros, lr, result))
                     last = bool(stop) or step + 1 == table.max_steps
                     due = last or (table.checkpoint_every and (step + 1) % table.checkpoint_every == 0)
+                    evaluates = self._evaluates(step + 1)
                     # The host looks at a step of a GPU while the next one runs, so that the GPU never waits for it.
-                    while len(launched) > (self.device.type == "cuda" and not due):
+                    while len(launched) > (self.device.type == "cuda" and not (due or evaluates)):
                         self._report(launched.popleft())
                     if due and not self.counters.streak:
                         self._save()
@@ -210,6 +229,7 @@ class _Run:
         counters.skipped += not finite
         counters.streak = 0 if finite else counters.streak + 1
         mfu = None if self.peak is None else self.model.flops(step.counts) / (seconds * self.peak)
+        new = self._evaluate() if finite and self._evaluates(step.number) else {}
         self.metrics.add(
             {
                 "step": step.number,
@@ -219,6 +239,7 @@ class _Run:
                 "lr": step.lr,
                 "grad_norm": norm,
                 "mfu": None if mfu is None else round(mfu, 4),
+                **new,
             }
         )
         self.pace.append(seconds)
@@ -228,6 +249,7 @@ class _Run:
             f"loss {loss:.3f}",
             f"{tokens / pace:,.0f} tokens/s",
             f"ETA {duration((steps - step.number) * pace)}",
+            *([f"val {self.evaluated['val_loss']:.3f}"] if self.evaluated else []),
             *([f"{counters.skipped} skipped"] if counters.skipped else []),
             f"MFU {'n/a' if mfu is None else f'{100 * mfu:.0f}%'}",
             f"lr {step.lr:.1e}",
@@ -235,6 +257,21 @@ class _Run:
         self.line.update(step.number, fields)
         if counters.streak == min(PATIENCE, steps):
             raise self._diverged(f"{counters.streak} steps in a row, up to step {step.number},")
+
+    def _evaluates(self, step: int) -> bool:
+        """Whether the held-out text is evaluated after `step`."""
+        table = self.recipe.train
+        if self.task.validation is None:
+            return False
+        return step == table.max_steps or bool(table.eval_every and step % table.eval_every == 0)
+
+    def _evaluate(self) -> dict[str, float]:
+        self.evaluated = evaluate(self.model, self.task, self.dtype)
+        words = {"val_loss": "loss", "val_perplexity": "perplexity", "val_bits_per_byte": "bits a byte"}
+        shown = ", ".join(f"{words.get(name, name)} {value:.3f}" for name, value in self.evaluated.items())
+        self.line.note(f"step {self.counters.step}: held-out {shown}")
+        self.clock = time.perf_counter()  # an evaluation's time is not a step's
+        return self.evaluated
 
     def _diverged(self, steps: str) -> Diverged:
         newest, _ = load_newest(self.out / runs.CHECKPOINTS)
@@ -270,7 +307,8 @@ class _Run:
         peak = "n/a, no peak is known" if self.peak is None else f"against {self.peak / 1e12:g} TFLOP/s"
         self.line.note(
             f"{recipe.name}: {parameters / 1e6:.3g} M parameters on {chip_name(self.device)} in {recipe.train.dtype}; "
-            f"{dataset.rows:,} rows of {dataset.row_tokens} tokens, vocabulary {dataset.tokenizer.vocab_size:,}\n"
+            f"{dataset.rows:,} rows of {dataset.row_tokens} tokens, {' and '.join(f'{x:.0%}' for x in dataset.fill)} "
+            f"full, vocabulary {dataset.tokenizer.vocab_size:,}\n"
             f"MFU = 3 · forward FLOPs of matrix products on real tokens / (seconds · peak): {peak}"
         )
         if self.counters.step:
@@ -285,6 +323,7 @@ class _Run:
             "steps": counters.step,
             "first_loss": first,
             "final_loss": final,
+            **self.evaluated,
             **self.task.metrics(),
             "tokens": counters.tokens,
             "seconds": round(counters.seconds, 3),
