@@ -248,7 +248,7 @@ def test_a_damaged_manifest_or_tokenizer(prepared, tmp_path):
         ("[]", "is damaged"),
         ("{}", "is damaged"),
         (
-            good.replace('"version": 1', '"version": 2'),
+            good.replace('"version": 2', '"version": 1'),
             r"has format .*, expected .*; delete .* and prepare",
         ),
         (good.replace('"row_tokens": 32', '"row_tokens": 33'), "does not match its own checksum"),

@@ -45,6 +45,8 @@ def losses(run):
 def test_shipped_recipes():
     names = {path.stem for path in RECIPES.glob("*.toml")}
     recipes = {name: load_recipe(name) for name in names}
+    for name in ("gpt2-mini", "t5-mini"):
+        assert recipes[name].task == {"gpt2": "causal_lm", "t5": "span_corruption"}[recipes[name].model.model_type]
     sizes = {"bert-base": (12, 768), "bert-mini": (4, 256), "bert-small": (4, 512)}
     for name, (layers, hidden) in sizes.items():
         assert recipes[name].task == "masked_lm"

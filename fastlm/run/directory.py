@@ -248,6 +248,11 @@ def open_data(recipe: Recipe, data, out: Path, start: Checkpoint | None) -> Data
     dataset = open_dataset(directory, None if start is None else start.state["data"]["accepted"])
     if start is not None and json_checksum(dataset.manifest) != start.state["data"]["manifest"]:
         raise ValueError(f"data: {directory} is not what the run was started on; resume with the same data")
+    if dataset.layout != layout.name:
+        raise ValueError(
+            f"data: {directory} was prepared with {dataset.layout} rows, task {recipe.task} needs {layout.name} ones; "
+            "prepare the text again, with --recipe"
+        )
     for name, wanted in layout.settings().items():
         found = dataset.manifest["settings"].get(name)
         if found != wanted:

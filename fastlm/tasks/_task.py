@@ -12,7 +12,7 @@ import torch
 
 from fastlm.data import Batch, Batches, Dataset, Tokenizer
 from fastlm.data.batches import make_batch
-from fastlm.data.layouts import Layout
+from fastlm.data.layouts import Layout, MaskedRows
 from fastlm.data.order import rows_at
 from fastlm.data.packing import PADDING_SAMPLE
 from fastlm.models import Counts, Model
@@ -72,8 +72,8 @@ class Task:
 
     @classmethod
     def layout(cls, data: DataTable) -> Layout:
-        """How documents lie in the rows that this task trains on."""
-        raise NotImplementedError
+        """How documents lie in the rows that this task trains on; by default as masked language modelling has them."""
+        return MaskedRows(data.row_tokens)
 
     @classmethod
     def token_ids(cls, tokenizer: Tokenizer) -> dict[str, int | None]:
@@ -128,7 +128,7 @@ class Task:
 
     def metrics(self) -> dict[str, float]:
         """Losses to read the run's loss against, in nats: they go into summary.json and, as lines, into loss.png."""
-        return {"unigram_entropy": self.dataset.unigram_entropy}
+        return {}
 
 
 def real_pairs(batch: Batch) -> int:

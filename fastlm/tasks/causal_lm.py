@@ -39,6 +39,9 @@ class CausalLM(Task):
             counts=Counts(batch.tokens, real_pairs(batch), batch.tokens),
         )
 
+    def metrics(self):
+        return {"unigram_entropy": self.dataset.unigram_entropy}
+
     def evaluated(self, loss):
         """Also bits a byte of the text (UTF-8), which do not depend on the tokenizer."""
         text = self.validation

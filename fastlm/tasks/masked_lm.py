@@ -15,7 +15,6 @@ import torch
 
 from fastlm import ops
 from fastlm.data import Dataset
-from fastlm.data.layouts import MaskedRows
 from fastlm.data.order import rows_at
 from fastlm.models import Bert, Counts, Model
 from fastlm.settings import Table, key
@@ -49,10 +48,6 @@ class MaskedLMTrain(TrainTable):
 class MaskedLM(Task):
     models = (Bert,)
     tables: ClassVar[dict[str, type[Table]]] = {"data": MaskedLMData, "train": MaskedLMTrain}
-
-    @classmethod
-    def layout(cls, data):
-        return MaskedRows(data.row_tokens)
 
     def initialize(self, model: Model) -> None:
         if self.recipe.train.unigram_bias:
@@ -93,6 +88,9 @@ class MaskedLM(Task):
             counts=Counts(batch.tokens, real_pairs(batch), predicted),
             dropped=selected - predicted,
         )
+
+    def metrics(self) -> dict[str, float]:
+        return {"unigram_entropy": self.dataset.unigram_entropy}
 
     @cached_property
     def _begins_word(self) -> torch.Tensor:
