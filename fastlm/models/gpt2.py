@@ -165,7 +165,6 @@ class GPT2(Model):
         attention_mask: torch.Tensor | None = None,
         rng: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        shift_labels: torch.Tensor | None = None,
         reduction: str = "mean",
     ) -> torch.Tensor:
         """The loss if labels are given, else logits.
@@ -180,29 +179,19 @@ class GPT2(Model):
             rng: int64 (2,), (seed, step), of all dropouts in training; None draws from torch's generator.
             labels: int64, like input_ids, usually input_ids: the token at t is predicted from those before it in its
                 sequence. -100, the first token of a sequence and padding are not predicted.
-            shift_labels: int64, like input_ids, instead of labels: the token that t predicts, -100 for none. The last
-                token of a sequence may predict one that the input lacks.
             reduction: "mean" over the predicted tokens, "sum"; or "none", like input_ids: t has the loss of t + 1.
 
         Returns the loss; without labels the logits, input_ids.shape + (vocab_size,). ValueError for inputs that do not
         fit together.
         """
         given = self._sequences(input_ids, cu_seqlens, max_seqlen, attention_mask)
-        if labels is not None and shift_labels is not None:
-            raise ValueError("shift_labels: expected None with labels, which it replaces; pass one of them")
         if labels is not None:
             _inputs.check_labels("labels", labels, given)
-            targets = given.next_tokens(labels)
-        elif shift_labels is not None:
-            _inputs.check_labels("shift_labels", shift_labels, given)
-            targets = shift_labels
-        else:
-            targets = None
         word, head, sparse = tied(self.word)
         x = self._decode(given, positions, rng, word, sparse)
-        if targets is None:
+        if labels is None:
             return F.linear(x, head)
-        return ops.linear_cross_entropy(x, head, targets, reduction=reduction)
+        return ops.linear_cross_entropy(x, head, given.next_tokens(labels), reduction=reduction)
 
     def flops(self, counts: Counts) -> float:
         c = self.config
