@@ -28,6 +28,10 @@ def to_transformers(model, dtype=torch.float32):
     result = theirs.load_state_dict(tensors, strict=False)
     assert set(result.missing_keys) <= set(theirs.all_tied_weights_keys)
     assert not result.unexpected_keys
+    named = dict(theirs.named_parameters(remove_duplicate=False))
+    ours = {id(named[name]) for names in model.transformers_names(model.config).values() for name in names}
+    for parameter in theirs.parameters():
+        parameter.requires_grad_(id(parameter) in ours)  # a bias that ours lacks is a constant 0
     return theirs.to(next(model.parameters()).device, dtype).train(model.training)
 
 

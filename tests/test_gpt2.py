@@ -102,6 +102,12 @@ def test_equals_transformers(act, device):
     compare(device, activation_function=act)
 
 
+def test_equals_transformers_without_biases(device):
+    """Transformers' with zeros for the biases that ours lacks."""
+    assert not [name for name, _ in make_gpt2(bias=False).named_parameters() if name.endswith("bias")]
+    compare(device, bias=False)
+
+
 @pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "parameters"])
 def test_equals_transformers_in_bfloat16(autocast, device):
     """The same bound in bfloat16: autocast over float32 parameters, and bfloat16 parameters."""
@@ -167,6 +173,24 @@ def test_documents_do_not_meet(device):
         assert loss[-1] == 0  # nothing follows
     torch.testing.assert_close(gpt2(**batch.packed, labels=ids), losses.sum() / (sum(LENGTHS) - len(LENGTHS)))
     torch.testing.assert_close(gpt2(**batch.packed, labels=ids, reduction="sum"), losses.sum())
+
+
+def test_targets_that_are_shifted_already(device):
+    """What each token predicts, in any form of input; padding predicts nothing, whatever stands there."""
+    gpt2, batch = make_gpt2(**NO_DROPOUT).to(device), Batch(device=device)
+    for reduction in ("mean", "sum", "none"):
+        want = gpt2(**batch.packed, labels=batch.labels, reduction=reduction)
+        assert torch.equal(gpt2(**batch.packed, shift_labels=batch.targets, reduction=reduction), want)
+    inputs, real, _ = batch.theirs()
+    targets = torch.full_like(inputs["input_ids"], 5).masked_scatter(real, batch.targets)
+    loss = gpt2(**inputs, shift_labels=targets)
+    torch.testing.assert_close(loss, gpt2(**batch.packed, labels=batch.labels))
+    theirs = to_transformers(gpt2)
+    want = theirs(**inputs, labels=targets, shift_labels=targets.masked_fill(~real, -100)).loss
+    torch.testing.assert_close(loss, want, rtol=1e-4, atol=1e-5)
+    rows = batch.packed["input_ids"][:22].view(2, 11)  # all real: a document's last token predicts too
+    losses = gpt2(rows[:, :-1], shift_labels=rows[:, 1:], reduction="none")
+    torch.testing.assert_close(losses, gpt2(rows, labels=rows, reduction="none")[:, :-1], rtol=1e-4, atol=1e-5)
 
 
 def test_empty_documents(device):
@@ -344,6 +368,32 @@ def test_reads_transformers(headless, tmp_path):
     assert all(torch.equal(t, again.state_dict()[name]) for name, t in theirs.state_dict().items())
 
 
+def test_checkpoints_without_biases(tmp_path):
+    """Transformers' model has zeros; ours reads them as none, or as biases to train; others' biases are refused."""
+    gpt2 = make_gpt2(bias=False).eval()
+    gpt2.save_pretrained(tmp_path)
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    assert same_weights(gpt2, theirs)
+    assert not any(p.any() for name, p in theirs.named_parameters() if name.endswith("bias"))
+    inputs, real, _ = Batch().theirs()
+    want = gpt2(**inputs)
+    torch.testing.assert_close(want[real], theirs(**inputs).logits[real], rtol=1e-4, atol=1e-5)
+    back = GPT2.from_pretrained(tmp_path)
+    assert back.config == gpt2.config
+    assert same_state(gpt2, back)
+    trained = GPT2.from_pretrained(tmp_path, bias=True)
+    assert trained.layers[0].mlp.linear1.bias.shape == (56,)
+    torch.testing.assert_close(trained.eval()(**inputs), want)
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert same_state(gpt2, GPT2.from_pretrained(tmp_path / "theirs", bias=False))
+    make_gpt2().save_pretrained(tmp_path / "biased")
+    with pytest.raises(
+        ValueError, match=r"bias: expected True, since transformer\.h\.0\..*bias is not zero, got False"
+    ):
+        GPT2.from_pretrained(tmp_path / "biased", bias=False)
+
+
 def test_reads_the_published_names(tmp_path):
     """No prefix, causal masks among the tensors, the head saved a second time."""
     gpt2 = make_gpt2()
@@ -398,6 +448,7 @@ def test_checkpoint_errors(changes, message, tmp_path):
         ({"n_embd": 0}, "n_embd: expected a positive integer, got 0"),
         ({"n_head": 5}, "n_head: expected a divisor of n_embd=32, got 5"),
         ({"n_inner": 0}, "n_inner: expected None or a positive integer, got 0"),
+        ({"bias": 0}, "bias: expected True or False, got 0"),
         ({"attn_pdrop": 1.5}, r"attn_pdrop: expected a probability in \[0, 1\], got 1.5"),
         ({"layer_norm_epsilon": None}, "layer_norm_epsilon: expected a number that is not negative, got None"),
     ],
@@ -424,6 +475,8 @@ IDS, CU = torch.ones(6, dtype=torch.long), torch.tensor([0, 2, 6], dtype=torch.i
         ({"input_ids": IDS, "cu_seqlens": CU, "labels": IDS[1:]}, r"labels: expected shape \(6,\), got \(5,\)"),
         ({"input_ids": IDS, "cu_seqlens": CU, "labels": IDS.int()}, "labels: expected torch.int64"),
         ({"input_ids": IDS, "cu_seqlens": CU, "labels": IDS * 83}, "target: expected class indices"),
+        ({"input_ids": IDS, "cu_seqlens": CU, "shift_labels": IDS[1:]}, r"shift_labels: expected shape \(6,\)"),
+        ({"input_ids": IDS, "cu_seqlens": CU, "labels": IDS, "shift_labels": IDS}, "shift_labels: expected None with"),
     ],
 )
 def test_input_errors(arguments, message):

@@ -35,6 +35,7 @@ class GPT2Config(Config):
     n_inner: width of the feed-forward; None: 4 n_embd.
     initializer_range: standard deviation of the normal distribution of the initial weights. It is divided by
         sqrt(2 n_layer) for weights that lead into the residual. Biases start at 0, LN at 1 and 0.
+    bias: False: no linear and no LN has one, as in nanoGPT. Checkpoints then hold zeros: Transformers has no such entry.
     bos_token_id, eos_token_id, pad_token_id: of the tokenizer, for generation; the model does not read them.
     """
 
@@ -50,6 +51,7 @@ class GPT2Config(Config):
     attn_pdrop: float = key(0.1, "dropout of attention: 0, or at least 1/256")
     layer_norm_epsilon: float = key(1e-5, "added to the variance")
     initializer_range: float = key(0.02, "standard deviation of the initial weights")
+    bias: bool = key(True, "biases in linears and LN")
     bos_token_id: int | None = 50256
     eos_token_id: int | None = 50256
     pad_token_id: int | None = None
@@ -73,11 +75,16 @@ class GPT2Config(Config):
         if self.n_inner is not None and not (isinstance(self.n_inner, int) and self.n_inner > 0):
             raise ValueError(f"n_inner: expected None or a positive integer, got {self.n_inner!r}")
         _checks.one_of("activation_function", self.activation_function, GELUS)
+        if not isinstance(self.bias, bool):
+            raise ValueError(f"bias: expected True or False, got {self.bias!r}")
         for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
             _checks.probability(name, getattr(self, name))
 
     def to_dict(self) -> dict:
-        return {**super().to_dict(), "tie_word_embeddings": True}
+        out = {**super().to_dict(), "tie_word_embeddings": True}
+        if self.bias:  # as Transformers writes it
+            del out["bias"]
+        return out
 
 
 class Layer(torch.nn.Module):
@@ -85,15 +92,16 @@ class Layer(torch.nn.Module):
 
     def __init__(self, config: GPT2Config, site: int, **factory) -> None:
         super().__init__()
-        size, eps = config.n_embd, config.layer_norm_epsilon
+        size, norm = config.n_embd, {"eps": config.layer_norm_epsilon, "bias": config.bias, "keep_dtype": True}
         self.heads, self.site = config.n_head, site
         self.attention_dropout_p, self.dropout_p = config.attn_pdrop, config.resid_pdrop
-        self.norm1 = nn.LayerNorm(size, eps=eps, **factory, keep_dtype=True)
-        self.qkv = torch.nn.Linear(size, 3 * size, **factory)
-        self.out = torch.nn.Linear(size, size, **factory)
-        self.norm2 = nn.LayerNorm(size, eps=eps, **factory, keep_dtype=True)
+        self.norm1 = nn.LayerNorm(size, **norm, **factory)
+        self.qkv = torch.nn.Linear(size, 3 * size, bias=config.bias, **factory)
+        self.out = torch.nn.Linear(size, size, bias=config.bias, **factory)
+        self.norm2 = nn.LayerNorm(size, **norm, **factory)
         approximate = GELUS[config.activation_function]
-        self.mlp = nn.MLP(size, config.n_inner or 4 * size, approximate=approximate, **factory)
+        inner = config.n_inner or 4 * size
+        self.mlp = nn.MLP(size, inner, approximate=approximate, bias=config.bias, **factory)
 
     def forward(self, x, delta, sequences, *, rng):
         """(x, delta) -> (x, delta), each (..., n_embd), packed or padded. The delta of the first layer is None.
@@ -125,7 +133,8 @@ class GPT2(Model):
         self.word = torch.nn.Parameter(torch.empty(config.vocab_size, config.n_embd, **factory))
         self.position = torch.nn.Parameter(torch.empty(config.n_positions, config.n_embd, **factory))
         self.layers = torch.nn.ModuleList(Layer(config, site=1 + 3 * i, **factory) for i in range(config.n_layer))
-        self.norm = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon, **factory, keep_dtype=True)
+        norm = {"eps": config.layer_norm_epsilon, "bias": config.bias, "keep_dtype": True}
+        self.norm = nn.LayerNorm(config.n_embd, **norm, **factory)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -165,9 +174,10 @@ class GPT2(Model):
         attention_mask: torch.Tensor | None = None,
         rng: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        shift_labels: torch.Tensor | None = None,
         reduction: str = "mean",
     ) -> torch.Tensor:
-        """The loss if labels are given, else logits.
+        """The loss if labels or shift_labels are given, else logits.
 
         Args:
             input_ids: int64 or int32, packed (T,) with cu_seqlens, or padded (B, S).
@@ -179,19 +189,33 @@ class GPT2(Model):
             rng: int64 (2,), (seed, step), of all dropouts in training; None draws from torch's generator.
             labels: int64, like input_ids, usually input_ids: the token at t is predicted from those before it in its
                 sequence. -100, the first token of a sequence and padding are not predicted.
-            reduction: "mean" over the predicted tokens, "sum"; or "none", like input_ids: t has the loss of t + 1.
+            shift_labels: int64, like input_ids, in place of labels: what each token predicts, shifted already. It is
+                read as it is, at the end of a sequence too; at padding nothing is predicted.
+            reduction: "mean" over the predicted tokens, "sum"; or "none", like input_ids: the loss of what t predicts.
 
         Returns the loss; without labels the logits, input_ids.shape + (vocab_size,). ValueError for inputs that do not
         fit together.
         """
         given = self._sequences(input_ids, cu_seqlens, max_seqlen, attention_mask)
-        if labels is not None:
-            _inputs.check_labels("labels", labels, given)
+        targets = self._targets(given, labels, shift_labels)
         word, head, sparse = tied(self.word)
         x = self._decode(given, positions, rng, word, sparse)
-        if labels is None:
+        if targets is None:
             return F.linear(x, head)
-        return ops.linear_cross_entropy(x, head, given.next_tokens(labels), reduction=reduction)
+        return ops.linear_cross_entropy(x, head, targets, reduction=reduction)
+
+    @staticmethod
+    def _targets(given: _inputs.Sequences, labels, shift_labels) -> torch.Tensor | None:
+        """What each token predicts, like the ids."""
+        if shift_labels is None:
+            if labels is None:
+                return None
+            _inputs.check_labels("labels", labels, given)
+            return given.next_tokens(labels)
+        if labels is not None:
+            raise ValueError("shift_labels: expected None with labels, which are shifted here; pass one of them")
+        _inputs.check_labels("shift_labels", shift_labels, given)
+        return shift_labels if given.real is None else torch.where(given.real, shift_labels, ops.IGNORE_INDEX)
 
     def flops(self, counts: Counts) -> float:
         c = self.config
@@ -230,7 +254,7 @@ class GPT2(Model):
     @classmethod
     def transformers_names(cls, config: GPT2Config) -> _checkpoint.Names:
         names = {"word": ("transformer.wte.weight",), "position": ("transformer.wpe.weight",)}
-        norms = {"norm": "transformer.ln_f"}
+        norms, kinds = {"norm": "transformer.ln_f"}, ("weight", "bias") if config.bias else ("weight",)
         for i in range(config.n_layer):
             ours, theirs = f"layers.{i}", f"transformer.h.{i}"
             norms |= {f"{ours}.norm1": f"{theirs}.ln_1", f"{ours}.norm2": f"{theirs}.ln_2"}
@@ -241,8 +265,18 @@ class GPT2(Model):
                 ("mlp.linear2", "mlp.c_proj"),
             ):
                 names[f"{ours}.{linear}.weight"] = (Transposed(f"{theirs}.{conv}.weight"),)
-                names[f"{ours}.{linear}.bias"] = (f"{theirs}.{conv}.bias",)
-        return names | _checkpoint.module_names(norms)
+                if config.bias:
+                    names[f"{ours}.{linear}.bias"] = (f"{theirs}.{conv}.bias",)
+        return names | _checkpoint.module_names(norms, kinds)
+
+    def export_tensors(self) -> _checkpoint.Tensors:
+        """Without biases, Transformers' are zeros: its model has the same numbers, and would train them."""
+        tensors = super().export_tensors()
+        for name in () if self.config.bias else tuple(tensors):
+            if name not in ("transformer.wte.weight", "transformer.wpe.weight"):
+                weight = tensors[name]  # (in, out) of a linear
+                tensors[name.removesuffix("weight") + "bias"] = weight.new_zeros(weight.shape[-1])
+        return tensors
 
     @classmethod
     def canonical(cls, tensors: _checkpoint.Tensors, config: GPT2Config) -> tuple[_checkpoint.Tensors, GPT2Config]:
@@ -252,4 +286,8 @@ class GPT2(Model):
             if not name.endswith((".attn.bias", ".attn.masked_bias"))  # constants that old versions saved
         }
         _checkpoint.drop_copies(tensors, [("lm_head.weight", "transformer.wte.weight")])
+        if not config.bias:
+            for name in [name for name in tensors if name.startswith("transformer.") and name.endswith(".bias")]:
+                if tensors.pop(name).any():
+                    raise ValueError(f"bias: expected True, since {name} is not zero, got False")
         return tensors, config
