@@ -35,7 +35,7 @@ class GPT2Config(Config):
     n_inner: width of the feed-forward; None: 4 n_embd.
     initializer_range: standard deviation of the normal distribution of the initial weights. It is divided by
         sqrt(2 n_layer) for weights that lead into the residual. Biases start at 0, LN at 1 and 0.
-    bias: False: no linear and no LN has one, as in nanoGPT. Checkpoints then hold zeros: Transformers has no such entry.
+    bias: False: no linear and no LN has one, as in nanoGPT. Checkpoints then hold zeros, which Transformers needs.
     bos_token_id, eos_token_id, pad_token_id: of the tokenizer, for generation; the model does not read them.
     """
 
