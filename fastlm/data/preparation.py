@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -88,64 +89,18 @@ def prepare(
         layout.check(tokenizer)
     progress = progress or (lambda stage, done, total: None)
 
+    work = _Work(layout, tokenizer, documents, min_chars, validation_share, shard_rows, progress)
     report, held_report = Report(), Report()
     files = find_files(paths, report, outputs=outputs)
     held_files = [] if validation is None else find_files(validation, held_report, outputs=outputs)
-    settings = {
-        **layout.settings(),
-        "documents": documents,
-        "min_chars": min_chars,
-        "validation_share": validation_share,
-        "shard_rows": shard_rows,
-        "tokenizer": str(tokenizer) if isinstance(tokenizer, ToTrain) else tokenizer.hash,
-    }
     contents = _contents([*files, *held_files], progress)
-    identity = json_checksum([VERSION, cleaning.VERSION, settings, len(files), contents])
+    identity = json_checksum([VERSION, cleaning.VERSION, work.settings(), len(files), contents])
     if os.path.exists(out) and not (out.is_dir() and not any(out.iterdir())):
         return _already(out, identity)
-
-    def texts(stage: str, report: Report, files: list[SourceFile]) -> Iterator[str]:
-        total = sum(file.size for file in files)
-        for text in cleaning.clean_documents(read_documents(files, documents, report), report, min_chars):
-            progress(stage, report.bytes_read, total)
-            yield text
-        progress(stage, total, total)
-
-    def seen() -> Iterator[str]:
-        return (text for text in texts("tokenizer", Report(), files) if not _held_out(text, validation_share))
-
-    def rows(partial: Path, prefix: str, texts: Iterable[str], report: Report) -> dict:
-        counts = _Counts(tokenizer.vocab_size)
-        ids = counts.count(encode_documents(counts.measure(texts), tokenizer), report)
-        shards = [
-            write_shard(partial, f"{prefix}{index:05d}", shard)
-            for index, shard in enumerate(pack(ids, tokenizer, layout, shard_rows))
-        ]
-        return {
-            "rows": sum(shard["rows"] for shard in shards),
-            "documents": counts.documents,
-            "text_bytes": counts.bytes,
-            "text_tokens": int(counts.tokens.sum()),
-            "unigram_entropy": counts.entropy(tokenizer.special_ids),
-            "fill": _fill(shards, layout),
-            "shards": shards,
-        }
-
     try:
         with _target(out) as partial:
-            if isinstance(tokenizer, ToTrain):
-                tokenizer = tokenizer.train(seen, layout.name)
-                layout.check(tokenizer)
-            with _Spool(partial / "held-out.jsonl") as spool:
-                kept = spool.take(texts("rows", report, files), lambda text: _held_out(text, validation_share))
-                trained = rows(partial, "", kept, report)
-                if not trained["rows"]:
-                    raise _nothing_left(files, report, spool.count)
-                held = texts("validation", held_report, held_files) if held_files else spool.texts()
-                validated = rows(partial, "validation-", held, held_report)
-            if (held_files or validation_share) and not validated["rows"]:
-                raise _nothing_held(validation_share, held_files, held_report, trained["documents"])
-            tokenizer.save(partial / TOKENIZER)
+            settings = work.settings()  # "train:8192", before there is a tokenizer
+            parts = work.write(partial, files, held_files, report, held_report)
             manifest = {
                 "format": FORMAT,
                 "version": VERSION,
@@ -153,13 +108,7 @@ def prepare(
                 "settings": settings,
                 "row_tokens": layout.row_tokens,
                 "width": layout.width,
-                "tokenizer": {
-                    "hash": tokenizer.hash,
-                    "vocab_size": tokenizer.vocab_size,
-                    "checksum": tokenizer_checksum(partial),
-                },
-                **trained,
-                "validation": validated,
+                **parts,
                 "report": report.as_dict(),
             }
             write_json(partial / MANIFEST, {**manifest, "checksum": json_checksum(manifest)})
@@ -168,12 +117,90 @@ def prepare(
     return open_dataset(out)
 
 
-def _held_out(text: str, share: float) -> bool:
-    """Whether a document is among the share that is held out: a function of its text."""
-    if not share:
-        return False
-    word = hashlib.blake2b(text.encode(), digest_size=8, person=b"held out").digest()
-    return int.from_bytes(word, "little") < share * 2**64
+@dataclass
+class _Work:
+    """The settings of a preparation, and its passes over the text. `tokenizer` is trained by the first."""
+
+    layout: Layout
+    tokenizer: Tokenizer | ToTrain
+    documents: str
+    min_chars: int
+    validation_share: float
+    shard_rows: int
+    progress: Progress
+
+    def settings(self) -> dict[str, object]:
+        """What the rows depend on, beside the text."""
+        trained = isinstance(self.tokenizer, ToTrain)
+        return {
+            **self.layout.settings(),
+            "documents": self.documents,
+            "min_chars": self.min_chars,
+            "validation_share": self.validation_share,
+            "shard_rows": self.shard_rows,
+            "tokenizer": str(self.tokenizer) if trained else self.tokenizer.hash,
+        }
+
+    def write(
+        self, out: Path, files: list[SourceFile], held_files: list[SourceFile], report: Report, held_report: Report
+    ) -> dict:
+        """Write the tokenizer, the rows and the held-out rows into `out`; their entries in the manifest."""
+        if isinstance(self.tokenizer, ToTrain):
+            self.tokenizer = self.tokenizer.train(lambda: self.seen(files), self.layout.name)
+            self.layout.check(self.tokenizer)
+        self.tokenizer.save(out / TOKENIZER)
+        with _Spool(out / "held-out.jsonl") as spool:
+            trained = self.rows(out, "", spool.take(self.texts("rows", files, report), self.held_out), report)
+            if not trained["rows"]:
+                raise _nothing_left(files, report, spool.count)
+            held = self.texts("validation", held_files, held_report) if held_files else spool.texts()
+            validation = self.rows(out, "validation-", held, held_report)
+        if (held_files or self.validation_share) and not validation["rows"]:
+            raise _nothing_held(self.validation_share, held_files, held_report, trained["documents"])
+        tokenizer = {
+            "hash": self.tokenizer.hash,
+            "vocab_size": self.tokenizer.vocab_size,
+            "checksum": tokenizer_checksum(out),
+        }
+        return {"tokenizer": tokenizer, **trained, "validation": validation}
+
+    def texts(self, stage: str, files: list[SourceFile], report: Report) -> Iterator[str]:
+        """The cleaned documents of the files."""
+        total = sum(file.size for file in files)
+        records = read_documents(files, self.documents, report)
+        for text in cleaning.clean_documents(records, report, self.min_chars):
+            self.progress(stage, report.bytes_read, total)
+            yield text
+        self.progress(stage, total, total)
+
+    def seen(self, files: list[SourceFile]) -> Iterator[str]:
+        """What the tokenizer is trained on: the documents that are not held out."""
+        return (text for text in self.texts("tokenizer", files, Report()) if not self.held_out(text))
+
+    def held_out(self, text: str) -> bool:
+        """Whether a document is among the share that is held out: a function of its text."""
+        if not self.validation_share:
+            return False
+        word = hashlib.blake2b(text.encode(), digest_size=8, person=b"held out").digest()
+        return int.from_bytes(word, "little") < self.validation_share * 2**64
+
+    def rows(self, out: Path, prefix: str, texts: Iterable[str], report: Report) -> dict:
+        """Write shards of the texts' rows; their part of the manifest."""
+        counts = _Counts(self.tokenizer.vocab_size)
+        ids = counts.count(encode_documents(counts.measure(texts), self.tokenizer), report)
+        shards = [
+            write_shard(out, f"{prefix}{index:05d}", shard)
+            for index, shard in enumerate(pack(ids, self.tokenizer, self.layout, self.shard_rows))
+        ]
+        return {
+            "rows": sum(shard["rows"] for shard in shards),
+            "documents": counts.documents,
+            "text_bytes": counts.bytes,
+            "text_tokens": int(counts.tokens.sum()),
+            "unigram_entropy": counts.entropy(self.tokenizer.special_ids),
+            "fill": _fill(shards, self.layout),
+            "shards": shards,
+        }
 
 
 def _fill(shards: list[dict], layout: Layout) -> list[float]:

@@ -37,12 +37,21 @@ class TrainTable(Table):
     max_steps: int = key(1000, "steps", least=1)
     lr: float = key(1e-3, "peak learning rate", above=0.0)
     warmup_steps: int = key(100, "steps of linear warm-up", least=0)
-    schedule: str = key("linear", "from the peak to the last step", one_of=("linear", "cosine", "constant"))
-    final_lr: float = key(0.0, "where linear and cosine end, as a share of lr", least=0.0, most=1.0)
-    weight_decay: float = key(0.01, "AdamW's, on matrices; none on biases and norms", least=0.0)
-    beta1: float = key(0.9, "AdamW's", least=0.0, below=1.0)
-    beta2: float = key(0.98, "AdamW's", least=0.0, below=1.0)
-    eps: float = key(1e-6, "AdamW's", above=0.0)
+    schedule: str = key(
+        "linear",
+        "from the peak to the last step; wsd: constant, then linear",
+        one_of=("linear", "cosine", "wsd", "constant"),
+    )
+    final_lr: float = key(0.0, "where the schedule ends, as a share of lr", least=0.0, most=1.0)
+    decay_share: float = key(0.2, "share of the steps in which wsd decays", above=0.0, most=1.0)
+    optimizer: str = key(
+        "adamw", "muon: for the matrices of linear layers, AdamW for the rest", one_of=("adamw", "muon", "lamb")
+    )
+    weight_decay: float = key(0.01, "on matrices and tables; none on biases and norms", least=0.0)
+    beta1: float = key(0.9, "AdamW's and LAMB's", least=0.0, below=1.0)
+    beta2: float = key(0.98, "AdamW's and LAMB's", least=0.0, below=1.0)
+    eps: float = key(1e-6, "AdamW's and LAMB's", above=0.0)
+    momentum: float = key(0.95, "Muon's", least=0.0, below=1.0)
     grad_clip: float = key(1.0, "largest norm of the gradient; 0: as it is", least=0.0)
     dtype: str = key("float32", "of the matrix products; parameters are float32", one_of=("float32", "bfloat16"))
     seed: int = key(0, "of the initial weights, order, masks and dropout", least=0, most=2**63 - 1)

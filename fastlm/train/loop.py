@@ -36,7 +36,7 @@ from fastlm.run.recipe import Recipe
 from fastlm.storage import atomic_directory, json_checksum, replace_json
 from fastlm.tasks import Micro, Task, find_task, make_model
 from fastlm.train.evaluation import evaluate
-from fastlm.train.optimizer import lr_at, make_optimizer, train_step
+from fastlm.train.optimizer import lr_at, make_optimizer, parameter_groups, train_step
 
 PATIENCE = 10  # steps without finite gradients, one after another, that end a run; all of a shorter one
 
@@ -311,6 +311,7 @@ class _Run:
             f"full, vocabulary {dataset.tokenizer.vocab_size:,}\n"
             f"MFU = 3 · forward FLOPs of matrix products on real tokens / (seconds · peak): {peak}"
         )
+        self.line.note("; ".join(map(str, parameter_groups(self.model, recipe.train))))
         if self.counters.step:
             self.line.note(f"resumed after step {self.counters.step} of {recipe.train.max_steps}")
 

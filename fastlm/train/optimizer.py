@@ -1,4 +1,4 @@
-"""AdamW, the learning rate, and one training step.
+"""Optimizers, the learning rate, and one training step.
 
 A fused AdamW, fastlm's on a CPU and torch's elsewhere, reads two device scalars, as under torch.amp.GradScaler:
 gradients are divided by `grad_scale`, and nothing is updated where `found_inf` is 1. So neither clipping nor the mean
@@ -10,28 +10,78 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from fastlm.models import Model
 from fastlm.tasks import Micro, TrainTable
 from fastlm.train.adamw import AdamW, runs_on, total_norm
+from fastlm.train.lamb import LAMB
+from fastlm.train.muon import Muon, Together
 
 
-def make_optimizer(model: nn.Module, table: TrainTable) -> torch.optim.AdamW:
-    """Fused AdamW; matrices decay, biases and norms (parameters of one dimension) do not.
+@dataclass(frozen=True)
+class Group:
+    """Parameters that are updated alike: `optimizer` is "adamw", "muon" or "lamb"; `parts` as of Muon."""
 
-    fastlm.train.adamw's for float32 parameters on a CPU where the C++ kernels are built, else torch's: the state is the
-    same, and a checkpoint of either is one of the other.
+    what: str
+    optimizer: str
+    parameters: list[nn.Parameter]
+    weight_decay: float
+    parts: int = 1
+
+    def __str__(self) -> str:
+        count = sum(p.numel() for p in self.parameters)
+        decay = f"decay {self.weight_decay:g}" if self.weight_decay else "no decay"
+        return f"{self.optimizer}: {len(self.parameters)} {self.what} ({count / 1e6:.3g} M), {decay}"
+
+
+def parameter_groups(model: Model, table: TrainTable) -> list[Group]:
+    """How `make_optimizer` divides the parameters: matrices and tables decay, biases and norms do not.
+
+    Muon takes the matrices of linear layers, where each fused projection is as many parts as `Model.parts` says; AdamW
+    takes the rest.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)} if table.optimizer == "muon" else set()
+    other = "adamw" if table.optimizer == "muon" else table.optimizer
+    matrices: dict[int, list[nn.Parameter]] = {}
+    tables, vectors = [], []
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        if id(p) in linear:
+            matrices.setdefault(model.parts(name), []).append(p)
+        else:
+            (tables if p.dim() >= 2 else vectors).append(p)
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": table.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        Group(f"matrices{f' of {parts} parts' if parts > 1 else ''}", "muon", found, table.weight_decay, parts)
+        for parts, found in sorted(matrices.items())
     ]
-    groups = [group for group in groups if group["params"]]
+    groups.append(Group("tables" if linear else "matrices and tables", other, tables, table.weight_decay))
+    groups.append(Group("biases and norms", other, vectors, 0.0))
+    return [group for group in groups if group.parameters]
+
+
+def make_optimizer(model: Model, table: TrainTable) -> torch.optim.Optimizer:
+    """The recipe's optimizer over `parameter_groups`.
+
+    AdamW is fastlm.train.adamw's for float32 parameters on a CPU where the C++ kernels are built, else torch's fused
+    one: the state is the same, and a checkpoint of either is one of the other.
+    """
+    groups = parameter_groups(model, table)
+    muon = [group for group in groups if group.optimizer == "muon"]
+    others = [{"params": g.parameters, "weight_decay": g.weight_decay} for g in groups if g.optimizer != "muon"]
     settings = {"lr": table.lr, "betas": (table.beta1, table.beta2), "eps": table.eps}
-    return AdamW(groups, **settings) if runs_on(parameters) else torch.optim.AdamW(groups, fused=True, **settings)
+    if table.optimizer == "lamb":
+        return LAMB(others, **settings)
+    fits = runs_on(p for group in others for p in group["params"])
+    adamw = AdamW(others, **settings) if fits else torch.optim.AdamW(others, fused=True, **settings)
+    if not muon:
+        return adamw
+    matrices = [{"params": g.parameters, "weight_decay": g.weight_decay, "parts": g.parts} for g in muon]
+    return Together([Muon(matrices, lr=table.lr, momentum=table.momentum), adamw])
 
 
 def lr_at(step: int, table: TrainTable) -> float:
@@ -40,6 +90,10 @@ def lr_at(step: int, table: TrainTable) -> float:
         return table.lr * (step + 1) / table.warmup_steps
     if table.schedule == "constant":
         return table.lr
+    if table.schedule == "wsd":
+        decay = max(1, round(table.decay_share * table.max_steps))
+        left = min(1.0, (table.max_steps - step) / decay)
+        return table.lr * (table.final_lr + (1.0 - table.final_lr) * left)
     done = (step - table.warmup_steps) / max(1, table.max_steps - table.warmup_steps)
     left = 1.0 - done if table.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
     return table.lr * (table.final_lr + (1.0 - table.final_lr) * left)
