@@ -4,10 +4,10 @@ python benchmarks/bench_check.py               against benchmarks/results/cpu
 python benchmarks/bench_check.py --only ops    or train
 """
 
-import sys
 from pathlib import Path
 
 from fastlm.bench.check import main
+from fastlm.bench.results import exit_with
 
 if __name__ == "__main__":
-    sys.exit(main(Path(__file__).parent))
+    exit_with(main, Path(__file__).parent)

@@ -3,9 +3,8 @@
 python benchmarks/bench_host.py --json host.json
 """
 
-import sys
-
 from fastlm.bench.host import main
+from fastlm.bench.results import exit_with
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

@@ -4,9 +4,8 @@ python benchmarks/bench_ops.py --op all --device cpu --json ops.json --plot ops.
 python benchmarks/bench_ops.py --op attention --device cuda --vs sdpa-flash,sdpa-cudnn,flash_attn
 """
 
-import sys
-
 from fastlm.bench.ops import main
+from fastlm.bench.results import exit_with
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

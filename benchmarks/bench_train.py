@@ -5,9 +5,8 @@ python benchmarks/bench_train.py --set model.hidden_dropout_prob=0.1 --curve 30 
 python benchmarks/bench_train.py --threads 1 2 --contenders fastlm
 """
 
-import sys
-
+from fastlm.bench.results import exit_with
 from fastlm.bench.training import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

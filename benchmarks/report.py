@@ -4,10 +4,10 @@ python benchmarks/report.py                    every directory of benchmarks/res
 python benchmarks/report.py --check            says whether the pages and README.md are what the results say
 """
 
-import sys
 from pathlib import Path
 
 from fastlm.bench.report import main
+from fastlm.bench.results import exit_with
 
 if __name__ == "__main__":
-    sys.exit(main(Path(__file__).parent.parent))
+    exit_with(main, Path(__file__).parent.parent)

@@ -5,10 +5,10 @@ python benchmarks/static_report.py --check    says what differs from those files
 python benchmarks/static_report.py --only cuda
 """
 
-import sys
 from pathlib import Path
 
+from fastlm.bench.results import exit_with
 from fastlm.bench.static_report import main
 
 if __name__ == "__main__":
-    sys.exit(main(Path(__file__).parent / "results" / "static"))
+    exit_with(main, Path(__file__).parent / "results" / "static")

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from fastlm import _malloc
+from fastlm import _malloc, _threads
 from fastlm.terminal import width_of, wrap
 
 _FINE_TUNING = "fine-tune a finished model in Python: load OUT/hf with Transformers and call fastlm.patch"
@@ -64,6 +64,7 @@ def info() -> None:
     """Show this machine, and which backend each op would run on it."""
     import fastlm.info
 
+    _threads.for_work()
     typer.echo(fastlm.info.report())
 
 
@@ -109,6 +110,8 @@ def prepare(
     )
     if held := dataset.manifest["validation"]["rows"]:
         _say(f"  held out: {held:,} rows of {dataset.manifest['validation']['documents']:,} documents")
+    if unknown := dataset.manifest.get("unknown"):  # older preparations did not count it
+        _say(f"  [UNK]: {unknown['tokens']:.2%} of the tokens, for {unknown['characters']:.2%} of the characters")
     for reason, entry in report["set_aside"].items():
         _say(f"  set aside: {entry['count']:,} {reason} (first: {entry['first'][0]})")
 
@@ -156,6 +159,7 @@ def pretrain(
     if tokenizer is not None and any(map(is_prepared, data)):
         raise ValueError("--tokenizer: the data is prepared, with a tokenizer; leave --tokenizer out, or give text")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    _threads.for_work(chosen.layer_flops())
     result = train.pretrain(chosen, data, out, device=device, resume=resume, init=init)
     if result.stopped_by is not None:
         sys.exit(128 + result.stopped_by)  # as a shell reports it; `pretrain && next` does not go on without a model
@@ -190,6 +194,7 @@ def fill_mask(
     """Show what a model would put in place of each mask."""
     from fastlm.fill_mask import fill_mask as fill
 
+    _threads.for_work()
     for place, candidates in enumerate(fill(model, text, top=top)):
         if place:
             typer.echo()
@@ -217,6 +222,7 @@ def profile(
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     parse_device(device)
+    _threads.for_work()
     options = {"device": device, "steps": steps, "settings": settings or [], "vocab_size": vocab}
     if inside:
         profiler.inside(recipe, **options)
@@ -278,6 +284,7 @@ def main() -> None:
     """Run the command line. What a user can mend is one line, `error: ...`, and exit status 2."""
     arguments = sys.argv[1:]
     _malloc.tune()
+    _threads.wait_policy()
     warnings.showwarning = lambda message, *_: _say(f"warning: {message}", sys.stderr)
     try:
         app(_repeat_options(arguments))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fastlm import _malloc
+from fastlm import _malloc, _threads
 
 CORPUS_BYTES = 5_000_000  # more than is read in three minutes on two cores
 LEAST_STEPS = 600  # these end 0.36 nats below the unigram entropy, 300 end 0.17 below (LOG.md)
@@ -146,6 +146,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=180.0, help="how long to train (default 180)")
     arguments = parser.parse_args()
     _malloc.tune()
+    _threads.wait_policy()
+    _threads.for_work()
     from fastlm.train import load_recipe
 
     try:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import fastlm
-from fastlm import _malloc, _native
+from fastlm import _malloc, _native, _threads
 from fastlm.ops import _registry  # importing it imports the ops, which register their backends
 
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "numpy")
@@ -58,6 +58,7 @@ def machine() -> dict[str, object]:
         "cpu_code": _clone(flags),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "waiting": _threads.state(),
         "openmp": [Path(path).name for path in _native.openmp_libraries()],
         "allocator": _malloc.state(),
         "gpu": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if gpu else [],
@@ -113,7 +114,8 @@ def report() -> str:
     rows = {
         "fastlm": f"{m['fastlm']} in {Path(fastlm.__file__).parent}",
         "versions": f"Python {m['python']}, {versions}",
-        "CPU": f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads",
+        "CPU": f"{m['cpu']}, {m['cores']} cores",
+        "threads": m["waiting"],
         "CPU kernels": missing_cpu or f"built; they run {m['cpu_code']} code here",
         "AdamW": "torch's fused one" if missing_cpu else "fastlm's for float32 on the CPU, else torch's fused one",
         "OpenMP": ", ".join(openmp) if openmp else "none mapped",

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from training import corpus, set_options
 
-from fastlm import _malloc, cli
+from fastlm import _malloc, _threads, cli
 from fastlm.data import Tokenizer
 from fastlm.fill_mask import fill_mask
 from fastlm.models import Bert, BertConfig
@@ -35,6 +35,7 @@ def fastlm(monkeypatch, capsys):
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["fastlm", *map(str, arguments)])
         monkeypatch.setattr(_malloc, "tune", lambda: "left alone in tests")
+        monkeypatch.setattr(_threads, "for_work", lambda flops=None: 2)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("warnings.showwarning", None)
             with pytest.raises(SystemExit) as exit:

@@ -14,7 +14,7 @@ FILES = sorted(path for path in (ROOT / "fastlm").rglob("*.py") if ROOT / "fastl
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 
 # Part of the package -> the other parts that it may import. DESIGN: nothing imports upwards.
-LOW = {"philox", "storage", "settings", "chip", "_native", "_malloc"}
+LOW = {"philox", "storage", "settings", "chip", "_native", "_malloc", "_cgroup", "_threads"}
 MODELS = LOW | {"ops", "nn", "models", "data"}
 RUN = MODELS | {"tasks", "run"}
 FLOORS = {
@@ -24,12 +24,14 @@ FLOORS = {
     "terminal": set(),
     "chip": set(),
     "_malloc": set(),
+    "_cgroup": set(),
+    "_threads": {"_cgroup"},
     "_native": {"_cpu", "_cuda"},
     "kernels": set(),
     "ops": {"philox", "_native", "kernels"},
     "data": {"philox", "storage", "ops"},
     "nn": {"ops"},
-    "models": {"storage", "settings", "ops", "nn"},
+    "models": {"storage", "settings", "_cgroup", "ops", "nn"},
     "hf": {"ops", "nn"},
     "testing": RUN | {"train", "hf"},
     "info": LOW | {"ops"},

@@ -105,15 +105,14 @@ FASTLM_CLONES void activation_bwd_rows(const ActivationBackward& a, int64_t begi
 
 template <class T, class Form>
 void activation_fwd(const ActivationForward& a, int threads) {
-  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, a.cols));
-  parallel_for(a.rows, grain, threads,
+  parallel_for(a.rows, grain_of(a.cols), threads,
                [&](int64_t begin, int64_t end) { activation_fwd_rows<T, Form>(a, begin, end); });
 }
 
 template <class T, class Form>
 void activation_bwd(const ActivationBackward& a, int threads) {
   const int64_t blocks = row_blocks(a.rows);
-  parallel_for(blocks, 1, threads, [&](int64_t begin, int64_t end) {
+  parallel_for(blocks, grain_of(a.rows / blocks * a.cols), threads, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       float* partial = a.dbias ? a.partial + b * a.cols : nullptr;
       activation_bwd_rows<T, Form>(a, a.rows * b / blocks, a.rows * (b + 1) / blocks, partial);

@@ -175,6 +175,7 @@ void backward_task(const Attention& a, const AttentionBackward& g, const Sequenc
 template <class T>
 void backward(const Attention& a, const AttentionBackward& g, int threads) {
   const int64_t max_sq = longest(a.cu_q, a.batch, a.sq), max_sk = longest(a.cu_k, a.batch, a.sk);
+  threads = worthwhile(a, threads);
   const int64_t tasks = a.batch * a.heads;
   const Key key = a.dropout.threshold ? dropout_key(a.dropout.rng, a.dropout.site) : Key{0, 0};
   std::atomic<int64_t> next{0};

@@ -135,6 +135,7 @@ void forward_task(const Attention& a, const Sequence& s, int64_t head, int64_t b
 template <class T>
 void forward(const Attention& a, void* out, float* lse, int threads) {
   const int64_t max_sq = longest(a.cu_q, a.batch, a.sq), max_sk = longest(a.cu_k, a.batch, a.sk);
+  threads = worthwhile(a, threads);
   const int64_t blocks = round_up(max_sq, QUERIES) / QUERIES, heads = a.batch * a.heads;
   if (blocks == 0 || heads == 0) return;
   // If there are few heads, each is cut into runs of query blocks, about four tasks per thread. Runs change no bit.

@@ -55,6 +55,15 @@ inline int64_t longest(const int32_t* cu, int64_t batch, int64_t rows) {
   return most;
 }
 
+// At most `threads`, each with 2^18 products of q and k elements or more: some microseconds, worth starting a thread.
+inline int worthwhile(const Attention& a, int threads) {
+  int64_t pairs = 0;
+  for (int64_t b = 0; b < a.batch; ++b) {
+    pairs += (a.cu_q ? a.cu_q[b + 1] - a.cu_q[b] : a.sq) * (a.cu_k ? a.cu_k[b + 1] - a.cu_k[b] : a.sk);
+  }
+  return int(std::clamp<int64_t>(pairs * a.heads * a.d >> 18, 1, std::max(threads, 1)));
+}
+
 // The first row of sequence b and a head in a tensor of given strides.
 template <class T>
 inline const T* rows_of(const void* x, const Strides& stride, int64_t b, const int32_t* cu, int64_t head) {

@@ -120,9 +120,6 @@ FASTLM_CLONES void scale_row(const T* x, float factor, int64_t n, T* y) {
   for (int64_t j = 0; j < n; ++j) store(y + j, load(x + j) * factor);
 }
 
-// The fewest rows for a thread: their work must be worth starting it.
-int64_t grain(int64_t cols) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, cols)); }
-
 template <class T>
 void forward(const CrossEntropy& a, int threads) {
   double weight_sum = double(a.vocabulary);
@@ -131,7 +128,7 @@ void forward(const CrossEntropy& a, int threads) {
     for (int64_t j = 0; j < a.vocabulary; ++j) weight_sum += a.weight[j];
   }
   const bool waits = a.dlogits && sizeof(T) < sizeof(float);
-  parallel_for(a.rows, grain(a.vocabulary), threads, [&](int64_t begin, int64_t end) {
+  parallel_for(a.rows, grain_of(a.vocabulary), threads, [&](int64_t begin, int64_t end) {
     const auto row_e = scratch<float>(waits ? a.vocabulary : 0);
     forward_rows<T>(a, begin, end, weight_sum, row_e.get());
   });
@@ -140,7 +137,7 @@ void forward(const CrossEntropy& a, int threads) {
 template <class T>
 void backward(const CrossEntropyBackward& a, int threads) {
   if (a.out == a.dlogits && !a.per_row && *a.dloss == 1.0f) return;
-  parallel_for(a.rows, grain(a.cols), threads, [&](int64_t begin, int64_t end) {
+  parallel_for(a.rows, grain_of(a.cols), threads, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       scale_row(static_cast<const T*>(a.dlogits) + r * a.stride_x, a.dloss[a.per_row ? r : 0], a.cols,
                 static_cast<T*>(a.out) + r * a.stride_y);

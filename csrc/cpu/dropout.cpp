@@ -43,12 +43,10 @@ FASTLM_CLONES void relu_gradient(const DropoutBackward& a, int64_t begin, int64_
   }
 }
 
-int64_t grain(int64_t cols) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, cols)); }
-
 template <class T>
 void drop(const void* from, int64_t stride, void* to, int64_t rows, int64_t cols, bool relu, const Dropout& dropout,
           int threads) {
-  parallel_for(rows, grain(cols), threads, [&](int64_t begin, int64_t end) {
+  parallel_for(rows, grain_of(cols), threads, [&](int64_t begin, int64_t end) {
     const auto row = scratch<float>(cols);
     drop_rows(static_cast<const T*>(from), stride, static_cast<T*>(to), cols, relu, dropout, begin, end, row.get());
   });
@@ -57,7 +55,7 @@ void drop(const void* from, int64_t stride, void* to, int64_t rows, int64_t cols
 template <class T>
 void backward(const DropoutBackward& a, int threads) {
   if (!a.relu) return drop<T>(a.dy, a.stride_dy, a.dx, a.rows, a.cols, false, a.dropout, threads);
-  parallel_for(a.rows, grain(a.cols), threads, [&](int64_t begin, int64_t end) { relu_gradient<T>(a, begin, end); });
+  parallel_for(a.rows, grain_of(a.cols), threads, [&](int64_t begin, int64_t end) { relu_gradient<T>(a, begin, end); });
 }
 
 }  // namespace

@@ -133,7 +133,7 @@ FASTLM_CLONES void add_columns(const EmbeddingBackward& a, const Lookup& lookup,
 
 template <class T>
 void forward(const EmbeddingForward& a, int threads) {
-  parallel_for(a.tokens, std::max<int64_t>(1, 16384 / a.cols), threads, [&](int64_t begin, int64_t end) {
+  parallel_for(a.tokens, grain_of(a.cols), threads, [&](int64_t begin, int64_t end) {
     const auto h = scratch<float>(a.cols);
     forward_tokens<T>(a, begin, end, h.get());
   });
@@ -143,7 +143,7 @@ template <class T>
 void backward(const EmbeddingBackward& a, int threads) {
   const int64_t blocks = row_blocks(a.tokens);
   float* dbias = a.partial + blocks * a.cols;
-  parallel_for(blocks, 1, threads, [&](int64_t begin, int64_t end) {
+  parallel_for(blocks, grain_of(a.tokens / blocks * a.cols), threads, [&](int64_t begin, int64_t end) {
     const auto h = scratch<float>(a.cols);
     for (int64_t b = begin; b < end; ++b) {
       backward_tokens<T>(a, a.tokens * b / blocks, a.tokens * (b + 1) / blocks, a.partial + b * a.cols,
@@ -152,7 +152,7 @@ void backward(const EmbeddingBackward& a, int threads) {
   });
   if (a.dweight) sum_partials(a.partial, blocks, a.cols, a.dweight);
   if (a.dbias) sum_partials(dbias, blocks, a.cols, a.dbias);
-  parallel_for((a.cols + kSlice - 1) / kSlice, 1, threads, [&](int64_t begin, int64_t end) {
+  parallel_for((a.cols + kSlice - 1) / kSlice, grain_of(a.tokens * kSlice), threads, [&](int64_t begin, int64_t end) {
     for (int k = 0; k < 3; ++k) {
       if (!a.gradient[k].data) continue;
       add_columns(a, a.lookup[k], a.gradient[k], begin * kSlice, std::min(end * kSlice, a.cols));

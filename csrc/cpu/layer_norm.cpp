@@ -114,18 +114,17 @@ FASTLM_CLONES void backward_rows(const LayerNormBackward& a, int64_t begin, int6
 
 template <class T>
 void forward(const LayerNormForward& a, int threads) {
-  parallel_for(a.rows, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, a.cols)), threads,
-               [&](int64_t begin, int64_t end) {
-                 const auto row_h = scratch<float>(a.cols);
-                 forward_rows<T>(a, begin, end, row_h.get());
-               });
+  parallel_for(a.rows, grain_of(a.cols), threads, [&](int64_t begin, int64_t end) {
+    const auto row_h = scratch<float>(a.cols);
+    forward_rows<T>(a, begin, end, row_h.get());
+  });
 }
 
 template <class T>
 void backward(const LayerNormBackward& a, int threads) {
   const int64_t blocks = row_blocks(a.rows);
   float* dbias = a.partial + blocks * a.cols;
-  parallel_for(blocks, 1, threads, [&](int64_t begin, int64_t end) {
+  parallel_for(blocks, grain_of(a.rows / blocks * a.cols), threads, [&](int64_t begin, int64_t end) {
     const auto row_d = scratch<float>(a.cols);
     for (int64_t b = begin; b < end; ++b) {
       backward_rows<T>(a, a.rows * b / blocks, a.rows * (b + 1) / blocks, a.partial + b * a.cols, dbias + b * a.cols,

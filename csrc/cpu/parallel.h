@@ -14,6 +14,9 @@ namespace fastlm::cpu {
 // Set in a forked child. The pool's threads do not exist there, and a parallel region would wait for them forever.
 extern std::atomic<bool> forked;
 
+// The fewest items for a thread, of `elements` each: their work must be worth starting it, some microseconds.
+inline int64_t grain_of(int64_t elements) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, elements)); }
+
 // Calls f(begin, end) on contiguous pieces of [0, n), at least `grain` items each, on at most `threads` threads.
 // The division into pieces must not change a result: sums across items use partials of fixed blocks.
 template <class F>

@@ -17,7 +17,6 @@ is that of the differences from one step to the next, which a trend hardly chang
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import tempfile
 from collections.abc import Callable, Sequence
@@ -37,6 +36,7 @@ from fastlm.bench.steps import BATCHES, StepInputs, Training
 from fastlm.bench.timing import Timing
 from fastlm.chip import peak_flops
 from fastlm.run.recipe import Recipe
+from fastlm.storage import atomic_file, replace_json
 from fastlm.tasks import TrainTable
 
 CONTENDERS = ("fastlm", "transformers", "transformers tuned")
@@ -221,11 +221,13 @@ def write_inputs(
         for i, batch in enumerate(inputs.batches)
         for j, name in enumerate(TENSORS)
     }
-    save_file(tensors, directory / "batches.safetensors")
+    need = sum(x.numel() * x.element_size() for x in tensors.values())
+    with atomic_file(directory / "batches.safetensors", what="the batches of the comparison", need=need) as partial:
+        save_file(tensors, partial)
     model = type(inputs.model).__name__
     train = {field.name: getattr(recipe.train, field.name) for field in fields(TrainTable)}  # without the task's own
     spec = {"model": model, "train": train, "device": device, "threads": threads}
-    (directory / "spec.json").write_text(json.dumps(spec))
+    replace_json(directory / "spec.json", spec, what="the specification of the comparison")
 
 
 # ---- the table

@@ -15,6 +15,8 @@ cudaProfilerStop, and ranges are NVTX ranges.
 from __future__ import annotations
 
 import csv
+import errno
+import os
 import shlex
 import shutil
 import subprocess
@@ -31,6 +33,7 @@ from torch.autograd.profiler import record_function
 
 from fastlm.bench.step_contenders import fastlm_step
 from fastlm.bench.steps import find_step
+from fastlm.storage import atomic_file
 
 TOOLS = ("torch", "nsys", "ncu")
 TRACE, OPS, MODULES, KERNELS = "trace.json", "ops.csv", "modules.csv", "kernels.csv"
@@ -182,7 +185,10 @@ def _with_torch(model, step, out: Path, steps: int, say) -> list[Row]:
         _run(step, steps)
         if gpu:
             torch.cuda.synchronize()
-    profiler.export_chrome_trace(str(out / TRACE))
+    with atomic_file(out / TRACE, what="the trace") as partial:
+        profiler.export_chrome_trace(str(partial))
+        if not partial.read_bytes().rstrip().endswith(b"}"):  # the profiler says nothing of a full disk
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(partial))
     names = {name for name, _ in model.named_modules() if name}
     names |= {f"{name} backward" for name in names}
     ops, modules, kernels = [], [], []
@@ -215,7 +221,7 @@ def _with_torch(model, step, out: Path, steps: int, say) -> list[Row]:
 
 
 def _write_csv(path: Path, rows: list[Row]) -> None:
-    with path.open("w", newline="") as file:
+    with atomic_file(path, what="the table") as partial, partial.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["name", "calls", "self_ms", "total_ms"])
         writer.writerows([r.name, f"{r.calls:g}", f"{r.self_ms:.4f}", f"{r.total_ms:.4f}"] for r in rows)

@@ -13,7 +13,7 @@ import math
 from pathlib import Path
 
 from fastlm.bench import ops, passes
-from fastlm.bench.results import SAME, against_peers, geometric_mean, is_ours, without_allocator
+from fastlm.bench.results import SAME, against_peers, geometric_mean, is_ours, without_allocator, write_text
 from fastlm.bench.training import plot_rates, step_label
 
 BEGIN, END = "<!-- results -->\n", "<!-- /results -->\n"
@@ -276,7 +276,7 @@ def main(root: Path, arguments=None) -> int:
         print("\n".join(f"not what the results say: {path.relative_to(root)}" for path in changed) or "as recorded")
         return 1 if changed else 0
     for path, text in wanted.items():
-        path.write_text(text)
+        write_text(path, text, what="the report")
     for directory in directories:
         plots(directory, read(directory, "ops.json")[0], read(directory, "train.json")[0])
         print(directory / "report.md")

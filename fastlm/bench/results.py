@@ -8,11 +8,13 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import NoReturn
 
 from fastlm import info
+from fastlm.storage import NoSpace, atomic_file
 
 WRONG = "WRONG: "  # how the reason begins where a contender computes something else
 SAME = ("op", "recipe", "shape", "dtype", "pass", "threads")  # what rows that are compared have in common
@@ -26,6 +28,9 @@ def _output(*command: str, cwd: Path | None = None) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
+_SETTINGS = ("MALLOC_", "OMP_", "MKL_", "GOMP_", "KMP_")  # environment variables that change timings
+
+
 def provenance(**more) -> dict:
     """Where a result comes from: machine, versions, settings, commit (None outside a checkout), command, time.
 
@@ -37,7 +42,7 @@ def provenance(**more) -> dict:
     return {
         **info.machine(),
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "environment": {key: value for key, value in os.environ.items() if key.startswith(("MALLOC_", "OMP_", "MKL_"))},
+        "environment": {key: value for key, value in os.environ.items() if key.startswith(_SETTINGS)},
         "commit": _output("git", "rev-parse", "HEAD", cwd=here) or os.environ.get("FASTLM_COMMIT"),
         "dirty": None if status is None else bool(status),
         "command": " ".join(["python", *sys.argv]),
@@ -48,11 +53,25 @@ def provenance(**more) -> dict:
 
 def write_json(path: str | Path, rows: list[dict], **more) -> None:
     """{"provenance": ..., "rows": [...]}, complete or not at all."""
+    write_text(path, json.dumps({"provenance": provenance(**more), "rows": rows}, indent=1) + "\n", what="the results")
+
+
+def write_text(path: str | Path, text: str, *, what: str) -> None:
+    """Complete or not at all; its directory is made. NoSpace, which calls it `what`, where there is no room."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps({"provenance": provenance(**more), "rows": rows}, indent=1) + "\n")
-    os.replace(partial, path)
+    with atomic_file(path, what=what, need=len(text.encode())) as partial:
+        partial.write_text(text)
+
+
+def exit_with(main: Callable[..., int], *arguments) -> NoReturn:
+    """Ends the process with main(*arguments); without room on a disk with one line and status 2."""
+    try:
+        status = main(*arguments)
+    except NoSpace as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
+    sys.exit(status)
 
 
 def geometric_mean(values: Iterable[float]) -> float:
@@ -104,7 +123,8 @@ def save_figure(figure, path: str | Path) -> None:
     from matplotlib import pyplot
 
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with atomic_file(Path(path), what="the plot") as partial:
+        figure.savefig(partial, dpi=120, format="png")
     pyplot.close(figure)
 
 

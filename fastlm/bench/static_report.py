@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from fastlm import _native
+from fastlm.bench.results import write_text
 from fastlm.info import version
 from fastlm.ops import _registry
 from fastlm.testing.ahead_of_time import compile_for, occupancy
@@ -202,8 +203,7 @@ def _nearly_same(line: str, other: str, header: str, other_header: str) -> bool:
 def write_or_check(file: Path, text: str, check: bool) -> bool:
     """Whether the committed file has this text; without `check` it is written."""
     if not check:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
+        write_text(file, text, what="the report")
         print(f"{len(text.splitlines()) - 2} kernels: {file}")
         return True
     changed = differences(file.read_text(), text)

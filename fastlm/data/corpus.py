@@ -126,7 +126,7 @@ def python_documentation(path, *, max_bytes: int = 10_000_000) -> int:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     seen, written = set(), 0
-    with atomic_file(path) as partial, open(partial, "w", encoding="utf-8") as file:
+    with atomic_file(path, what="the corpus", need=max_bytes) as partial, open(partial, "w", encoding="utf-8") as file:
         for source, paragraphs in _documents():
             fresh = []
             for paragraph in paragraphs:

@@ -13,7 +13,7 @@ A piece's *sample id* is (document ordinal)·2^24 + (its number in the document)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -45,12 +45,18 @@ class Shard:
     used: tuple[int, ...] = ()
 
 
-def encode_documents(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    """Token ids (n,) uint32 of each text, in order, whatever its length; the memory is that of one document."""
+def encode_documents(
+    texts: Iterable[str], tokenizer: Tokenizer, look: Callable[[str, np.ndarray], None] = lambda chunk, ids: None
+) -> Iterator[np.ndarray]:
+    """Token ids (n,) uint32 of each text, in order, whatever its length; the memory is that of one document.
+
+    look: called with each chunk of a text and its ids.
+    """
     done = []
     for batch in _batches(texts):
-        for ids, (_, last) in zip(tokenizer.encode_batch([chunk for chunk, _ in batch]), batch, strict=True):
+        for ids, (chunk, last) in zip(tokenizer.encode_batch([chunk for chunk, _ in batch]), batch, strict=True):
             done.append(np.array(ids, dtype=np.uint32))
+            look(chunk, done[-1])
             if last:
                 yield np.concatenate(done)
                 done = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -27,10 +28,12 @@ from fastlm.data.sources import (
     is_prepared,
     read_documents,
 )
-from fastlm.data.tokenizer import Tokenizer, ToTrain, parse
-from fastlm.storage import atomic_directory, file_checksum, json_checksum, write_json
+from fastlm.data.tokenizer import LONGEST, Tokenizer, ToTrain, parse
+from fastlm.storage import NoSpace, atomic_directory, file_checksum, json_checksum, write_json
 
 _SHARD_TOKENS = 1 << 24  # 32 MiB of two-byte tokens in a shard: one is held in memory while preparing
+
+_WARNED, _REFUSED = 0.05, 0.9  # shares of [UNK]
 
 Progress = Callable[[str, int, int], None]
 
@@ -69,7 +72,8 @@ def prepare(
 
     Where `out` already holds the same preparation (same text, settings and tokenizer), it is opened as it is;
     so it is where another process prepared the same meanwhile. ValueError where it holds anything else or cannot be
-    written, for a missing path, a bad setting, or a corpus of which nothing is left.
+    written, for a missing path, a bad setting, a corpus of which nothing is left, or one that the tokenizer cannot
+    spell: [UNK] is nine tenths of its tokens, or stands for nine tenths of its characters. A twentieth warns.
     """
     out = Path(out)
     layout = MaskedRows(integer("row_tokens", row_tokens, MIN_PIECE)) if layout is None else layout
@@ -98,7 +102,9 @@ def prepare(
     if os.path.exists(out) and not (out.is_dir() and not any(out.iterdir())):
         return _already(out, identity)
     try:
-        with _target(out) as partial:
+        # The rows written so far, scaled to all of the text; the tokenizer is small.
+        total = sum(file.size for file in files)
+        with _target(out, lambda written: int(written * total / max(1, report.bytes_read))) as partial:
             settings = work.settings()  # "train:8192", before there is a tokenizer
             parts = work.write(partial, files, held_files, report, held_report)
             manifest = {
@@ -186,15 +192,17 @@ class _Work:
 
     def rows(self, out: Path, prefix: str, texts: Iterable[str], report: Report) -> dict:
         """Write shards of the texts' rows; their part of the manifest."""
-        counts = _Counts(self.tokenizer.vocab_size)
-        ids = counts.count(encode_documents(counts.measure(texts), self.tokenizer), report)
+        counts = _Counts(self.tokenizer)
+        ids = counts.count(encode_documents(texts, self.tokenizer, counts.look), report)
         shards = [
             write_shard(out, f"{prefix}{index:05d}", shard)
             for index, shard in enumerate(pack(ids, self.tokenizer, self.layout, self.shard_rows))
         ]
+        counts.check_unknown()
         return {
             "rows": sum(shard["rows"] for shard in shards),
             "documents": counts.documents,
+            "unknown": counts.unknown(),
             "text_bytes": counts.bytes,
             "text_tokens": int(counts.tokens.sum()),
             "unigram_entropy": counts.entropy(self.tokenizer.special_ids),
@@ -264,11 +272,14 @@ def _already(out: Path, identity: str) -> Dataset:
 
 
 @contextmanager
-def _target(out: Path) -> Iterator[Path]:
+def _target(out: Path, need: Callable[[int], int]) -> Iterator[Path]:
     """`atomic_directory`, with a ValueError where it cannot begin."""
+    kept = "nothing of it is kept, and the text is unchanged; make room, or name a directory on another disk"
     with ExitStack() as stack:
         try:
-            partial = stack.enter_context(atomic_directory(out))
+            partial = stack.enter_context(atomic_directory(out, what="the prepared data", need=need, kept=kept))
+        except NoSpace:
+            raise
         except OSError as error:
             raise ValueError(f"out: expected a directory that can be written, got {out} ({error})") from error
         yield partial
@@ -288,15 +299,45 @@ def _contents(files: Iterable[SourceFile], progress: Progress) -> list[list[str]
 
 
 class _Counts:
-    """What passes to the rows: documents, bytes of UTF-8, and how often each token occurs (vocab_size,) int64."""
+    """What passes to the rows: documents, bytes of UTF-8, how often each token occurs (vocab_size,) int64, and how many
+    characters, white space aside, there are and are lost to [UNK]."""
 
-    def __init__(self, vocab_size: int):
-        self.documents, self.bytes, self.tokens = 0, 0, np.zeros(vocab_size, np.int64)
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self.documents, self.bytes, self.tokens = 0, 0, np.zeros(tokenizer.vocab_size, np.int64)
+        self.characters = self.lost = 0
+        self._lengths = np.zeros(tokenizer.vocab_size, np.int64)  # characters that a token stands for
+        for token, id in tokenizer.backend.get_vocab(with_added_tokens=True).items():
+            self._lengths[id] = len(token.removeprefix("##").lstrip("▁"))
 
-    def measure(self, texts: Iterable[str]) -> Iterator[str]:
-        for text in texts:
-            self.bytes += len(text.encode())
-            yield text
+    def look(self, chunk: str, ids: np.ndarray) -> None:
+        """Count the bytes of `chunk`, and the characters that its tokens do not spell."""
+        self.bytes += len(chunk.encode())
+        characters = len(chunk) - chunk.count(" ") - chunk.count("\n")
+        self.characters += characters
+        known = ids[ids != self.tokenizer.unk_id] if self.tokenizer.unk_id is not None else ids
+        if len(known) < len(ids):  # elsewhere a difference is the normalizer's
+            self.lost += max(len(ids) - len(known), characters - int(self._lengths[known].sum()))
+
+    def unknown(self) -> dict[str, float]:
+        """The shares of the tokens that are [UNK], and of the characters that it stands for: the manifest's entry."""
+        tokens = 0 if self.tokenizer.unk_id is None else int(self.tokens[self.tokenizer.unk_id])
+        shares = tokens / max(1, self.tokens.sum()), self.lost / max(1, self.characters)
+        return dict(zip(("tokens", "characters"), (round(float(share), 6) for share in shares)))
+
+    def check_unknown(self) -> None:
+        """ValueError where nearly all of the text is [UNK], and a warning where much of it is."""
+        found = self.unknown()
+        worst = max(found.values())
+        says = (
+            f"{found['tokens']:.1%} of the tokens are [UNK], which stands for {found['characters']:.1%} of the "
+            f"characters: words of more than {LONGEST} characters, or with characters that the vocabulary lacks; give "
+            "text with spaces between words, or a tokenizer that was trained on such text"
+        )
+        if worst >= _REFUSED:
+            raise ValueError(f"data: expected text that the tokenizer can spell, but {says}")
+        if worst >= _WARNED:
+            warnings.warn(f"data: {says}", stacklevel=3)
 
     def count(self, documents: Iterable[np.ndarray], report: Report) -> Iterator[np.ndarray]:
         for ids in documents:

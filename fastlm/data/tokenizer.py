@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,12 @@ _ALPHABET = 1000  # the most characters a trained vocabulary spells words with, 
 _SMALLEST = 16  # below it there is no room for letters
 _LARGEST = 1 << 24  # the trainer reserves memory for this many at once
 _CHUNK_CHARS = 1 << 15  # a long text is normalised in cuts of about this length: it takes 75 bytes a character
+LONGEST = 100  # characters of a word; a longer one is [UNK] whole, as in BERT
+# What the trainer's memory grows with: characters of distinct words, at 120 bytes each. English has 1 M in 100 MB.
+_DISTINCT = 4_000_000
+# What may be a word that is too long: a run without white space, ASCII or general punctuation, or Chinese characters.
+_CHINESE = r"\u3400-\u9fff\uf900-\ufaff\U00020000-\U0002fa1f"
+_LONG = re.compile(rf"[^\s!-/:-@\[-`{{-~\u2000-\u206f\u3000-\u303f{_CHINESE}]{{{LONGEST + 1},}}")
 # Transformers' tokenizers that are BERT's around a vocab.txt; others (BertJapanese, Bertweet) split words otherwise.
 _VOCAB_TXT = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "MobileBertTokenizer", "LayoutLMTokenizer")
 _RESAVE = "load it with Transformers' AutoTokenizer and save_pretrained it there"
@@ -46,6 +53,7 @@ class Tokenizer:
     vocab_size      one more than the largest id
     pad_id, cls_id, sep_id, mask_id, bos_id, eos_id     None for a role that it has no token for
     sentinel_ids    T5's <extra_id_0>, <extra_id_1> ... in this order; () without
+    unk_id          None where there is no unknown token
     special_ids     sorted tuple of every special token's id, [UNK] among them, as Transformers' all_special_ids
     hash            SHA-256 of the vocabulary, rules and roles: equal hashes give equal ids
     """
@@ -66,8 +74,8 @@ class Tokenizer:
         self.sentinel_ids = tuple(sentinels[i] for i in sorted(sentinels))
         added = (id for id, token in backend.get_added_tokens_decoder().items() if token.special)
         self.special_ids = tuple(sorted({*added, *(vocab[token] for token in roles.values() if token in vocab)}))
-        self._unk_id = self._roles.get("unk_token")
-        self._reserved = set(self.special_ids) - {self._unk_id}
+        self.unk_id = self._roles.get("unk_token")
+        self._reserved = set(self.special_ids) - {self.unk_id}
         self.hash = json_checksum([json.loads(backend.to_str()), roles])
 
     @classmethod
@@ -133,6 +141,8 @@ class Tokenizer:
         purpose  "masked", "causal" or "span": the special tokens are BERT's, GPT-2's or T5's
 
         The result depends on the texts alone. WordPiece: [PAD] [UNK] [CLS] [SEP] [MASK] have the ids 0 to 4.
+        WordPiece learns nothing from words of more than 100 characters, which it could not encode either, nor, with a
+        warning, from words that are first seen after four million characters of distinct ones: 600 MB at most.
         """
         kind = kind or _USUAL[purpose]
         if kind == "chars":
@@ -165,7 +175,7 @@ class Tokenizer:
             special_tokens=[*_BERT.values(), *letters, *inner],
             show_progress=False,
         )
-        draft.train_from_iterator((chunk for text in texts() for chunk in chunks(text)), trainer)
+        draft.train_from_iterator(_words_to_learn(texts(), draft), trainer)
         vocab = json.loads(draft.to_str())["model"]["vocab"]
         config = {**_BERT, "tokenizer_class": "BertTokenizer", "do_lower_case": True}
         return cls(_wordpiece(vocab, config), config)
@@ -188,9 +198,9 @@ class Tokenizer:
         return [ids if self._reserved.isdisjoint(ids) else self._without_reserved(ids) for ids in rows]
 
     def _without_reserved(self, ids: list[int]) -> list[int]:
-        if self._unk_id is None:
+        if self.unk_id is None:
             return [id for id in ids if id not in self._reserved]
-        return [self._unk_id if id in self._reserved else id for id in ids]
+        return [self.unk_id if id in self._reserved else id for id in ids]
 
     def word_starts(self) -> np.ndarray:
         """(vocab_size,) bool: the tokens that begin a word, special ones among them.
@@ -230,6 +240,38 @@ def chunks(text: str) -> Iterator[str]:
             end = space if space > 0 else end
         yield text[start:end]
         start = end
+
+
+def _words_to_learn(texts: Iterable[str], draft: tokenizers.Tokenizer) -> Iterator[str]:
+    """The texts in chunks, without words that are too long, and without new ones once there are _DISTINCT characters.
+
+    draft: has the normalizer and the rules by which text divides into words.
+    """
+
+    def short(run: re.Match) -> str:
+        words = draft.pre_tokenizer.pre_tokenize_str(draft.normalizer.normalize_str(run[0]))
+        return " ".join(word for word, _ in words if len(word) <= LONGEST)
+
+    known, room, left_out = set(), _DISTINCT, 0
+    for text in texts:
+        for chunk in chunks(text):
+            chunk = _LONG.sub(short, chunk)
+            words = chunk.split()
+            new = set(words) - known
+            room -= sum(map(len, new))
+            if room >= 0:
+                known |= new
+                yield chunk
+            else:
+                room = -1  # a later chunk with fewer new words would be learned otherwise
+                left_out += len(new)
+                yield " ".join(word for word in words if word in known)
+    if left_out:
+        warnings.warn(
+            f"tokenizer: it learns from the first {len(known):,} distinct words of the text, "
+            f"{_DISTINCT / 1e6:g} MB of them, wherever they occur; words that were first seen later are left out",
+            stacklevel=2,
+        )
 
 
 def _token(entry) -> str | None:

@@ -109,7 +109,8 @@ def write(directory: str | Path, config: dict, tensors: Tensors, tokenizer=None)
     directory = Path(directory)
     files = _tokenizer_files(tokenizer) if isinstance(tokenizer, (str, os.PathLike)) else None
     directory.mkdir(parents=True, exist_ok=True)
-    with partial_of(directory / "checkpoint", directory=True) as partial:
+    need = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    with partial_of(directory / "checkpoint", directory=True, what="the model", need=need) as partial:
         save_file(tensors, partial / _WEIGHTS, metadata={"format": "pt"})
         if files is not None:
             for file in files:

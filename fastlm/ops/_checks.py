@@ -48,9 +48,15 @@ def one_of(name: str, value, allowed) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(repr(a) for a in allowed)}, got {value!r}")
 
 
+def readable(x: torch.Tensor) -> bool:
+    """Whether a check may read the values of x: on the CPU, and neither traced by a compiler nor a FakeTensor."""
+    # By its attribute: the module of FakeTensor takes a second to import.
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not hasattr(x, "fake_mode")
+
+
 def ids_inside(name: str, ids: torch.Tensor, size_name: str, size: int) -> None:
-    """Checks that all ids are in [0, size), on the CPU only, and not while a compiler traces."""
-    if ids.device.type != "cpu" or torch.compiler.is_compiling() or not ids.numel():
+    """Checks that all ids are in [0, size), where they can be read."""
+    if not readable(ids) or not ids.numel():
         return
     low, high = (bound.item() for bound in ids.aminmax())
     if low < 0 or high >= size:

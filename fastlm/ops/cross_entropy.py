@@ -93,7 +93,7 @@ def raise_outside(row: int, value: int, vocabulary: int, ignore_index: int) -> N
 
 def check_labels(target: torch.Tensor, vocabulary: int, ignore_index: int) -> None:
     """ValueError for a label outside the vocabulary, if checking needs no synchronisation."""
-    if target.device.type == "cpu" and not torch.compiler.is_compiling():
+    if _checks.readable(target):
         bad = outside(target.reshape(-1), vocabulary, ignore_index)
         if bad.any():
             row = int(bad.nonzero()[0])

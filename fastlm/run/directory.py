@@ -149,9 +149,8 @@ def finished_summary(out: Path) -> dict | None:
 
 
 def write_recipe(out: Path, recipe: Recipe, origin: str | None) -> None:
-    replace_json(
-        out / RECIPE, {"name": recipe.name, **({} if origin is None else {"origin": origin}), **recipe.to_dict()}
-    )
+    content = {"name": recipe.name, **({} if origin is None else {"origin": origin}), **recipe.to_dict()}
+    replace_json(out / RECIPE, content, what="the recipe")
 
 
 def _origin(path: Path, out: Path) -> Checkpoint:
@@ -203,7 +202,7 @@ def adopt_metrics(start: Start, out: Path) -> None:
         return
     source = start.checkpoint.path.parent.parent / METRICS
     if source.is_file() and not (out / METRICS).exists():
-        with atomic_file(out / METRICS) as partial:
+        with atomic_file(out / METRICS, what="the metrics of the run it starts from") as partial:
             shutil.copyfile(source, partial)
 
 

@@ -11,13 +11,11 @@ import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from safetensors.torch import load_file
-
 from fastlm.data import Tokenizer
 from fastlm.data.sources import TOKENIZER
 from fastlm.models import Model
 from fastlm.models._checkpoint import read_config
-from fastlm.run.checkpoint import FILES, Checkpoint, load_newest, read_checkpoint
+from fastlm.run.checkpoint import STATE, Checkpoint, load_newest, read_checkpoint, read_tensors
 from fastlm.run.directory import CHECKPOINTS, DATA, MODEL
 from fastlm.run.recipe import Recipe
 from fastlm.tasks import find_task
@@ -65,11 +63,10 @@ class Initial:
         if self.checkpoint is None:
             changes = {of.name: getattr(recipe.model, of.name) for of in fields(recipe.model) if "drop" in of.name}
             return cls.from_pretrained(self.directory, **changes)
-        weights = load_file(self.checkpoint.path / FILES[0])
         ids = find_task(recipe.task).token_ids(tokenizer)
         config = replace(recipe.model, vocab_size=tokenizer.vocab_size, pad_token_id=tokenizer.pad_id, **ids)
         model = cls(config)
-        model.load_state_dict(weights)
+        model.load_state_dict(read_tensors(self.checkpoint, "model"))
         return model
 
     @staticmethod
@@ -85,7 +82,7 @@ def find_initial(init) -> Initial:
         return Initial(named, path, None, path)
     if (path / MODEL / "config.json").is_file():
         return Initial(named, path / MODEL, None, path / MODEL)
-    if (path / "manifest.json").is_file() and (path / FILES[0]).is_file():
+    if (path / "manifest.json").is_file() and (path / STATE).is_file():
         checkpoint = read_checkpoint(path)
     else:
         checkpoint, skipped = load_newest(path / CHECKPOINTS)

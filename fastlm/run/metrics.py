@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fastlm.storage import atomic_file
+from fastlm.storage import atomic_file, is_full, no_space
 
+RERUN = "the last checkpoint is whole; make room, and the same command writes what is missing without training again"
 _MEAN_OF = 10  # steps that the first and the final loss are means of; at most half of the run's
 
 
@@ -27,20 +28,35 @@ class MetricsFile:
 
     def __init__(self, path: Path, step: int):
         """Open `path` for appending after `step`: lines of later steps, and a torn last one, are cut off."""
-        self._file = open(path, "ab+")  # noqa: SIM115
-        self._file.seek(0)
-        end = self.rows = 0
-        for row, length in _rows(self._file):
-            if row["step"] > step:
-                break
-            end += length
-            self.rows += 1
-        self._file.truncate(end)
+        self._path = path
+        self._end = self.rows = 0
+        if path.exists():
+            with open(path, "rb") as file:
+                for row, length in _rows(file):
+                    if row["step"] > step:
+                        break
+                    self._end += length
+                    self.rows += 1
+        # Without a buffer: closing it after a failed write writes nothing.
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115
+        self._file.truncate(self._end)
 
     def add(self, row: dict) -> None:
+        """Append a line. NoSpace where there is no room for all of it: then none of it is written."""
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self._file.write(json.dumps(row).encode() + b"\n")
-        self._file.flush()
+        line = json.dumps(row).encode() + b"\n"
+        left = memoryview(line)
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            self._file.truncate(self._end)
+            if not is_full(error):
+                raise
+            kept = "the lines before it and the checkpoints are kept; make room, and the same command continues"
+            what = f"the line of step {row.get('step')}"
+            raise no_space(self._path, error, what=what, kept=kept, need=len(line)) from error
+        self._end += len(line)
 
     def sync(self) -> None:
         """To the disk: before a checkpoint, so that no checkpoint is ahead of its metrics."""
@@ -48,6 +64,17 @@ class MetricsFile:
 
     def close(self) -> None:
         self._file.close()
+
+
+class NoMetrics:
+    """In place of a MetricsFile in a process that writes none."""
+
+    rows = math.inf
+
+    def add(self, row: dict) -> None:
+        pass
+
+    sync = close = lambda self: None
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -118,7 +145,7 @@ def plot_loss(rows: list[dict], path: Path, *, levels: dict[str, float], title: 
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    with atomic_file(path) as partial:
+    with atomic_file(path, what="the plot of the loss", kept=RERUN) as partial:
         figure.savefig(partial, format="png")
 
 

@@ -19,6 +19,7 @@ from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from fastlm.models import Config
+from fastlm.models._size import layer_parameters
 from fastlm.settings import Table, meaning, typed
 from fastlm.tasks import DataTable, Task, TrainTable, find_task
 
@@ -32,7 +33,13 @@ TABLES = ("model", "data", "train")
 TASK = "masked_lm"  # of a recipe that does not say, as none did before there were others
 
 # Keys that say nothing about what is learned: a run may be resumed with others.
-FREE_KEYS = {"train.eval_every", "train.eval_tokens", "train.checkpoint_every", "train.keep_checkpoints"}
+FREE_KEYS = {
+    "train.checkpoint_every",
+    "train.eval_every",
+    "train.eval_tokens",
+    "train.keep_checkpoints",
+    "train.shard",
+}
 # Keys of preparation: a run on data that is prepared takes the data as it is.
 PREPARATION_KEYS = {
     "data.tokenizer",
@@ -109,6 +116,12 @@ class Recipe:
                 f"train.micro_batch_tokens: expected a divisor of train.batch_tokens={train.batch_tokens} in whole "
                 f"rows ({', '.join(map(str, sizes[-6:]))}, or 0 for all), got {train.micro_batch_tokens}"
             )
+
+    def layer_flops(self) -> float:
+        """FLOPs of a layer for one micro-batch, forward and backward, by its parameters: 6 a token and parameter."""
+        cls = find_task(self.task).model_class(self.model.model_type)
+        smallest = replace(self.model, vocab_size=8, pad_token_id=None)
+        return 6.0 * self.micro_batch_tokens * layer_parameters(cls, smallest)
 
     @property
     def batch_rows(self) -> int:

@@ -14,13 +14,20 @@ import torch
 
 class LAMB(torch.optim.Optimizer):
     """LAMB. `grad_scale` and `found_inf`, scalar tensors that the caller sets, mean what they do for torch's fused
-    optimizers: gradients are divided by the one, and nothing changes where the other is not 0."""
+    optimizers: gradients are divided by the one, and nothing changes where the other is not 0.
+
+    shards: with parameters that are this process's rows of tensors, the `fastlm.train.parallel.Shards` that knows the
+        others', for the norms.
+    """
 
     grad_scale: torch.Tensor | None = None
     found_inf: torch.Tensor | None = None
 
-    def __init__(self, params, lr: float = 1e-3, betas=(0.9, 0.999), eps: float = 1e-6, weight_decay: float = 1e-2):
+    def __init__(
+        self, params, lr: float = 1e-3, betas=(0.9, 0.999), eps: float = 1e-6, weight_decay: float = 1e-2, shards=None
+    ):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.norm = torch.linalg.vector_norm if shards is None else shards.norm
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -50,7 +57,7 @@ class LAMB(torch.optim.Optimizer):
         ratio = torch.ones((), device=p.device)
         if group["weight_decay"]:
             update.add_(p, alpha=group["weight_decay"])
-            sizes = p.norm(), update.norm()
+            sizes = self.norm(p), self.norm(update)
             ratio = torch.where((sizes[0] > 0) & (sizes[1] > 0), sizes[0] / sizes[1], ratio)
         new = p - update * (group["lr"] * ratio)
         changed = {"step": step, "exp_avg": mean, "exp_avg_sq": square}

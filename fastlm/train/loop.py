@@ -17,26 +17,29 @@ import warnings
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
 import fastlm
 from fastlm.chip import chip_name, parse_device, peak_flops
-from fastlm.models import Counts
+from fastlm.models import Counts, Model
 from fastlm.models._size import TRAINED, check_memory
 from fastlm.run import directory as runs
-from fastlm.run.checkpoint import load_newest, restore, save_checkpoint
+from fastlm.run.checkpoint import Writer, load_newest, newest_name, restore, snapshot, write_checkpoint, write_shard
 from fastlm.run.initial import Initial, find_initial
-from fastlm.run.metrics import MetricsFile, first_and_final_loss, plot_loss, read_metrics
+from fastlm.run.metrics import RERUN, MetricsFile, NoMetrics, first_and_final_loss, plot_loss, read_metrics
 from fastlm.run.progress import ProgressLine, duration
 from fastlm.run.recipe import Recipe
 from fastlm.storage import atomic_directory, json_checksum, replace_json
 from fastlm.tasks import Micro, Task, find_task, make_model
+from fastlm.train._memory import check_step
 from fastlm.train.evaluation import evaluate
 from fastlm.train.optimizer import lr_at, make_optimizer, parameter_groups, train_step
+from fastlm.train.parallel import Heartbeat, Shards, World, connect
 
 PATIENCE = 10  # steps without finite gradients, one after another, that end a run; all of a shorter one
 
@@ -99,9 +102,13 @@ def pretrain(recipe: Recipe, data, out, *, device: str = "cpu", resume: str = "a
             f"{recipe.train.warmup_steps}; the learning rate only rises, and the schedule after the peak is not used",
             stacklevel=2,
         )
-    with runs.alone_in(out):
-        start = runs.find_start(recipe, out, resume)
-        return _Run(recipe, runs.open_data(recipe, data, out, start.checkpoint), out, device, start, initial).train()
+    world = connect(device)
+    world.micros(recipe.micro_count)
+    with runs.alone_in(out) if world.main else nullcontext():
+        with world.main_first():
+            start = runs.find_start(recipe, out, resume)
+            data = runs.open_data(recipe, data, out, start.checkpoint)
+        return _Run(recipe, data, out, world, start, initial).train()
 
 
 def _check_size(recipe: Recipe, device: torch.device, vocab_size: int) -> None:
@@ -116,8 +123,8 @@ def _check_size(recipe: Recipe, device: torch.device, vocab_size: int) -> None:
 class _Launched:
     """A step that was given to the device: what the host knows of it, and the result that the device will have."""
 
-    def __init__(self, number: int, micros: list[Micro], lr: float, result: torch.Tensor):
-        self.number, self.lr = number, lr
+    def __init__(self, number: int, micros: list[Micro], lr: float, result: torch.Tensor, stop: bool):
+        self.number, self.lr, self.stop = number, lr, stop
         self.counts, self.dropped = Counts.total(m.counts for m in micros), sum(m.dropped for m in micros)
         self._result, self._done = result, None
         if result.is_cuda:
@@ -126,10 +133,16 @@ class _Launched:
             self._done.record()
 
     def wait(self) -> tuple[float, float]:
-        """(loss, gradient norm) when the device has finished the step."""
+        """(loss, gradient norm) when the device has finished the step.
+
+        With several processes `stop`, `counts` and `dropped` then are those of all of them.
+        """
         if self._done is not None:
             self._done.synchronize()
-        loss, norm = self._result.tolist()
+        loss, norm, *sums = self._result.tolist()
+        if sums:
+            self.stop, *counts, self.dropped = map(int, sums)
+            self.counts = Counts(*counts)
         return loss, norm
 
 
@@ -141,11 +154,12 @@ class _Run:
         recipe: Recipe,
         data: runs.Data,
         out: Path,
-        device: torch.device,
+        world: World,
         start: runs.Start,
         initial: Initial | None,
     ):
-        self.recipe, self.dataset, self.out, self.device = recipe, data.train, out, device
+        self.recipe, self.dataset, self.out, self.world, device = recipe, data.train, out, world, world.device
+        self.device = device
         self.dtype, tokenizer = getattr(torch, recipe.train.dtype), data.train.tokenizer
         self.task = find_task(recipe.task)(recipe, data.train, device, data.validation)
         _check_size(recipe, device, tokenizer.vocab_size)
@@ -155,69 +169,111 @@ class _Run:
             self.task.initialize(model)
         else:
             model = initial.model(recipe, tokenizer)
+        check_step(self.task, model.config)
         self.model = model.to(device).train()
-        self.optimizer = make_optimizer(self.model, recipe.train)
+        self.trained = world.wrap(self.model, recipe.train.shard)
+        self.shards = Shards(self.model, world) if recipe.train.shard and world.size > 1 else None
+        self.optimizer = make_optimizer(self.model, recipe.train, self.shards)
+        self.parameters = dict(self.model.named_parameters())
+        if self.shards is not None:
+            self.parameters = {name: self.shards.local(p) for name, p in self.parameters.items()}
         self.counters = Counters()
         if start.checkpoint is not None:
-            restore(start.checkpoint, self.model, self.optimizer)
+            part = self.shards.part if self.shards is not None else (lambda whole: whole)
+            restore(start.checkpoint, self.model, self.optimizer, self.parameters, part)
             self.counters = Counters(**start.checkpoint.state["counters"])
         self.start, self.saved = start, self.counters.step
         self.peak = peak_flops(device, self.dtype)
         self.pace = deque(maxlen=20)  # seconds of the latest steps
         self.evaluated: dict[str, float] = {}  # of the latest evaluation
+        self.stopping, self.stopped_by = False, None
 
     def train(self) -> Result:
         table, first = self.recipe.train, self.counters.step
         if first == table.max_steps and (summary := runs.finished_summary(self.out)):
             return Result(self.out, first, summary)
-        # A summary, if there is one, is of a later checkpoint, which was damaged since.
-        (self.out / runs.SUMMARY).unlink(missing_ok=True)
-        runs.write_recipe(self.out, self.recipe, self.start.origin)
-        runs.adopt_metrics(self.start, self.out)
-        self.metrics = MetricsFile(self.out / runs.METRICS, first)
+        self.world.barrier()  # every process has read what is written from here on
+        self.writer = Writer()
+        if self.world.main:
+            # A summary, if there is one, is of a later checkpoint, which was damaged since.
+            (self.out / runs.SUMMARY).unlink(missing_ok=True)
+            runs.write_recipe(self.out, self.recipe, self.start.origin)
+            runs.adopt_metrics(self.start, self.out)
+            self.metrics = MetricsFile(self.out / runs.METRICS, first)
+        else:
+            self.metrics = NoMetrics()
         if self.start.branches:
             self._save()  # the other run may drop the checkpoint that this one starts from
-        launched: deque[_Launched] = deque()
-        with ProgressLine(self.recipe.name, table.max_steps) as self.line, _stop_signal() as stop:
+        console = None if self.world.main else Console(quiet=True)
+        with (
+            ProgressLine(self.recipe.name, table.max_steps, console) as self.line,
+            _stop_signal() as stop,
+            Heartbeat(self.world, self._advice) as heartbeat,
+        ):
             self._headline()
             if self.metrics.rows < first:
                 self.line.note(
                     f"{runs.METRICS} lacks {first - self.metrics.rows} of the {first} steps before: first_loss and "
                     f"{runs.PLOT} will be of what it has"
                 )
-            self.clock = time.perf_counter()
             try:
-                for step, micros in _ahead(self.task, self.recipe.micro_count, first, table.max_steps):
-                    lr = lr_at(step, table)
-                    moved = [micro.to(self.device) for micro in micros]
-                    result = train_step(
-                        self.model, self.optimizer, moved, lr=lr, grad_clip=table.grad_clip, dtype=self.dtype
-                    )
-                    launched.append(_Launched(step + 1, micros, lr, result))
-                    last = bool(stop) or step + 1 == table.max_steps
-                    due = last or (table.checkpoint_every and (step + 1) % table.checkpoint_every == 0)
-                    evaluates = self._evaluates(step + 1)
-                    # The host looks at a step of a GPU while the next one runs, so that the GPU never waits for it.
-                    while len(launched) > (self.device.type == "cuda" and not (due or evaluates)):
-                        self._report(launched.popleft())
-                    if due and not self.counters.streak:
-                        self._save()
-                    if last:
-                        break
+                self._steps(first, stop)
+            except RuntimeError as error:
+                raise heartbeat.explain(error) from error
             finally:
                 self.metrics.close()
+                self.writer.close()
             if self.counters.step < table.max_steps:
                 self.line.note(
                     f"stopped at step {self.counters.step}; the same command continues after step {self.saved}"
                 )
-                return Result(self.out, self.counters.step, None, stop[0])
+                return Result(self.out, self.counters.step, None, self.stopped_by)
         if 2 * self.counters.skipped >= table.max_steps:
             raise self._diverged(f"{self.counters.skipped} of {table.max_steps} steps")
-        return Result(self.out, self.counters.step, self._finish())
+        model = self.model if self.shards is None else self.shards.gather(self.model)
+        return Result(self.out, self.counters.step, self._finish(model) if self.world.main else None)
+
+    def _steps(self, first: int, stop: list[int]) -> None:
+        """The steps from `first` on, to the last, or to where a process was told to stop."""
+        table, launched = self.recipe.train, deque()
+        mine = self.world.micros(self.recipe.micro_count)
+        self.clock = time.perf_counter()
+        for step, micros in _ahead(self.task, mine, first, table.max_steps):
+            lr = lr_at(step, table)
+            moved = [micro.to(self.device) for micro in micros]
+            result = train_step(
+                self.trained,
+                self.optimizer,
+                moved,
+                lr=lr,
+                grad_clip=table.grad_clip,
+                dtype=self.dtype,
+                world=self.world,
+                shards=self.shards,
+                stop=bool(stop),
+            )
+            launched.append(_Launched(step + 1, micros, lr, result, bool(stop)))
+            due = step + 1 == table.max_steps
+            due |= bool(table.checkpoint_every and (step + 1) % table.checkpoint_every == 0)
+            # The host looks at a step of a GPU while the next one runs, so that the GPU never waits for it.
+            if self.world.size == 1:
+                launched[-1].stop |= bool(stop)  # told during the step
+            while len(launched) > (self.device.type == "cuda" and not (due or self._evaluates(step + 1))):
+                self._report(launched.popleft())
+            if self.stopping and not due:
+                while launched:
+                    self._report(launched.popleft())
+                due = True
+            if due and not self.counters.streak:
+                self._save()
+            if self.stopping:
+                break
+        self.stopped_by = stop[0] if stop else signal.SIGTERM  # another process was told to
 
     def _report(self, step: _Launched) -> None:
         """Enter a finished step into the counters, the metrics and the progress line."""
         loss, norm = step.wait()
+        self.stopping = bool(step.stop)
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
         finite = math.isfinite(loss) and math.isfinite(norm)
@@ -266,7 +322,7 @@ class _Run:
         return step == table.max_steps or bool(table.eval_every and step % table.eval_every == 0)
 
     def _evaluate(self) -> dict[str, float]:
-        self.evaluated = evaluate(self.model, self.task, self.dtype)
+        self.evaluated = evaluate(self.model, self.task, self.dtype, self.world, self.shards is not None)
         words = {"val_loss": "loss", "val_perplexity": "perplexity", "val_bits_per_byte": "bits a byte"}
         shown = ", ".join(f"{words.get(name, name)} {value:.3f}" for name, value in self.evaluated.items())
         self.line.note(f"step {self.counters.step}: held-out {shown}")
@@ -291,16 +347,27 @@ class _Run:
             "rng": {"seed": self.recipe.train.seed, "step": self.counters.step},
             "versions": versions(),
         }
-        save_checkpoint(
-            self.out / runs.CHECKPOINTS,
-            self.counters.step,
-            self.model,
-            self.optimizer,
-            state,
-            keep=self.recipe.train.keep_checkpoints,
-        )
-        self.saved = self.counters.step
+        step, directory, keep = self.counters.step, self.out / runs.CHECKPOINTS, self.recipe.train.keep_checkpoints
+        shard = (self.world.rank, self.world.size) if self.shards is not None else (0, 1)
+        if self.world.main or self.shards is not None:
+            taken = snapshot(step, self.parameters, self.optimizer, state, shard)
+
+            def write():
+                if not self.world.main:
+                    write_shard(directory, taken)
+                self.world.arrive(f"checkpoint/{step}", wait=self.world.main and self.shards is not None)
+                if self.world.main:
+                    write_checkpoint(directory, taken, keep=keep)
+                    self.saved = step
+
+            self.writer.submit(write)
         self.clock = time.perf_counter()  # a checkpoint's time is not a step's
+
+    def _advice(self) -> str:
+        return (
+            f"the newest checkpoint is {newest_name(self.out / runs.CHECKPOINTS)}; the same command continues from "
+            "there, with any number of processes that divides the micro-batches"
+        )
 
     def _headline(self) -> None:
         recipe, dataset, parameters = self.recipe, self.dataset, sum(p.numel() for p in self.model.parameters())
@@ -315,7 +382,7 @@ class _Run:
         if self.counters.step:
             self.line.note(f"resumed after step {self.counters.step} of {recipe.train.max_steps}")
 
-    def _finish(self) -> dict:
+    def _finish(self, whole: Model) -> dict:
         """Write summary.json, loss.png and the model; the summary."""
         counters, rows = self.counters, read_metrics(self.out / runs.METRICS)
         first, final = first_and_final_loss(rows)
@@ -342,11 +409,11 @@ class _Run:
             )
         plot_loss(rows, self.out / runs.PLOT, levels=self.task.metrics(), title=f"fastlm {self.recipe.name}")
         model = self.out / runs.MODEL
-        with atomic_directory(model) as partial:
-            self.model.eval().save_pretrained(partial, self.dataset.tokenizer)
+        with atomic_directory(model, what="the model", need=4 * summary["parameters"], kept=RERUN) as partial:
+            whole.eval().save_pretrained(partial, self.dataset.tokenizer)
             if model.exists():  # this run's too: from a later checkpoint, or it was killed before the summary
                 shutil.rmtree(model)
-        replace_json(self.out / runs.SUMMARY, summary)
+        replace_json(self.out / runs.SUMMARY, summary, what="the summary", kept=RERUN)
         return summary
 
 
@@ -354,12 +421,12 @@ def versions() -> dict[str, str]:
     return {"fastlm": fastlm.__version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
-def _ahead(task: Task, micro_count: int, start: int, stop: int) -> Iterator[tuple[int, list[Micro]]]:
-    """(step, its micro-batches) for each step, made on the host by one thread while the steps before them run."""
+def _ahead(task: Task, mine: range, start: int, stop: int) -> Iterator[tuple[int, list[Micro]]]:
+    """(step, its micro-batches `mine`) for each step, made by one thread of the host while the steps before run."""
     pin = task.device.type == "cuda"
 
     def make(step: int) -> list[Micro]:
-        micros = [task.micro(step, m) for m in range(micro_count)]
+        micros = [task.micro(step, m) for m in mine]
         return [micro.pin() for micro in micros] if pin else micros
 
     with ThreadPoolExecutor(1, thread_name_prefix="fastlm-batches") as thread:

@@ -48,16 +48,21 @@ class Muon(torch.optim.Optimizer):
     gradients are divided by the one, and nothing changes where the other is not 0.
 
     ValueError for parameters of other than two dimensions, or rows that `parts` does not divide.
+
+    shards: with parameters that are this process's rows of matrices, the `fastlm.train.parallel.Shards` that knows the
+        others'. Every process then orthogonalizes the whole matrix, and keeps its rows.
     """
 
     grad_scale: torch.Tensor | None = None
     found_inf: torch.Tensor | None = None
 
-    def __init__(self, params, lr: float = 1e-3, momentum: float = 0.95, weight_decay: float = 0.0):
+    def __init__(self, params, lr: float = 1e-3, momentum: float = 0.95, weight_decay: float = 0.0, shards=None):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "parts": 1})
+        self.shards = shards
         for group in self.param_groups:
             for p in group["params"]:
-                if p.dim() != 2 or p.shape[0] % group["parts"]:
+                rows = p.shape[0] if shards is None else shards.rows(p)
+                if p.dim() != 2 or rows % group["parts"]:
                     raise ValueError(
                         f"params: expected matrices whose rows {group['parts']} parts divide, got {tuple(p.shape)}; "
                         "give others to AdamW"
@@ -83,8 +88,12 @@ class Muon(torch.optim.Optimizer):
         gradient = p.grad if self.grad_scale is None else p.grad / self.grad_scale
         momentum = torch.add(gradient, state["momentum"], alpha=group["momentum"])
         direction = torch.add(gradient, momentum, alpha=group["momentum"])
-        rows, columns = p.shape[0] // group["parts"], p.shape[1]
+        if self.shards is not None:
+            direction = self.shards.whole(direction, p)
+        rows, columns = direction.shape[0] // group["parts"], p.shape[1]
         step = orthogonalize(direction.unflatten(0, (group["parts"], rows))).flatten(0, 1)
+        if self.shards is not None:
+            step = self.shards.part(step)
         new = p * (1 - group["lr"] * group["weight_decay"]) - step * (group["lr"] * _RMS * max(rows, columns) ** 0.5)
         if self.found_inf is not None:
             skip = self.found_inf != 0

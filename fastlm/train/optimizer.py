@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from fastlm.models import Model
+from fastlm.models import Counts, Model
 from fastlm.tasks import Micro, TrainTable
 from fastlm.train.adamw import AdamW, runs_on, total_norm
 from fastlm.train.lamb import LAMB
 from fastlm.train.muon import Muon, Together
+from fastlm.train.parallel import ALONE, Shards, World, sync_gradients
 
 
 @dataclass(frozen=True)
@@ -64,24 +65,26 @@ def parameter_groups(model: Model, table: TrainTable) -> list[Group]:
     return [group for group in groups if group.parameters]
 
 
-def make_optimizer(model: Model, table: TrainTable) -> torch.optim.Optimizer:
-    """The recipe's optimizer over `parameter_groups`.
+def make_optimizer(model: Model, table: TrainTable, shards: Shards | None = None) -> torch.optim.Optimizer:
+    """The recipe's optimizer over `parameter_groups`; with `shards`, over this process's part of them.
 
     AdamW is fastlm.train.adamw's for float32 parameters on a CPU where the C++ kernels are built, else torch's fused
     one: the state is the same, and a checkpoint of either is one of the other.
     """
     groups = parameter_groups(model, table)
+    if shards is not None:
+        groups = [replace(group, parameters=[shards.local(p) for p in group.parameters]) for group in groups]
     muon = [group for group in groups if group.optimizer == "muon"]
     others = [{"params": g.parameters, "weight_decay": g.weight_decay} for g in groups if g.optimizer != "muon"]
     settings = {"lr": table.lr, "betas": (table.beta1, table.beta2), "eps": table.eps}
     if table.optimizer == "lamb":
-        return LAMB(others, **settings)
+        return LAMB(others, **settings, shards=shards)
     fits = runs_on(p for group in others for p in group["params"])
     adamw = AdamW(others, **settings) if fits else torch.optim.AdamW(others, fused=True, **settings)
     if not muon:
         return adamw
     matrices = [{"params": g.parameters, "weight_decay": g.weight_decay, "parts": g.parts} for g in muon]
-    return Together([Muon(matrices, lr=table.lr, momentum=table.momentum), adamw])
+    return Together([Muon(matrices, lr=table.lr, momentum=table.momentum, shards=shards), adamw])
 
 
 def lr_at(step: int, table: TrainTable) -> float:
@@ -107,6 +110,9 @@ def train_step(
     lr: float,
     grad_clip: float,
     dtype: torch.dtype,
+    world: World = ALONE,
+    shards: Shards | None = None,
+    stop: bool = False,
 ) -> torch.Tensor:
     """One update from the micro-batches of a global batch, on the model's device; nothing waits for the device.
 
@@ -114,25 +120,43 @@ def train_step(
     whose gradient is 1 has a fused cross-entropy leave its gradients as they are on a CPU, and the optimizer divides
     by the number of tokens as it clips.
 
-    Returns float32 (2,): that mean, and the norm of its gradient before clipping. Where either is not finite, the
-    parameters and the optimizer's state are as they were. No parameter has a .grad afterwards.
+    world: the processes that the micro-batches of the step are divided among; `model` averages gradients over them
+    shards: where `model` is sharded, what the optimizer's parameters are parts of
+    stop: whether this process wants to stop
+
+    Returns float64 (2,): that mean, and the norm of its gradient before clipping. Where either is not finite, the
+    parameters and the optimizer's state are as they were. No parameter has a .grad afterwards. With several processes
+    follow the sums over them of `stop`, of the entries of Counts, and of what was dropped: the same in all.
     """
-    device = next(model.parameters()).device
-    predicted = max(1, sum(micro.counts.predicted for micro in micros))
+    device, counts = next(model.parameters()).device, Counts.total(micro.counts for micro in micros)
     losses = []
     for micro in micros:
+        sync_gradients(model, micro is micros[-1])
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss = model(**micro.inputs)
         loss.backward()
         losses.append(loss.detach().float())
-    mean = torch.stack(losses).sum() / predicted
+    total, sums = torch.stack(losses).sum(), None
+    predicted = divisor = max(1, counts.predicted)
+    if world.size > 1:
+        dropped = sum(micro.dropped for micro in micros)
+        sums = world.sum(torch.cat([total.double()[None], world.tensor([stop, *counts, dropped])]))
+        predicted = sums[2 + Counts._fields.index("predicted")].clamp(min=1.0).float()
+        total, sums = sums[0].float(), sums[1:]
+        divisor = predicted / world.size  # torch's average over the processes is a sum but for this factor
+    mean = total / predicted
+    if shards is not None:
+        shards.take_gradients()
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = total_norm(gradients) / predicted
+    norm = (total_norm(gradients) if shards is None else shards.total_norm(gradients)) / divisor
     clip = (norm / grad_clip).clamp(min=1.0) if grad_clip else torch.ones_like(norm)
-    optimizer.grad_scale = clip * predicted
+    optimizer.grad_scale = clip * divisor
     optimizer.found_inf = (~torch.isfinite(norm + mean)).float()
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad()
-    return torch.stack([mean, norm])
+    if shards is not None:
+        model.zero_grad()
+    result = torch.stack([mean, norm]).double()
+    return result if sums is None else torch.cat([result, sums])

@@ -12,13 +12,13 @@ compilation does not stop it. A rank whose number stands still is dead or hangs,
 
 from __future__ import annotations
 
-import datetime
 import os
+import re
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -27,7 +27,10 @@ from torch import nn
 
 _BEAT = 2.0  # seconds between heartbeats
 _SILENT = 30.0  # seconds without one, after which a rank counts as lost
-_WAIT = datetime.timedelta(days=7)  # for rank 0 to prepare data; a rank that dies meanwhile is seen by torchrun
+
+
+# What gloo, which raises bare RuntimeErrors, says of a connection that is gone.
+_COLLECTIVE = re.compile("gloo|[Cc]onnection (closed|reset)|Broken pipe")
 
 
 class LostRank(RuntimeError):
@@ -68,11 +71,26 @@ class World:
         devices = [self.device.index] if self.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
 
+    def tensor(self, numbers: list[float]) -> torch.Tensor:
+        """float64 on the device, which the host does not wait for."""
+        tensor = torch.tensor(numbers, dtype=torch.float64)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of the ranks' tensors, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def arrive(self, place: str, wait: bool) -> None:
+        """Say that this process has come to `place`; `wait`: until all have. From any thread."""
+        if self.size == 1:
+            return
+        store = self._store.clone()
+        count = store.add(f"fastlm/at/{place}", 1)
+        while wait and count < self.size:
+            time.sleep(0.05)
+            count = store.add(f"fastlm/at/{place}", 0)
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -81,12 +99,15 @@ class World:
     @contextmanager
     def main_first(self) -> Iterator[None]:
         """The block runs on rank 0 first, however long that takes, then on the others."""
-        if not self.main:
-            self._store.wait(["fastlm/main-first"], _WAIT)
+        while not self.main and not self._store.check(["fastlm/main-first"]):
+            time.sleep(0.05)
         yield
         if self.main and self._store is not None:
             self._store.set("fastlm/main-first", "1")
         self.barrier()
+
+
+ALONE = World(0, 1, torch.device("cpu"))
 
 
 def connect(device: torch.device) -> World:
@@ -117,9 +138,64 @@ def _shard(model: nn.Module) -> nn.Module:
     return fully_shard(model)
 
 
-def local(parameter: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a sharded tensor; a whole one as it is."""
-    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+class Shards:
+    """This process's rows of the parameters of a sharded model, as plain parameters for an optimizer.
+
+    They share memory with the model's. Every parameter is divided along its first dimension as torch.chunk does.
+    """
+
+    def __init__(self, model: nn.Module, world: World):
+        self.world = world
+        self._local = {p: nn.Parameter(p.to_local(), requires_grad=p.requires_grad) for p in model.parameters()}
+        self._whole = {local: p for p, local in self._local.items()}
+
+    def local(self, parameter: nn.Parameter) -> nn.Parameter:
+        return self._local[parameter]
+
+    def take_gradients(self) -> None:
+        """The optimizer's parameters get this process's part of the gradients."""
+        for p, local in self._local.items():
+            local.grad = None if p.grad is None else p.grad.to_local()
+
+    def rows(self, local: torch.Tensor) -> int:
+        """Rows of the whole tensor."""
+        return self._whole[local].shape[0]
+
+    def whole(self, tensor: torch.Tensor, local: nn.Parameter) -> torch.Tensor:
+        """The whole of what every process has a part of, divided as the parameter `local` is."""
+        from torch.distributed.tensor import DTensor  # a second to import
+
+        p = self._whole[local]
+        parts = DTensor.from_local(
+            tensor, p.device_mesh, p.placements, shape=p.shape, stride=p.stride(), run_check=False
+        )
+        return parts.full_tensor()
+
+    def part(self, whole: torch.Tensor) -> torch.Tensor:
+        """This process's rows."""
+        parts = whole.chunk(self.world.size)
+        return parts[self.world.rank] if self.world.rank < len(parts) else whole[:0]
+
+    @torch.no_grad()
+    def gather(self, model: nn.Module) -> nn.Module:
+        """On rank 0 a model like the sharded `model` with whole weights, on the CPU; elsewhere `model`.
+
+        Every process must call it.
+        """
+        whole = type(model)(model.config) if self.world.main else None
+        for name, p in model.named_parameters():
+            tensor = p.full_tensor()
+            if whole is not None:
+                whole.get_parameter(name).copy_(tensor)
+        return model if whole is None else whole
+
+    def norm(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The 2-norm of a whole tensor, of which this is a part."""
+        return self.world.sum(tensor.square().sum()).sqrt()
+
+    def total_norm(self, tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+        """The 2-norm of all whole tensors together."""
+        return self.world.sum(torch.stack([tensor.square().sum() for tensor in tensors]).sum()).sqrt()
 
 
 def sync_gradients(model: nn.Module, on: bool) -> None:
@@ -172,7 +248,9 @@ class Heartbeat:
                     if now != count:
                         seen[rank] = now, self.clock()
                     elif self.clock() - since > self.silent:
-                        self.lost(f"{self._name(store, rank)} has not answered for {self.silent:.0f} s; {self.advice()}")
+                        self.lost(
+                            f"{self._name(store, rank)} has not answered for {self.silent:.0f} s; {self.advice()}"
+                        )
                         return
             except (RuntimeError, dist.DistError) as error:  # the store is gone, and with it the process that held it
                 if not self._stop.is_set():
@@ -183,8 +261,13 @@ class Heartbeat:
         where = f" ({store.get(f'fastlm/host/{rank}').decode()})" if store.check([f"fastlm/host/{rank}"]) else ""
         return f"rank {rank}{where}"
 
-    def explain(self, error: Exception) -> LostRank:
-        """What a failed collective means, with the name of the rank that is gone where the store says so."""
+    def explain(self, error: RuntimeError) -> RuntimeError:
+        """What a failed collective means, with the name of the rank that is gone where the store says so.
+
+        `error` itself where it is none.
+        """
+        if self.world.size == 1 or not (isinstance(error, dist.DistError) or _COLLECTIVE.search(str(error))):
+            return error
         store, silent = self.world._store.clone(), []
         before = {rank: store.add(f"fastlm/beat/{rank}", 0) for rank in range(self.world.size)}
         time.sleep(2 * self.beat)
