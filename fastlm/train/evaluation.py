@@ -32,6 +32,8 @@ def evaluate(
             predicted += micro.counts.predicted
     finally:
         model.train(training)
+        if sharded:
+            model.reshard()  # after a forward without backward the last group holds whole weights
     sums = torch.stack([torch.stack(losses).sum(), torch.tensor(float(predicted), dtype=torch.float64, device=device)])
     loss, predicted = (sums if sharded else world.sum(sums)).tolist()
     return task.evaluated(loss / max(1.0, predicted))

@@ -12,6 +12,7 @@ compilation does not stop it. A rank whose number stands still is dead or hangs,
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import socket
@@ -44,8 +45,11 @@ class World:
     device       this process's
     """
 
+    _runs = itertools.count()
+
     def __init__(self, rank: int, size: int, device: torch.device, store=None):
         self.rank, self.size, self.device, self._store = rank, size, device, store
+        self._prefix = f"fastlm/{next(self._runs)}"  # one process may train several models, one after another
 
     @property
     def main(self) -> bool:
@@ -87,10 +91,10 @@ class World:
         if self.size == 1:
             return
         store = self._store.clone()
-        count = store.add(f"fastlm/at/{place}", 1)
+        count = store.add(f"{self._prefix}/at/{place}", 1)
         while wait and count < self.size:
             time.sleep(0.05)
-            count = store.add(f"fastlm/at/{place}", 0)
+            count = store.add(f"{self._prefix}/at/{place}", 0)
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -99,11 +103,11 @@ class World:
     @contextmanager
     def main_first(self) -> Iterator[None]:
         """The block runs on rank 0 first, however long that takes, then on the others."""
-        while not self.main and not self._store.check(["fastlm/main-first"]):
+        while not self.main and not self._store.check([f"{self._prefix}/main-first"]):
             time.sleep(0.05)
         yield
         if self.main and self._store is not None:
-            self._store.set("fastlm/main-first", "1")
+            self._store.set(f"{self._prefix}/main-first", "1")
         self.barrier()
 
 
@@ -228,7 +232,9 @@ class Heartbeat:
 
     def __enter__(self) -> Heartbeat:
         if self.world.size > 1:
-            self.world._store.set(f"fastlm/host/{self.world.rank}", f"{socket.gethostname()}, process {os.getpid()}")
+            self.world._store.set(
+                f"{self.world._prefix}/host/{self.world.rank}", f"{socket.gethostname()}, process {os.getpid()}"
+            )
             self._thread.start()
         return self
 
@@ -242,9 +248,9 @@ class Heartbeat:
         seen = {rank: (-1, self.clock()) for rank in range(self.world.size) if rank != self.world.rank}
         while not self._stop.wait(self.beat):
             try:
-                store.add(f"fastlm/beat/{self.world.rank}", 1)
+                store.add(f"{self.world._prefix}/beat/{self.world.rank}", 1)
                 for rank, (count, since) in seen.items():
-                    now = store.add(f"fastlm/beat/{rank}", 0)
+                    now = store.add(f"{self.world._prefix}/beat/{rank}", 0)
                     if now != count:
                         seen[rank] = now, self.clock()
                     elif self.clock() - since > self.silent:
@@ -258,8 +264,8 @@ class Heartbeat:
                 return
 
     def _name(self, store, rank: int) -> str:
-        where = f" ({store.get(f'fastlm/host/{rank}').decode()})" if store.check([f"fastlm/host/{rank}"]) else ""
-        return f"rank {rank}{where}"
+        key = f"{self.world._prefix}/host/{rank}"
+        return f"rank {rank} ({store.get(key).decode()})" if store.check([key]) else f"rank {rank}"
 
     def explain(self, error: RuntimeError) -> RuntimeError:
         """What a failed collective means, with the name of the rank that is gone where the store says so.
@@ -269,10 +275,10 @@ class Heartbeat:
         if self.world.size == 1 or not (isinstance(error, dist.DistError) or _COLLECTIVE.search(str(error))):
             return error
         store, silent = self.world._store.clone(), []
-        before = {rank: store.add(f"fastlm/beat/{rank}", 0) for rank in range(self.world.size)}
+        before = {rank: store.add(f"{self.world._prefix}/beat/{rank}", 0) for rank in range(self.world.size)}
         time.sleep(2 * self.beat)
         for rank, count in before.items():
-            if rank != self.world.rank and store.add(f"fastlm/beat/{rank}", 0) == count:
+            if rank != self.world.rank and store.add(f"{self.world._prefix}/beat/{rank}", 0) == count:
                 silent.append(self._name(store, rank))
         who = " and ".join(silent) or "another rank"
         return LostRank(f"{who} has ended ({error}); {self.advice()}")
