@@ -1,6 +1,10 @@
 """The tokenizer: training is deterministic, and Transformers can read the saved files."""
 
 import json
+import random
+import re
+import subprocess
+import sys
 
 import pytest
 import tokenizers
@@ -145,3 +149,72 @@ def test_bad_tokenizers(tokenizer, tmp_path):
         Tokenizer.load(tmp_path)
     with pytest.raises(ValueError, match="vocab_size: expected an integer from 16 to 16777216, got 3"):
         Tokenizer.train(lambda: TEXTS, 3)
+
+
+# ---- text that becomes [UNK], and memory
+
+
+def letters(count, seed=0):
+    return "".join(random.Random(seed).choices("abcdefghijklmnopqrstuvwxyz0123456789", k=count))
+
+
+def test_words_that_are_too_long_teach_nothing():
+    """A run of 101 characters or more is [UNK]; with punctuation or Chinese in it, it is words."""
+    words = "the quick brown fox, " * 30
+    long = letters(5000)
+    assert Tokenizer.train(lambda: [words + long], 200).hash == Tokenizer.train(lambda: [words + long + long], 200).hash
+    joined = ",".join(["quick", "brown"] * 30) + "漢字" * 60
+    learned = Tokenizer.train(lambda: [joined], 60)
+    assert {"quick", "brown", "漢"} <= set(learned.backend.get_vocab())
+
+
+def test_the_sample_is_bounded_and_the_same_each_time(monkeypatch):
+    """Words that are first seen after the limit are left out with a warning; those before it count everywhere."""
+    monkeypatch.setattr("fastlm.data.tokenizer._DISTINCT", 40)
+    early = ["hello world hello world"] * 3
+    late = ["zebra zebra quagga quagga " + " ".join(letters(9, seed=i) for i in range(20))] * 5
+    with pytest.warns(UserWarning, match=r"learns from the first 2 distinct words of the text"):
+        first = Tokenizer.train(lambda: early + late, 200)
+    with pytest.warns(UserWarning, match="left out"):
+        assert Tokenizer.train(lambda: early + late, 200).hash == first.hash
+    assert "hello" in first.backend.get_vocab()
+    assert "zebra" not in first.backend.get_vocab()
+
+
+TRAIN = """
+import resource, sys, warnings
+from fastlm.data import prepare
+warnings.simplefilter("ignore")
+try:
+    prepare(sys.argv[1], "train:8192", sys.argv[2])
+except ValueError as error:
+    print(error)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+def peak_of_training(text, tmp_path):
+    """(bytes of the peak, what was printed before) of a process that prepares `text`."""
+    path = tmp_path / "text.txt"
+    path.write_text(text)
+    command = [sys.executable, "-c", TRAIN, str(path), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
+    *lines, peak = done.stdout.splitlines()
+    return int(peak), "".join(lines)
+
+
+def test_space_free_text_is_refused_soon(tmp_path):
+    """8 MB took 191 s before, and gave rows of [UNK] alone."""
+    peak, error = peak_of_training(letters(500_000), tmp_path)
+    assert peak < 0.4e9
+    assert re.match(r"data: expected text that the tokenizer can spell, but 100.0% of the tokens are \[UNK\]", error)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("space", [40_000_000, 80])
+def test_forty_megabytes_of_hardly_any_spaces(space, tmp_path):
+    text = letters(40_000_000)
+    peak, error = peak_of_training(" ".join(text[i : i + space] for i in range(0, len(text), space)), tmp_path)
+    print(f"peak {peak / 1e6:.0f} MB")
+    assert peak <= 1e9
+    assert bool(error) == (space > 100)

@@ -175,7 +175,7 @@ class Tokenizer:
             special_tokens=[*_BERT.values(), *letters, *inner],
             show_progress=False,
         )
-        draft.train_from_iterator(_words_to_learn(texts(), draft), trainer)
+        draft.train_from_iterator(_words_to_learn(texts()), trainer)
         vocab = json.loads(draft.to_str())["model"]["vocab"]
         config = {**_BERT, "tokenizer_class": "BertTokenizer", "do_lower_case": True}
         return cls(_wordpiece(vocab, config), config)
@@ -242,14 +242,13 @@ def chunks(text: str) -> Iterator[str]:
         start = end
 
 
-def _words_to_learn(texts: Iterable[str], draft: tokenizers.Tokenizer) -> Iterator[str]:
-    """The texts in chunks, without words that are too long, and without new ones once there are _DISTINCT characters.
-
-    draft: has the normalizer and the rules by which text divides into words.
-    """
+def _words_to_learn(texts: Iterable[str]) -> Iterator[str]:
+    """The texts in chunks, without words that are too long, and without new ones after _DISTINCT characters."""
+    # Not the rules of the tokenizer that is trained: it is locked meanwhile.
+    rules = _wordpiece({token: id for id, token in enumerate(_BERT.values())}, _BERT)
 
     def short(run: re.Match) -> str:
-        words = draft.pre_tokenizer.pre_tokenize_str(draft.normalizer.normalize_str(run[0]))
+        words = rules.pre_tokenizer.pre_tokenize_str(rules.normalizer.normalize_str(run[0]))
         return " ".join(word for word, _ in words if len(word) <= LONGEST)
 
     known, room, left_out = set(), _DISTINCT, 0
