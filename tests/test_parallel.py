@@ -91,7 +91,7 @@ def test_two_processes_train_as_one_does(folder):
 @pytest.mark.parametrize(("name", "whole"), [("ddp-first", "one"), ("fsdp-first", "one-muon")])
 def test_one_process_continues_what_two_began(folder, name, whole):
     """All processes stopped at the same step, although only one was told to."""
-    assert len(losses(folder / name)) == RUNS[name][0]
+    assert len(losses(folder / name)) == RUNS[name][0] + 1  # told in the middle of one, they agree in the next
     files = {path.name for path in load_newest(folder / name / "checkpoints")[0].path.iterdir()}
     assert ("model-00001-of-00002.safetensors" in files) == ("shard" in RUNS[name][1])
     settings = {**RUNS[name][1], "shard": False}
