@@ -5,6 +5,7 @@
 #   make test-all   those and the tests marked long, by hand: every variant of the GPU kernels, the wheel of the sdist
 #   make lint       ruff and clang-format
 #   make test-gpu   the op and model tests on a CUDA device, with PYTHON's own torch if that sees one
+#   make test-peers     torch's and Transformers' own tests on fastlm, by hand; SDIST is Transformers' sdist, unpacked
 #   make bench      ops and training steps beside their peers (benchmarks/results/cpu)
 #   make bench-check   fails if one is slower, relative to its peers, than recorded there
 #
@@ -30,7 +31,7 @@ SOURCES := setup.py fastlm kernels tests benchmarks
 # An incomplete environment is made again (Debian without python3-venv makes one without pip).
 .DELETE_ON_ERROR:
 
-.PHONY: setup demo test test-all lint test-gpu bench bench-check
+.PHONY: setup demo test test-all test-peers lint test-gpu bench bench-check
 
 setup: $(VENV)/.installed
 	@$(PY) setup.py --quiet build_ext --inplace
@@ -43,6 +44,12 @@ test: setup $(VENV)/.test
 
 test-all: setup $(VENV)/.test
 	$(PYTEST) --all $(TESTS)
+
+# The sdist has to be of the installed version: pip download --no-binary :all: --no-deps transformers==VERSION
+test-peers: setup $(VENV)/.test
+	@$(PIP) parameterized expecttest
+	OMP_WAIT_POLICY=passive $(PY) tests/peers/torch_suite.py
+	OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(PY) tests/peers/transformers_suite.py $(SDIST)/tests
 
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check $(SOURCES)

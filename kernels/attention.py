@@ -118,14 +118,23 @@ class Options(NamedTuple):
     left: int  # the window, -1: no limit
     right: int
     scale: float
+    softcap: float  # 0: none
     threshold: int  # of dropout; 0: none
     dropout_scale: float
     rng: torch.Tensor | None
     site: int
 
-    def features(self, bias: torch.Tensor | None) -> Features:
-        rng = self.rng if self.threshold else None
-        return Features(self.cu_seqlens_q, self.cu_seqlens_k, self.key_mask, bias, rng, self.scale, self.dropout_scale)
+    def features(self, dtype: torch.dtype) -> Features:
+        return Features(
+            self.cu_seqlens_q,
+            self.cu_seqlens_k,
+            self.key_mask,
+            _expand(self, dtype),
+            self.rng if self.threshold else None,
+            self.scale,
+            self.dropout_scale,
+            self.softcap * _unit(dtype) if self.softcap > 0.0 else None,
+        )
 
 
 def _numbers(q, k, options: Options):
@@ -153,15 +162,20 @@ def _blocks(c: Config):
     return {"BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "num_warps": c.num_warps, "num_stages": c.num_stages}
 
 
+def _unit(dtype: torch.dtype) -> float:
+    """Of the scores of q's dtype: see attention_tile.py."""
+    return 1.0 if dtype == torch.float32 else math.log2(math.e)
+
+
 def _expand(options: Options, dtype: torch.dtype) -> torch.Tensor | None:
     """(heads, 2 starts[-1] + 1) float32: what the kernels add, by relative position; None without a table.
 
-    In the unit of the scores of q's dtype: see attention_tile.py.
+    In the unit of the scores.
     """
     table, starts = options.table, options.starts
     if table is None:
         return None
-    heads, far, unit = table.shape[1], starts[-1], 1.0 if dtype == torch.float32 else math.log2(math.e)
+    heads, far, unit = table.shape[1], starts[-1], _unit(dtype)
     width = 2 * far + 1
     bias = table.new_empty(heads, width, dtype=torch.float32)
     bias_kernels._expand_bias[(heads, triton.cdiv(width, 256))](
@@ -182,7 +196,7 @@ def attention_fwd(q, k, v, out, lse, options: Options) -> None:
     if q.numel() == 0:
         return
     c = _config("fwd", q, options.threshold)
-    features, numbers = options.features(_expand(options, q.dtype)), _numbers(q, k, options)
+    features, numbers = options.features(q.dtype), _numbers(q, k, options)
     tiles = triton.cdiv(q.shape[-3], c.block_m)
     fwd._fwd[(tiles * q.shape[-2] * _batch(q),)](
         _rows(q), _rows(k), _rows(v), out, lse, features, tiles=tiles, **numbers, **_blocks(c)
@@ -200,7 +214,7 @@ def attention_bwd(dout, dlse, q, k, v, out, lse, dq, dk, dv, dtable, options: Op
                 gradient.zero_()
         return
     heads, sq, sk, batch = q.shape[-2], q.shape[-3], k.shape[-3], _batch(q)
-    features, numbers = options.features(_expand(options, q.dtype)), _numbers(q, k, options)
+    features, numbers = options.features(q.dtype), _numbers(q, k, options)
     threshold, packed = options.threshold, options.cu_seqlens_q is not None
     delta = torch.empty_like(lse)
     inputs = (*map(_rows, (q, k, v, dout)), lse, delta)

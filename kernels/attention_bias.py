@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .attention_plan import PLAIN_NUMBERS, Axis, Features, Rows, bounds, row_ptrs, window
-from .attention_tile import exp, keep_tile, make_drop, near_bias, product, scaled
+from .attention_tile import cap, exp, keep_tile, make_drop, near_bias, product, scaled
 
 
 @triton.jit
@@ -116,8 +116,10 @@ def _dtable(
             visible = (key[None, :] >= lo[:, None]) & (key[None, :] < hi[:, None]) & in_key[None, :]
             visible &= near & in_row[:, None]
             q_tile, qk_scale, unit = scaled(q_tile, features.scale, FLOAT32)
-            scores = product(q_tile, k_tile, PRECISION) * qk_scale + bias
-            p = tl.where(visible, exp(scores - lse[:, None] * unit, FLOAT32), 0.0)
+            scores = product(q_tile, k_tile, PRECISION) * qk_scale
+            if features.softcap is not None:
+                scores = cap(scores, features.softcap, FLOAT32)
+            p = tl.where(visible, exp(scores + bias - lse[:, None] * unit, FLOAT32), 0.0)
             dp = product(dout_tile, v_tile, PRECISION)
             if features.rng_ptr is not None:
                 sequence_head = sequence * heads + head

@@ -28,7 +28,19 @@ from .attention_plan import (
     program,
     row_ptrs,
 )
-from .attention_tile import accumulate, add_bias, exp, head_bias, keep_tile, make_drop, near_bias, product, scaled
+from .attention_tile import (
+    accumulate,
+    add_bias,
+    cap,
+    exp,
+    head_bias,
+    keep_tile,
+    make_drop,
+    near_bias,
+    product,
+    scaled,
+    uncap,
+)
 
 
 @triton.jit(do_not_specialize=PLAIN_NUMBERS)
@@ -105,6 +117,7 @@ def _dkdv(
     PACKED: tl.constexpr = features.cu_q_ptr is not None
     HAS_BIAS: tl.constexpr = features.bias_ptr is not None
     DROPOUT: tl.constexpr = features.rng_ptr is not None
+    HAS_SOFTCAP: tl.constexpr = features.softcap is not None
     FLOAT32: tl.constexpr = q.ptr.dtype.element_ty == tl.float32
     kv_heads = heads // group
     tile, kv_head, b = program(tiles, kv_heads)
@@ -150,8 +163,10 @@ def _dkdv(
             if HAS_BIAS:  # rel falls as the query rises: the first run is on the right
                 shift -= tl.where(block < plan.a1, bias.right, bias.left)
             delta = tl.load(delta_ptr + rows + m0 + m)
-            scores = product(k_tile, q_tile, PRECISION)
-            p = exp(scores * qk_scale - shift[None, :], FLOAT32)
+            scores, still = product(k_tile, q_tile, PRECISION), qk_scale
+            if HAS_SOFTCAP:
+                scores, still = cap(scores * qk_scale, features.softcap, FLOAT32), 1.0
+            p = exp(scores * still - shift[None, :], FLOAT32)
             dp = product(v_tile, dout_tile, PRECISION)
             kept = p
             if DROPOUT:
@@ -164,6 +179,8 @@ def _dkdv(
                 kept, dp = tl.where(keep, p, zero), tl.where(keep, dp * dropout_scale, 0.0)
             dv = accumulate(dv, kept.to(dout_tile.dtype), dout_tile, zero, PRECISION)
             ds = p * (dp - delta[None, :])
+            if HAS_SOFTCAP:
+                ds = uncap(ds, scores, features.softcap)
             dk = accumulate(dk, ds.to(q_tile.dtype), q_tile, zero, PRECISION)
 
         for t in range(0, general_count(plan)):
@@ -178,6 +195,9 @@ def _dkdv(
             delta = tl.load(delta_ptr + rows + row, mask=in_row, other=0.0)
             q_tile, qk_scale, unit = scaled(q_tile, scale, FLOAT32)
             scores = product(k_tile, q_tile, PRECISION) * qk_scale
+            if HAS_SOFTCAP:
+                scores = cap(scores, features.softcap, FLOAT32)
+            capped = scores
             if HAS_BIAS:
                 single = plan.first.sequence == plan.last.sequence
                 least, most = plan.first.diagonal - (m0 + BLOCK_M - 1), plan.last.diagonal - m0
@@ -200,6 +220,8 @@ def _dkdv(
                 kept, dp = tl.where(keep, p, zero), tl.where(keep, dp * dropout_scale, 0.0)
             dv = accumulate(dv, kept.to(dout_tile.dtype), dout_tile, zero, PRECISION)
             ds = p * (dp - delta[None, :])
+            if HAS_SOFTCAP:
+                ds = uncap(ds, capped, features.softcap)
             dk = accumulate(dk, ds.to(q_tile.dtype), q_tile, zero, PRECISION)
 
     at = ((b * sk + key) * kv_heads + kv_head)[:, None] * D + col[None, :]
@@ -250,6 +272,7 @@ def _dq(
     PACKED: tl.constexpr = features.cu_q_ptr is not None
     HAS_BIAS: tl.constexpr = features.bias_ptr is not None
     DROPOUT: tl.constexpr = features.rng_ptr is not None
+    HAS_SOFTCAP: tl.constexpr = features.softcap is not None
     HAS_DTABLE: tl.constexpr = far_ptr is not None
     FLOAT32: tl.constexpr = q.ptr.dtype.element_ty == tl.float32
     tile, head, b = program(tiles, heads)
@@ -284,18 +307,23 @@ def _dq(
         at = tl.cast(n0, tl.int64)
         k_tile = load_rows(k_ptrs + at * k.stride_m, in_col, D)
         v_tile = load_rows(v_ptrs + at * v.stride_m, in_col, D)
-        scores = product(q_tile, k_tile, PRECISION)
+        scores, still = product(q_tile, k_tile, PRECISION), qk_scale
+        if HAS_SOFTCAP:
+            scores, still = cap(scores * qk_scale, features.softcap, FLOAT32), 1.0
         shift = lse
         if HAS_BIAS:
             shift -= tl.where(block < plan.a1, bias.left, bias.right)
-        p = exp(scores * qk_scale - shift[:, None], FLOAT32)
+        p = exp(scores * still - shift[:, None], FLOAT32)
         dp = product(dout_tile, v_tile, PRECISION)
         if DROPOUT:
             position = n0 - plan.first.col_start
             keep = keep_tile(drop, position, row - seen.start, sequence_head, BLOCK_M, BLOCK_N, True, False)
             dp = tl.where(keep, dp * dropout_scale, 0.0)
         ds = p * (dp - delta[:, None])
-        dq = accumulate(dq, ds.to(k_tile.dtype), k_tile, zero, PRECISION)
+        du = ds
+        if HAS_SOFTCAP:
+            du = uncap(ds, scores, features.softcap)
+        dq = accumulate(dq, du.to(k_tile.dtype), k_tile, zero, PRECISION)
         if HAS_DTABLE:
             total = tl.sum(ds, axis=1)
             sum_left += tl.where(block < plan.a1, total, 0.0)
@@ -309,6 +337,9 @@ def _dq(
         k_tile = tl.load(k_ptrs + at * k.stride_m, mask=in_tile, other=0.0)
         v_tile = tl.load(v_ptrs + at * v.stride_m, mask=in_tile, other=0.0)
         scores = product(q_tile, k_tile, PRECISION) * qk_scale
+        if HAS_SOFTCAP:
+            scores = cap(scores, features.softcap, FLOAT32)
+        capped = scores
         rel = key[None, :] - seen.diagonal[:, None]
         if HAS_BIAS:
             single = plan.first.sequence == plan.last.sequence
@@ -321,7 +352,10 @@ def _dq(
             keep = keep_tile(drop, position, row - seen.start, sequence_head, BLOCK_M, BLOCK_N, not PACKED, False)
             dp = tl.where(keep, dp * dropout_scale, 0.0)
         ds = p * (dp - delta[:, None])
-        dq = accumulate(dq, ds.to(k_tile.dtype), k_tile, zero, PRECISION)
+        du = ds
+        if HAS_SOFTCAP:
+            du = uncap(ds, capped, features.softcap)
+        dq = accumulate(dq, du.to(k_tile.dtype), k_tile, zero, PRECISION)
         if HAS_DTABLE:
             sum_left += tl.sum(tl.where(rel <= -far, ds, 0.0), axis=1)
             sum_right += tl.sum(tl.where(rel >= far_right, ds, 0.0), axis=1)

@@ -22,7 +22,7 @@ from .attention_plan import (
     program,
     row_ptrs,
 )
-from .attention_tile import LN2, accumulate, add_bias, exp, head_bias, keep_tile, make_drop, product, scaled
+from .attention_tile import LN2, accumulate, add_bias, cap, exp, head_bias, keep_tile, make_drop, product, scaled
 
 SMALLEST = tl.constexpr(2.0**-126)
 
@@ -60,6 +60,7 @@ def _fwd(
     PACKED: tl.constexpr = features.cu_q_ptr is not None
     HAS_BIAS: tl.constexpr = features.bias_ptr is not None
     DROPOUT: tl.constexpr = features.rng_ptr is not None
+    HAS_SOFTCAP: tl.constexpr = features.softcap is not None
     FLOAT32: tl.constexpr = q.ptr.dtype.element_ty == tl.float32
     tile, head, b = program(tiles, heads)
     m0 = (tiles - 1 - tile) * BLOCK_M  # where causal, the last tiles see most keys: they start first
@@ -89,13 +90,15 @@ def _fwd(
         n0 = plan.begin + block * BLOCK_N
         at = tl.cast(n0, tl.int64)
         k_tile = load_rows(k_ptrs + at * k.stride_m, in_col, D)
-        scores = product(q_tile, k_tile, PRECISION)
-        m_new, shift = tl.max(scores, axis=1) * qk_scale, 0.0
+        scores, still = product(q_tile, k_tile, PRECISION), qk_scale
+        if HAS_SOFTCAP:
+            scores, still = cap(scores * qk_scale, features.softcap, FLOAT32), 1.0
+        m_new, shift = tl.max(scores, axis=1) * still, 0.0
         if HAS_BIAS:
             shift = tl.where(block < plan.a1, bias.left, bias.right)
             m_new += shift
         m_new = tl.maximum(m, m_new)
-        p = exp(scores * qk_scale - (m_new - shift)[:, None], FLOAT32)
+        p = exp(scores * still - (m_new - shift)[:, None], FLOAT32)
         alpha = exp(m - m_new, FLOAT32)
         total = total * alpha + tl.sum(p, axis=1)
         if DROPOUT:
@@ -113,8 +116,10 @@ def _fwd(
         in_tile = in_key[:, None] & in_col[None, :]
         k_tile = tl.load(k_ptrs + at * k.stride_m, mask=in_tile, other=0.0)
         scores, still = product(q_tile, k_tile, PRECISION), qk_scale
+        if HAS_SOFTCAP:
+            scores, still = cap(scores * qk_scale, features.softcap, FLOAT32), 1.0
         if HAS_BIAS:
-            scores, still = scores * qk_scale, 1.0
+            scores, still = scores * still, 1.0
             single = plan.first.sequence == plan.last.sequence
             least, most = n0 - plan.last.diagonal, n0 + BLOCK_N - 1 - plan.first.diagonal
             scores = add_bias(scores, bias, key[None, :], seen.diagonal[:, None], least, most, single)

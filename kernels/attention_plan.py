@@ -32,7 +32,7 @@ class Rows(NamedTuple):
 
 
 class Features(NamedTuple):
-    """What all kernels read beside the tensors. None: no packed input, no mask, no bias, no dropout."""
+    """What all kernels read beside the tensors. None: no packed input, mask, bias, dropout, softcap."""
 
     cu_q_ptr: tl.tensor  # (sequences + 1,) int32
     cu_k_ptr: tl.tensor
@@ -41,6 +41,7 @@ class Features(NamedTuple):
     rng_ptr: tl.tensor  # (2,) int64
     scale: tl.tensor
     dropout_scale: tl.tensor
+    softcap: tl.tensor  # in the unit of the scores
 
 
 @triton.jit

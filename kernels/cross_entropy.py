@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .cross_entropy_rows import _fwd, edge_columns, split, tile_columns
 from .device import multiprocessors
 from .rows import Matrix, matrix
 from .tuning import choose
@@ -52,6 +53,7 @@ WHOLE = 16384
 L1 = 208 * 1024
 # Bytes that a thread loads at once in a sweep, in four accesses: a multiprocessor then has 64 KB in flight, twice the
 # product of latency and bandwidth. Class weights are not aligned as the row is: 4-byte loads, each with an address.
+# With a softcap, 64 bytes would spill 80 to 216 bytes a thread; tanh, two an element, takes longer than the loads.
 SWEEP, SWEEP_WEIGHTED = 64, 16
 PARTS = 64  # partial sums at most in what `_sum` adds
 SUM_BLOCK = 4096
@@ -59,6 +61,7 @@ SCALE_BLOCK = 4096  # 128 threads, 32 elements each
 
 
 def config(cols: int, itemsize: int, weighted: bool) -> Config:
+    """weighted: with class weights or a softcap, for which a thread needs more registers an element."""
     shape = (triton.next_power_of_2(cols) if cols <= WHOLE else cols, itemsize, int(weighted))
     return choose(
         "cross_entropy_fwd", shape, lambda: _rule(cols, itemsize, weighted), lambda: _others(cols, itemsize, weighted)
@@ -90,198 +93,6 @@ def vec(x: torch.Tensor) -> int:
 
 
 @triton.jit
-def _split(ptr, cols, VEC: tl.constexpr):
-    """(head, body): of `cols` elements from ptr on, those before the first 16-byte boundary, and the multiple of VEC
-    after it."""
-    past = ptr.to(tl.int64) // (16 // VEC) % VEC
-    # int32 for all cols: the body then keeps a pointer of its own, which carries the hint that it is aligned.
-    head = tl.minimum((VEC - past) % VEC, cols).to(tl.int32)
-    return head, (cols - head) // VEC * VEC
-
-
-@triton.jit
-def _edge(head, body, VEC: tl.constexpr):
-    """The columns of head and tail, (2·VEC,); from cols - body on they do not exist."""
-    lane = tl.arange(0, 2 * VEC)
-    return lane, tl.where(lane < head, lane, lane + body)
-
-
-@triton.jit
-def _tile(BLOCK_N: tl.constexpr, VEC: tl.constexpr):
-    """The columns of a block, (BLOCK_N/VEC, VEC): a thread's 16-byte accesses are rows of it."""
-    group = tl.arange(0, BLOCK_N // VEC) * VEC
-    return group, group[:, None] + tl.arange(0, VEC)[None, :]
-
-
-# ---- rows
-
-
-@triton.jit
-def _weighted(x, w_ptr, col, mask, reference):
-    """w (reference - x), where the mask is set, else 0."""
-    distance = tl.where(mask, reference - x, 0.0)
-    if w_ptr is not None:
-        distance *= tl.load(w_ptr + col, mask=mask, other=0.0).to(tl.float32)
-    return distance
-
-
-@triton.jit
-def _gradient(e, factor, uniform, w_ptr, col, mask, SMOOTHS: tl.constexpr):
-    """exp(x - maximum) factor - ε/V w; without the target's part."""
-    dx = e * factor
-    if SMOOTHS:
-        if w_ptr is not None:
-            dx -= uniform * tl.load(w_ptr + col, mask=mask, other=0.0).to(tl.float32)
-        else:
-            dx -= uniform
-    return dx
-
-
-@triton.jit
-def _fwd(
-    x: Matrix,
-    target_ptr,
-    w_ptr,
-    w_sum_ptr,
-    part_ptr,
-    dloss_ptr,
-    loss_ptr,
-    dx: Matrix,
-    rows,
-    cols,
-    parts,
-    ignore_index: tl.int64,
-    smoothing,
-    z_loss,
-    SMOOTHS: tl.constexpr,
-    HAS_Z: tl.constexpr,
-    WHOLE: tl.constexpr,
-    PARTS: tl.constexpr,
-    VEC: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """loss (rows,) and dx. w_ptr and w_sum_ptr, part_ptr (the mean's denominator), dloss_ptr, dx: each may be None."""
-    program, count = tl.program_id(0), tl.num_programs(0)
-    group, tile = _tile(BLOCK_N, VEC)
-    denominator = 1.0
-    if part_ptr is not None:
-        part = tl.arange(0, PARTS)
-        denominator = tl.sum(tl.load(part_ptr + part, mask=part < parts, other=0.0))
-    t_next = tl.load(target_ptr + program)
-    end, step = rows, count
-    if WHOLE:  # the compiler sees a loop of one turn and spends no registers on it
-        end, step = program + 1, 1
-    for index in range(program, end, step):
-        t = t_next
-        # Loaded one row ahead: each row would otherwise begin with this latency.
-        t_next = tl.load(target_ptr + tl.minimum(index + count, rows - 1))
-        row = tl.cast(index, tl.int64)
-        row_ptr = x.ptr + row * x.stride
-        head, body = _split(row_ptr, cols, VEC)
-        lane, edge_col = _edge(head, body, VEC)
-        in_edge = lane < cols - body
-        body_ptr = tl.multiple_of(row_ptr + head, 16)
-        if dx is not None:
-            dx_row_ptr = dx.ptr + row * dx.stride
-            dx_body_ptr = tl.multiple_of(dx_row_ptr + head, 16)
-
-        if t == ignore_index:
-            tl.store(loss_ptr + row, 0.0)
-            if dx is not None:
-                tl.store(dx_row_ptr + edge_col, tl.zeros((2 * VEC,), dx.ptr.dtype.element_ty), mask=in_edge)
-                zeros = tl.zeros((BLOCK_N // VEC, VEC), dx.ptr.dtype.element_ty)
-                for start in range(0, body, BLOCK_N):
-                    tl.store(dx_body_ptr + start + tile, zeros, mask=(start + group < body)[:, None])
-        else:
-            is_class = (t >= 0) & (t < cols)
-            x_t = tl.load(row_ptr + t, mask=is_class, other=float("nan")).to(tl.float32)
-            w_t = 1.0
-            w_sum = tl.cast(cols, tl.float32)
-            if w_ptr is not None:
-                w_t = tl.load(w_ptr + t, mask=is_class, other=0.0).to(tl.float32)
-                w_sum = tl.load(w_sum_ptr)
-
-            # Σ exp(x - maximum); of smoothing's Σ w (lse - x), the part Σ w (reference - x)
-            reference = tl.where(tl.abs(x_t) < float("inf"), x_t, 0.0)
-            edge = tl.load(row_ptr + edge_col, mask=in_edge, other=-float("inf")).to(tl.float32)
-            distance = 0.0
-            if WHOLE:
-                in_body = (group < body)[:, None]
-                logit = tl.load(body_ptr + tile, mask=in_body, other=-float("inf")).to(tl.float32)
-                # Not below the least float: the exponentials of a row that is all -inf are then 0.
-                maximum = tl.maximum(tl.maximum(tl.max(logit), tl.max(edge)), -3.4028234663852886e38)
-                if SMOOTHS:
-                    distance = tl.sum(_weighted(logit, w_ptr, head + tile, in_body, reference))
-                e = tl.exp(logit - maximum)
-                total = tl.sum(e)
-            else:
-                top = tl.full((BLOCK_N // VEC,), -3.4028234663852886e38, tl.float32)
-                sums = tl.zeros((BLOCK_N // VEC,), tl.float32)
-                distances = tl.zeros((BLOCK_N // VEC,), tl.float32)
-                for start in range(0, body, BLOCK_N):
-                    in_body = (start + group < body)[:, None]
-                    logit = tl.load(body_ptr + start + tile, mask=in_body, other=-float("inf")).to(tl.float32)
-                    # A maximum for each access: no exchange between threads, at the cost of one more exp an access.
-                    higher = tl.maximum(top, tl.max(logit, axis=1))
-                    sums = sums * tl.exp(top - higher) + tl.sum(tl.exp(logit - higher[:, None]), axis=1)
-                    top = higher
-                    if SMOOTHS:
-                        distances += tl.sum(_weighted(logit, w_ptr, head + start + tile, in_body, reference), axis=1)
-                maximum = tl.maximum(tl.max(top), tl.max(edge))
-                total = tl.sum(sums * tl.exp(top - maximum))
-                if SMOOTHS:
-                    distance = tl.sum(distances)
-            if SMOOTHS:
-                distance += tl.sum(_weighted(edge, w_ptr, edge_col, in_edge, reference))
-            edge = tl.exp(edge - maximum)
-            total += tl.sum(edge)
-
-            log_total = tl.log(total)
-            lse = maximum + log_total
-            each = smoothing / cols
-            one_hot = w_t * (1.0 - smoothing)
-            loss = one_hot * ((maximum - x_t) + log_total)
-            if SMOOTHS:
-                loss += each * (distance + w_sum * ((maximum - reference) + log_total))
-            if HAS_Z:
-                loss += z_loss * lse * lse
-            tl.store(loss_ptr + row, tl.where(is_class, loss, float("nan")))
-
-            if dx is not None:
-                scale = tl.where(is_class, 1.0, float("nan")) / denominator
-                if dloss_ptr is not None:
-                    scale *= tl.load(dloss_ptr + row)
-                one_hot *= scale
-                uniform = each * scale
-                numerator = one_hot + uniform * w_sum
-                if HAS_Z:
-                    numerator += 2.0 * scale * z_loss * lse
-                factor = numerator / total
-                dtype = dx.ptr.dtype.element_ty
-                tl.debug_barrier()  # every thread has read the edge and the target's element; both are overwritten now
-                edge = _gradient(edge, factor, uniform, w_ptr, edge_col, in_edge, SMOOTHS)
-                tl.store(dx_row_ptr + edge_col, edge.to(dtype), mask=in_edge)
-                if WHOLE:
-                    in_body = (group < body)[:, None]
-                    d = _gradient(e, factor, uniform, w_ptr, head + tile, in_body, SMOOTHS)
-                    tl.store(dx_body_ptr + tile, d.to(dtype), mask=in_body)
-                else:
-                    blocks = tl.cdiv(body, BLOCK_N)
-                    for i in range(0, blocks):
-                        start = (blocks - 1 - i) * BLOCK_N
-                        in_body = (start + group < body)[:, None]
-                        logit = tl.load(body_ptr + start + tile, mask=in_body, other=-float("inf")).to(tl.float32)
-                        e = tl.exp(logit - maximum)
-                        d = _gradient(e, factor, uniform, w_ptr, head + start + tile, in_body, SMOOTHS)
-                        tl.store(dx_body_ptr + start + tile, d.to(dtype), mask=in_body)
-                tl.debug_barrier()  # the target's element is written again: this write must be the last
-                dx_t = tl.exp(x_t - maximum) * factor - one_hot
-                if SMOOTHS:
-                    dx_t -= uniform * w_t
-                tl.store(dx_row_ptr + t, dx_t.to(dtype), mask=is_class)
-
-
-@triton.jit
 def _scale(
     x: Matrix,
     dloss_ptr,
@@ -296,7 +107,7 @@ def _scale(
 ):
     """y = x dloss. Few programs, which loop: dloss is mostly 1, and in place there is then nothing to do."""
     dloss = tl.load(dloss_ptr)
-    group, tile = _tile(BLOCK_N, VEC)
+    group, tile = tile_columns(BLOCK_N, VEC)
     blocks = (cols - 1) // BLOCK_N + 1  # cdiv's sum overflows just below 2^31 elements
     tiles = rows * blocks
     if IN_PLACE and not PER_ROW:
@@ -306,7 +117,7 @@ def _scale(
         start = tl.cast(index % blocks, tl.int64) * BLOCK_N
         source_ptr = x.ptr + row * x.stride
         out_ptr = y.ptr + row * y.stride
-        head, body = _split(source_ptr, cols, VEC)
+        head, body = split(source_ptr, cols, VEC)
         if PER_ROW:
             dloss = tl.load(dloss_ptr + row)
         body_ptr = tl.multiple_of(source_ptr + head, 16)
@@ -317,7 +128,7 @@ def _scale(
         block = tl.load(body_ptr + start + tile, mask=in_body).to(tl.float32)
         tl.store(out_body_ptr + start + tile, (block * dloss).to(y.ptr.dtype.element_ty), mask=in_body)
         if start == 0:
-            lane, edge_col = _edge(head, body, VEC)
+            lane, edge_col = edge_columns(head, body, VEC)
             edge = tl.load(source_ptr + edge_col, mask=lane < cols - body).to(tl.float32)
             tl.debug_barrier()  # every thread has read it before some overwrite it
             tl.store(out_ptr + edge_col, (edge * dloss).to(y.ptr.dtype.element_ty), mask=lane < cols - body)
@@ -398,24 +209,40 @@ def aligned_alike(x, y) -> bool:
 
 
 def cross_entropy_fwd(
-    logits, target, weight, weight_sum, parts, dloss, loss, dlogits, *, ignore_index, label_smoothing, z_loss
+    logits,
+    target,
+    weight,
+    weight_sum,
+    parts,
+    dloss,
+    loss,
+    figures,
+    dlogits,
+    *,
+    ignore_index,
+    label_smoothing,
+    z_loss,
+    softcap,
 ):
     """Fills loss (rows,) float32 and dlogits, unless it is None. It may be logits, and must be aligned as they are.
 
     parts: of the mean's denominator, by count_targets; dloss: (rows,) float32; each may be None, for 1.
     weight_sum: Σ weight, float32, where there is a weight.
+    figures: (2, rows) float32, filled with z_loss lse² and whether the target's logit is the first of the greatest; or
+        None.
+    softcap: the logits are softcap tanh(x / softcap); 0: x.
     """
     rows, cols = logits.shape
     if rows == 0:
         return
     assert dlogits is None or aligned_alike(logits, dlogits)
-    c = config(cols, logits.element_size(), weight is not None)
+    c = config(cols, logits.element_size(), weight is not None or softcap > 0.0)
     programs = min(rows, c.per_sm * multiprocessors(logits.device)) if c.per_sm else rows
-    tensors = matrix(logits), target, weight, weight_sum, parts, dloss, loss, matrix(dlogits)
-    constants = {"SMOOTHS": label_smoothing > 0.0, "HAS_Z": z_loss != 0.0, "WHOLE": c.per_sm == 0, "PARTS": PARTS}
-    constants |= {"VEC": vec(logits), "BLOCK_N": c.block_n, "num_warps": c.num_warps, **c.limit()}
+    tensors = matrix(logits), target, weight, weight_sum, parts, dloss, loss, matrix(figures), matrix(dlogits)
+    options = ignore_index, label_smoothing or None, z_loss or None, softcap or None
+    constants = {"WHOLE": c.per_sm == 0, "PARTS": PARTS, "VEC": vec(logits), "BLOCK_N": c.block_n}
     count = 0 if parts is None else parts.numel()
-    _fwd[(programs,)](*tensors, rows, cols, count, ignore_index, label_smoothing, z_loss, **constants)
+    _fwd[(programs,)](*tensors, rows, cols, count, *options, **constants, num_warps=c.num_warps, **c.limit())
 
 
 def cross_entropy_bwd(dlogits, dloss, out):

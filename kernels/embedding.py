@@ -16,7 +16,16 @@ import triton.language as tl
 from .device import multiprocessors
 from .partials import sum_partials
 from .philox import dropout_key
-from .rows import Dropout, Matrix, drop_rows, dropout_argument, load_tile, matrix
+from .rows import (
+    Dropout,
+    Matrix,
+    drop_rows,
+    dropout_argument,
+    load_tile,
+    matrix,
+    normalize,
+    normalize_again,
+)
 from .tuning import choose
 
 
@@ -118,12 +127,8 @@ def _fwd(
     mask = (token < tokens)[:, None] & (col < cols)[None, :]
     y = _sum_rows(token, col, mask, tokens, word, position, kind, period)
     if w_ptr is not None:
-        mean = tl.sum(y, axis=1) / cols
-        centred = tl.where(mask, y - mean[:, None], 0.0)
-        rstd = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, axis=1) / cols + eps)
-        tl.store(mean_ptr + token, mean, mask=token < tokens)
-        tl.store(rstd_ptr + token, rstd, mask=token < tokens)
-        y = centred * rstd[:, None] * tl.load(w_ptr + col, mask=col < cols, other=0.0).to(tl.float32)[None, :]
+        y = normalize(y, mean_ptr, rstd_ptr, token, tokens, cols, eps, token < tokens, mask)
+        y *= tl.load(w_ptr + col, mask=col < cols, other=0.0).to(tl.float32)[None, :]
         if b_ptr is not None:
             y += tl.load(b_ptr + col, mask=col < cols, other=0.0).to(tl.float32)[None, :]
     if dropout is not None:
@@ -169,9 +174,8 @@ def _bwd(
             d = drop_rows(d, dropout, k0, k1, token, tl.arange(0, BLOCK_N // 4))
         if w_ptr is not None:
             h = _sum_rows(token, col, mask, tokens, word, position, kind, period)
-            mean = tl.load(mean_ptr + token, mask=here, other=0.0)[:, None]
-            rstd = tl.load(rstd_ptr + token, mask=here, other=0.0)[:, None]
-            xhat = tl.where(mask, (h - mean) * rstd, 0.0)
+            xhat, rstd = normalize_again(h, mean_ptr, rstd_ptr, token, tokens, here)
+            xhat = tl.where(mask, xhat, 0.0)
             dw += d * xhat
             if HAS_B:
                 db += d

@@ -17,7 +17,17 @@ import triton.language as tl
 from .device import multiprocessors
 from .partials import sum_partials
 from .philox import dropout_key
-from .rows import Dropout, Matrix, drop_rows, dropout_argument, load_tile, matrix
+from .rows import (
+    Dropout,
+    Matrix,
+    drop_rows,
+    dropout_argument,
+    load_tile,
+    matrix,
+    normalize,
+    normalize_again,
+    variance_of,
+)
 from .tuning import choose
 
 
@@ -106,14 +116,11 @@ def _fwd(
         tl.store(h_ptr + row[:, None] * cols + col[None, :], rounded, mask=mask)
         h = rounded.to(tl.float32)
     if mean_ptr is None:
-        centred = h
+        rstd = 1.0 / tl.sqrt_rn(tl.sum(h * h, axis=1) / cols + eps)
+        tl.store(rstd_ptr + row, rstd, mask=in_row)
+        y = h * rstd[:, None]
     else:
-        mean = tl.sum(h, axis=1) / cols
-        tl.store(mean_ptr + row, mean, mask=in_row)
-        centred = tl.where(mask, h - mean[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, axis=1) / cols + eps)
-    tl.store(rstd_ptr + row, rstd, mask=in_row)
-    y = centred * rstd[:, None]
+        y = normalize(h, mean_ptr, rstd_ptr, row, rows, cols, eps, in_row, mask)
     if w_ptr is not None:
         y *= tl.load(w_ptr + col, mask=in_col, other=0.0).to(tl.float32)[None, :]
     if b_ptr is not None:
@@ -155,12 +162,8 @@ def _bwd(
         mask = in_row[:, None] & in_col[None, :]
         dy_tile = load_tile(dy, row, col, mask)
         h_tile = load_tile(h, row, col, mask)
-        rstd = tl.load(rstd_ptr + row, mask=in_row, other=0.0)[:, None]
-        if mean_ptr is None:
-            xhat = h_tile * rstd
-        else:
-            mean = tl.load(mean_ptr + row, mask=in_row, other=0.0)[:, None]
-            xhat = tl.where(mask, (h_tile - mean) * rstd, 0.0)
+        xhat, rstd = normalize_again(h_tile, mean_ptr, rstd_ptr, row, rows, in_row)
+        xhat = tl.where(mask, xhat, 0.0)
         g = dy_tile
         if w_ptr is not None:
             g = dy_tile * w
@@ -226,10 +229,9 @@ def _fwd_long(
         sums += h
         if mean_ptr is None:
             squares += h * h
-    mean = 0.0
+    mean, rests = 0.0, tl.zeros((BLOCK_N,), tl.float32)
     if mean_ptr is not None:
         mean = tl.sum(sums, axis=0) / cols
-        tl.store(mean_ptr + row, mean)
     if h_ptr is not None:
         tl.debug_barrier()  # h is read back below
         source_ptr = h_ptr + row * cols
@@ -239,12 +241,18 @@ def _fwd_long(
             h = tl.load(source_ptr + col, mask=col < cols, other=0.0).to(tl.float32)
             centred = tl.where(col < cols, h - mean, 0.0)
             squares += centred * centred
-    rstd = 1.0 / tl.sqrt_rn(tl.sum(squares, axis=0) / cols + eps)
+            rests += centred
+    variance, lost = variance_of(tl.sum(squares, axis=0), tl.sum(rests, axis=0), cols)
+    rstd = 1.0 / tl.sqrt_rn(variance + eps)
+    offset = lost * rstd
+    if mean_ptr is not None:
+        tl.store(mean_ptr + row, mean)
+        tl.store(mean_ptr + rows + row, offset)
     tl.store(rstd_ptr + row, rstd)
     for start in range(0, cols, BLOCK_N):
         col = start + block
         mask = col < cols
-        y = (tl.load(source_ptr + col, mask=mask, other=0.0).to(tl.float32) - mean) * rstd
+        y = (tl.load(source_ptr + col, mask=mask, other=0.0).to(tl.float32) - mean) * rstd - offset
         if w_ptr is not None:
             y *= tl.load(w_ptr + col, mask=mask, other=0.0).to(tl.float32)
         if b_ptr is not None:
@@ -269,9 +277,9 @@ def _bwd_long(
     row = tl.program_id(0).to(tl.int64)
     block = tl.arange(0, BLOCK_N)
     rstd = tl.load(rstd_ptr + row)
-    mean = 0.0
+    mean, offset = 0.0, 0.0
     if mean_ptr is not None:
-        mean = tl.load(mean_ptr + row)
+        mean, offset = tl.load(mean_ptr + row), tl.load(mean_ptr + tl.num_programs(0) + row)
     sum_g, sum_gx = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
     for start in range(0, cols, BLOCK_N):
         col = start + block
@@ -281,7 +289,7 @@ def _bwd_long(
             g *= tl.load(w_ptr + col, mask=mask, other=0.0).to(tl.float32)
         h_row = tl.load(h.ptr + row * h.stride + col, mask=mask, other=0.0).to(tl.float32)
         sum_g += g
-        sum_gx += g * ((h_row - mean) * rstd)
+        sum_gx += g * ((h_row - mean) * rstd - offset)
     mean_gx = tl.sum(sum_gx, axis=0) / cols
     mean_g = 0.0
     if mean_ptr is not None:
@@ -295,7 +303,7 @@ def _bwd_long(
         if w_ptr is not None:
             g *= tl.load(w_ptr + col, mask=mask, other=0.0).to(tl.float32)
         h_row = tl.load(h.ptr + row * h.stride + col, mask=mask, other=0.0).to(tl.float32)
-        d = rstd * (g - mean_g - (h_row - mean) * rstd * mean_gx)
+        d = rstd * (g - mean_g - ((h_row - mean) * rstd - offset) * mean_gx)
         if dh is not None:
             d += tl.load(dh.ptr + row * dh.stride + col, mask=mask, other=0.0).to(tl.float32)
         tl.store(dresidual_ptr + row * cols + col, d.to(dresidual_ptr.dtype.element_ty), mask=mask)
@@ -330,10 +338,8 @@ def _weights_long(
         mask = in_row[:, None] & in_col[None, :]
         dy_tile = load_tile(dy, row, col, mask)
         if HAS_W:
-            h_tile = load_tile(h, row, col, mask)
-            if mean_ptr is not None:
-                h_tile -= tl.load(mean_ptr + row, mask=in_row, other=0.0)[:, None]
-            dw += dy_tile * (h_tile * tl.load(rstd_ptr + row, mask=in_row, other=0.0)[:, None])
+            xhat, _ = normalize_again(load_tile(h, row, col, mask), mean_ptr, rstd_ptr, row, rows, in_row)
+            dw += dy_tile * xhat
         if HAS_B:
             db += dy_tile
     if HAS_W:

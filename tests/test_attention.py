@@ -1,5 +1,6 @@
 """attention beyond its OpCase: layouts that must agree, masks and dropout bits read back, bad input."""
 
+import functools
 import itertools
 import random
 
@@ -10,6 +11,7 @@ import torch
 
 from fastlm import ops
 from fastlm.ops._relative_bias import bucket_starts, relative_buckets
+from fastlm.testing import checks
 from fastlm.testing.cases import CASES, Variant
 from fastlm.testing.compare import Comparison
 
@@ -229,6 +231,42 @@ def test_large_scores(backend):
     assert gradients(out, torch.ones_like(out), q)[0].isfinite().all()
 
 
+@pytest.mark.parametrize(("keys", "scale", "offset"), [(1024, 1, 0), (1023, 1, 0), (1024, 3, 3)])
+def test_errors_of_long_sums_stay_near_eagers(keys, scale, offset):
+    """A thousand keys and queries, float32: RMS errors are at most 1.5 times eager's.
+
+    With an offset in the values dp and delta nearly cancel: those errors are within the bound of all ops.
+    """
+    comparison = Comparison(factor=2.0 if offset else 1.5)
+    q, dout = randn(1, 1024, 2, 32) * scale, randn(1, 1024, 2, 32, seed=1)
+    k, v = randn(1, keys, 2, 32, seed=2), randn(1, keys, 2, 32, seed=3) + offset
+    results = {}
+    for name, dtype in (("ours", torch.float32), ("eager", torch.float32), ("exact", torch.float64)):
+        inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        attend = functools.partial(ops.attention, return_lse=True, backend="cpu")
+        out, _ = (attend if name == "ours" else ops.attention_reference)(*inputs, causal=True)
+        results[name] = [out, *gradients(out, dout.to(dtype), *inputs)]
+    for name, *tensors in zip(("out", "dq", "dk", "dv"), *results.values()):
+        comparison.add(name, *tensors)
+        if not offset:
+            assert comparison.ours[name].rms <= 1.5 * comparison.eager[name].rms, name
+    assert not comparison.failures(), comparison.failures()
+
+
+def test_softcap_with_a_bias_and_its_limits():
+    """The bias is added after the softcap, and its table's gradient does not have the softcap's slope."""
+    case = CASES["attention"]
+    variant = Variant({"b": 2, "s": 90, "h": 2, "d": 16, "buckets": 8}, {"softcap": 2.0, "max_distance": 9})
+    checks.error_bound(case, variant, torch.float32, "cpu", ["cpu"], range(1))
+    q = randn(1, 30, 2, 16)
+    # A softcap far above the scores changes them by their cube; one far below makes the softmax flat.
+    assert torch.equal(ops.attention(q, q, q, backend="cpu"), ops.attention(q, q, q, softcap=0.0, backend="cpu"))
+    wide, plain = ops.attention(q, q, q, softcap=1e4, backend="cpu"), ops.attention(q, q, q, backend="cpu")
+    torch.testing.assert_close(wide, plain, rtol=1e-4, atol=1e-5)
+    flat = ops.attention(q, q, q, softcap=1e-6, backend="cpu")
+    torch.testing.assert_close(flat, q.mean(1, keepdim=True).expand_as(q), rtol=1e-4, atol=1e-5)
+
+
 def test_sdpa_agrees_and_refuses():
     q, v = randn(2, 30, 4, 16), randn(2, 40, 2, 16, seed=1)
     table = randn(8, 4)
@@ -240,6 +278,7 @@ def test_sdpa_agrees_and_refuses():
     refused = [
         ({"dropout_p": 0.1}, "dropout bits"),
         ({"return_lse": True}, "no lse"),
+        ({"softcap": 50.0}, "no softcap"),
         ({"relative_bias": ops.RelativeBias(table.requires_grad_(), True, 20)}, "gradient for the table"),
     ]
     for options, reason in refused:
@@ -328,7 +367,7 @@ def test_bad_input(message, backend):
 def test_raw_op_checks_cu_seqlens():
     """The raw op reads memory by cu_seqlens, so it looks at them itself."""
     cu = torch.tensor([0, 6, 40], dtype=torch.int32)
-    arguments = (cu, cu, None, None, None, 40, 40, -1, -1, 1.0, True, 0, 0.0, 0)
+    arguments = (cu, cu, None, None, None, 40, 40, -1, -1, 1.0, True, 0, 0.0, 0, 0.0)
     with pytest.raises(ValueError, match="cu_seqlens_q"):
         torch.ops.fastlm.attention_fwd(PACKED, PACKED, PACKED, *arguments, "cpu")
 

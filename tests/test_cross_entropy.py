@@ -196,8 +196,8 @@ def test_cuda_sums_over_many_rows(rows, generator):
     counts = (target >= 0) & (target < 7) & (target != 3)
     with running("cuda"):
         losses_of = _registry.column("cross_entropy", "cuda").Losses
-        number = losses_of(LossArgs(target, None, 3, 0.0, 0.0, "mean"), 7).parts.sum()
-        losses = losses_of(LossArgs(target, weight, 3, 0.0, 0.0, "mean"), 7)
+        number = losses_of(LossArgs(target, None, 3, 0.0, 0.0, 0.0, "mean", False), 7).parts.sum()
+        losses = losses_of(LossArgs(target, weight, 3, 0.0, 0.0, 0.0, "mean", False), 7)
         losses.each.copy_(loss)
         mean = losses.loss()
         losses.parts = None
@@ -245,7 +245,7 @@ def test_cuda_offsets_past_32_bits(generator):
     with running("cuda", workers=1) as remember:  # more of them would copy the memory first
         remember(memory)  # whole, so that no state is kept of each of its bytes
         for x in (values.clone(), logits):
-            loss = module.cross_entropy_fwd_(x, target, None, -100, 0.1, 0.0, "sum", "cuda")
+            loss = module.cross_entropy_fwd_(x, target, None, -100, 0.1, 0.0, 0.0, "sum", False, "cuda")
             module.cross_entropy_bwd_(x, torch.tensor(0.5), "cuda")
             results.append((loss, x))
     assert all(torch.equal(a, b) for a, b in zip(*results))

@@ -114,7 +114,7 @@ def test_inplace_compiles(head):
 def test_inplace_schema(head):
     """The raw op declares what it writes."""
     hidden, weight, target = head
-    args = ((hidden @ weight.t()).detach(), target, None, -100, 0.1, 0.0, "mean", "cpu")
+    args = ((hidden @ weight.t()).detach(), target, None, -100, 0.1, 0.0, 0.0, "mean", False, "cpu")
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.fastlm.cross_entropy_fwd_.default, args, test_utils=checks)
     logits = args[0].clone()

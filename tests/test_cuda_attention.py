@@ -71,6 +71,13 @@ def test_limits():
         ops.attention(q, q, q, backend="cuda")
 
 
+def test_softcap_beside_a_bias_is_refused():
+    """The OpCase has it without a bias; a bias beside it is refused with the reason."""
+    q, bias = torch.zeros(1, 4, 1, 8), ops.RelativeBias(torch.zeros(8, 1), True, 9)
+    with device(), pytest.raises(ValueError, match="softcap or relative_bias, not both"):
+        ops.attention(q, q, q, softcap=2.0, relative_bias=bias, backend="cuda")
+
+
 def cuobjdump(*options):
     """What cuobjdump writes of each attention kernel of the build: (symbol, (kernel, dtype, d), text)."""
     knobs = pytest.importorskip("triton", reason="triton brings cuobjdump").knobs

@@ -42,23 +42,69 @@ def test_four_dimensional_masks_run_on_sdpa():
         torch.testing.assert_close(got, model(**packed).logits, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def packed_batch(rows, **options):
+    collate = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True, **options)
+    batch = collate([{"input_ids": row.tolist()} for row in rows])
+    batch.pop("labels")
+    return batch
+
+
+def one_by_one(model, rows):
+    return torch.cat([model(input_ids=row[None])[0][0] for row in rows])
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "bert-causal"])
 def test_packed_rows(name):
     """DataCollatorWithFlattening's arguments: the kernel's packed form, equal to each row by itself."""
     model = patched(make(name)).eval()
+    model = model.encoder if name.startswith("t5") else model
     rows = [torch.randint(5, VOCABULARY, (n,)) for n in (5, 3, 8)]
-    collate = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True)
-    batch = collate([{"input_ids": row.tolist()} for row in rows])
-    batch.pop("labels")
+    batch = packed_batch(rows)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        got = model(**batch).logits[0]
-        want = torch.cat([model(input_ids=row[None]).logits[0] for row in rows])
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        got, want = model(**batch)[0][0], one_by_one(model, rows)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        batch.pop("position_ids")
+        torch.testing.assert_close(model(**batch)[0][0], want, rtol=1e-4, atol=1e-4)
+        if not name.startswith("t5"):
+            embeddings = model.get_input_embeddings()(batch.pop("input_ids"))
+            torch.testing.assert_close(model(inputs_embeds=embeddings, **batch)[0][0], want, rtol=1e-4, atol=1e-4)
+    batch["input_ids"] = torch.cat(rows)[None]
     with pytest.raises(ValueError, match="expected with one packed row, got a batch of 2"):
         model(**{**batch, "input_ids": batch["input_ids"].repeat(2, 1)})
     with pytest.raises(ValueError, match="max_length_k: expected with cu_seq_lens_q, got none"):
         model(**{name: value for name, value in batch.items() if name != "max_length_k"})
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_packed_rows_of_roberta(padding):
+    """The model's positions begin at padding_idx + 1, the collator's at 0 or where it is told; gradients too."""
+    model = make("roberta", pad_token_id=padding)
+    ours = patched(model, fused_loss=True)
+    rows = [torch.randint(5, VOCABULARY, (n,)) for n in (5, 3, 8)]
+    labels = torch.cat(rows)[None]
+    losses = [model(input_ids=row[None], labels=row[None]).loss * len(row) / 16 for row in rows]
+    sum(losses).backward()
+    for start in (0, padding + 1):
+        ours.zero_grad()
+        ours(**packed_batch(rows, position_ids_start=start), labels=labels).loss.backward()
+        for (key, p), q in zip(model.named_parameters(), ours.parameters()):
+            if p.grad is not None:
+                torch.testing.assert_close(q.grad, p.grad, rtol=1e-3, atol=1e-5, msg=key)
+    ids = rows[0][None]
+    positions = torch.tensor([[7, 8, 9, 3, 4]])
+    want = model.eval()(input_ids=ids, position_ids=positions).logits
+    got = ours.eval()(input_ids=ids, position_ids=positions).logits  # not packed: as they are given
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_packed_rows_in_t5s_decoder_are_refused():
+    model = patched(make("t5-gated")).eval()
+    batch = packed_batch([torch.randint(5, VOCABULARY, (n,)) for n in (5, 3)])
+    with pytest.raises(ValueError, match="cu_seq_lens_q: expected for T5's encoder alone"):
+        model(**batch, decoder_input_ids=batch["input_ids"])
+    with pytest.raises(ValueError, match="output_attentions: expected False with cu_seq_lens_q"):
+        model.encoder(**batch, output_attentions=True)
 
 
 def test_cross_attention():

@@ -1,6 +1,7 @@
 """What Transformers, torch, PEFT and accelerate do with a patched model: save, copy, shard, adapt, compile, train."""
 
 import copy
+import io
 import pickle
 import subprocess
 import sys
@@ -319,3 +320,16 @@ def test_pipeline(tmp_path):
     )
     assert [line["token"] for line in got] == [line["token"] for line in want]
     assert [line["score"] for line in got] == pytest.approx([line["score"] for line in want], rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the exporters
+@pytest.mark.parametrize(("name", "dynamo"), [*((name, False) for name in FAMILIES), ("bert", True)])
+def test_an_export_to_onnx_is_refused(name, dynamo):
+    if dynamo:
+        pytest.importorskip("onnxscript")
+    model, batch = patched(make(name)).eval(), Batch(name, lengths=(6, 6))
+    ids = batch.inputs["input_ids"]
+    more = {"decoder_input_ids": ids} if name.startswith("t5") else {}
+    with pytest.raises(Exception, match=r"fastlm\.unpatch\(model\) first") as caught:
+        torch.onnx.export(model, (ids,), io.BytesIO(), kwargs=more, dynamo=dynamo)
+    assert dynamo or caught.type is ValueError

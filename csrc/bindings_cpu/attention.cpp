@@ -28,6 +28,7 @@ FASTLM_FIELDS(fastlm::cpu::Attention) {
   FIELD(left);
   FIELD(right);
   FIELD(scale);
+  FIELD(softcap);
   FIELD(dropout);
   FIELD(lse_sequence);
   FIELD(lse_head);

@@ -8,6 +8,8 @@ FASTLM_FIELDS(fastlm::cpu::CrossEntropy) {
   FIELD(weight);
   FIELD(dloss);
   FIELD(loss);
+  FIELD(z);
+  FIELD(accuracy);
   FIELD(dlogits);
   FIELD(rows);
   FIELD(vocabulary);
@@ -16,6 +18,7 @@ FASTLM_FIELDS(fastlm::cpu::CrossEntropy) {
   FIELD(ignore_index);
   FIELD(label_smoothing);
   FIELD(z_loss);
+  FIELD(softcap);
   FIELD(denominator);
 }
 

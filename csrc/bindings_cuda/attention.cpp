@@ -25,6 +25,7 @@ FASTLM_FIELDS(fastlm::cuda::Attention) {
   FIELD(far);
   FIELD(far_right);
   FIELD(scale);
+  FIELD(softcap);
   FIELD(dropout);
 }
 

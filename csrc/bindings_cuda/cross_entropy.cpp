@@ -10,6 +10,8 @@ FASTLM_FIELDS(fastlm::cuda::CrossEntropyForward) {
   FIELD(parts);
   FIELD(dloss);
   FIELD(loss);
+  FIELD(z);
+  FIELD(accuracy);
   FIELD(dx);
   FIELD(rows);
   FIELD(cols);
@@ -18,6 +20,7 @@ FASTLM_FIELDS(fastlm::cuda::CrossEntropyForward) {
   FIELD(ignore_index);
   FIELD(label_smoothing);
   FIELD(z_loss);
+  FIELD(softcap);
 }
 
 FASTLM_FIELDS(fastlm::cuda::TargetCount) {

@@ -16,6 +16,7 @@ struct Strides {
 // key_mask (batch, sk), 1 = real, or null; never with cu_k.
 // table (buckets, heads) or null; starts (one_way,): the smallest distance of each bucket of one direction.
 // left, right: the window around a query's position, aligned bottom-right; -1: no limit.
+// softcap c > 0: scores c tanh(score/c), before the bias; 0: none.
 // dropout: threshold is t = round(256 p), scale 256/(256-t).
 struct Attention {
   const void *q, *k, *v;
@@ -27,7 +28,7 @@ struct Attention {
   int64_t one_way;
   bool bidirectional;
   int64_t batch, heads, kv_heads, d, sq, sk, left, right;
-  float scale;
+  float scale, softcap;
   Dropout dropout;
   // lse of sequence b, head h, row i: lse[b lse_sequence + h lse_head + i], b's rows counted from cu_q where packed.
   int64_t lse_sequence, lse_head;

@@ -17,7 +17,7 @@ using Floats = std::unique_ptr<float[], Free>;
 
 // The buffers of one thread. ld: a row of d floats, rounded up for gemm.
 struct Scratch {
-  Floats k, v, dk, dv, bias, dbias, q, qt, dout, dout_t, out_t, dq, scores, dscores;
+  Floats k, v, dk, dv, bias, dbias, q, qt, dout, dout_t, out_t, dq, scores, dscores, slope;
   float lse[QUERIES], delta[QUERIES];
 
   Scratch(int64_t max_sq, int64_t max_sk, int64_t ld)
@@ -34,7 +34,8 @@ struct Scratch {
         out_t(scratch<float>(ld * QUERIES)),
         dq(scratch<float>(QUERIES * ld)),
         scores(scratch<float>(KEYS * QUERIES)),
-        dscores(scratch<float>(KEYS * QUERIES)) {}
+        dscores(scratch<float>(KEYS * QUERIES)),
+        slope(scratch<float>(KEYS * QUERIES)) {}
 };
 
 // delta_i = dout_i·out_i - dlse_i, summed in gemm's order. If out is close to one v, delta then has the same rounding
@@ -80,6 +81,14 @@ FASTLM_CLONES void gradient_tile(float* scores, float* dscores, int64_t n, int64
       if (j == j0 || j % 16 == 0) draw(j / 16, i0, sequence_head, key, lanes, words);
       gradient_row<true>(s, ds, lanes, lse, delta, words.word[j % 16 / 4], j, threshold);
     }
+  }
+}
+
+// dscores times the derivative of the softcap.
+FASTLM_CLONES void multiply(float* dscores, const float* slope, int64_t n, int64_t lanes) {
+  for (int64_t j = 0; j < n; ++j) {
+#pragma omp simd
+    for (int64_t i = 0; i < lanes; ++i) dscores[j * QUERIES + i] *= slope[j * QUERIES + i];
   }
 }
 
@@ -145,10 +154,11 @@ void backward_task(const Attention& a, const AttentionBackward& g, const Sequenc
       const int64_t n = std::min(KEYS, hi - j0);
       float *p = x.scores.get(), *ds = x.dscores.get();
       score_tile(a, s, i0, count, lanes, j0, n, x.k.get() + j0 * ld, ld, x.qt.get(), a.table ? x.bias.get() : nullptr,
-                 p);
+                 p, x.slope.get());
       gemm(A::plain, n, lanes, d, 1.0f, x.v.get() + j0 * ld, ld, x.dout_t.get(), QUERIES, ds, QUERIES);
       gradient_tile(p, ds, n, lanes, j0, i0, x.lse, x.delta, s.b * a.heads + head, key, uint32_t(a.dropout.threshold));
       if (g.dtable) add_dbias(ds, n, count, x.dbias.get() + i0 - j0 + s.sk - 1);
+      if (a.softcap > 0.0f) multiply(ds, x.slope.get(), n, lanes);
       gemm_add(A::plain, n, ld, count, p, QUERIES, x.dout.get(), ld, x.dv.get() + j0 * ld, ld);
       gemm_add(A::plain, n, ld, count, ds, QUERIES, x.q.get(), ld, x.dk.get() + j0 * ld, ld);
       gemm_add(A::transposed, count, ld, n, ds, QUERIES, x.k.get() + j0 * ld, ld, x.dq.get(), ld);

@@ -10,6 +10,7 @@
 
 #include "attention.h"
 #include "gemm.h"
+#include "math.h"
 #include "philox.h"
 #include "simd.h"
 
@@ -155,10 +156,29 @@ inline void mask_scores(const Attention& a, const Sequence& s, int64_t i0, int64
   }
 }
 
-// Scores of a tile, (n, QUERIES): scale k (n, ld) qt (d, QUERIES), with bias and mask.
+// scores = c tanh(scores/c). slope, unless null: the derivative, 1 - tanh².
+FASTLM_CLONES static void cap_scores(float* scores, int64_t n, int64_t lanes, float c, float* slope) {
+  for (int64_t j = 0; j < n; ++j) {
+#pragma omp simd
+    for (int64_t i = 0; i < lanes; ++i) scores[j * QUERIES + i] = fast_tanh(scores[j * QUERIES + i] / c);
+    if (slope) {
+#pragma omp simd
+      for (int64_t i = 0; i < lanes; ++i) {
+        slope[j * QUERIES + i] = 1.0f - scores[j * QUERIES + i] * scores[j * QUERIES + i];
+      }
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < lanes; ++i) scores[j * QUERIES + i] *= c;
+  }
+}
+
+// Scores of a tile, (n, QUERIES): scale k (n, ld) qt (d, QUERIES), with softcap (slope: its derivative, or null), bias
+// and mask.
 inline void score_tile(const Attention& a, const Sequence& s, int64_t i0, int64_t count, int64_t lanes, int64_t j0,
-                       int64_t n, const float* k, int64_t ld, const float* qt, const float* bias, float* scores) {
+                       int64_t n, const float* k, int64_t ld, const float* qt, const float* bias, float* scores,
+                       float* slope = nullptr) {
   gemm(A::plain, n, lanes, a.d, a.scale, k, ld, qt, QUERIES, scores, QUERIES);
+  if (a.softcap > 0.0f) cap_scores(scores, n, lanes, a.softcap, slope);
   if (bias) add_bias(scores, n, lanes, bias + i0 - j0 + s.sk - 1);
   mask_scores(a, s, i0, count, lanes, j0, n, scores);
 }

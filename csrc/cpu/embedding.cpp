@@ -1,6 +1,6 @@
 // embedding: y = dropout(LN(word + position + type)), forward and backward. The maths: fastlm/ops/embedding.py.
 //
-// Forward reads a row of each table and writes y; what backward needs besides the tables are two numbers a token.
+// Forward reads a row of each table and writes y; what backward needs besides the tables are three numbers a token.
 // Backward first takes dh, row by row; then every thread owns a slice of columns and adds all tokens' dh, in order, to
 // the rows of the tables. So nothing is sorted, no two threads write to one place, and their number changes no bit.
 #include "embedding.h"
@@ -44,14 +44,13 @@ FASTLM_CLONES void forward_tokens(const EmbeddingForward& a, int64_t begin, int6
     sum_rows<T>(a.lookup, t, cols, h);
     if (a.weight) {
       const Statistics s = statistics(h, cols, a.eps, false);
-      a.mean[t] = s.mean;
-      a.rstd[t] = s.rstd;
+      save(s, t, a.tokens, a.mean, a.rstd);
       if (a.bias) {
 #pragma omp simd
-        for (int64_t j = 0; j < cols; ++j) h[j] = (h[j] - s.mean) * s.rstd * a.weight[j] + a.bias[j];
+        for (int64_t j = 0; j < cols; ++j) h[j] = s.normalize(h[j]) * a.weight[j] + a.bias[j];
       } else {
 #pragma omp simd
-        for (int64_t j = 0; j < cols; ++j) h[j] = (h[j] - s.mean) * s.rstd * a.weight[j];
+        for (int64_t j = 0; j < cols; ++j) h[j] = s.normalize(h[j]) * a.weight[j];
       }
     }
     if (a.dropout.threshold) drop_row(h, t, cols, a.dropout, key);
@@ -77,13 +76,13 @@ FASTLM_CLONES void backward_tokens(const EmbeddingBackward& a, int64_t begin, in
     if (a.dropout.threshold) drop_row(dh, t, cols, a.dropout, key);
     if (!a.weight) continue;
 
-    // With x̂ = (h - mean) rstd and g = dy weight:  dh = rstd (g - mean(g) - x̂ mean(g x̂)).
+    // With g = dy weight:  dh = rstd (g - mean(g) - x̂ mean(g x̂)).
     sum_rows<T>(a.lookup, t, cols, h);
-    const float mean = a.mean[t], rstd = a.rstd[t];
+    const Statistics s = saved(a.mean, a.rstd, t, a.tokens);
     float sum_g = 0.0f, sum_gx = 0.0f;
 #pragma omp simd reduction(+ : sum_g, sum_gx)
     for (int64_t j = 0; j < cols; ++j) {
-      const float d = dh[j], xhat = (h[j] - mean) * rstd, g = d * a.weight[j];
+      const float d = dh[j], xhat = s.normalize(h[j]), g = d * a.weight[j];
       sum_g += g;
       sum_gx += g * xhat;
       dweight[j] += d * xhat;
@@ -93,7 +92,7 @@ FASTLM_CLONES void backward_tokens(const EmbeddingBackward& a, int64_t begin, in
     }
     const float mean_g = sum_g / float(cols), mean_gx = sum_gx / float(cols);
 #pragma omp simd
-    for (int64_t j = 0; j < cols; ++j) dh[j] = rstd * (dh[j] - mean_g - h[j] * mean_gx);
+    for (int64_t j = 0; j < cols; ++j) dh[j] = s.rstd * (dh[j] - mean_g - h[j] * mean_gx);
   }
 }
 

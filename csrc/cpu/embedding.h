@@ -12,8 +12,8 @@ struct Lookup {
   int64_t stride, period;
 };
 
-// y (tokens, cols); weight, bias (cols,) float32 or null (without a weight there is no norm); mean, rstd (tokens,)
-// float32 with a norm. All ids must be inside their tables.
+// y (tokens, cols); weight, bias (cols,) float32 or null (without a weight there is no norm); rstd (tokens,),
+// mean (2, tokens), as in norm.h, float32 with a norm. All ids must be inside their tables.
 struct EmbeddingForward {
   Lookup lookup[3];  // word, position, type
   const float *weight, *bias;

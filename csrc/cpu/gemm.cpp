@@ -18,7 +18,7 @@ FASTLM_INLINE void sum_block(int64_t k, float scale, const float* a, int64_t lda
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r) {
 #pragma omp simd
-    for (int j = 0; j < LANES; ++j) sum[r][j] = ADD ? c[r * ldc + j] : 0.0f;
+    for (int j = 0; j < LANES; ++j) sum[r][j] = 0.0f;
   }
   for (int64_t p = 0; p < k; ++p) {
 #pragma GCC unroll 8
@@ -31,7 +31,7 @@ FASTLM_INLINE void sum_block(int64_t k, float scale, const float* a, int64_t lda
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r) {
 #pragma omp simd
-    for (int j = 0; j < LANES; ++j) c[r * ldc + j] = ADD ? sum[r][j] : scale * sum[r][j];
+    for (int j = 0; j < LANES; ++j) c[r * ldc + j] = ADD ? c[r * ldc + j] + sum[r][j] : scale * sum[r][j];
   }
 }
 

@@ -40,19 +40,18 @@ FASTLM_CLONES void forward_rows(const LayerNormForward& a, int64_t begin, int64_
       }
     }
 
-    const auto [mean, rstd] = statistics(row_h, cols, a.eps, a.rms);
-    if (a.mean) a.mean[r] = mean;
-    a.rstd[r] = rstd;
+    const Statistics s = statistics(row_h, cols, a.eps, a.rms);
+    save(s, r, a.rows, a.mean, a.rstd);
 
     if (a.weight && a.bias) {
 #pragma omp simd
-      for (int64_t j = 0; j < cols; ++j) store(y + j, (row_h[j] - mean) * rstd * a.weight[j] + a.bias[j]);
+      for (int64_t j = 0; j < cols; ++j) store(y + j, s.normalize(row_h[j]) * a.weight[j] + a.bias[j]);
     } else if (a.weight) {
 #pragma omp simd
-      for (int64_t j = 0; j < cols; ++j) store(y + j, (row_h[j] - mean) * rstd * a.weight[j]);
+      for (int64_t j = 0; j < cols; ++j) store(y + j, s.normalize(row_h[j]) * a.weight[j]);
     } else {
 #pragma omp simd
-      for (int64_t j = 0; j < cols; ++j) store(y + j, (row_h[j] - mean) * rstd);
+      for (int64_t j = 0; j < cols; ++j) store(y + j, s.normalize(row_h[j]));
     }
   }
 }
@@ -69,14 +68,14 @@ FASTLM_CLONES void backward_rows(const LayerNormBackward& a, int64_t begin, int6
     const T* dh = static_cast<const T*>(a.dh) + (a.dh ? r * a.stride_dh : 0);
     const T* h = static_cast<const T*>(a.h) + r * a.stride_h;
     T* dresidual = static_cast<T*>(a.dresidual) + r * cols;
-    const float mean = a.rms ? 0.0f : a.mean[r], rstd = a.rstd[r];
+    const Statistics s = saved(a.mean, a.rstd, r, a.rows);
 
-    // With x̂ = (h - mean) rstd and g = dy weight:  dh = rstd (g - mean(g) - x̂ mean(g x̂)); rms has no mean(g).
+    // With g = dy weight:  dh = rstd (g - mean(g) - x̂ mean(g x̂)); rms has no mean(g).
     float sum_g = 0.0f, sum_gx = 0.0f;
     if (a.weight) {
 #pragma omp simd reduction(+ : sum_g, sum_gx)
       for (int64_t j = 0; j < cols; ++j) {
-        const float d = load(dy + j), xhat = (load(h + j) - mean) * rstd, g = d * a.weight[j];
+        const float d = load(dy + j), xhat = s.normalize(load(h + j)), g = d * a.weight[j];
         sum_g += g;
         sum_gx += g * xhat;
         row_d[j] = g;
@@ -86,7 +85,7 @@ FASTLM_CLONES void backward_rows(const LayerNormBackward& a, int64_t begin, int6
     } else {
 #pragma omp simd reduction(+ : sum_g, sum_gx)
       for (int64_t j = 0; j < cols; ++j) {
-        const float g = load(dy + j), xhat = (load(h + j) - mean) * rstd;
+        const float g = load(dy + j), xhat = s.normalize(load(h + j));
         sum_g += g;
         sum_gx += g * xhat;
         row_d[j] = g;
@@ -95,7 +94,7 @@ FASTLM_CLONES void backward_rows(const LayerNormBackward& a, int64_t begin, int6
     const float mean_g = a.rms ? 0.0f : sum_g / float(cols), mean_gx = sum_gx / float(cols);
 #pragma omp simd
     for (int64_t j = 0; j < cols; ++j) {
-      row_d[j] = rstd * (row_d[j] - mean_g - (load(h + j) - mean) * rstd * mean_gx);
+      row_d[j] = s.rstd * (row_d[j] - mean_g - s.normalize(load(h + j)) * mean_gx);
     }
     if (a.dh) {
 #pragma omp simd

@@ -4,7 +4,8 @@
 
 namespace fastlm::cpu {
 
-// Shapes: x, residual, h, y (rows, cols); weight, bias (cols,) float32; mean, rstd (rows,) float32.
+// Shapes: x, residual, h, y (rows, cols); weight, bias (cols,) float32; rstd (rows,), mean (2, rows) float32,
+// as in norm.h.
 // residual, weight, bias and h may be null. Without h, h = x is not written.
 struct LayerNormForward {
   const void *x, *residual;

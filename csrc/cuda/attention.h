@@ -20,14 +20,14 @@ struct Rows {
 // left, right: the window around a query's position, aligned bottom-right; -1: no limit.
 // bias (heads, 2 far + 1), or null: the bias of the scores by relative position, from attention_bias. It is constant
 // for relative positions <= -far, and for those >= far_right. dropout: threshold is t = round(256 p), scale
-// 256/(256-t).
+// 256/(256-t). softcap c > 0: scores c tanh(score/c); 0: none; never with a bias.
 struct Attention {
   Rows q, k, v;
   const int32_t *cu_q, *cu_k;
   const uint8_t* key_mask;
   const float* bias;
   int sequences, heads, group, d, sq, sk, left, right, far, far_right;
-  float scale;
+  float scale, softcap;
   Dropout dropout;
 };
 

@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(KeysShape<T, D>::THREADS, KeysShape<T, D>::BLO
   extern __shared__ __align__(1024) unsigned char memory[];
   auto& shared = *reinterpret_cast<Shared*>(memory);
   const Attention& a = f.attention;
-  const bool drops = EXTRAS && a.dropout.threshold, biased = EXTRAS && a.bias;
+  const bool drops = EXTRAS && a.dropout.threshold, biased = EXTRAS && a.bias, capped = EXTRAS && a.softcap > 0.0f;
   const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   const int warp_row = warp / Shared::SPLIT * 16 * MT;
   const int chunk0 = warp % Shared::SPLIT * (Tile<T, D>::kChunks / Shared::SPLIT);
@@ -100,6 +100,7 @@ __global__ void __launch_bounds__(KeysShape<T, D>::THREADS, KeysShape<T, D>::BLO
     const float* bias = biased ? a.bias + int64_t(head) * (2 * a.far + 1) : nullptr;
     float s[MT][NT][4], dp[MT][NT][4], factor = a.scale * kUnit<T>, shift = 0.0f;
     product(s, k, shared.q[stage]);
+    if (capped) factor = cap_scores<T>(s, factor, a.softcap);
     if (!plain) {
       const RealColumns<NT> columns(nullptr, col0, plan.hi);
       factor = finish_scores(s, factor, shared.sight, warp_row, col0, columns, bias, a.far, -1);
@@ -140,7 +141,13 @@ __global__ void __launch_bounds__(KeysShape<T, D>::THREADS, KeysShape<T, D>::BLO
       accumulate<T, D>(dv, s, shared.dout[stage], chunk0);
     }
     const float* delta = shared.delta[stage];
-    each<MT, NT>([&](int m, int n, int e) { s[m][n][e] *= dp[m][n][e] - delta[8 * n + 2 * t + e % 2]; });
+    each<MT, NT>([&](int m, int n, int e) {
+      const int col = 8 * n + 2 * t + e % 2;
+      float ds = s[m][n][e] * (dp[m][n][e] - delta[col]);
+      // The capped score, from p: kept in registers, it would spill. Where p is 0, so is ds.
+      if (capped) ds *= cap_slope(logarithm<T>(s[m][n][e]) + kUnit<T> * shared.lse[stage][col], a.softcap * kUnit<T>);
+      s[m][n][e] = ds;
+    });
     accumulate<T, D>(dk, s, shared.q[stage], chunk0);
   }
 

@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(QueriesShape<T, D>::THREADS, QueriesShape<T, D
   extern __shared__ __align__(1024) unsigned char memory[];
   auto& shared = *reinterpret_cast<QueriesShared<T, D>*>(memory);
   const Attention& a = f.attention;
-  const bool drops = EXTRAS && a.dropout.threshold, biased = EXTRAS && a.bias;
+  const bool drops = EXTRAS && a.dropout.threshold, biased = EXTRAS && a.bias, capped = EXTRAS && a.softcap > 0.0f;
   const bool summed = EXTRAS && f.partial;
   const int warp_row = threadIdx.x / 32 * 16 * MT, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 
@@ -121,6 +121,7 @@ __global__ void __launch_bounds__(QueriesShape<T, D>::THREADS, QueriesShape<T, D
     const bool plain = step < plan.plain();
     float s[MT][NT][4], dp[MT][NT][4], factor = a.scale * kUnit<T>, shift = 0.0f;
     product(s, q, shared.k[stage]);
+    if (capped) factor = cap_scores<T>(s, factor, a.softcap);
     if (!plain) {
       const RealColumns<NT> columns(mask, col0, plan.hi);
       factor = finish_scores(s, factor, shared.sight, warp_row, col0, columns, bias, a.far, 1);
@@ -132,7 +133,9 @@ __global__ void __launch_bounds__(QueriesShape<T, D>::THREADS, QueriesShape<T, D
       KeptKeys<MT, NT>(shared.bytes, shared.dropout, warp_row, col0, straddles && !plain)
           .apply(dp, sizeof(T) == 4 ? 1.0f : a.dropout.scale);
     each<MT, NT>([&](int m, int n, int e) {
+      const float slope = capped ? cap_slope(s[m][n][e], a.softcap * kUnit<T>) : 1.0f;
       s[m][n][e] = power<T>(fmaf(s[m][n][e], factor, less[m][e / 2] + shift)) * (dp[m][n][e] - delta[m][e / 2]);
+      if (capped) s[m][n][e] *= slope;
     });
     accumulate<T, D>(dq, s, shared.k[stage], 0);
     if (!summed) continue;

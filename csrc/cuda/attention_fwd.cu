@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(ForwardShape<T, D>::THREADS, ForwardShape<T, D
   extern __shared__ __align__(1024) unsigned char memory[];
   auto& shared = *reinterpret_cast<ForwardShared<T, D>*>(memory);
   const Attention& a = f.attention;
-  const bool drops = EXTRAS && a.dropout.threshold, biased = EXTRAS && a.bias;
+  const bool drops = EXTRAS && a.dropout.threshold, biased = EXTRAS && a.bias, capped = EXTRAS && a.softcap > 0.0f;
   const int warp_row = threadIdx.x / 32 * 16 * MT, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 
   // With a causal mask the last tiles see the most keys, so they start first.
@@ -84,6 +84,7 @@ __global__ void __launch_bounds__(ForwardShape<T, D>::THREADS, ForwardShape<T, D
     const int col0 = plan.column(step, N);
     float s[MT][NT][4], factor = a.scale * kUnit<T>, shift = 0.0f;
     product(s, q, shared.k[step % S::STAGES]);
+    if (capped) factor = cap_scores<T>(s, factor, a.softcap);
     if (step >= plan.plain()) {
       const RealColumns<NT> columns(mask, col0, plan.hi);
       factor = finish_scores(s, factor, shared.sight, warp_row, col0, columns, bias, a.far, 1);

@@ -35,6 +35,13 @@ __device__ __forceinline__ float power(float x) {
   return y;
 }
 
+// The inverse of power.
+template <class T>
+__device__ __forceinline__ float logarithm(float x) {
+  if constexpr (sizeof(T) == 4) return logf(x);
+  return __log2f(x);
+}
+
 // 16·MT rows for each of WARPS warps; blocks of 8·NT columns, STAGES of them in shared memory at a time. The compiler
 // limits registers so that BLOCKS blocks fit a multiprocessor.
 template <int MT_, int NT_, int WARPS_, int STAGES_, int BLOCKS_>
@@ -269,6 +276,28 @@ __device__ __forceinline__ void next_stage(F fetch) {
   __syncthreads();
 }
 
+// ---- softcap
+
+// c tanh(x/c), for scores x and the softcap c in their unit.
+template <class T>
+__device__ __forceinline__ float cap(float x, float c) {
+  if constexpr (sizeof(T) == 4) return c * tanhf(x / c);
+  return c - __fdividef(2.0f * c, 1.0f + power<T>(x * (2.0f * 1.4426950408889634f / c)));
+}
+
+// Its derivative where it is y; 0 for a masked score, where y is -inf.
+__device__ __forceinline__ float cap_slope(float y, float c) {
+  const float t = y * (1.0f / c);
+  return fmaxf(1.0f - t * t, 0.0f);
+}
+
+// Scores times `factor`, capped. Returns the factor that is still to be applied.
+template <class T, int MT, int NT>
+__device__ __forceinline__ float cap_scores(float (&s)[MT][NT][4], float factor, float softcap) {
+  each<MT, NT>([&](int m, int n, int e) { s[m][n][e] = cap<T>(s[m][n][e] * factor, softcap * kUnit<T>); });
+  return 1.0f;
+}
+
 // ---- masks and bias
 
 // Bits of N columns from col0 on: set for those below `end` that are real in the columns' mask (null: all are real).
@@ -328,14 +357,14 @@ inline bool is_wide(const Rows& x, int d, size_t item) {
 
 inline int64_t blocks_of(int64_t rows, int size) { return (rows + size - 1) / size; }
 
-// f(T, D, EXTRAS) for the class of the head dimension. EXTRAS: the kernel supports dropout and a bias. Only heads of 64
-// and 128 in bfloat16, in which most models are trained, have kernels without; these take fewer registers.
+// f(T, D, EXTRAS) for the class of the head dimension. EXTRAS: the kernel supports dropout, a bias and a softcap. Only
+// heads of 64 and 128 in bfloat16, in which most models are trained, have kernels without; these take fewer registers.
 template <class F>
 void choose(const Attention& a, DType dtype, F f) {
   auto extras = [&](auto type, auto d) {
     constexpr int D = decltype(d)::value;
     if constexpr (std::is_same_v<decltype(type), __nv_bfloat16> && (D == 64 || D == 128)) {
-      if (!a.bias && !a.dropout.threshold) return f(type, d, std::false_type());
+      if (!a.bias && !a.dropout.threshold && a.softcap <= 0.0f) return f(type, d, std::false_type());
     }
     f(type, d, std::true_type());
   };

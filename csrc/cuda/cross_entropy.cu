@@ -177,16 +177,35 @@ __device__ __forceinline__ float sum_parts(const float* parts) {
 
 // ---- rows
 
-template <class T, bool SMOOTHS, int THREADS>
-__global__ void __launch_bounds__(THREADS, 1024 / THREADS) cross_entropy_fwd_kernel(const CrossEntropyForward a) {
+// What a kernel computes besides loss and gradient. A softcap and the figures of a row are rarely asked for; kAll tests
+// for each option at run time, the other kernels have no code for them.
+constexpr int kPlain = 0, kSmooths = 1, kAll = 2;
+
+__device__ __forceinline__ float capped(float x, float cap) { return cap * tanhf(x / cap); }
+
+// The derivative of `capped`, 1 - tanh², from e = exp(-2|x / cap|): 1 - t² would cancel.
+__device__ __forceinline__ float cap_slope(float x, float cap) {
+  const float e = exp_of(-2.0f * fabsf(x / cap)), sum = 1.0f + e;
+  return 4.0f * e / (sum * sum);
+}
+
+// kAll may use 128 registers: with 64 it would spill.
+template <class T, int MODE, int THREADS>
+__global__ void __launch_bounds__(THREADS, (MODE == kAll ? 512 : 1024) / THREADS)
+    cross_entropy_fwd_kernel(const CrossEntropyForward a) {
   constexpr int U = kUnit<T>, kStep = kBatch<T, THREADS>;
+  const bool smooths = MODE == kSmooths || (MODE == kAll && a.label_smoothing > 0.0f);
+  const bool caps = MODE == kAll && a.softcap > 0.0f, judges = MODE == kAll && a.accuracy;
   extern __shared__ uint4 memory[];
-  __shared__ float buffer[3][32];
+  __shared__ float buffer[MODE == kAll ? 4 : 3][32];
   const int64_t row = blockIdx.x, t = a.target[row];
   const T* x = static_cast<const T*>(a.x) + row * a.stride_x;
   T* dx = a.dx ? static_cast<T*>(a.dx) + row * a.stride_dx : nullptr;
   if (t == a.ignore_index) {
-    if (threadIdx.x == 0) a.loss[row] = 0.0f;
+    if (threadIdx.x == 0) {
+      a.loss[row] = 0.0f;
+      if (judges) a.z[row] = a.accuracy[row] = 0.0f;
+    }
     if (dx) put_zeros<T, THREADS>(dx, a.cols);
     return;
   }
@@ -201,7 +220,8 @@ __global__ void __launch_bounds__(THREADS, 1024 / THREADS) cross_entropy_fwd_ker
     __pipeline_commit();
   }
   const bool is_class = t >= 0 && t < a.cols;
-  const float x_t = is_class ? to_float(x[t]) : NAN;
+  const float raw_t = is_class ? to_float(x[t]) : NAN;
+  const float x_t = caps ? capped(raw_t, a.softcap) : raw_t;
   const float w_t = a.weight && is_class ? a.weight[t] : 1.0f;
   const float w_sum = a.weight ? *a.weight_sum : float(a.cols);
   const float denominator = a.parts ? sum_parts(a.parts) : 1.0f;
@@ -211,7 +231,9 @@ __global__ void __launch_bounds__(THREADS, 1024 / THREADS) cross_entropy_fwd_ker
   // Σ exp(x - top), and Σ w (reference - x), the part of smoothing's Σ w (lse - x). Each column of a unit has its sum,
   // so the order is that of the columns, wherever the chunk is. top is finite even if all of a row is -inf.
   const float reference = fabsf(x_t) < INFINITY ? x_t : 0.0f;
+  // beaten: a logit is greater than the target's, or equal and before it.
   float top = -FLT_MAX, sums[U] = {}, distances[U] = {};
+  bool beaten = false;
   for (int k = 0; k < chunks; ++k) {
     __pipeline_wait_prior(kSlots - 1);
     __syncthreads();
@@ -222,9 +244,18 @@ __global__ void __launch_bounds__(THREADS, 1024 / THREADS) cross_entropy_fwd_ker
       by(on4, [&](auto on4) {
         each_unit<T, THREADS>(begin, cols, [&](int col, int left, int u) {
           load_unit<on4>(in + col, left, v[u]);
+          if constexpr (MODE == kAll) {
+#pragma unroll
+            for (int j = 0; j < U; ++j) {
+              if (j >= left) continue;
+              const bool before = int64_t(k) * a.chunk + col + j < t;
+              beaten |= before ? !(v[u][j] < raw_t) : !(v[u][j] <= raw_t);
+              if (caps) v[u][j] = capped(v[u][j], a.softcap);
+            }
+          }
 #pragma unroll
           for (int j = 0; j < U; ++j) higher = fmaxf(higher, v[u][j]);
-          if constexpr (SMOOTHS) {
+          if (smooths) {
 #pragma unroll
             for (int j = 0; j < U; ++j) {
               if (j < left) distances[j] += weight(int64_t(k) * a.chunk + col + j) * (reference - v[u][j]);
@@ -255,14 +286,19 @@ __global__ void __launch_bounds__(THREADS, 1024 / THREADS) cross_entropy_fwd_ker
   }
   const float maximum = row_max<THREADS>(top, buffer[0]);
   const float total = row_sum<THREADS>(sum * exp_of(top - maximum), buffer[1]);
-  if constexpr (SMOOTHS) distance = row_sum<THREADS>(distance, buffer[2]);
+  if (smooths) distance = row_sum<THREADS>(distance, buffer[2]);
+  if (judges) beaten = row_max<THREADS>(beaten ? 1.0f : 0.0f, buffer[MODE == kAll ? 3 : 0]) > 0.0f;
 
   const float log_total = logf(total), lse = maximum + log_total, each = a.label_smoothing / float(a.cols);
   if (threadIdx.x == 0) {
     float loss = w_t * (1.0f - a.label_smoothing) * ((maximum - x_t) + log_total);
-    if constexpr (SMOOTHS) loss += each * (distance + w_sum * ((maximum - reference) + log_total));
+    if (smooths) loss += each * (distance + w_sum * ((maximum - reference) + log_total));
     if (a.z_loss != 0.0f) loss += a.z_loss * lse * lse;
     a.loss[row] = is_class ? loss : NAN;
+    if (judges) {
+      a.z[row] = is_class ? a.z_loss * lse * lse : NAN;
+      a.accuracy[row] = is_class ? float(!beaten) : NAN;
+    }
   }
   if (!dx) return;
 
@@ -287,16 +323,19 @@ __global__ void __launch_bounds__(THREADS, 1024 / THREADS) cross_entropy_fwd_ker
           load_unit<on4>(in + col, left, g);
 #pragma unroll
           for (int j = 0; j < U; ++j) {
+            const float slope = caps ? cap_slope(g[j], a.softcap) : 1.0f;
+            if (caps) g[j] = capped(g[j], a.softcap);
             g[j] = exp_of(g[j] - maximum) * factor;
-            if (SMOOTHS && j < left) g[j] -= uniform * weight(int64_t(k) * a.chunk + col + j);
+            if (smooths && j < left) g[j] -= uniform * weight(int64_t(k) * a.chunk + col + j);
+            if (caps) g[j] *= slope;
           }
           store_unit<on4>(to + col, left, g);
         });
       }
       if (k == t_chunk && t_col / U % THREADS == int(threadIdx.x)) {  // this thread wrote that column, without one_hot
         float g = exp_of(x_t - maximum) * factor - one_hot;
-        if constexpr (SMOOTHS) g -= uniform * w_t;
-        to[t_col] = from_float<T>(g);
+        if (smooths) g -= uniform * w_t;
+        to[t_col] = from_float<T>(caps ? g * cap_slope(raw_t, a.softcap) : g);
       }
     };
     if (alike) {
@@ -406,8 +445,9 @@ void forward(CrossEntropyForward a, Place place) {
       std::min<int64_t>(kSlots, a.cols / a.chunk);  // chunks in shared memory, and what a last one has
   const int64_t rest = whole == kSlots ? 0 : (a.cols % a.chunk) * int64_t(sizeof(T)) + kPad;
   const size_t shared = whole * (a.chunk * sizeof(T) + kPad) + (rest + 15) / 16 * 16;
-  const auto kernel = a.label_smoothing > 0.0f ? cross_entropy_fwd_kernel<T, true, THREADS>
-                                               : cross_entropy_fwd_kernel<T, false, THREADS>;
+  const auto kernel = a.softcap > 0.0f || a.accuracy ? cross_entropy_fwd_kernel<T, kAll, THREADS>
+                      : a.label_smoothing > 0.0f     ? cross_entropy_fwd_kernel<T, kSmooths, THREADS>
+                                                     : cross_entropy_fwd_kernel<T, kPlain, THREADS>;
   launch(kernel, grid_size(a.rows), THREADS, shared, place.stream, a);
 }
 

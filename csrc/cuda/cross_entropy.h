@@ -11,13 +11,14 @@ struct CrossEntropyForward {
   const void* x;
   const int64_t* target;
   const float *weight, *weight_sum;
-  const float* parts;  // (kLossParts,): their sum is the denominator of "mean"; null: 1
-  const float* dloss;  // factors of the rows' gradients; null: ones
-  float* loss;         // not reduced; NaN for a target that is neither a class nor ignore_index
-  void* dx;            // the gradient of Σ dloss loss / Σ parts; null: none; may be x
+  const float* parts;   // (kLossParts,): their sum is the denominator of "mean"; null: 1
+  const float* dloss;   // factors of the rows' gradients; null: ones
+  float* loss;          // not reduced; NaN for a target that is neither a class nor ignore_index
+  float *z, *accuracy;  // z_loss lse², and 1 where the target's logit is the first of the greatest; null: neither
+  void* dx;             // the gradient of Σ dloss loss / Σ parts; null: none; may be x
   int64_t rows, cols, stride_x, stride_dx, ignore_index;
-  float label_smoothing, z_loss;
-  int chunk;  // set by cross_entropy_fwd: columns of a chunk in shared memory
+  float label_smoothing, z_loss, softcap;  // softcap: the logits are softcap tanh(x / softcap); 0: x
+  int chunk;                               // set by cross_entropy_fwd: columns of a chunk in shared memory
 };
 
 void cross_entropy_fwd(const CrossEntropyForward& args, DType dtype, Place place);

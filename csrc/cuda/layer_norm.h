@@ -4,7 +4,8 @@
 
 namespace fastlm::cuda {
 
-// Shapes: x, residual, h, y (rows, cols); weight, bias (cols,), float32 or of x's dtype; mean, rstd (rows,) float32.
+// Shapes: x, residual, h, y (rows, cols); weight, bias (cols,), float32 or of x's dtype; rstd (rows,), mean (2, rows)
+// float32: x̂ = (h - mean) rstd - offset, the means and then the offsets, which are what the rounding of the means lost.
 // residual, weight, bias, h and mean may be null. Without h, h = x is not written. Without mean it is rms_norm.
 struct LayerNormForward {
   const void *x, *residual, *weight, *bias;

@@ -100,6 +100,24 @@ __device__ __forceinline__ float row_sum(float x, float* buffer) {
   return x;
 }
 
+// row_sum of K values, with one barrier for all; K buffers.
+template <int THREADS, int K>
+__device__ __forceinline__ void row_sums(float (&x)[K], float (*buffer)[32]) {
+#pragma unroll
+  for (int k = 0; k < K; ++k) x[k] = row_sum<32>(x[k], nullptr);
+  if constexpr (THREADS > 32) {
+    constexpr int kWarps = THREADS / 32;
+    const int lane = threadIdx.x % 32;
+    if (lane == 0) {
+#pragma unroll
+      for (int k = 0; k < K; ++k) buffer[k][threadIdx.x / 32] = x[k];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < K; ++k) x[k] = row_sum<32>(lane < kWarps ? buffer[k][lane] : 0.0f, nullptr);
+  }
+}
+
 // Dropout of N columns from `col` on. N and col are multiples of 4, or N is 1. One Philox call serves four columns.
 template <int N>
 __device__ __forceinline__ void drop(float (&x)[N], int64_t row, int64_t col, const Dropout& dropout, Key key) {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastlm.hf import modules
 from fastlm.hf.loss import FusedLoss, FusedLossFunction, T5FusedLoss
+from fastlm.hf.positions import OffsetPositions, Positions
 from fastlm.hf.t5_attention import T5Attention
 
 # model_type -> {class of transformers.models.<model_type>: (mixin, what it does)}
@@ -12,16 +13,20 @@ _BERT = {
     "Output": (modules.DenseAddNorm, "dropout, addition and LayerNorm in one pass"),
     "Intermediate": (modules.Intermediate, "bias and GELU in one pass"),
 }
+_POSITIONS = "positions of packed rows, from cu_seq_lens_q"
 MODULES = {
     "bert": {
+        "BertModel": (Positions, _POSITIONS),
         **{f"Bert{name}": entry for name, entry in _BERT.items()},
         "BertPredictionHeadTransform": (modules.HeadTransform, "bias and GELU in one pass"),
     },
     "roberta": {
+        "RobertaModel": (OffsetPositions, _POSITIONS),
         **{f"Roberta{name}": entry for name, entry in _BERT.items()},
         "RobertaLMHead": (modules.RobertaLMHead, "bias and GELU in one pass"),
     },
     "distilbert": {
+        "DistilBertModel": (Positions, _POSITIONS),
         "TransformerBlock": (modules.DistilBertBlock, "addition and LayerNorm in one pass"),
         "FFN": (modules.DistilBertFFN, "bias and GELU in one pass"),
     },
@@ -31,6 +36,7 @@ MODULES = {
         "ModernBertPredictionHead": (modules.ModernBertHead, "bias and GELU in one pass"),
     },
     "gpt2": {
+        "GPT2Model": (Positions, _POSITIONS),
         "GPT2Block": (modules.GPT2Block, "addition and second LayerNorm in one pass"),
         "GPT2MLP": (modules.GPT2MLP, "bias and GELU in one pass"),
     },

@@ -8,6 +8,7 @@ Such a class cannot be imported, so a pickle holds (Mixin, own class) and makes 
 from __future__ import annotations
 
 import functools
+import inspect
 
 import torch
 
@@ -30,6 +31,23 @@ class Patched:
 
     def extra_repr(self) -> str:
         return ", ".join(filter(None, (super().extra_repr(), "fastlm")))
+
+
+class SameSignature(Patched):
+    """A mixin whose forward takes keywords alone. The class gets one with its own signature, which others inspect."""
+
+    @classmethod
+    def members(cls, base):
+        parameters = list(inspect.signature(base.forward).parameters.values())[1:]
+        names = [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD]
+
+        @functools.wraps(base.forward)
+        def forward(self, *args, **kwargs):
+            if len(args) > len(names):
+                raise TypeError(f"{base.__name__}.forward takes {len(names)} arguments, got {len(args)}")
+            return cls.forward(self, **dict(zip(names, args)), **kwargs)
+
+        return {"forward": forward}
 
 
 def _make_again(mixin: type, base: type):

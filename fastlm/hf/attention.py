@@ -23,6 +23,7 @@ import warnings
 import torch
 
 from fastlm import ops
+from fastlm.ops import _registry
 
 NAME = "fastlm"
 _collector = None  # Transformers' variable with the outputs that the running forward collects; not in all versions
@@ -96,6 +97,8 @@ _REFUSED = {
 
 
 def refuse_options(options):
+    """ValueError for options that the kernel lacks, and in an export to ONNX. Every patched attention calls it."""
+    _registry.refuse_onnx()
     for name, why in _REFUSED.items():
         if options.get(name) is not None and options[name] is not False:
             why = why or "the fused kernel has no such thing"
@@ -200,42 +203,17 @@ def attention(
     options = {"softmax_scale": scaling, "dropout_p": dropout, "causal": causal}
     if sliding_window is not None:  # it counts the query's own position
         options["window_size"] = sliding_window - 1, 0 if causal else sliding_window - 1
-    cu_seqlens = kwargs.get("cu_seq_lens_q")
-    weights = wants_weights(module, kwargs)
-    if weights and cu_seqlens is None:
+    weights, packed = wants_weights(module, kwargs), packed_rows(query.shape[0], kwargs)
+    if weights and packed is None:
         visible = attention_mask
         if visible is None or visible.dim() != 4:
             visible = visible_keys(query.shape[2], key.shape[2], attention_mask, options, query.device)
         return attend_eagerly(module, query, key, value, visible, options)
-    if cu_seqlens is not None:
+    if packed is not None:
         if weights:
-            raise ValueError(
-                "output_attentions: expected False with cu_seq_lens_q, since no kernel holds the weights of packed "
-                "rows; leave it out, or pass padded rows with an attention_mask"
-            )
-        if query.shape[0] != 1:
-            raise ValueError(
-                f"cu_seq_lens_q: expected with one packed row, got a batch of {query.shape[0]}; pack all sequences "
-                "into one row, or leave cu_seq_lens_q out and pass an attention_mask"
-            )
-        for name in ("cu_seq_lens_k", "max_length_q", "max_length_k"):
-            if kwargs.get(name) is None:
-                raise ValueError(
-                    f"{name}: expected with cu_seq_lens_q, got none; "
-                    "DataCollatorWithFlattening(return_flash_attn_kwargs=True) makes all four"
-                )
+            refuse_packed_weights()
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        out = ops.attention(
-            q,
-            k,
-            v,
-            cu_seqlens_q=cu_seqlens.int(),
-            cu_seqlens_k=kwargs["cu_seq_lens_k"].int(),
-            max_seqlen_q=int(kwargs["max_length_q"]),
-            max_seqlen_k=int(kwargs["max_length_k"]),
-            **options,
-        )
-        return out[None], None
+        return ops.attention(q, k, v, **packed, **options)[None], None
     if attention_mask is not None and attention_mask.dim() == 4:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -245,6 +223,36 @@ def attention(
         )
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     return attend(q, k, v, attention_mask, options), None
+
+
+def packed_rows(batch, options) -> dict | None:
+    """The arguments of ops.attention for rows that are packed into one, from Transformers'; None for a batch."""
+    if options.get("cu_seq_lens_q") is None:
+        return None
+    if batch != 1:
+        raise ValueError(
+            f"cu_seq_lens_q: expected with one packed row, got a batch of {batch}; pack all sequences "
+            "into one row, or leave cu_seq_lens_q out and pass an attention_mask"
+        )
+    for name in ("cu_seq_lens_k", "max_length_q", "max_length_k"):
+        if options.get(name) is None:
+            raise ValueError(
+                f"{name}: expected with cu_seq_lens_q, got none; "
+                "DataCollatorWithFlattening(return_flash_attn_kwargs=True) makes all four"
+            )
+    return {
+        "cu_seqlens_q": options["cu_seq_lens_q"].int(),
+        "cu_seqlens_k": options["cu_seq_lens_k"].int(),
+        "max_seqlen_q": int(options["max_length_q"]),
+        "max_seqlen_k": int(options["max_length_k"]),
+    }
+
+
+def refuse_packed_weights():
+    raise ValueError(
+        "output_attentions: expected False with cu_seq_lens_q, since no kernel holds the weights of packed "
+        "rows; leave it out, or pass padded rows with an attention_mask"
+    )
 
 
 def attend(q, k, v, mask, options):

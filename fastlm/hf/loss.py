@@ -8,15 +8,13 @@ training, under no_grad and without labels, nothing changes and the outputs have
 from __future__ import annotations
 
 import contextlib
-import functools
-import inspect
 import warnings
 
 import torch
 import torch.nn.functional as F
 
 from fastlm import ops
-from fastlm.hf._swap import Patched, bare, swap
+from fastlm.hf._swap import Patched, SameSignature, bare, swap
 from fastlm.ops.cross_entropy import outside
 
 
@@ -77,23 +75,8 @@ def _cross_entropy(
     return loss if num_items is None else loss / torch.as_tensor(num_items).to(loss.device)
 
 
-class FusedLoss(Patched):
+class FusedLoss(SameSignature):
     """A model whose loss is the mean cross-entropy of its logits, not shifted. It ignores num_items_in_batch."""
-
-    @classmethod
-    def members(cls, base):
-        """A forward with the signature of the model's forward, which Trainer and generate inspect."""
-
-        parameters = list(inspect.signature(base.forward).parameters.values())[1:]
-        names = [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD]
-
-        @functools.wraps(base.forward)
-        def forward(self, *args, **kwargs):
-            if len(args) > len(names):
-                raise TypeError(f"{base.__name__}.forward takes {len(names)} arguments, got {len(args)}")
-            return cls.forward(self, **dict(zip(names, args)), **kwargs)
-
-        return {"forward": forward}
 
     def forward(self, labels=None, return_dict=None, **kwargs):
         decoder = self.prepare() if labels is not None and self.training and torch.is_grad_enabled() else None

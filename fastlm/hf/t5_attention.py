@@ -11,7 +11,9 @@ from fastlm.hf.attention import (
     attend_eagerly,
     in_autocast_dtype,
     module_is_causal,
+    packed_rows,
     refuse_options,
+    refuse_packed_weights,
     wants_weights,
     warn_other_mask,
 )
@@ -49,6 +51,10 @@ class T5Attention(Patched):
         causal = module_is_causal(self, None)
         other_mask = mask is not None and mask.dim() == 4
         weights, wanted = None, wants_weights(self, kwargs)
+        packed = packed_rows(q.shape[0], kwargs)
+        if packed is not None:
+            self._check_packed(key_value_states, wanted)
+            mask, other_mask = None, False
         if other_mask and not wanted:
             warn_other_mask()
         aligned = isinstance(past, int) and past + q.shape[1] == k.shape[1]
@@ -63,8 +69,21 @@ class T5Attention(Patched):
                 options["relative_bias"] = ops.RelativeBias(
                     position_bias, bidirectional=not self.is_decoder, max_distance=self.relative_attention_max_distance
                 )
-            out = attend(q, k, v, mask, {**options, "causal": causal})
+            if packed is None:
+                out = attend(q, k, v, mask, {**options, "causal": causal})
+            else:
+                out = ops.attention(q[0], k[0], v[0], **packed, **options)[None]
         return self.o(out.flatten(-2)), position_bias, weights
+
+    def _check_packed(self, key_value_states, weights):
+        """ValueError where packed rows cannot be computed."""
+        if self.is_decoder or key_value_states is not None:
+            raise ValueError(
+                "cu_seq_lens_q: expected for T5's encoder alone (T5EncoderModel), since one set of offsets cannot "
+                "divide the input and the target; got it in the decoder. Pass padded rows with an attention_mask"
+            )
+        if weights:
+            refuse_packed_weights()
 
     def _cached(self, hidden_states, key_value_states, cache, heads):
         """k, v (B, H, Sk, D) out of the cache and, but for a cross-attention that is there already, added to it."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from fastlm.ops._losses import Losses
+from fastlm.ops._losses import Losses, per_row
 from fastlm.ops._shapes import as_rows
 from fastlm.ops.linear_cross_entropy import Args, BackwardArgs, Gradients, Inputs, Outputs, Wanted
 
@@ -105,7 +105,7 @@ def raw_ops(losses: type[Losses], row_bytes: int = 0):
         return Outputs(chunks.loss(), *gradients)
 
     def backward(args: BackwardArgs) -> Gradients:
-        chunks = losses(args.inputs.loss._replace(reduction="none"), args.inputs.weight.shape[0])
-        return _chunks(args.inputs, chunks, args.dloss.reshape(-1).float().contiguous(), args.wanted, row_bytes)
+        chunks = losses(args.inputs.loss._replace(figures=False), args.inputs.weight.shape[0])
+        return _chunks(args.inputs, chunks, per_row(args.dloss, chunks.target.numel()), args.wanted, row_bytes)
 
     return forward, backward

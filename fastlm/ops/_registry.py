@@ -237,6 +237,7 @@ def define(name: str, arguments: type, empty: Callable, *, writes: tuple[str, ..
     unflatten = raw.arguments.unflatten
 
     def run_fake(*args):
+        refuse_onnx()
         return empty(unflatten(args[:-1]))
 
     def run(*args):
@@ -260,6 +261,16 @@ def define(name: str, arguments: type, empty: Callable, *, writes: tuple[str, ..
 
     if written:
         _library.impl(name, raise_versions, "ADInplaceOrView", with_keyset=True)
+
+
+def refuse_onnx() -> None:
+    """ValueError in torch.onnx.export, whose own error names an op and no remedy. Called where a graph is traced."""
+    onnx = sys.modules.get("torch.onnx")  # nothing is exported if torch has not imported it
+    if onnx is not None and not torch.compiler.is_dynamo_compiling() and onnx.is_in_onnx_export():
+        raise ValueError(
+            "torch.onnx.export: expected a model without fastlm's ops, which ONNX does not know; call "
+            "fastlm.unpatch(model) first, and fastlm.patch(model) afterwards"
+        )
 
 
 def _on_its_device(function):

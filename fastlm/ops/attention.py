@@ -1,7 +1,8 @@
 """attention: softmax(scale·q kᵀ + bias) v without a stored matrix of scores, over padded or packed sequences.
 
 For query i and key j of one sequence and head, with offset = Sk - Sq (bottom-right alignment):
-    s_ij = scale q_i·k_j + table[bucket(j - i - offset)]      over the keys that query i sees
+    u_ij = scale q_i·k_j;  with softcap c > 0:  u_ij = c tanh(scale q_i·k_j / c)
+    s_ij = u_ij + table[bucket(j - i - offset)]      over the keys that query i sees
     lse_i = log Σ_j exp(s_ij),   p_ij = exp(s_ij - lse_i),   o_i = Σ_j z_ij p_ij v_j
 z is the dropout mask, 0 or 256/(256-t) with t = round(256·dropout_p); without dropout 1. See fastlm/ops/_random.py.
 lse does not depend on z. Query i sees key j if the key is real (key_mask), of the same sequence (cu_seqlens), and
@@ -10,11 +11,12 @@ A query that sees no key has o = 0, lse = -inf and zero gradients.
 
 Backward, with dlse the gradient of lse:
     delta_i = do_i·o_i - dlse_i,   ds_ij = p_ij (z_ij do_i·v_j - delta_i)
-    dq = scale ds k,   dk = scale dsᵀ q,   dv = (z p)ᵀ do,   dtable[b] = Σ ds_ij over the (i, j) of bucket b
+    dq = scale du k,   dk = scale duᵀ q,   dv = (z p)ᵀ do,   dtable[b] = Σ ds_ij over the (i, j) of bucket b
+with du = ds or, with softcap, du_ij = ds_ij (1 - (u_ij/c)²).
 Saved: q, k, v, o and lse; p is computed again from them.
 
 Sources: Dao et al. 2022 (arXiv:2205.14135), Dao 2023 (arXiv:2307.08691); Milakov, Gimelshein 2018 (arXiv:1805.02867);
-the relative position bias: Raffel et al. 2020 (arXiv:1910.10683).
+the relative position bias: Raffel et al. 2020 (arXiv:1910.10683); softcap: Gemma Team 2024 (arXiv:2408.00118).
 """
 
 from __future__ import annotations
@@ -70,13 +72,15 @@ def visible_keys(sq, sk, lengths_q, lengths_k, key_mask, window_size, device):
     return mask, relative
 
 
-def _attend(q, k, v, mask, bias, keep, scale, dropout_p):
+def _attend(q, k, v, mask, bias, keep, scale, softcap, dropout_p):
     """q (B, Sq, H, D), k, v (B, Sk, Hkv, D), mask (B or 1, 1, Sq, Sk), bias (B or 1, H, Sq, Sk) or None."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     group = q.shape[1] // k.shape[1]
     if group > 1:
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scores = q @ k.transpose(-1, -2) * scale
+    if softcap > 0.0:
+        scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
         scores = scores + bias.to(scores.dtype)
     empty = ~mask.any(-1, keepdim=True)
@@ -107,6 +111,7 @@ def attention_reference(
     dropout_p=0.0,
     rng=None,
     site=0,
+    softcap=0.0,
 ):
     """(out, lse) in plain differentiable torch: products in the inputs' dtype, softmax in at least float32.
 
@@ -135,7 +140,7 @@ def attention_reference(
     keep = _random.keep_attention(batch, heads, sq, sk, dropout_p, rng, site) if dropout_p > 0.0 else None
     mask = mask[:, None] if mask.dim() == 3 else mask
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    out, lse = _attend(q, k, v, mask, bias, keep, scale, dropout_p)
+    out, lse = _attend(q, k, v, mask, bias, keep, scale, softcap, dropout_p)
     if packed:
         token = torch.arange(total, device=q.device)
         sequence = torch.searchsorted(cu_seqlens_q[1:].contiguous(), token, right=True).clamp(max=len(lengths_q) - 1)
@@ -171,6 +176,7 @@ class Args(NamedTuple):
     max_distance: int
     dropout_p: float
     site: int
+    softcap: float  # 0: none
 
     @property
     def packed(self) -> bool:
@@ -330,6 +336,7 @@ def _check_inputs(
     dropout_p,
     rng,
     site,
+    softcap,
 ):
     packed = cu_seqlens_q is not None
     _checks.is_float("q", q)
@@ -357,6 +364,8 @@ def _check_inputs(
     _checks.probability("dropout_p", dropout_p)
     _random.attention_threshold(dropout_p)
     _checks.is_rng(rng, site, q.device)
+    if not 0.0 <= softcap < math.inf:
+        raise ValueError(f"softcap: expected 0 (none) or a positive number, got {softcap!r}")
 
 
 # ---- public
@@ -380,6 +389,7 @@ def _run_reference(args: Args, relative_bias: RelativeBias | None):
         dropout_p=args.dropout_p,
         rng=args.rng,
         site=args.site,
+        softcap=args.softcap,
     )
 
 
@@ -400,6 +410,7 @@ def attention(
     dropout_p: float = 0.0,
     rng: torch.Tensor | None = None,
     site: int = 0,
+    softcap: float = 0.0,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -424,6 +435,8 @@ def attention(
         dropout_p: probability of dropping a softmax weight, in steps of 1/256: 0 or at least 1/256.
         rng: int64 (2,), (seed, step), on q's device; None draws from torch's generator. See fastlm.ops._random.
         site: number of this call site; it makes the dropouts of one step differ.
+        softcap: c > 0 turns scaled scores into c·tanh(score/c), before bias and mask, as in flash-attn; Gemma 2 has 50.
+            0: none. Not on "sdpa"; on "cuda" not with relative_bias.
         return_lse: return (out, lse); a gradient through lse is included.
         backend: "auto", "reference", "cpu", "triton" and "cuda" (D up to 256), "sdpa".
 
@@ -435,7 +448,7 @@ def attention(
     if packed and cu_seqlens_k is None:
         cu_seqlens_k, max_seqlen_k = cu_seqlens_q, max_seqlen_q
     lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
-    _check_inputs(q, k, v, window_size, *lengths, key_mask, relative_bias, dropout_p, rng, site)
+    _check_inputs(q, k, v, window_size, *lengths, key_mask, relative_bias, dropout_p, rng, site, softcap)
 
     q_dtype = q.dtype
     q, k, v = autocast("attention", q, k, v)
@@ -449,6 +462,8 @@ def attention(
         q,
         packed=packed,
         dropout=dropout_p > 0.0,
+        softcap=softcap > 0.0,
+        bias=biased,
         return_lse=return_lse,
         bias_gradient=biased and relative_bias.table.requires_grad and torch.is_grad_enabled(),
     )
@@ -471,6 +486,7 @@ def attention(
         max_distance=relative_bias.max_distance if biased else 0,
         dropout_p=dropout_p,
         site=site,
+        softcap=softcap,
     )
     if backend == "sdpa":
         return _registry.column("attention", backend).attention(args)

@@ -10,7 +10,7 @@ Backward reads the tables again. With x̂ = (h - mean) rstd and g = dropout mask
     dh = rstd (g - mean(g) - x̂ mean(g x̂));   dweight = Σ mask dy x̂;   dbias = Σ mask dy
     dword[v] = Σ dh over the tokens of id v, in the order of the tokens (0 for padding_idx); the other tables likewise
 With `sparse`, dword is not summed: it is a sparse tensor with the rows dh at the ids.
-Saved: the ids and the tables, mean and rstd, (tokens,) float32.
+Saved: the ids and the tables, rstd, (tokens,) float32, and mean, (2, tokens), as in layer_norm.
 
 Source: Devlin et al. 2018 (arXiv:1810.04805), figure 2.
 """
@@ -97,8 +97,8 @@ class Args(NamedTuple):
 
 class Outputs(NamedTuple):
     y: torch.Tensor  # input_ids.shape + (cols,)
-    mean: torch.Tensor  # (tokens,) float32; empty without a norm
-    rstd: torch.Tensor
+    mean: torch.Tensor  # (2, tokens) float32, means and offsets; empty without a norm
+    rstd: torch.Tensor  # (tokens,) float32; empty without a norm
 
 
 class Saved(NamedTuple):
@@ -138,8 +138,12 @@ class Gradients(NamedTuple):
 
 def empty_forward(args: Args) -> Outputs:
     ids, word = args.lookup.input_ids, args.lookup.word
-    mean = word.new_empty(0 if args.weight is None else ids.numel(), dtype=torch.float32)
-    return Outputs(word.new_empty((*ids.shape, word.shape[1])), mean, torch.empty_like(mean))
+    tokens = ids.numel()
+    return Outputs(
+        y=word.new_empty((*ids.shape, word.shape[1])),
+        mean=word.new_empty(0 if args.weight is None else (2, tokens), dtype=torch.float32),
+        rstd=word.new_empty(0 if args.weight is None else tokens, dtype=torch.float32),
+    )
 
 
 def empty_backward(args: BackwardArgs) -> Gradients:

@@ -9,7 +9,9 @@ over the last dimension, statistics in float32. h is rounded to its dtype first,
 Backward, with x̂ = (h - mean) rstd and g = dy * weight:
     dh = rstd (g - mean(g) - x̂ mean(g x̂)) + (gradient of the returned h);   rms_norm has no mean(g)
     dresidual = dh;   dx = dropout mask * dh;   dweight = Σ dy x̂;   dbias = Σ dy
-Saved: h (x if there is neither residual nor dropout), mean and rstd, (rows,) float32.
+Saved: h (x if there is neither residual nor dropout), rstd, (rows,) float32, and mean, (2, rows) float32: the rounded
+mean m, and the offset o = mean((h - m) rstd), what its rounding lost. Both passes take x̂ = (h - m) rstd - o. At a mean
+of 100, m alone is wrong by up to 4e-6 or, for a row with a standard deviation of 1e-3, y by 4e-3.
 
 Sources: Ba, Kiros, Hinton 2016 (arXiv:1607.06450); Zhang, Sennrich 2019 (arXiv:1910.07467).
 """
@@ -79,7 +81,7 @@ class Args(NamedTuple):
 class Outputs(NamedTuple):
     y: torch.Tensor  # like x
     h: torch.Tensor  # like x; empty if it would equal x
-    mean: torch.Tensor  # (rows,) float32; empty for rms
+    mean: torch.Tensor  # (2, rows) float32, means and offsets; empty for rms
     rstd: torch.Tensor  # (rows,) float32
 
 
@@ -114,7 +116,7 @@ def empty_forward(args: Args) -> Outputs:
     return Outputs(
         y=torch.empty_like(x, memory_format=torch.contiguous_format),
         h=torch.empty_like(x, memory_format=torch.contiguous_format) if args.keeps_h else x.new_empty(0),
-        mean=x.new_empty(0 if args.rms else rows, dtype=torch.float32),
+        mean=x.new_empty(0 if args.rms else (2, rows), dtype=torch.float32),
         rstd=x.new_empty(rows, dtype=torch.float32),
     )
 

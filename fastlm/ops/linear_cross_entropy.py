@@ -7,8 +7,9 @@ fastlm/ops/cross_entropy.py. With G = dlogits,
     dhidden = G weight,   dweight = Gᵀ hidden,   dbias = Σ_rows G
 
 For "mean" and "sum" the forward computes the needed gradients together with each chunk's logits, and backward
-multiplies them by dloss: three matrix products a step, as without chunks. For "none", dloss differs from row to row:
-the forward saves only its inputs, and backward computes the logits again, a fourth product.
+multiplies them by dloss: three matrix products a step, as without chunks. For "none", dloss differs from row to row.
+In float16, dloss with the loss scale has to be applied before the gradients are rounded (see cross_entropy). In both
+cases the forward saves only its inputs, and backward computes the logits again, a fourth product ("late").
 
 All chunks have the same size. On a CPU a chunk has half of the rows, or a quarter in bfloat16, but at most 512, and at
 least 256 if there are that many. Smaller chunks cost time, since each chunk packs the weight for the BLAS twice, and
@@ -40,12 +41,15 @@ from fastlm.ops import _checks, _registry
 from fastlm.ops._autocast import autocast, autocast_dtype
 from fastlm.ops._labels import IGNORE_INDEX
 from fastlm.ops.cross_entropy import (
+    CrossEntropyOutput,
     LossArgs,
     check_labels,
     check_options,
     check_target,
     cross_entropy_reference,
     empty_loss,
+    is_late,
+    outputs_of,
     scale,
 )
 
@@ -62,7 +66,10 @@ def linear_cross_entropy_reference(
     ignore_index=IGNORE_INDEX,
     label_smoothing=0.0,
     z_loss=0.0,
+    softcap=None,
     reduction="mean",
+    return_z_loss=False,
+    return_token_accuracy=False,
     dtype=None,
 ):
     """The loss in plain differentiable torch; the logits exist. dtype: of the loss, hidden's by default."""
@@ -74,7 +81,10 @@ def linear_cross_entropy_reference(
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
+        softcap=softcap,
         reduction=reduction,
+        return_z_loss=return_z_loss,
+        return_token_accuracy=return_token_accuracy,
     )
 
 
@@ -98,7 +108,7 @@ class Wanted(NamedTuple):
 
 class Args(NamedTuple):
     inputs: Inputs
-    wanted: Wanted  # nothing for "none", whose gradients linear_cross_entropy_bwd computes
+    wanted: Wanted  # nothing where the gradients are late: linear_cross_entropy_bwd computes them
 
 
 class Outputs(NamedTuple):
@@ -109,7 +119,7 @@ class Outputs(NamedTuple):
 
 
 class BackwardArgs(NamedTuple):
-    dloss: torch.Tensor  # like target
+    dloss: torch.Tensor  # a scalar, for "none" like target
     inputs: Inputs
     wanted: Wanted
 
@@ -121,8 +131,8 @@ class Gradients(NamedTuple):
 
 
 class Saved(NamedTuple):
-    inputs: Inputs  # with tensors for "none" only
-    gradients: Gradients  # for the other reductions
+    inputs: Inputs  # with tensors where the gradients are late
+    gradients: Gradients  # for the others
     wanted: Wanted
 
 
@@ -147,7 +157,7 @@ def _save(args: Args, outputs) -> Saved:
     inputs, (_loss, *gradients) = args.inputs, outputs
     tensors = inputs.hidden, inputs.weight, inputs.bias
     needed = Wanted(*(t is not None and t.requires_grad for t in tensors))
-    if inputs.loss.reduction == "none":
+    if not any(args.wanted):
         return Saved(inputs, Gradients(None, None, None), needed)
     if any(need and not want for need, want in zip(needed, args.wanted)):
         raise ValueError(
@@ -158,7 +168,9 @@ def _save(args: Args, outputs) -> Saved:
 
 
 def _backward(saved: Saved, needs: Args, backend, dloss, *_):
-    if saved.inputs.loss.reduction == "none":
+    if saved.inputs.loss.figures:
+        dloss = dloss[0]
+    if saved.inputs.hidden is not None:
         args = BackwardArgs(dloss, saved.inputs, saved.wanted)
         gradients = Gradients(*_registry.call("linear_cross_entropy_bwd", args, backend))
     else:
@@ -190,9 +202,12 @@ def linear_cross_entropy(
     ignore_index: int = IGNORE_INDEX,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    softcap: float | None = None,
     reduction: str = "mean",
+    return_z_loss: bool = False,
+    return_token_accuracy: bool = False,
     backend: str = "auto",
-) -> torch.Tensor:
+) -> torch.Tensor | CrossEntropyOutput:
     """Cross-entropy of the logits hidden @ weightᵀ + bias, without all logits in memory at once.
 
     Args:
@@ -201,11 +216,13 @@ def linear_cross_entropy(
         target: int64 (...), as of cross_entropy.
         bias: (V,) in hidden's dtype, or None.
         class_weight: (V,) floating point or None; cross_entropy's `weight`.
-        ignore_index, label_smoothing, z_loss, reduction: as of cross_entropy.
+        ignore_index, label_smoothing, z_loss, softcap, reduction: as of cross_entropy.
+        return_z_loss, return_token_accuracy: as of cross_entropy; the result is then a CrossEntropyOutput.
         backend: "auto", "reference" (the logits exist), "cpu", "triton", "cuda".
 
-    The forward computes the gradients, chunk by chunk; backward scales them ("none": backward computes them). Beyond
-    the gradients it needs memory for a chunk of logits. On a CPU a chunk has half of the rows (bfloat16: a quarter,
+    The forward computes the gradients, chunk by chunk; backward scales them. For "none" and in float16 backward
+    computes them, and the logits a second time: a loss scale is then applied before anything is rounded. Beyond the
+    gradients it needs memory for a chunk of logits. On a CPU a chunk has half of the rows (bfloat16: a quarter,
     with a float32 copy of it), at most 512 and at least 256; on a GPU a quarter of the rows, at most 4096 and at least
     1024. For bfloat16 it also needs a float32 copy of the weight gradient.
 
@@ -227,7 +244,7 @@ def linear_cross_entropy(
         _checks.is_float("bias", bias)
         _checks.is_tensor("bias", bias, device=hidden.device, shape=weight.shape[:1])
     check_options(
-        hidden.device, weight.shape[0], class_weight, "class_weight", label_smoothing, reduction, ignore_index
+        hidden.device, weight.shape[0], class_weight, "class_weight", label_smoothing, softcap, reduction, ignore_index
     )
     hidden, weight, bias = autocast("linear_cross_entropy", hidden, weight, bias)
     for name, parameter in (("weight", weight), ("bias", bias)):
@@ -248,11 +265,18 @@ def linear_cross_entropy(
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
             z_loss=z_loss,
+            softcap=softcap,
             reduction=reduction,
+            return_z_loss=return_z_loss,
+            return_token_accuracy=return_token_accuracy,
             dtype=dtype,
         )
-    early = reduction != "none" and torch.is_grad_enabled()
+    early = reduction != "none" and torch.is_grad_enabled() and not is_late(hidden.dtype)
     wanted = Wanted(*(early and t is not None and t.requires_grad for t in (hidden, weight, bias)))
-    loss_args = LossArgs(target, class_weight, ignore_index, label_smoothing, z_loss, reduction)
+    figures = return_z_loss or return_token_accuracy
+    loss_args = LossArgs(
+        target, class_weight, ignore_index, label_smoothing, z_loss, softcap or 0.0, reduction, figures
+    )
     args = Args(Inputs(hidden, weight, bias, loss_args), wanted)
-    return _registry.call("linear_cross_entropy_fwd", args, backend)[0].to(dtype)
+    loss = _registry.call("linear_cross_entropy_fwd", args, backend)[0]
+    return outputs_of(loss, dtype, return_z_loss, return_token_accuracy)

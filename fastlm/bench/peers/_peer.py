@@ -77,11 +77,18 @@ class Loss:
         return losses.sum() / (target != self.ignore_index).sum() if self.reduction == "mean" else losses.sum()
 
 
+def _loss(options: dict) -> Loss:
+    """The options as a Loss; Unsupported for those that no peer here is called with."""
+    ours = ("softcap", "return_z_loss", "return_token_accuracy")
+    refuse(**{name: value for name, value in options.items() if name in ours})
+    return Loss(**{name: value for name, value in options.items() if name not in ours})
+
+
 def loss_peer(function: Callable) -> Callable:
     """A peer of cross_entropy, of function(logits, target, loss: Loss)."""
 
     def call(logits, target, **options):
-        loss = Loss(**options)
+        loss = _loss(options)
         return function(loss.logits(logits), target, loss)
 
     return call
@@ -91,7 +98,7 @@ def linear_loss_peer(function: Callable) -> Callable:
     """A peer of linear_cross_entropy, of function(hidden, weight, target, bias, loss: Loss)."""
 
     def call(hidden, weight, target, bias=None, *, class_weight=None, **options):
-        return function(hidden, weight, target, bias, Loss(weight=class_weight, **options))
+        return function(hidden, weight, target, bias, _loss({"weight": class_weight, **options}))
 
     return call
 

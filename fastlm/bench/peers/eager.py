@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastlm.bench.peers._peer import Peer, Unsupported, add_residual, relative_bias
+from fastlm.bench.peers._peer import Peer, Unsupported, add_residual, refuse, relative_bias
 from fastlm.ops import IGNORE_INDEX
 
 
@@ -25,12 +25,23 @@ def rms_norm(x, weight=None, *, eps=1e-5, residual=None, dropout_p=0.0, rng=None
     return F.rms_norm(h, h.shape[-1:], weight, eps), h
 
 
-def cross_entropy(logits, target, *, z_loss=0.0, inplace=False, **options):
+def cross_entropy(
+    logits,
+    target,
+    *,
+    z_loss=0.0,
+    softcap=None,
+    inplace=False,
+    return_z_loss=False,
+    return_token_accuracy=False,
+    **options,
+):
     """options: weight, ignore_index, label_smoothing, reduction, by torch's own names."""
-    if z_loss:
-        raise Unsupported("torch has no z_loss")
+    refuse(z_loss=z_loss, return_z_loss=return_z_loss, return_token_accuracy=return_token_accuracy)
     if inplace:  # the OpCase overwrites a copy, made within the clock: every contender makes one
         logits = logits + 0.0
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     return F.cross_entropy(logits.flatten(0, -2), target.flatten(), **options)
 
 
@@ -38,10 +49,21 @@ def linear_cross_entropy(hidden, weight, target, bias=None, *, class_weight=None
     return cross_entropy(F.linear(hidden, weight, bias), target, weight=class_weight, **options)
 
 
-def linear_cross_entropy_chunked(hidden, weight, target, bias=None, *, class_weight=None, z_loss=0.0, **options):
+def linear_cross_entropy_chunked(
+    hidden,
+    weight,
+    target,
+    bias=None,
+    *,
+    class_weight=None,
+    z_loss=0.0,
+    softcap=None,
+    return_z_loss=False,
+    return_token_accuracy=False,
+    **options,
+):
     """torch's own, with its default chunks."""
-    if z_loss:
-        raise Unsupported("torch has no z_loss")
+    refuse(z_loss=z_loss, softcap=softcap, return_z_loss=return_z_loss, return_token_accuracy=return_token_accuracy)
     if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         raise Unsupported(f"torch {torch.__version__} has no chunked linear_cross_entropy; 2.13 has")
     chunks = torch.nn.LinearCrossEntropyOptions()

@@ -45,6 +45,7 @@ def _shared(args: Args, lse: torch.Tensor) -> dict:
         "left": args.window_left,
         "right": args.window_right,
         "scale": args.softmax_scale,
+        "softcap": args.softcap,
         "dropout": _random.attention_dropout(args.dropout_p, args.rng, args.site),
         "lse_sequence": 0 if args.packed else lse.stride(0),
         "lse_head": lse.stride(-2),

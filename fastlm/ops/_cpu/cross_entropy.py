@@ -25,16 +25,18 @@ class Losses(_losses.Losses):
         )
         if row >= 0:
             raise_outside(row, int(self.target[row]), vocabulary, args.ignore_index)
-        self.denominator, self.sum = count if args.reduction == "mean" else 1.0, 0.0
+        self.denominator, self.sum, self.z_sum = count if args.reduction == "mean" else 1.0, 0.0, 0.0
 
     def add(self, x, dx, dloss=None):
-        target, loss = self.next(x.shape[0])
-        self.sum += _native.cpu().cross_entropy_fwd(
+        target, loss, figures = self.next(x.shape[0])
+        loss_sum, z_sum = _native.cpu().cross_entropy_fwd(
             logits=x,
             target=target,
             weight=self.weight,
             dloss=dloss,
             loss=loss,
+            z=None if figures is None else figures[0],
+            accuracy=None if figures is None else figures[1],
             dlogits=dx,
             rows=x.shape[0],
             vocabulary=x.shape[1],
@@ -43,15 +45,17 @@ class Losses(_losses.Losses):
             ignore_index=self.args.ignore_index,
             label_smoothing=self.args.label_smoothing,
             z_loss=self.args.z_loss,
+            softcap=self.args.softcap,
             denominator=self.denominator,
             dtype=_native.DTYPE_CODES[x.dtype],
             threads=_native.threads(),
         )
+        self.sum += loss_sum
+        self.z_sum += z_sum
 
-    def loss(self):
-        if self.args.reduction == "none":
-            return self.each
-        return self.each.new_full((), self.sum if self.denominator else math.nan)
+    def total(self, of_z):
+        value = self.z_sum if of_z else self.sum
+        return self.each.new_full((), value if self.denominator else math.nan)
 
 
 def _scaled(x, dloss, out):
@@ -69,4 +73,11 @@ def _scaled(x, dloss, out):
     )
 
 
-cross_entropy_fwd, cross_entropy_fwd_, cross_entropy_bwd, cross_entropy_bwd_ = _losses.raw_ops(Losses, _scaled)
+(
+    cross_entropy_fwd,
+    cross_entropy_fwd_,
+    cross_entropy_gradient,
+    cross_entropy_gradient_,
+    cross_entropy_bwd,
+    cross_entropy_bwd_,
+) = _losses.raw_ops(Losses, _scaled)

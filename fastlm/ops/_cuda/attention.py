@@ -12,7 +12,9 @@ from fastlm.ops.attention import Args, BackwardArgs, Gradients, Outputs, empty_b
 _NO_LIMIT = 2**30  # of a window: longer than any sequence, and its sums with an index fit 32 bits
 
 
-def limit(q, **features) -> str | None:
+def limit(q, softcap=False, bias=False, **features) -> str | None:
+    if softcap and bias:
+        return "its kernels take softcap or relative_bias, not both"
     return None if q.shape[-1] <= 256 else f"its kernels take head dimensions up to 256, not {q.shape[-1]}"
 
 
@@ -62,6 +64,7 @@ def _shared(args: Args, place: _native.Place) -> dict:
         "far": far,
         "far_right": far if args.bidirectional else 0,
         "scale": args.softmax_scale,
+        "softcap": args.softcap,
         "dropout": _random.attention_dropout(args.dropout_p, args.rng, args.site),
     }
 

@@ -28,7 +28,7 @@ class Losses(_losses.Losses):
             )
 
     def add(self, x, dx, dloss=None):
-        target, loss = self.next(x.shape[0])
+        target, loss, figures = self.next(x.shape[0])
         _native.cuda().cross_entropy_fwd(
             x=x,
             target=target,
@@ -37,6 +37,8 @@ class Losses(_losses.Losses):
             parts=self.parts,
             dloss=dloss,
             loss=loss,
+            z=None if figures is None else figures[0],
+            accuracy=None if figures is None else figures[1],
             dx=dx,
             rows=x.shape[0],
             cols=x.shape[1],
@@ -45,20 +47,19 @@ class Losses(_losses.Losses):
             ignore_index=self.args.ignore_index,
             label_smoothing=self.args.label_smoothing,
             z_loss=self.args.z_loss,
+            softcap=self.args.softcap,
             dtype=_native.DTYPE_CODES[x.dtype],
             place=self.place,
         )
 
-    def loss(self):
-        if self.args.reduction == "none":
-            return self.each
-        out = self.each.new_empty(())
+    def total(self, of_z):
+        out, values = self.each.new_empty(()), self.figures[0] if of_z else self.losses
         _native.cuda().cross_entropy_sum(
-            loss=self.each,
+            loss=values,
             parts=self.parts,
             scratch=self.each.new_empty(_native.cuda().LOSS_PARTS),
             out=out,
-            rows=self.each.numel(),
+            rows=values.numel(),
             place=self.place,
         )
         return out
@@ -79,4 +80,11 @@ def _scaled(x, dloss, out):
     )
 
 
-cross_entropy_fwd, cross_entropy_fwd_, cross_entropy_bwd, cross_entropy_bwd_ = _losses.raw_ops(Losses, _scaled)
+(
+    cross_entropy_fwd,
+    cross_entropy_fwd_,
+    cross_entropy_gradient,
+    cross_entropy_gradient_,
+    cross_entropy_bwd,
+    cross_entropy_bwd_,
+) = _losses.raw_ops(Losses, _scaled)

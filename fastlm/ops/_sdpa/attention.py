@@ -21,11 +21,13 @@ from fastlm.ops._relative_bias import relative_buckets
 from fastlm.ops.attention import Args, visible_keys
 
 
-def limit(q, *, packed=False, dropout=False, return_lse=False, bias_gradient=False):
+def limit(q, *, packed=False, dropout=False, return_lse=False, bias_gradient=False, softcap=False, bias=False):
     if packed:
         return "it takes padded input, not cu_seqlens"
     if dropout:
         return "torch draws other dropout bits than fastlm's rng and site say"
+    if softcap:
+        return "it has no softcap"
     if return_lse:
         return "it returns no lse"
     if bias_gradient:

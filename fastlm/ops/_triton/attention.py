@@ -58,6 +58,7 @@ def _options(args: Args) -> kernels.Options:
         left=args.window_left,
         right=args.window_right,
         scale=args.softmax_scale,
+        softcap=args.softcap,
         threshold=dropout.threshold,
         dropout_scale=dropout.scale,
         rng=dropout.rng,

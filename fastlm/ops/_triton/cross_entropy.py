@@ -21,7 +21,7 @@ class Losses(_losses.Losses):
             self.parts = kernels.count_targets(self.target, self.weight, vocabulary, args.ignore_index)
 
     def add(self, x, dx, dloss=None):
-        target, loss = self.next(x.shape[0])
+        target, loss, figures = self.next(x.shape[0])
         kernels.cross_entropy_fwd(
             x,
             target,
@@ -30,14 +30,16 @@ class Losses(_losses.Losses):
             self.parts,
             dloss,
             loss,
+            figures,
             dx,
             ignore_index=self.args.ignore_index,
             label_smoothing=self.args.label_smoothing,
             z_loss=self.args.z_loss,
+            softcap=self.args.softcap,
         )
 
-    def loss(self):
-        return self.each if self.args.reduction == "none" else kernels.sum_losses(self.each.view(-1), self.parts)
+    def total(self, of_z):
+        return kernels.sum_losses(self.figures[0] if of_z else self.losses, self.parts)
 
 
 def _rows(x):
@@ -47,6 +49,11 @@ def _rows(x):
     return x if kernels.aligned_alike(x, None) else x.clone(memory_format=torch.contiguous_format)
 
 
-cross_entropy_fwd, cross_entropy_fwd_, cross_entropy_bwd, cross_entropy_bwd_ = _losses.raw_ops(
-    Losses, kernels.cross_entropy_bwd, _rows
-)
+(
+    cross_entropy_fwd,
+    cross_entropy_fwd_,
+    cross_entropy_gradient,
+    cross_entropy_gradient_,
+    cross_entropy_bwd,
+    cross_entropy_bwd_,
+) = _losses.raw_ops(Losses, kernels.cross_entropy_bwd, _rows)

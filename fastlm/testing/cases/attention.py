@@ -1,6 +1,7 @@
 """attention."""
 
 import itertools
+import math
 
 import torch
 
@@ -12,13 +13,13 @@ def _cu_seqlens(lengths):
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
 
 
-def _make(generator, b=0, s=0, h=1, d=8, kv=0, sk=-1, lengths=(), lengths_k=(), padding="", buckets=0):
+def _make(generator, b=0, s=0, h=1, d=8, kv=0, sk=-1, lengths=(), lengths_k=(), padding="", buckets=0, offset=0):
     """b sequences of s queries and sk keys (default s), h heads, kv of them for keys and values (default h).
 
     lengths: packed input with these sequences (lengths_k: of the keys).
     padding: a key_mask with padding on the "left", the "right", or on "both" sides, where also the last sequence has
     no key at all; "holes": any key may be masked.
-    buckets: a bias table.
+    buckets: a bias table. offset: added to all scores, by the first feature of q and k.
     """
 
     def randn(*size):
@@ -47,9 +48,12 @@ def _make(generator, b=0, s=0, h=1, d=8, kv=0, sk=-1, lengths=(), lengths_k=(), 
         if lengths
         else {}
     )
+    q, k = randn(*rows_q, h, d), randn(*rows_k, kv, d)
+    if offset:  # the default softmax_scale is 1/sqrt(d)
+        q[..., 0], k[..., 0] = abs(offset) ** 0.5 * d**0.25, math.copysign(abs(offset) ** 0.5 * d**0.25, offset)
     return {
-        "q": randn(*rows_q, h, d),
-        "k": randn(*rows_k, kv, d),
+        "q": q,
+        "k": k,
         "v": randn(*rows_k, kv, d),
         "table": randn(buckets, h) if buckets else None,
         "key_mask": key_mask,
@@ -108,6 +112,10 @@ _TESTS = (
     Variant({"b": 3, "s": 70, "h": 2, "d": 16, "padding": "both"}, {"dropout_p": 0.1}),
     Variant({"b": 3, "s": 40, "h": 2, "d": 16, "padding": "left"}, {"causal": True}),
     Variant({"b": 2, "s": 66, "h": 1, "d": 16, "padding": "holes"}),
+    Variant({"b": 2, "s": 70, "h": 2, "d": 16, "padding": "both"}, {"softcap": 1.5, "dropout_p": 0.1}),
+    Variant({"b": 1, "s": 150, "h": 4, "kv": 2, "d": 64}, {"softcap": 50.0, "causal": True, "softmax_scale": 1.0}),
+    Variant({"b": 1, "s": 70, "h": 2, "d": 16, "offset": 300}, {"causal": True}),
+    Variant({"b": 2, "s": 40, "sk": 70, "h": 1, "d": 33, "offset": -100}, {"dropout_p": 0.1}),
     Variant({"h": 4, "kv": 1, "d": 16, "lengths": (5, 0, 70, 1, 0)}, {"dropout_p": 0.1}),
     Variant({"h": 2, "d": 16, "lengths": (3, 70, 0, 9), "lengths_k": (65, 7, 4, 0)}, {"causal": True}),
     Variant({"b": 2, "s": 150, "h": 2, "d": 16, "buckets": 32}, {"max_distance": 50, "softmax_scale": 0.5}, ("table",)),
@@ -176,6 +184,7 @@ ATTENTION = OpCase(
             {"h": 1, "d": 3, "lengths": (2, 0, 3), "buckets": 4},
             {"causal": True, "bidirectional": False, "max_distance": 4},
         ),
+        Variant({"b": 1, "s": 3, "sk": 4, "h": 1, "d": 3}, {"softcap": 0.7, "causal": True}),
     ),
     accepted={"q": _Q, "k": _Q, "v": _Q},
     refused=(
@@ -183,6 +192,7 @@ ATTENTION = OpCase(
         ({"k": torch.ones(1, 4, 2, 8)}, "k: expected shape (1, *, *, 16), got (1, 4, 2, 8)"),
         ({"v": torch.ones(1, 3, 2, 16)}, "v: expected shape (1, 4, 2, 16), got (1, 3, 2, 16)"),
         ({"key_mask": torch.ones(1, 3, dtype=torch.bool)}, "key_mask: expected shape (1, 4), got (1, 3)"),
+        ({"softcap": -1.0}, "softcap: expected 0 (none) or a positive number, got -1.0"),
         ({"dropout_p": -0.1}, "dropout_p: expected a probability in [0, 1], got -0.1"),
     ),
 )

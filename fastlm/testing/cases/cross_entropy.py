@@ -16,8 +16,9 @@ def make_target(generator, rows, vocabulary, ignored=0):
     return target
 
 
-def _make(generator, rows, vocabulary, ignored=0, weight=0, scale=3, masked=0):
-    logits = torch.randn(rows, vocabulary, generator=generator, dtype=torch.float64) * scale
+def _make(generator, rows, vocabulary, ignored=0, weight=0, scale=3, masked=0, offset=0):
+    """offset: added to all logits."""
+    logits = torch.randn(rows, vocabulary, generator=generator, dtype=torch.float64) * scale + offset
     target = make_target(generator, rows, vocabulary, ignored)
     if masked:  # a third of the classes cannot be
         impossible = torch.rand(rows, vocabulary, generator=generator) < 1 / 3
@@ -36,13 +37,19 @@ def _bytes(shape, options, itemsize, backward):
     return 0 if backward else itemsize * elements * 2
 
 
+def asked_for(out):
+    """The outputs that a call asked for: a loss, or the tensors of a CrossEntropyOutput."""
+    return out if isinstance(out, torch.Tensor) else tuple(value for value in out if value is not None)
+
+
 def _overwriting(*, logits, inplace=False, backend, **arguments):
     # In place needs logits that an op computed; the addition of zero keeps their bits.
-    return ops.cross_entropy(logits + 0.0 if inplace else logits, inplace=inplace, backend=backend, **arguments)
+    x = logits + 0.0 if inplace else logits
+    return asked_for(ops.cross_entropy(x, inplace=inplace, backend=backend, **arguments))
 
 
 def _reference(*, inplace=False, **arguments):
-    return ops.cross_entropy_reference(**arguments)
+    return asked_for(ops.cross_entropy_reference(**arguments))
 
 
 _X, _ROW, _TARGET = torch.ones(4, 8), torch.ones(8), torch.zeros(4, dtype=torch.int64)
@@ -63,11 +70,22 @@ CROSS_ENTROPY = OpCase(
         Variant({"rows": 12, "vocabulary": 50, "ignored": 1}, {"z_loss": 1e-3, "reduction": "none"}),
         Variant({"rows": 6, "vocabulary": 65, "weight": 1}, {"label_smoothing": 1.0, "z_loss": 1e-4, "inplace": True}),
         Variant({"rows": 6, "vocabulary": 65, "scale": 10000}),
+        Variant({"rows": 6, "vocabulary": 300, "offset": 1000}, {"reduction": "none"}),
+        Variant({"rows": 6, "vocabulary": 65, "offset": -300}, {"label_smoothing": 0.1}),
         Variant({"rows": 7, "vocabulary": 130, "masked": 1}, {"reduction": "none", "inplace": True}),
         # Past what a Triton program keeps in registers; past where two rows fit an L1, in bfloat16 too.
         Variant({"rows": 3, "vocabulary": 33003, "ignored": 1}, {"inplace": True}),
         Variant({"rows": 3, "vocabulary": 16389, "weight": 1}, {"label_smoothing": 0.1, "z_loss": 1e-4}),
         Variant({"rows": 5, "vocabulary": 54001}),
+        Variant({"rows": 7, "vocabulary": 34, "scale": 20, "ignored": 1}, {"softcap": 30.0}),
+        Variant(
+            {"rows": 9, "vocabulary": 5, "ignored": 1},
+            {"return_token_accuracy": True, "return_z_loss": True, "z_loss": 1e-2, "softcap": 2.0, "reduction": "none"},
+        ),
+        Variant(
+            {"rows": 4, "vocabulary": 16403, "weight": 1, "ignored": 1},
+            {"softcap": 5.0, "label_smoothing": 0.1, "return_z_loss": True, "z_loss": 1e-3, "inplace": True},
+        ),
     ),
     benchmarks=tuple(
         Variant({"rows": rows, "vocabulary": vocabulary}, {"inplace": True} if inplace else {})
@@ -89,11 +107,13 @@ CROSS_ENTROPY = OpCase(
         *(Variant({"rows": 16, "vocabulary": n}) for n in (30522, 50257, 32128, 128256)),  # BERT, GPT-2, T5, Llama 3
         Variant({"rows": 16, "vocabulary": 30522}, {"label_smoothing": 0.1, "z_loss": 1e-4}),
         Variant({"rows": 16, "vocabulary": 30522, "weight": 1}, {"label_smoothing": 0.1}),
+        Variant({"rows": 16, "vocabulary": 256000}, {"softcap": 30.0, "return_token_accuracy": True}),  # Gemma 2
     ),
     bytes=_bytes,
     gradcheck=(
         Variant({"rows": 5, "vocabulary": 6, "weight": 1, "ignored": 1}, {"label_smoothing": 0.2, "z_loss": 0.1}),
         Variant({"rows": 5, "vocabulary": 6, "ignored": 1}, {"reduction": "none"}),
+        Variant({"rows": 5, "vocabulary": 6}, {"softcap": 3.0, "return_z_loss": True, "z_loss": 0.1}),
     ),
     accepted={"logits": _X, "target": _TARGET},
     refused=(
@@ -102,6 +122,7 @@ CROSS_ENTROPY = OpCase(
         ({"target": _TARGET.int()}, "target: expected torch.int64, got torch.int32"),
         ({"weight": _ROW[:7]}, "weight: expected shape (8,), got (7,)"),
         ({"label_smoothing": 1.1}, "label_smoothing: expected a probability"),
+        ({"softcap": 0.0}, "softcap: expected a positive finite number"),
         ({"reduction": "avg"}, "reduction: expected one of 'none', 'mean', 'sum'"),
     ),
 )

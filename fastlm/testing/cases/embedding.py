@@ -6,21 +6,27 @@ from fastlm import ops
 from fastlm.testing.cases._case import OpCase, Variant, draw_rng
 
 
-def _make_embedding(generator, rows, seq, cols, vocab, places=0, types=0, norm=1, packed=0):
-    """(rows, seq) ids; `packed` flattens them and gives positions; `types` > 1 gives token types too."""
+def _make_embedding(generator, rows, seq, cols, vocab, places=0, types=0, norm=1, packed=0, offset=0):
+    """(rows, seq) ids; `packed` flattens them and gives positions; `types` > 1 gives token types too.
+
+    offset: the mean of each row of h, whose standard deviation is about 1e-5 of it.
+    """
 
     def randn(*size):
         return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+    def table(*size):
+        return randn(*size) * (offset * 1e-5 if offset else 1.0)
 
     def ids(n):
         out = torch.randint(n, (rows, seq), generator=generator)
         return out.flatten() if packed else out
 
     return {
-        "word": randn(vocab, cols),
+        "word": table(vocab, cols) + offset,
         "input_ids": ids(vocab),
-        "position": randn(places, cols) if places else None,
-        "token_type": randn(types, cols) if types else None,
+        "position": table(places, cols) if places else None,
+        "token_type": table(types, cols) if types else None,
         "positions": ids(places) if packed and places else None,
         "token_type_ids": ids(types) if types > 1 else None,
         "weight": randn(cols) if norm else None,
@@ -57,6 +63,10 @@ EMBEDDING = OpCase(
             {"rows": 4, "seq": 50, "cols": 768, "vocab": 40, "places": 60, "types": 2, "packed": 1},
             {"dropout_p": 0.1, "site": 5},
             float32=("weight", "bias"),
+        ),
+        Variant({"rows": 4, "seq": 9, "cols": 16, "vocab": 19, "offset": 100}),
+        Variant(
+            {"rows": 2, "seq": 9, "cols": 48, "vocab": 19, "places": 9, "types": 2, "offset": -1000}, {"eps": 1e-5}
         ),
         Variant({"rows": 2, "seq": 30, "cols": 1029, "vocab": 40, "places": 30, "norm": 0}, {"dropout_p": 0.5}),
     ),

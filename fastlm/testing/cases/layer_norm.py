@@ -8,15 +8,24 @@ from fastlm import ops
 from fastlm.testing.cases._case import OpCase, Variant, draw_rng
 
 
-def _make_norm(generator, rows, cols, weight=1, bias=1, residual=0):
+def _make_norm(generator, rows, cols, weight=1, bias=1, residual=0, offset=0):
+    """offset: the mean of each row of h; the standard deviation is 1e-5 of it, so the rounding of the mean matters."""
+
     def randn(*size):
         return torch.randn(*size, generator=generator, dtype=torch.float64)
 
+    x, kept = randn(rows, cols) * 2 + 0.5, randn(rows, cols) if residual else None
+    if offset:
+        x *= offset * 1e-5
+        if residual:
+            kept += offset
+        else:
+            x += offset
     return {
-        "x": randn(rows, cols) * 2 + 0.5,
+        "x": x,
         "weight": randn(cols) if weight else None,
         **({"bias": randn(cols)} if bias else {}),
-        "residual": randn(rows, cols) if residual else None,
+        "residual": kept,
         "rng": draw_rng(generator),
     }
 
@@ -38,6 +47,10 @@ _NORM_TESTS = (
     Variant({"rows": 4, "cols": 5}, {"dropout_p": 1.0}),
     Variant({"rows": 2, "cols": 4099, "weight": 0, "bias": 0}, {"eps": 1e-12}),
     Variant({"rows": 3, "cols": 16411, "residual": 1}, {"dropout_p": 0.1}),  # longer than a GPU's registers hold
+    Variant({"rows": 3, "cols": 16411, "offset": 1000}),
+    Variant({"rows": 70, "cols": 768, "offset": 1000}),
+    Variant({"rows": 9, "cols": 50, "residual": 1, "offset": -100}, {"dropout_p": 0.1, "site": 7}),
+    Variant({"rows": 5, "cols": 16, "offset": 100}),
 )
 _NORM_BENCHMARKS = tuple(
     Variant({"rows": rows, "cols": cols, "residual": residual}, {"dropout_p": p} if p else {})

@@ -4,10 +4,12 @@ import torch
 
 from fastlm import ops
 from fastlm.testing.cases._case import OpCase, Variant
-from fastlm.testing.cases.cross_entropy import make_target
+from fastlm.testing.cases.cross_entropy import asked_for, make_target
 
 
-def _make(generator, rows, features, vocabulary, bias=0, ignored=0, class_weight=0):
+def _make(generator, rows, features, vocabulary, bias=0, ignored=0, class_weight=0, offset=0):
+    """offset: added to all biases, and so to all logits."""
+
     def randn(*size):
         return torch.randn(*size, generator=generator, dtype=torch.float64)
 
@@ -15,11 +17,19 @@ def _make(generator, rows, features, vocabulary, bias=0, ignored=0, class_weight
         "hidden": randn(rows, features),
         "weight": randn(vocabulary, features) * 2 / features**0.5,
         "target": make_target(generator, rows, vocabulary, ignored),
-        "bias": randn(vocabulary) if bias else None,
+        "bias": randn(vocabulary) + offset if bias else None,
         "class_weight": torch.rand(vocabulary, generator=generator, dtype=torch.float64) + 0.1
         if class_weight
         else None,
     }
+
+
+def _function(**arguments):
+    return asked_for(ops.linear_cross_entropy(**arguments))
+
+
+def _reference(**arguments):
+    return asked_for(ops.linear_cross_entropy_reference(**arguments))
 
 
 def _bytes(shape, options, itemsize, backward):
@@ -36,8 +46,8 @@ _X, _ROW, _TARGET = torch.ones(4, 8), torch.ones(8), torch.zeros(4, dtype=torch.
 
 LINEAR_CROSS_ENTROPY = OpCase(
     op="linear_cross_entropy",
-    function=ops.linear_cross_entropy,
-    reference=ops.linear_cross_entropy_reference,
+    function=_function,
+    reference=_reference,
     make=_make,
     gradients=("hidden", "weight", "bias"),
     tests=(
@@ -48,6 +58,11 @@ LINEAR_CROSS_ENTROPY = OpCase(
         Variant({"rows": 530, "features": 9, "vocabulary": 70, "bias": 1, "class_weight": 1}, {"reduction": "none"}),
         Variant({"rows": 70, "features": 16, "vocabulary": 40, "ignored": 2}, {"reduction": "sum"}),
         Variant({"rows": 515, "features": 8, "vocabulary": 50, "bias": 1}, {"z_loss": 1e-3}),
+        Variant({"rows": 70, "features": 8, "vocabulary": 50, "bias": 1, "offset": 300}),
+        Variant(
+            {"rows": 515, "features": 8, "vocabulary": 50, "ignored": 1},
+            {"softcap": 3.0, "z_loss": 1e-3, "return_z_loss": True, "return_token_accuracy": True},
+        ),
     ),
     benchmarks=tuple(
         Variant({"rows": 1024, "features": features, "vocabulary": 30522, "bias": 1}) for features in (256, 512, 768)
