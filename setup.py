@@ -6,6 +6,7 @@ import its symbols resolve to the library that torch has loaded (fastlm/_native.
 fastlm._cuda is built if nvcc is found (CUDA_HOME, else PATH). Settings of the build:
   FASTLM_CUDA=0             leaves CUDA out
   FASTLM_CUDA_ARCHS=90,100  architectures of the machine code, with PTX of the last one (default: 80,90,100)
+The kernels do not know Python. Their objects, in build/temp.cuda, are compiled once for all Python versions.
 """
 
 import os
@@ -14,13 +15,33 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from pathlib import Path
+
+
+def check_requirements():
+    """Exits if a build requirement is missing or too old. pip --no-build-isolation does not look at them."""
+    (line,) = re.findall(r"^requires = \[(.*)\]", Path("pyproject.toml").read_text(encoding="utf-8"), re.M)
+    for package, needed in re.findall(r'"([\w.-]+)>=([\d.]+)"', line):
+        try:
+            found = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found = ""
+        if [int(part) for part in re.findall(r"\d+", found)[:2]] < [int(part) for part in needed.split(".")]:
+            sys.exit(
+                f"fastlm: building needs {package}>={needed}, found {found or 'none'}. Run `{sys.executable} -m pip "
+                f"install {line.replace(',', '')}`, or build without --no-build-isolation."
+            )
+
+
+check_requirements()
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
 from setuptools.command.build import build
 from setuptools.modified import newer_group
 
+INCLUDES = ["csrc", "csrc/common"]
 # fp contraction gives FMAs. Without errno and traps, sqrt and compares vectorise. NaN and infinity work as usual.
 CXX_FLAGS = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra"]
 
@@ -60,7 +81,7 @@ def cpu_extension():
     return Pybind11Extension(
         "fastlm._cpu",
         [*sources("bindings_cpu/*.cpp"), *sources("cpu/*.cpp")],
-        include_dirs=["csrc", "csrc/common"],
+        include_dirs=INCLUDES,
         depends=["setup.py", *sources("**/*.h")],
         # Apple's clang has no OpenMP: one thread there.
         extra_compile_args=CXX_FLAGS + (["-fopenmp"] if linux else []),
@@ -82,11 +103,19 @@ def cuda_extension():
     return Pybind11Extension(
         "fastlm._cuda",
         [*sources("bindings_cuda/*.cpp"), *sources("cuda/*.cu")],
-        include_dirs=["csrc", "csrc/common"],
+        include_dirs=INCLUDES,
         depends=["setup.py", *sources("**/*.h"), *sources("**/*.cuh"), flags_file()],
         extra_compile_args=CXX_FLAGS,
         cxx_std=17,
     )
+
+
+class Build(build):
+    """Empties build/lib* first, since a wheel takes all of it: an older build's _cuda, modules removed since."""
+
+    def run(self):
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
 
 
 class BuildExt(build_ext):
@@ -100,28 +129,34 @@ class BuildExt(build_ext):
             self.build_lib, self.build_temp = defaults.build_lib, defaults.build_temp
 
     def build_extensions(self):
-        compiler = self.compiler
+        compiler, cuda_temp = self.compiler, str(Path(self.build_temp).parent / "temp.cuda")
         compile_cxx = compiler._compile
 
-        def compile_source(obj, src, ext, cc_args, extra_postargs, pp_opts):
-            if ext == ".cu":
-                includes = [option for option in pp_opts if option.startswith("-I")]
-                run([NVCC, "-c", *includes, *nvcc_flags(), src, "-o", obj])
-            else:
-                compile_cxx(obj, src, ext, cc_args, extra_postargs, pp_opts)
+        def compile_cuda(obj, src, *_):
+            run([NVCC, "-c", *(f"-I{path}" for path in INCLUDES), *nvcc_flags(), src, "-o", obj])
 
         def compile_all(sources, output_dir=None, macros=None, include_dirs=None, debug=0, extra_preargs=None,
-                        extra_postargs=None, depends=None):  # fmt: skip
-            macros, objects, extra_postargs, pp_opts, targets = compiler._setup_compile(
-                output_dir, macros, include_dirs, sources, depends, extra_postargs
-            )
-            cc_args = compiler._get_cc_args(pp_opts, debug, extra_preargs)
+                        extra_postargs=None, depends=()):  # fmt: skip
+            kernels = [source for source in sources if source.endswith(".cu")]
+            cxx = [source for source in sources if source not in kernels]
+            # The flags of nvcc are in a file of their own: a change of setup.py alone compiles no kernel.
+            cuda_depends = [path for path in depends if path != "setup.py"]
+            objects, jobs = [], []
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                jobs = [
-                    pool.submit(compile_source, obj, src, ext, cc_args, extra_postargs, pp_opts)
-                    for obj, (src, ext) in targets.items()
-                    if newer_group([src, *(depends or [])], obj)
-                ]
+                for compile_one, group, temp, needs in (
+                    (compile_cxx, cxx, output_dir, depends),
+                    (compile_cuda, kernels, cuda_temp, cuda_depends),
+                ):
+                    _, made, postargs, pp_opts, targets = compiler._setup_compile(
+                        temp, macros, include_dirs, group, needs, extra_postargs
+                    )
+                    cc_args = compiler._get_cc_args(pp_opts, debug, extra_preargs)
+                    objects += made
+                    jobs += [
+                        pool.submit(compile_one, obj, src, ext, cc_args, postargs, pp_opts)
+                        for obj, (src, ext) in targets.items()
+                        if newer_group([src, *needs], obj)
+                    ]
                 for job in jobs:
                     job.result()
             return objects
@@ -129,6 +164,7 @@ class BuildExt(build_ext):
         def link(objects, output_filename, *args, **kwargs):
             # nvcc finds its static runtime in any layout of the toolkit.
             run([NVCC, "-shared", "-cudart=static", *objects, "-o", output_filename])
+            print(f"fastlm: {output_filename}: {os.path.getsize(output_filename) / 1e6:.1f} MB", file=sys.stderr)
 
         compiler.src_extensions.append(".cu")
         compiler.compile = compile_all
@@ -154,5 +190,5 @@ print(f"fastlm: building _cuda with {NVCC}" if NVCC else f"fastlm: _cuda is left
 
 setup(
     ext_modules=[cpu_extension()] + ([cuda_extension()] if NVCC else []),
-    cmdclass={"build_ext": BuildExt},
+    cmdclass={"build": Build, "build_ext": BuildExt},
 )

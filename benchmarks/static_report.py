@@ -1,7 +1,9 @@
 """What the compilers made of the kernels; fastlm/bench/static_report.py says how.
 
-python benchmarks/static_report.py            writes benchmarks/results/static/triton.csv and cuda.csv
-python benchmarks/static_report.py --check    says what differs from those files, and exits with 1 if anything does
+python benchmarks/static_report.py            compares with benchmarks/results/static: triton.csv and cuda.csv. It says
+                                              what differs, exits with 1 if anything does, and writes nothing
+python benchmarks/static_report.py --out DIR  writes both files into another directory
+python benchmarks/static_report.py --update   writes the committed files
 python benchmarks/static_report.py --only cuda
 """
 

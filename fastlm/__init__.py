@@ -7,7 +7,7 @@ Submodules load at first use; importing fastlm imports neither triton nor transf
 
 import importlib
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 _FUNCTIONS = {"patch": "fastlm.hf", "unpatch": "fastlm.hf"}
 __all__ = ["__version__", "data", "hf", "models", "nn", "ops", "patch", "train", "unpatch"]
 

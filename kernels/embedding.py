@@ -65,7 +65,10 @@ def _rule(block_n: int, kernel: str) -> Config:
 
 
 class Lookup(NamedTuple):
-    """A table (rows, cols) with a unit last stride, and the ids of the tokens in it; ids_ptr None: a default."""
+    """A table (rows, cols) with a unit last stride, and the ids of the tokens in it; ids_ptr None: a default.
+
+    Without a table all four are None. Triton 3.6 cannot compare a tuple that has a None in it with None.
+    """
 
     ptr: tl.tensor
     rows: tl.tensor
@@ -85,17 +88,17 @@ def _gather(table: Lookup, row, col, mask):
 def _sum_rows(token, col, mask, tokens, word: Lookup, position: Lookup, kind: Lookup, period):
     """h (M, N): the rows of a tile's tokens. By default positions count columns of `period`, and types are 0.
 
-    position and kind may be None.
+    position and kind may have no table.
     """
     here = token < tokens
     h = _gather(word, tl.load(word.ids_ptr + token, mask=here, other=0), col, mask)
-    if position is not None:
+    if position.ptr is not None:
         if position.ids_ptr is not None:
             index = tl.load(position.ids_ptr + token, mask=here, other=0)
         else:
             index = token % period
         h += _gather(position, index, col, mask)
-    if kind is not None:
+    if kind.ptr is not None:
         index = token * 0
         if kind.ids_ptr is not None:
             index = tl.load(kind.ids_ptr + token, mask=here, other=0)
@@ -316,7 +319,7 @@ def _few_rows(
 def _lookups(tables, ids):
     """Word, position and token type for the kernels."""
     return [
-        None if table is None else Lookup(table, table.shape[0], table.stride(0), table_ids)
+        Lookup(None, None, None, None) if table is None else Lookup(table, table.shape[0], table.stride(0), table_ids)
         for table, table_ids in zip(tables, ids)
     ]
 

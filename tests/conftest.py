@@ -4,21 +4,8 @@
 `--all` adds the tests marked long: `make test-all`. A GPU takes seconds for them, so that --device cuda adds them too.
 """
 
-import hashlib
-import os
-import tempfile
-from pathlib import Path
-
 import pytest
 import torch
-
-# torch.compile caches a graph's backward by its forward alone. It would call a raw op with the arguments that the op
-# had in an earlier version of fastlm. Each version of the ops has a cache of its own.
-_OPS = sorted((Path(__file__).parent.parent / "fastlm" / "ops").rglob("*.py"))
-_VERSION = hashlib.sha256(b"".join(path.read_bytes() for path in _OPS)).hexdigest()[:16]
-os.environ.setdefault(
-    "TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(), f"fastlm-inductor-{os.getuid()}-{_VERSION}"))
-)
 
 
 def pytest_addoption(parser):

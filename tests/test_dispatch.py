@@ -1,6 +1,10 @@
 """_registry.call: it bypasses the dispatcher only if nothing else has to see the call."""
 
+import functools
+import importlib.util
+import os
 import sys
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -147,6 +151,25 @@ def test_the_first_call_may_be_compiled(dynamic, monkeypatch):
 
     torch._dynamo.reset()
     assert torch.equal(torch.compile(two, backend="eager", dynamic=dynamic)(X), ops.gelu(gelu()))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton", "cuda"])
+def test_availability_is_a_constant_of_a_graph(backend, monkeypatch):
+    """On a machine that has the device, whose search for it Dynamo could not trace; nothing is known beforehand."""
+    gpu = SimpleNamespace(capability=90, name="fake")
+    module = SimpleNamespace(devices=lambda: [gpu] if os.listdir("/") else [], architectures=lambda: "800,900")
+    monkeypatch.setattr(_native, "_cuda", lambda: (module, None))
+    monkeypatch.setattr(_native, "missing_cuda", functools.cache(_native.missing_cuda.__wrapped__))
+    monkeypatch.setattr(_registry, "_triton_installed", functools.cache(_registry._triton_installed.__wrapped__))
+    device = "cpu" if backend == "cpu" else "cuda"
+
+    def f(x):
+        return x + 1 if _registry.reason("layer_norm", backend, device, x.dtype) is None else x
+
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(f, backend="eager", fullgraph=True)(X), f(X))
+    if backend != "triton" or importlib.util.find_spec("triton"):
+        assert torch.equal(f(X), X + 1)
 
 
 def test_compiled_graphs_hold_the_op():

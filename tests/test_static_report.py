@@ -27,8 +27,8 @@ def test_every_production_configuration_compiles_to_what_is_committed():
     if version("triton") != pinned:
         pytest.skip(f"the report is of triton {pinned}, here is {version('triton')}")
     changed = static_report.differences(COMMITTED, static_report.as_text(static_report.report()))
-    assert not changed, "python benchmarks/static_report.py, and commit it, if this is on purpose:\n" + "\n".join(
-        changed
+    assert not changed, (
+        "python benchmarks/static_report.py --update, and commit it, if this is on purpose:\n" + "\n".join(changed)
     )
 
 
@@ -56,8 +56,8 @@ def test_every_cuda_kernel_compiles_to_what_is_committed(arch):
     committed = static_report.as_text([row for row in CUDA_ROWS if row["arch"] == f"sm_{arch}"], compiler)
     changed = static_report.differences(committed, static_report.as_text(static_report.cuda_report(arch), compiler))
     assert not changed, (
-        "python benchmarks/static_report.py --only cuda, and commit it, if this is on purpose (after a build of all "
-        "that changed):\n" + "\n".join(changed)
+        "python benchmarks/static_report.py --only cuda --update, and commit it, if this is on purpose (after a build "
+        "of all that changed):\n" + "\n".join(changed)
     )
 
 
@@ -100,6 +100,22 @@ def test_attention_multiplies_with_the_instructions_of_each_architecture(d):
         for kernel in ("_fwd", "_dkdv", "_dq"):
             used = {row["matrix"] for row in rows if (row["arch"], row["kernel"]) == (arch, kernel)}
             assert used == {matrix}, f"{kernel}, {arch}"
+
+
+def test_committed_files_are_written_by_a_flag_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(static_report, "report", lambda workers: [])
+    committed, new = "# triton 3\nop,arch\ngelu,sm_80\n", static_report.as_text([])
+    kept, other = tmp_path / "static" / static_report.FILE, tmp_path / "other"
+    kept.parent.mkdir()
+    kept.write_text(committed)
+    assert static_report.main(kept.parent, ["--only", "triton"]) == 1
+    assert "- gelu,sm_80" in capsys.readouterr().out
+    assert static_report.main(kept.parent, ["--only", "triton", "--out", str(other)]) == 0
+    assert (kept.read_text(), (other / static_report.FILE).read_text()) == (committed, new)
+    assert static_report.main(kept.parent, ["--only", "triton", "--update"]) == 0
+    assert kept.read_text() == new
+    assert static_report.main(kept.parent, ["--only", "triton"]) == 0
+    assert "as committed" in capsys.readouterr().out
 
 
 def test_differences_allow_for_ptxas_and_nothing_else():

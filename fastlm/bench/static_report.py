@@ -200,12 +200,14 @@ def _nearly_same(line: str, other: str, header: str, other_header: str) -> bool:
     return rows[0] == rows[1] and all(map(str.isdigit, registers)) and abs(int(registers[0]) - int(registers[1])) <= 8
 
 
-def write_or_check(file: Path, text: str, check: bool) -> bool:
-    """Whether the committed file has this text; without `check` it is written."""
-    if not check:
-        write_text(file, text, what="the report")
-        print(f"{len(text.splitlines()) - 2} kernels: {file}")
-        return True
+def write(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, text, what="the report")
+    print(f"{len(text.splitlines()) - 2} kernels: {file}")
+
+
+def compare(file: Path, text: str) -> bool:
+    """Whether the committed file agrees with this text; prints what differs."""
     changed = differences(file.read_text(), text)
     print(f"{file.name}: " + ("\n".join(["", *changed]) if changed else "as committed"))
     return not changed
@@ -214,18 +216,28 @@ def write_or_check(file: Path, text: str, check: bool) -> bool:
 def main(directory: Path, arguments=None) -> int:
     """directory: of the committed files."""
     parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
-    parser.add_argument("--check", action="store_true", help="compare with the committed files; write nothing")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--out", type=Path, metavar="DIR", help="write triton.csv and cuda.csv into this directory")
+    where.add_argument("--update", action="store_true", help=f"write the committed files, {directory}")
     parser.add_argument("--only", choices=("triton", "cuda"), help="one of the two reports")
     parser.add_argument("--workers", type=int, default=2, help="processes that compile")
     args = parser.parse_args(arguments)
+    out = directory if args.update else args.out
+
+    def finish(name: str, text: str) -> bool:
+        if out is None:
+            return compare(directory / name, text)
+        write(out / name, text)
+        return True
+
     same = True
     if args.only != "cuda":
-        same &= write_or_check(directory / FILE, as_text(report(args.workers)), args.check)
+        same &= finish(FILE, as_text(report(args.workers)))
     if args.only != "triton":
         if missing_cuda() or cuda_architectures() != list(CUDA_ARCHITECTURES):
             wanted = ",".join(map(str, CUDA_ARCHITECTURES))
             print(f"cuda.csv: {missing_cuda() or f'fastlm._cuda is built for {cuda_architectures()}, not {wanted}'}")
             return 1
         rows = [row for arch in CUDA_ARCHITECTURES for row in cuda_report(arch)]
-        same &= write_or_check(directory / CUDA_FILE, as_text(rows, cuda_compiler()), args.check)
+        same &= finish(CUDA_FILE, as_text(rows, cuda_compiler()))
     return 0 if same else 1

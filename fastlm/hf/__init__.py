@@ -138,6 +138,9 @@ def _patch_attention(model, report):
     for module, name in before.items():
         setattr(module, _BEFORE, name)
     model.set_attn_implementation(NAME)
+    for module in before:  # Transformers 5.17 leaves out parts whose configuration is a copy: T5's encoder and decoder
+        if module.config._attn_implementation != NAME:
+            module.set_attn_implementation(NAME)
     for name in sorted(set(before.values())):
         report.notes.append(f'attention: attn_implementation="{NAME}" in place of "{name}"; 4-D masks run on sdpa')
 

@@ -7,6 +7,7 @@ import importlib
 import pkgutil
 from typing import TYPE_CHECKING, Any
 
+from fastlm.ops import _compile_cache
 from fastlm.ops._labels import IGNORE_INDEX
 
 __all__ = ["IGNORE_INDEX"]
@@ -18,6 +19,7 @@ for _page in pkgutil.iter_modules(__path__):
         globals().update({_name: getattr(_module, _name) for _name in _module.__all__})
         __all__ += _module.__all__
 __all__.sort()
+_compile_cache.tag()
 
 if TYPE_CHECKING:
 

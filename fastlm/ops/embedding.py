@@ -296,7 +296,8 @@ def embedding(
     dtype = word.dtype
     for table in (position, token_type):
         dtype = dtype if table is None else torch.promote_types(dtype, table.dtype)
-    if any(table is not None and table.dtype != dtype for table in lookup.tables):
+    tables = (word, position, token_type)  # Dynamo of torch 2.10 reads no property of a NamedTuple
+    if any(table is not None and table.dtype != dtype for table in tables):
         word, position, token_type = (None if t is None else t.to(dtype) for t in (word, position, token_type))
         lookup = lookup._replace(word=word, position=position, token_type=token_type)
     backend = _registry.choose("embedding", backend, word)
@@ -321,8 +322,9 @@ def embedding(
             padding_idx=padding_idx,
             sparse=sparse,
         )
-    if any(ids is not None and ids.dtype != torch.int64 for ids in lookup.ids):
-        input_ids, positions, token_type_ids = (None if i is None else i.to(torch.int64) for i in lookup.ids)
+    ids = (input_ids, positions, token_type_ids)
+    if any(i is not None and i.dtype != torch.int64 for i in ids):
+        input_ids, positions, token_type_ids = (None if i is None else i.to(torch.int64) for i in ids)
         lookup = lookup._replace(input_ids=input_ids, positions=positions, token_type_ids=token_type_ids)
     args = Args(
         lookup=lookup,

@@ -195,7 +195,7 @@ def _norm(op, x, weight, bias, eps, residual, dropout_p, rng, site, return_resid
     else:
         args = Args(x, residual, weight, bias, eps, dropout_p, rng, site, rms=op == "rms_norm")
         y, h, _, _ = _registry.call("layer_norm_fwd", args, backend)
-        h = h if args.keeps_h else x
+        h = x if residual is None and not dropout_p else h  # Dynamo of torch 2.10 reads no property of a NamedTuple
     return (y, h) if return_residual else y
 
 
