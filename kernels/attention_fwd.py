@@ -9,8 +9,10 @@ import triton.language as tl
 
 from .attention_plan import (
     PLAIN_NUMBERS,
+    Axis,
     Features,
     Rows,
+    are_wrong,
     columns,
     general_block,
     general_count,
@@ -83,6 +85,9 @@ def _fwd(
     zero = scale * 0.0
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
+    if PACKED:  # NaN, which lse carries into backward, for rows of no sequence; if cu_seqlens are wrong, for all rows
+        wrong = are_wrong(Axis(features.cu_q_ptr, sq), Axis(features.cu_k_ptr, sk), sequences, BLOCK=512)
+        total = tl.where(in_no_sequence(features.cu_q_ptr, sequences, row) | wrong, float("nan"), total)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
 
     for t in range(0, plain_count(plan)):
@@ -142,9 +147,6 @@ def _fwd(
     lse = m + tl.log(total) if FLOAT32 else (m + tl.log2(total)) * LN2
     lse = tl.where(empty, float("-inf"), lse)
     acc *= (tl.where(empty, 0.0, features.dropout_scale / total))[:, None]
-    if PACKED:
-        lost = in_no_sequence(features.cu_q_ptr, sequences, row)
-        lse, acc = tl.where(lost, float("nan"), lse), tl.where(lost[:, None], float("nan"), acc)
     tl.store(lse_ptr + (b * heads + head) * sq + row, lse, mask=in_row)
     out = ((b * sq + row) * heads + head)[:, None] * D + col[None, :]
     tl.store(out_ptr + out, acc.to(out_ptr.dtype.element_ty), mask=stored)

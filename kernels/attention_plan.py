@@ -127,18 +127,37 @@ def find_sequence(cu_ptr, row, first, last):
     return s
 
 
+# Nothing on a device can refuse wrong cu_seqlens: `bounds` keeps all accesses inside the tensors, and results are NaN.
+
+
 @triton.jit
 def in_no_sequence(cu_ptr, sequences, row):
-    """Which packed rows precede the first sequence or follow the last. cu_seqlens are wrong then, and nothing on a
-    device can raise: the results of such rows are NaN."""
+    """Which packed rows precede the first sequence or follow the last."""
     return (row < tl.load(cu_ptr)) | (row >= tl.load(cu_ptr + sequences))
 
 
 @triton.jit
+def are_wrong(queries: Axis, keys: Axis, sequences, BLOCK: tl.constexpr):
+    """Whether cu_seqlens of queries or of keys fall or leave the tensors."""
+    wrong = tl.zeros((BLOCK,), tl.int1)
+    for first in range(0, sequences, BLOCK):
+        s = first + tl.arange(0, BLOCK)
+        mask = s < sequences
+        start_q = tl.load(queries.cu_ptr + s, mask=mask, other=0)
+        end_q = tl.load(queries.cu_ptr + s + 1, mask=mask, other=0)
+        start_k = tl.load(keys.cu_ptr + s, mask=mask, other=0)
+        end_k = tl.load(keys.cu_ptr + s + 1, mask=mask, other=0)
+        wrong |= (start_q < 0) | (start_q > end_q) | (end_q > queries.size)
+        wrong |= (start_k < 0) | (start_k > end_k) | (end_k > keys.size)
+    return tl.max(wrong.to(tl.int32), axis=0) > 0
+
+
+@triton.jit
 def bounds(axis: Axis, s):
-    """[start, end) of sequence s; padded: of the one sequence."""
+    """[start, end) of sequence s, cut to the tensor; padded: of the one sequence."""
     if axis.cu_ptr is not None:
-        return tl.load(axis.cu_ptr + s), tl.load(axis.cu_ptr + s + 1)
+        start = tl.minimum(tl.maximum(tl.load(axis.cu_ptr + s), 0), axis.size)
+        return start, tl.minimum(tl.maximum(tl.load(axis.cu_ptr + s + 1), start), axis.size)
     else:
         return s * 0, s * 0 + axis.size
 

@@ -1,11 +1,14 @@
-"""Shared by the tests of attention's GPU kernels: reads back dropout bits, makes sequences that reach all loops."""
+"""Shared by the tests of attention's GPU kernels: dropout bits read back, sequences that reach all loops, offsets that
+are wrong."""
 
 import itertools
+from unittest import mock
 
 import torch
 from test_attention import RNG, cu_seqlens, gradients, randn
 
 from fastlm import ops
+from fastlm.ops import _registry
 from fastlm.testing.cases import Variant
 
 
@@ -106,3 +109,79 @@ def padding_has_no_influence(backend, around):
     assert not dq[1].any()
     assert not dk[~mask].any()
     assert not dv[~mask].any()
+
+
+# cu_seqlens of 12 tokens that no device can refuse; each once for queries and keys, then for one of both.
+WRONG = {
+    "falls": ([0, 9, 5, 12], None),
+    "falls from the end": ([0, 12, 5, 12], None),
+    "falls at last": ([0, 12, 5], None),
+    "beyond": ([0, 8, 20], None),
+    "beyond, then inside": ([0, 30, 12], None),
+    "negative": ([-3, 5, 12], None),
+    "far off": ([-(2**31), 2**31 - 1, 12], None),
+    "tail": ([0, 5, 9], None),
+    "head": ([2, 5, 12], None),
+    "no sequence holds any": ([0, 0, 0], None),
+    "keys fall": ([0, 5, 8, 12], [0, 9, 5, 12]),
+    "keys beyond": ([0, 5, 12], [0, 5, 4096]),
+    "tail of keys": ([0, 5, 12], [0, 4, 9]),
+}
+
+
+def lost_rows(tokens, cu, other):
+    """Which rows must not have a plausible number: (tokens,) bool. cu, other: (offsets, tokens)."""
+    for offsets, size in (cu, other):
+        if offsets[0] < 0 or offsets[-1] > size or any(a > b for a, b in itertools.pairwise(offsets)):
+            return torch.ones(tokens, dtype=torch.bool)
+    row = torch.arange(tokens)
+    return (row < cu[0][0]) | (row >= cu[0][-1])
+
+
+def wrong_offsets(backend, around, offsets_q, offsets_k, tokens_q=12, tokens_k=12, *, table=False, **options):
+    """Without the checks, which are for the CPU. The interpreter raises for an access outside of a tensor."""
+    q, k, v = (randn(n, 2, 16, seed=i).bfloat16() for i, n in enumerate((tokens_q, tokens_k, tokens_k)))
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    if table:
+        inputs.append(torch.linspace(-1, 1, 16).view(8, 2).requires_grad_())
+        options["relative_bias"] = ops.RelativeBias(inputs[3], max_distance=9)
+    cu_q, cu_k = (torch.tensor(x, dtype=torch.int32) for x in (offsets_q, offsets_k))
+    options |= {"max_seqlen_q": tokens_q, "max_seqlen_k": tokens_k, "rng": RNG, "backend": backend}
+    column = _registry.column("attention", backend)
+    with mock.patch.object(column, "check_cu_seqlens", create=True), around():
+        out, lse = ops.attention(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, return_lse=True, **options)
+        dq, dk, dv, *dtable = torch.autograd.grad(out.square().sum() + lse.exp().sum(), inputs)
+    judge_wrong_offsets(offsets_q, offsets_k, tokens_q, tokens_k, out, lse, dq, dk, dv, *dtable)
+
+
+def judge_wrong_offsets(offsets_q, offsets_k, tokens_q, tokens_k, out, lse, dq, dk, dv, *dtable):
+    """NaN or 0 in the rows in question, and only there."""
+    queries, keys = (offsets_q, tokens_q), (offsets_k, tokens_k)
+    lost_q, lost_k = lost_rows(tokens_q, queries, keys), lost_rows(tokens_k, keys, queries)
+    for name, x, lost in (("out", out, lost_q), ("lse", lse.t(), lost_q)):
+        assert x[lost].isnan().all(), name
+        assert not x[~lost].isnan().any(), name
+    for name, x, lost in (("dq", dq, lost_q), ("dk", dk, lost_k), ("dv", dv, lost_k)):
+        assert bool((x[lost].isnan() | (x[lost] == 0)).all()), name
+        assert x[~lost].isfinite().all(), name
+    for x in dtable if lost_q.all() else ():
+        assert bool((x.isnan() | (x == 0)).all())
+
+
+def random_offsets(draw, tokens):
+    """Three to six offsets, right ones with one or two replaced by any number."""
+    offsets = [0, *sorted(draw.choices(range(tokens + 1), k=draw.randrange(1, 5))), tokens]
+    for _ in range(draw.randrange(3)):
+        offsets[draw.randrange(len(offsets))] = draw.choice((-(2**31), -1, 0, 7, tokens // 2, tokens + 1, 2**31 - 1))
+    return offsets
+
+
+def any_wrong_offsets(backend, around, draw):
+    """wrong_offsets of several tiles, with any options."""
+    tokens_q, tokens_k = draw.randrange(1, 300), draw.randrange(1, 300)
+    offsets_q, offsets_k = random_offsets(draw, tokens_q), random_offsets(draw, tokens_k)
+    offsets_k = (offsets_k + [offsets_k[-1]] * 5)[: len(offsets_q)]
+    options = {"causal": draw.random() < 0.3, "table": draw.random() < 0.3, "dropout_p": draw.choice((0.0, 0.1))}
+    if draw.random() < 0.3:
+        options["window_size"] = (draw.choice((-1, 0, 20)), draw.choice((-1, 0, 20)))
+    wrong_offsets(backend, around, offsets_q, offsets_k, tokens_q, tokens_k, **options)

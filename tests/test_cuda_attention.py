@@ -7,7 +7,15 @@ import subprocess
 import pytest
 import test_cuda
 import torch
-from attention_checks import LAYOUTS, LONG, dropout_bits_are_the_cpus, padding_has_no_influence
+from attention_checks import (
+    LAYOUTS,
+    LONG,
+    WRONG,
+    any_wrong_offsets,
+    dropout_bits_are_the_cpus,
+    padding_has_no_influence,
+    wrong_offsets,
+)
 from test_attention import random_variant
 from test_cuda import device
 
@@ -55,6 +63,18 @@ def test_combinations():
     draw = random.Random(5)
     for _ in range(8):
         error_bound(random_variant(draw), torch.float16)
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True, "table": True, "dropout_p": 0.1}], ids=["bare", "all"])
+@pytest.mark.parametrize(("offsets_q", "offsets_k"), WRONG.values(), ids=WRONG)
+def test_wrong_offsets(offsets_q, offsets_k, options):
+    wrong_offsets("cuda", device, offsets_q, offsets_k or offsets_q, **options)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(40))
+def test_any_wrong_offsets(seed):
+    any_wrong_offsets("cuda", device, random.Random(seed))
 
 
 def test_padding_has_no_influence():

@@ -8,7 +8,15 @@ import sys
 import ptx
 import pytest
 import torch
-from attention_checks import LAYOUTS, LONG, dropout_bits_are_the_cpus, padding_has_no_influence
+from attention_checks import (
+    LAYOUTS,
+    LONG,
+    WRONG,
+    any_wrong_offsets,
+    dropout_bits_are_the_cpus,
+    padding_has_no_influence,
+    wrong_offsets,
+)
 from test_attention import BAD, gradients, randn, random_variant
 
 from fastlm import ops
@@ -65,6 +73,18 @@ def test_combinations():
     draw = random.Random(5)
     for _ in range(2):
         error_bound(random_variant(draw), torch.float16)
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True, "table": True, "dropout_p": 0.1}], ids=["bare", "all"])
+@pytest.mark.parametrize(("offsets_q", "offsets_k"), WRONG.values(), ids=WRONG)
+def test_wrong_offsets(offsets_q, offsets_k, options):
+    wrong_offsets("triton", ptx.triton_on_ptx, offsets_q, offsets_k or offsets_q, **options)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(40))
+def test_any_wrong_offsets(seed):
+    any_wrong_offsets("triton", ptx.triton_on_ptx, random.Random(seed))
 
 
 def test_padding_has_no_influence():

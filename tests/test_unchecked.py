@@ -6,9 +6,11 @@ The kernels run on the PTX interpreter over CPU tensors, where the ops check the
 import ptx
 import pytest
 import torch
+from attention_checks import WRONG, judge_wrong_offsets
 
 import fastlm.nn as nn
 from fastlm import ops
+from fastlm.models._inputs import Sequences
 from fastlm.ops import _registry
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -114,6 +116,44 @@ def test_the_reference_of_packed_rows(offsets, max_seqlen, lost):
     for gradient in gradients:
         rows = gradient[missing]
         assert bool((rows.isnan() | (rows == 0)).all())
+
+
+@pytest.mark.parametrize(("offsets_q", "offsets_k"), WRONG.values(), ids=WRONG)
+def test_the_reference_of_wrong_offsets(offsets_q, offsets_k):
+    """Nothing is indexed outside the tensors, which would be an error; on a GPU, one that ends the process."""
+    q, k, v = (torch.randn(12, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    cu_q, cu_k = (torch.tensor(x, dtype=torch.int32) for x in (offsets_q, offsets_k or offsets_q))
+    out, lse = ops.attention_reference(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=12, max_seqlen_k=12)
+    gradients = torch.autograd.grad(out.square().sum() + lse.exp().sum(), (q, k, v))
+    judge_wrong_offsets(offsets_q, offsets_k or offsets_q, 12, 12, out, lse, *gradients)
+
+
+@pytest.mark.parametrize("offsets", [pair[0] for pair in WRONG.values()], ids=WRONG)
+def test_a_model_indexes_nothing_outside(offsets):
+    """What models compute from cu_seqlens; their attention then gives NaN."""
+    ids = torch.arange(12)
+    packed = Sequences(ids, torch.tensor(offsets, dtype=torch.int32), 12, None)
+    assert packed.positions().min() >= 0
+    assert ids[packed.first()].shape == (len(offsets) - 1,)
+    assert packed.next_tokens(ids).shape == packed.shift_right(ids, 0, 0).shape == ids.shape
+    assert packed.padded(ids, 0).shape == (len(offsets) - 1, 12)
+
+
+def test_wrong_offsets_in_a_compiled_call():
+    """Compiled code cannot raise for a value."""
+    q = torch.randn(12, 2, 4, requires_grad=True)
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def attend(cu):
+        return ops.attention(q, q, q, cu_seqlens_q=cu, max_seqlen_q=12, return_lse=True, backend="reference")
+
+    assert all(x.isfinite().all() for x in attend(torch.tensor([0, 5, 9, 12], dtype=torch.int32)))
+    for offsets in ([0, 9, 5, 12], [0, 5, 30, 12], [-3, 5, 9, 12]):
+        out, lse = attend(torch.tensor(offsets, dtype=torch.int32))
+        (dq,) = torch.autograd.grad(out.square().sum(), q)
+        assert out.isnan().all()
+        assert lse.isnan().all()
+        assert bool((dq.isnan() | (dq == 0)).all())
 
 
 def test_other_values_of_a_padding_mask():

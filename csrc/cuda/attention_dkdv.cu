@@ -158,8 +158,9 @@ __global__ void __launch_bounds__(KeysShape<T, D>::THREADS, KeysShape<T, D>::BLO
     for (int h = 0; h < 2; ++h) {
       const int row = row0 + warp_row + 16 * m + 8 * h + g;
       const bool is_real = !mask || (row <= last_row && mask[row]);
-      factor_k[m][h] = a.scale;
-      factor_v[m][h] = drops ? a.dropout.scale : 1.0f;
+      const bool lost = row < plan.known.lo || row >= plan.known.hi;  // a key of no sequence
+      factor_k[m][h] = lost ? kNaN : a.scale;
+      factor_v[m][h] = lost ? kNaN : drops ? a.dropout.scale : 1.0f;
 #pragma unroll
       for (int n = 0; n < DT; ++n) {  // not by a factor of 0: 0 times infinity is NaN
 #pragma unroll

@@ -54,7 +54,9 @@ __global__ void __launch_bounds__(ForwardShape<T, D>::THREADS, ForwardShape<T, D
     shared.plan = make_plan<N>(sight, a.sequences, row0, last_row, !real.holes && a.scale > 0.0f, biased);
     if (drops) shared.bytes = Bytes(a.dropout);
   }
-  __syncthreads();
+  const bool wrong =
+      sight.rows.template wrong<S::THREADS>(a.sequences) || sight.cols.template wrong<S::THREADS>(a.sequences);
+  const bool lost = __syncthreads_or(wrong);
   const Plan& plan = shared.plan;
   if (threadIdx.x < M) set_query(shared.sight, shared.dropout, sight, plan, int(b), head, a.heads, row0, last_row);
   const bool straddles = a.cu_q && plan.first != plan.last;
@@ -74,8 +76,13 @@ __global__ void __launch_bounds__(ForwardShape<T, D>::THREADS, ForwardShape<T, D
   clear(acc);
 #pragma unroll
   for (int m = 0; m < MT; ++m) {
-    maximum[m][0] = maximum[m][1] = -kInf;
-    total[m][0] = total[m][1] = 0.0f;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = row0 + warp_row + 16 * m + 8 * h + g;
+      maximum[m][h] = -kInf;
+      // A row of no sequence gets NaN, and so does every row if cu_seqlens are wrong: lse carries it into backward.
+      total[m][h] = lost || row < plan.known.lo || row >= plan.known.hi ? kNaN : 0.0f;
+    }
   }
 
   for (int step = 0; step < plan.count; ++step) {

@@ -20,7 +20,7 @@
 
 namespace fastlm::cuda {
 
-constexpr float kInf = __builtin_huge_valf();
+constexpr float kInf = __builtin_huge_valf(), kNaN = __builtin_nanf("");
 constexpr float kLn2 = 0.69314718055994531f;
 
 template <class T>
@@ -54,12 +54,33 @@ constexpr size_t kMostShared = 99 * 1024;  // of a block, on sm_86, sm_89 and sm
 
 // ---- sequences and ranges
 
+struct Range {
+  int lo, hi;
+};
+
+// Queries or keys: cu_seqlens of packed sequences, or null, and the number of rows. No launch can refuse wrong
+// cu_seqlens. Bounds are cut to the tensor, so that no access leaves it; the results are NaN (see
+// attention_fwd_kernel).
 struct Axis {
   const int32_t* cu;
   int size;
 
-  __device__ __forceinline__ int start(int s) const { return cu ? cu[s] : 0; }
-  __device__ __forceinline__ int end(int s) const { return cu ? cu[s + 1] : size; }
+  __device__ __forceinline__ int start(int s) const { return cu ? min(max(cu[s], 0), size) : 0; }
+  __device__ __forceinline__ int end(int s) const { return cu ? min(max(cu[s + 1], start(s)), size) : size; }
+
+  // From the first row of the first sequence to the end of the last one.
+  __device__ __forceinline__ Range all(int sequences) const {
+    return cu ? Range{cu[0], cu[sequences]} : Range{0, size};
+  }
+
+  // Whether cu_seqlens fall or leave the tensor, in the part that this thread reads.
+  template <int THREADS>
+  __device__ __forceinline__ bool wrong(int sequences) const {
+    bool found = false;
+    for (int s = threadIdx.x; cu && s < sequences; s += THREADS)
+      found |= cu[s] < 0 || cu[s] > cu[s + 1] || cu[s + 1] > size;
+    return found;
+  }
 };
 
 // The last sequence s in first..last with cu[s] <= row. There must be one.
@@ -74,10 +95,6 @@ __device__ __forceinline__ int find_sequence(const int32_t* cu, int row, int fir
   }
   return first;
 }
-
-struct Range {
-  int lo, hi;
-};
 
 // How rows see columns. before, after: of the window, -1: no limit. first, end: all real columns are in [first, end).
 // The bias is constant from near_before columns before the diagonal on, and from near_after columns after it on.
@@ -100,6 +117,7 @@ struct Sight {
 // a1 <= b0, every row sees every column and, with a bias, is far from the diagonal. These plain blocks are visited
 // first.
 struct Plan {
+  Range known;      // the rows of all sequences
   int first, last;  // sequences of the first and the last row
   int origin, begin, hi, count, a0, a1, b0, b1;
 
@@ -119,6 +137,7 @@ template <int N>
 __device__ __forceinline__ Plan make_plan(const Sight& sight, int sequences, int row0, int last_row, bool plain,
                                           bool bias) {
   Plan p;
+  p.known = sight.rows.all(sequences);
   p.first = p.last = 0;
   if (sight.rows.cu) {
     p.first = find_sequence(sight.rows.cu, row0, 0, sequences - 1);

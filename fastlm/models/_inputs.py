@@ -70,7 +70,7 @@ class Sequences(NamedTuple):
     def first(self) -> torch.Tensor:
         """(sequences,) int64: the index of each one's first token in the flattened ids; any index if it is empty."""
         if self.cu_seqlens is not None:
-            return self.cu_seqlens[:-1].long().clamp(max=max(self.ids.shape[0] - 1, 0))
+            return self.cu_seqlens[:-1].long().clamp(0, max(self.ids.shape[0] - 1, 0))
         rows = torch.arange(self.ids.shape[0], device=self.ids.device) * self.ids.shape[1]
         return rows if self.real is None else rows + self.real.int().argmax(-1)
 

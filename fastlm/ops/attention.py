@@ -45,14 +45,14 @@ def _padded_rows(cu_seqlens, max_seqlen):
     """
     position = torch.arange(max_seqlen, device=cu_seqlens.device)
     real = position < cu_seqlens.diff()[:, None]
-    return torch.where(real, cu_seqlens[:-1, None] + position, 0).long(), real
+    return torch.where(real, cu_seqlens[:-1, None] + position, 0), real
 
 
 def _gather(x, rows, real):
     """Packed (T, H, D) as padded (sequences, max_seqlen, H, D); padding is zero."""
     if x.shape[0] == 0:
         return x.new_zeros(*rows.shape, *x.shape[1:])
-    return torch.where(real[..., None, None], x[rows], 0)
+    return torch.where(real[..., None, None], x[rows.clamp(0, x.shape[0] - 1)], 0)
 
 
 def visible_keys(sq, sk, lengths_q, lengths_k, key_mask, window_size, device):
@@ -122,7 +122,10 @@ def attention_reference(
     if packed:
         if cu_seqlens_k is None:
             cu_seqlens_k, max_seqlen_k = cu_seqlens_q, max_seqlen_q
+        cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.long(), cu_seqlens_k.long()  # no difference overflows
         total, lengths_q, lengths_k = q.shape[0], cu_seqlens_q.diff(), cu_seqlens_k.diff()
+        wrong = (lengths_q < 0).any() | (lengths_k < 0).any() | (cu_seqlens_q[0] < 0) | (cu_seqlens_k[0] < 0)
+        wrong = wrong | (cu_seqlens_q[-1] > total) | (cu_seqlens_k[-1] > k.shape[0])
         rows_q, real_q = _padded_rows(cu_seqlens_q, max_seqlen_q)
         rows_k, key_mask = _padded_rows(cu_seqlens_k, max_seqlen_k)
         q, k, v = _gather(q, rows_q, real_q), _gather(k, rows_k, key_mask), _gather(v, rows_k, key_mask)
@@ -145,9 +148,9 @@ def attention_reference(
         token = torch.arange(total, device=q.device)
         sequence = torch.searchsorted(cu_seqlens_q[1:].contiguous(), token, right=True).clamp(max=len(lengths_q) - 1)
         position = token - cu_seqlens_q[sequence]
-        # Wrong cu_seqlens and max_seqlen raise on the CPU alone: here a row of no sequence, and a sequence longer than
-        # max_seqlen, are NaN.
-        lost = (position < 0) | (position >= lengths_q[sequence])
+        # Wrong cu_seqlens and max_seqlen raise on the CPU alone. Here a row of no sequence, and a sequence longer than
+        # max_seqlen, are NaN; all rows are if cu_seqlens fall or leave the tensors.
+        lost = (position < 0) | (position >= lengths_q[sequence]) | wrong
         lost = lost | ((lengths_q > max_seqlen_q) | (lengths_k > max_seqlen_k))[sequence]
         position = position.clamp(0, max_seqlen_q - 1)
         out = torch.where(lost[:, None, None], torch.nan, out[sequence, position])
@@ -426,8 +429,8 @@ def attention(
         cu_seqlens_q, cu_seqlens_k: int32 (sequences + 1,): where each sequence starts in the packed tensors, then the
             total. The total may be repeated (empty sequences), to keep the shape fixed. Keys default to the queries.
             The values are checked on the CPU only: reading them from a device would stall. There a row of no sequence
-            has NaN in out and lse, and NaN or 0 in its gradients; if a sequence exceeds max_seqlen, its out or dtable
-            is NaN. Not so on backend "cuda".
+            has NaN in out and lse, and NaN or 0 in its gradients; if cu_seqlens fall or leave the tensors, every row
+            has. If a sequence exceeds max_seqlen, its out is NaN in "reference", dtable in "triton".
         max_seqlen_q, max_seqlen_k: upper bounds of the sequences' lengths; required with cu_seqlens.
         key_mask: (B, Sk) bool, True for a real token, for padded input; padding on either side. The values in a masked
             row of k and v have no effect, even NaN.
