@@ -28,7 +28,7 @@ class MetricsFile:
 
     def __init__(self, path: Path, step: int):
         """Open `path` for appending after `step`: lines of later steps, and a torn last one, are cut off."""
-        self._path = path
+        self.path = path
         self._end = self.rows = 0
         if path.exists():
             with open(path, "rb") as file:
@@ -55,7 +55,7 @@ class MetricsFile:
                 raise
             kept = "the lines before it and the checkpoints are kept; make room, and the same command continues"
             what = f"the line of step {row.get('step')}"
-            raise no_space(self._path, error, what=what, kept=kept, need=len(line)) from error
+            raise no_space(self.path, error, what=what, kept=kept, need=len(line)) from error
         self._end += len(line)
 
     def sync(self) -> None:
