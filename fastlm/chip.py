@@ -66,7 +66,8 @@ class Peak(NamedTuple):
     def __str__(self) -> str:
         if self.flops is None:
             return f"n/a, {self.source}"
-        return f"{self.flops / 1e12:.3g} TFLOP/s, {self.source}"
+        rate = f"{self.flops / 1e12:.4g} TFLOP/s" if self.flops >= 1e12 else f"{self.flops / 1e9:.0f} GFLOP/s"
+        return f"{rate}, {self.source}"
 
 
 def find_peak(device: torch.device, dtype: torch.dtype) -> Peak:

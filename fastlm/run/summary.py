@@ -38,7 +38,8 @@ def _entries(summary: dict, model: Path):
     yield "tokens", f"{summary['tokens']:,} in {summary['steps']:,} steps"
     mfu = "n/a" if get("mfu") is None else f"{summary['mfu']:.0%}"
     yield "speed", f"{summary['tokens_per_s']:,.0f} tokens/s, MFU {mfu}"
-    more = f", and {duration(get('other_seconds'))} for evaluations and checkpoints" if get("other_seconds") else ""
+    other = get("other_seconds") or 0.0
+    more = f", and {duration(other)} for evaluations and checkpoints" if other >= 1 else ""
     yield "time", f"{duration(summary['seconds'])}{more}"
     told = [f"{summary[name]} {what}" for name, what in _TOLD.items() if get(name)]
     if told:

@@ -164,6 +164,7 @@ class _WandB:
             self._run = wandb.init(mode=mode, settings=wandb.Settings(init_timeout=_REACH), **arguments)
         except wandb.errors.CommError as error:
             say(f"wandb: its server does not answer ({error}); the run is logged offline")
+            wandb.teardown()  # its process still holds the run's number
             mode = "offline"
             self._run = wandb.init(mode=mode, **{k: v for k, v in arguments.items() if k != "resume"})
         if mode == "offline":

@@ -29,10 +29,11 @@ def out_of_memory(
     tokens, row, batch = recipe.micro_batch_tokens, recipe.data.row_tokens, recipe.batch_rows
     smaller = [n for n in range(1, tokens // row) if batch % n == 0 and batch // n % processes == 0]
     if smaller:
-        again = "start again in another directory" + (
-            f", with --init {out} from the weights of step {saved}" if saved else ""
+        again = f", with --init {out} from the weights of step {saved}" if saved else ""
+        remedy = (
+            f"set train.micro_batch_tokens={smaller[-1] * row}, which trains the same, and start again in another "
+            f"directory{again}"
         )
-        remedy = f"set train.micro_batch_tokens={smaller[-1] * row}, with the same global batch, and {again}"
     else:
         remedy = "it is one row: choose a smaller model or shorter rows, or a machine with more memory"
     return ValueError(
