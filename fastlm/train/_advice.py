@@ -7,18 +7,20 @@ from pathlib import Path
 
 import torch
 
+from fastlm.run.directory import DATA
+
 _ASKED = re.compile(r"[Tt]ried to allocate ([\d.]+) ?(bytes|[KMGT]i?B)?", re.ASCII)
 _HOST = re.compile("DefaultCPUAllocator: (can't allocate|not enough) memory")
 _SIZES = {"bytes": 1, None: 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def out_of_memory(
-    error: BaseException, recipe, device: torch.device, *, step: int, saved: int, out: Path, processes: int = 1
+    error: BaseException, recipe, device: torch.device, *, step: int, saved: bool, out: Path, processes: int = 1
 ) -> ValueError | None:
     """The ValueError that says which micro-batch fits, where `error` is that of an allocation; else None.
 
-    step: the last one that was finished; saved: that of the newest checkpoint in `out`, 0 without; processes: that the
-    micro-batches are divided among
+    step: the last one that was finished; saved: whether `out` has a checkpoint; processes: that the micro-batches are
+    divided among
     """
     if not isinstance(error, torch.OutOfMemoryError) and not _HOST.search(str(error)):
         return None
@@ -29,7 +31,7 @@ def out_of_memory(
     tokens, row, batch = recipe.micro_batch_tokens, recipe.data.row_tokens, recipe.batch_rows
     smaller = [n for n in range(1, tokens // row) if batch % n == 0 and batch // n % processes == 0]
     if smaller:
-        again = f", with --init {out} from the weights of step {saved}" if saved else ""
+        again = f", with --init {out} from its newest checkpoint" if saved and (out / DATA).is_dir() else ""
         remedy = (
             f"set train.micro_batch_tokens={smaller[-1] * row}, which trains the same, and start again in another "
             f"directory{again}"

@@ -215,7 +215,7 @@ class _Run:
             try:
                 self._steps(first, stop)
             except RuntimeError as error:
-                where = {"step": self.counters.step, "saved": self.saved, "out": self.out}
+                where = {"step": self.counters.step, "saved": self.saved > 0, "out": self.out}
                 advice = out_of_memory(error, self.recipe, self.device, processes=self.world.size, **where)
                 raise advice or heartbeat.explain(error) from error
             finally:
