@@ -1,8 +1,10 @@
 """What a person sees of a run: pace, remaining time, MFU, loss spikes, advice when memory runs out, the table."""
 
+import gc
 import json
 import math
 import re
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from fastlm.data.order import rows_at
 from fastlm.run.metrics import _running_median, _shown, plot_loss, read_metrics
 from fastlm.run.pace import Pace, due
 from fastlm.run.progress import ProgressLine
-from fastlm.run.summary import summary_table
+from fastlm.run.summary import percent, summary_table
 from fastlm.tasks.masked_lm import MaskedLM
 from fastlm.train import _memory, loop, pretrain, watch
 from fastlm.train._advice import out_of_memory
@@ -258,7 +260,7 @@ def test_a_run_has_an_mfu_and_measures_nothing(data, tmp_path, monkeypatch, said
     assert summary["mfu"] == pytest.approx(sum(expected) / 12, abs=1e-4)
     assert summary["peak_flops"] == 1e9
     assert "peak: 1 GFLOP/s, as measured on this CPU in float32" in said[1][0]
-    assert said[0][-1][-2] == f"MFU {summary['mfu']:.0%}"
+    assert said[0][-1][-2] == f"MFU {percent(summary['mfu'])}"
 
 
 def test_mfu_of_several_processes_counts_all_their_devices(data, monkeypatch):
@@ -443,6 +445,7 @@ def test_the_table_of_a_run_without_losses():
     text = summary_table(summary, Path("hf"))
     assert "none: no step predicted a token" in text
     assert "held-out" not in text
+    assert [percent(mfu) for mfu in (0.614, 0.0064, 1.3)] == ["61%", "0.6%", "130%"]
     assert "MFU n/a\ntime          1:02:05\n" in text
 
 
@@ -458,3 +461,21 @@ def test_spikes_do_not_flatten_the_plot(tmp_path):
     assert len(_running_median(np.arange(7000.0))[0]) == 500
     plot_loss([], tmp_path / "none.png", levels={}, title="")
     assert (tmp_path / "none.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_finished_run_holds_neither_model_nor_data(data, tmp_path, monkeypatch):
+    """Without a pass of the garbage collector: files of the data would stay open, and the next run lack the memory."""
+    models, make = [], loop.make_model
+
+    def made(*args, **arguments):
+        model = make(*args, **arguments)
+        models.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(loop, "make_model", made)
+    gc.disable()
+    try:
+        pretrain(small(train__max_steps=1, train__warmup_steps=0), data, tmp_path / "run")
+        assert [model() for model in models] == [None]
+    finally:
+        gc.enable()

@@ -36,8 +36,7 @@ def _entries(summary: dict, model: Path):
         more = (name for name in summary if name.startswith("val_") and name not in known)
         yield "held-out loss", ", ".join([held, *(f"{n[4:].replace('_', ' ')} {summary[n]:.3f}" for n in more)])
     yield "tokens", f"{summary['tokens']:,} in {summary['steps']:,} steps"
-    mfu = "n/a" if get("mfu") is None else f"{summary['mfu']:.0%}"
-    yield "speed", f"{summary['tokens_per_s']:,.0f} tokens/s, MFU {mfu}"
+    yield "speed", f"{summary['tokens_per_s']:,.0f} tokens/s, MFU {percent(get('mfu'))}"
     other = get("other_seconds") or 0.0
     more = f", and {duration(other)} for evaluations and checkpoints" if other >= 1 else ""
     yield "time", f"{duration(summary['seconds'])}{more}"
@@ -52,6 +51,13 @@ _TOLD = {
     "loss_spikes": "steps with a loss spike",
     "dropped_predictions": "selected tokens not predicted",
 }
+
+
+def percent(mfu: float | None) -> str:
+    """61%, 0.6%, n/a."""
+    if mfu is None:
+        return "n/a"
+    return f"{mfu:.0%}" if mfu >= 0.1 else f"{mfu:.1%}"
 
 
 def _grouped(value: float) -> str:

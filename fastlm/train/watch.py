@@ -13,6 +13,7 @@ from fastlm.models import Model
 from fastlm.run.pace import Pace, due
 from fastlm.run.progress import ProgressLine, duration
 from fastlm.run.recipe import Recipe
+from fastlm.run.summary import percent
 from fastlm.tasks import Task
 from fastlm.train.optimizer import parameter_groups
 from fastlm.train.parallel import World
@@ -125,7 +126,7 @@ class Watch:
             f"ETA {duration(left)}",
             *([] if held is None else [f"val {held:.3f}"]),
             *([f"{self.counters.skipped} skipped"] if self.counters.skipped else []),
-            f"MFU {'n/a' if mfu is None else f'{mfu:.0%}'}",
+            f"MFU {percent(mfu)}",
             f"lr {lr:.1e}",
         ]
         self.line.update(step, fields)
