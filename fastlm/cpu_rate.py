@@ -21,7 +21,7 @@ from fastlm.storage import replace_json
 
 _SIZES = (1024, 2048, 4096, 8192)  # rows and columns: the larger ones where a product takes less than _SHORT
 _SHORT = 0.03  # seconds
-_SECONDS, _LEAST = 0.2, 3  # each size is measured for so long, and at least so many times
+_SECONDS, _LEAST = 0.3, 5  # each size is measured for so long, and at least so many times
 
 _measured: dict[str, float] = {}  # by this process, also where the directory cannot be written
 

@@ -445,6 +445,7 @@ def test_the_table_of_a_run_without_losses():
     text = summary_table(summary, Path("hf"))
     assert "none: no step predicted a token" in text
     assert "held-out" not in text
+    assert "MFU 130% (the peak was measured on a busy machine" in summary_table({**SUMMARY, "mfu": 1.3}, Path("hf"))
     assert [percent(mfu) for mfu in (0.614, 0.0064, 1.3)] == ["61%", "0.6%", "130%"]
     assert "MFU n/a\ntime          1:02:05\n" in text
 

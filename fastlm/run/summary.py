@@ -36,7 +36,8 @@ def _entries(summary: dict, model: Path):
         more = (name for name in summary if name.startswith("val_") and name not in known)
         yield "held-out loss", ", ".join([held, *(f"{n[4:].replace('_', ' ')} {summary[n]:.3f}" for n in more)])
     yield "tokens", f"{summary['tokens']:,} in {summary['steps']:,} steps"
-    yield "speed", f"{summary['tokens_per_s']:,.0f} tokens/s, MFU {percent(get('mfu'))}"
+    low = " (the peak was measured on a busy machine: `fastlm info` measures again)" if (get("mfu") or 0.0) > 1 else ""
+    yield "speed", f"{summary['tokens_per_s']:,.0f} tokens/s, MFU {percent(get('mfu'))}{low}"
     other = get("other_seconds") or 0.0
     more = f", and {duration(other)} for evaluations and checkpoints" if other >= 1 else ""
     yield "time", f"{duration(summary['seconds'])}{more}"
