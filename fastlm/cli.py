@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -140,6 +141,10 @@ def pretrain(
             help="A model to start from, with its tokenizer: a run, a checkpoint, or a Hugging Face directory."
         ),
     ] = None,
+    log: Annotated[
+        list[str] | None,
+        typer.Option(help="tensorboard or wandb gets the metrics too; again for both. A resumed run may have others."),
+    ] = None,
 ) -> None:
     """Pretrain a model; the finished one lies in OUT/hf, for `AutoModel.from_pretrained`.
 
@@ -155,23 +160,34 @@ def pretrain(
 
     from fastlm import train
     from fastlm.data import is_prepared
+    from fastlm.run.summary import summary_table
+    from fastlm.run.tracking import check_logs
+
+    check_logs(log or [])
 
     if tokenizer is not None and any(map(is_prepared, data)):
         raise ValueError("--tokenizer: the data is prepared, with a tokenizer; leave --tokenizer out, or give text")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     _threads.for_work(chosen.layer_flops())
-    result = train.pretrain(chosen, data, out, device=device, resume=resume, init=init)
+    if device == "cpu" and os.environ.get("RANK", "0") == "0":
+        _measure_rate(chosen.train.dtype)
+    result = train.pretrain(chosen, data, out, device=device, resume=resume, init=init, log=log or ())
     if result.stopped_by is not None:
         sys.exit(128 + result.stopped_by)  # as a shell reports it; `pretrain && next` does not go on without a model
     if result.summary is not None:
-        first, final, entropy = (result.summary.get(key) for key in ("first_loss", "final_loss", "unigram_entropy"))
-        losses = "no loss" if first is None else f"loss {first:.3f}"  # none: no step predicted a token
-        if first != final:
-            losses += f" -> {final:.3f}"
-        level = "" if entropy is None else f" (unigram entropy {entropy:.3f})"
-        if (held := result.summary.get("val_loss")) is not None:
-            level += f", held-out loss {held:.3f}"
-        _say(f"{losses}{level}; the model is in {out / 'hf'}")
+        typer.echo(summary_table(result.summary, out / "hf", width_of(sys.stdout)))
+
+
+def _measure_rate(dtype: str) -> None:
+    """Measure the CPU's matrix products where that was not done before: the peak of MFU."""
+    import torch
+
+    from fastlm import cpu_rate
+
+    dtype = getattr(torch, dtype)
+    if cpu_rate.known(dtype) is None:
+        _say("Measuring this CPU's matrix products once, for MFU ...", sys.stderr)
+        cpu_rate.remember(dtype, cpu_rate.measure(dtype))
 
 
 @app.command()

@@ -7,6 +7,11 @@
 import pytest
 import torch
 
+# What the tests measure of this machine, which others may load meanwhile, is no run's peak. Models stay where they are.
+_CACHE = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+os.environ.setdefault("HF_HOME", str(Path(_CACHE, "huggingface")))
+os.environ["XDG_CACHE_HOME"] = str(Path(tempfile.gettempdir(), f"fastlm-test-cache-{os.getuid()}"))
+
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="device of the op and model tests")

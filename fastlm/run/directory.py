@@ -4,6 +4,7 @@ OUT/data/             the text, prepared, where text was given
 OUT/recipe.json       what the run is
 OUT/metrics.jsonl     a line a step; see fastlm.run.metrics
 OUT/checkpoints/      see fastlm.run.checkpoint
+OUT/tensorboard/, OUT/wandb/     where asked for; see fastlm.run.tracking
 OUT/summary.json, OUT/loss.png, OUT/hf/     at the end
 """
 

@@ -12,7 +12,6 @@ import platform
 import shutil
 import signal
 import threading
-import time
 import warnings
 from collections import deque
 from collections.abc import Iterator
@@ -25,21 +24,25 @@ import torch
 from rich.console import Console
 
 import fastlm
-from fastlm.chip import chip_name, parse_device, peak_flops
+from fastlm.chip import chip_name, parse_device
 from fastlm.models import Counts, Model
 from fastlm.models._size import TRAINED, check_memory
 from fastlm.run import directory as runs
 from fastlm.run.checkpoint import Writer, load_newest, newest_name, restore, snapshot, write_checkpoint, write_shard
 from fastlm.run.initial import Initial, find_initial
 from fastlm.run.metrics import RERUN, MetricsFile, NoMetrics, first_and_final_loss, plot_loss, read_metrics
-from fastlm.run.progress import ProgressLine, duration
+from fastlm.run.progress import ProgressLine
 from fastlm.run.recipe import Recipe
+from fastlm.run.tracking import Tracked, check_logs
 from fastlm.storage import atomic_directory, json_checksum, replace_json
 from fastlm.tasks import Micro, Task, find_task, make_model
+from fastlm.train._advice import out_of_memory
 from fastlm.train._memory import check_step
 from fastlm.train.evaluation import evaluate
-from fastlm.train.optimizer import lr_at, make_optimizer, parameter_groups, train_step
+from fastlm.train.optimizer import lr_at, make_optimizer, train_step
 from fastlm.train.parallel import Heartbeat, Shards, World, connect
+from fastlm.train.spikes import WINDOW
+from fastlm.train.watch import Counters, Watch
 
 PATIENCE = 10  # steps without finite gradients, one after another, that end a run; all of a shorter one
 
@@ -62,19 +65,7 @@ class Result:
     stopped_by: int | None = None
 
 
-@dataclass
-class Counters:
-    """What a run has counted; a checkpoint stores it."""
-
-    step: int = 0
-    tokens: int = 0  # real ones
-    seconds: float = 0.0
-    skipped: int = 0  # steps whose gradients were not finite
-    streak: int = 0  # of them, those that came last, one after another
-    dropped: int = 0  # predictions beyond the capacity of their batch
-
-
-def pretrain(recipe: Recipe, data, out, *, device: str = "cpu", resume: str = "auto", init=None) -> Result:
+def pretrain(recipe: Recipe, data, out, *, device: str = "cpu", resume: str = "auto", init=None, log=()) -> Result:
     """Train the recipe's model on `data`, and write everything into the directory `out`.
 
     data     what `fastlm.data.prepare` wrote, with rows of recipe.data.row_tokens; or text, a path or several, which
@@ -84,6 +75,7 @@ def pretrain(recipe: Recipe, data, out, *, device: str = "cpu", resume: str = "a
              a checkpoint's or a run's directory: start a new run in `out` from there; given again, continue that one
     init     a model to start from, with its tokenizer (see fastlm.run.initial); None: new weights. The optimizer and
              the schedule are new, unlike with `resume`
+    log      what else gets the metrics: "tensorboard", "wandb" (see fastlm.run.tracking)
 
     SIGTERM and SIGINT finish the step, write a checkpoint and return, with `Result.stopped_by`; a second one ends the
     process.
@@ -91,7 +83,7 @@ def pretrain(recipe: Recipe, data, out, *, device: str = "cpu", resume: str = "a
     ten steps in a row without finite gradients, or at the end where half of the run had none; none of them was
     applied, and checkpoints are from before.
     """
-    out, device = Path(out), parse_device(device)
+    out, device, log = Path(out), parse_device(device), check_logs(log)
     initial = None if init is None else find_initial(init)
     if initial is not None:
         recipe = initial.recipe(recipe)
@@ -108,7 +100,7 @@ def pretrain(recipe: Recipe, data, out, *, device: str = "cpu", resume: str = "a
         with world.main_first():
             start = runs.find_start(recipe, out, resume)
             data = runs.open_data(recipe, data, out, start.checkpoint)
-        return _Run(recipe, data, out, world, start, initial).train()
+        return _Run(recipe, data, out, world, start, initial, log).train()
 
 
 def _check_size(recipe: Recipe, device: torch.device, vocab_size: int) -> None:
@@ -157,6 +149,7 @@ class _Run:
         world: World,
         start: runs.Start,
         initial: Initial | None,
+        log: tuple[str, ...] = (),
     ):
         self.recipe, self.dataset, self.out, self.world, device = recipe, data.train, out, world, world.device
         self.device = device
@@ -169,7 +162,7 @@ class _Run:
             self.task.initialize(model)
         else:
             model = initial.model(recipe, tokenizer)
-        check_step(self.task, model.config)
+        self.memory = check_step(self.task, model.config)
         self.model = model.to(device).train()
         self.trained = world.wrap(self.model, recipe.train.shard)
         self.shards = Shards(self.model, world) if recipe.train.shard and world.size > 1 else None
@@ -182,9 +175,8 @@ class _Run:
             part = self.shards.part if self.shards is not None else (lambda whole: whole)
             restore(start.checkpoint, self.model, self.optimizer, self.parameters, part)
             self.counters = Counters(**start.checkpoint.state["counters"])
-        self.start, self.saved = start, self.counters.step
-        self.peak = peak_flops(device, self.dtype)
-        self.pace = deque(maxlen=20)  # seconds of the latest steps
+        self.start, self.saved, self.log = start, self.counters.step, log
+        self.watch = Watch(self.task, world, self.counters)
         self.evaluated: dict[str, float] = {}  # of the latest evaluation
         self.stopping, self.stopped_by = False, None
 
@@ -200,8 +192,9 @@ class _Run:
             runs.write_recipe(self.out, self.recipe, self.start.origin)
             runs.adopt_metrics(self.start, self.out)
             self.metrics = MetricsFile(self.out / runs.METRICS, first)
+            before = read_metrics(self.metrics.path)[-2 * WINDOW :]
         else:
-            self.metrics = NoMetrics()
+            self.metrics, before = NoMetrics(), []
         if self.start.branches:
             self._save()  # the other run may drop the checkpoint that this one starts from
         console = None if self.world.main else Console(quiet=True)
@@ -210,7 +203,10 @@ class _Run:
             _stop_signal() as stop,
             Heartbeat(self.world, self._advice) as heartbeat,
         ):
-            self._headline()
+            self.watch.start(self.line, (row["loss"] for row in before))
+            self.watch.headline(self.model, self.memory)
+            if self.world.main:
+                self.metrics = Tracked(self.metrics, self.log, self.recipe, self.out, first, self.line.note)
             if self.metrics.rows < first:
                 self.line.note(
                     f"{runs.METRICS} lacks {first - self.metrics.rows} of the {first} steps before: first_loss and "
@@ -219,7 +215,9 @@ class _Run:
             try:
                 self._steps(first, stop)
             except RuntimeError as error:
-                raise heartbeat.explain(error) from error
+                where = {"step": self.counters.step, "saved": self.saved > 0, "out": self.out}
+                advice = out_of_memory(error, self.recipe, self.device, processes=self.world.size, **where)
+                raise advice or heartbeat.explain(error) from error
             finally:
                 self.metrics.close()
                 self.writer.close()
@@ -237,7 +235,7 @@ class _Run:
         """The steps from `first` on, to the last, or to where a process was told to stop."""
         table, launched = self.recipe.train, deque()
         mine = self.world.micros(self.recipe.micro_count)
-        self.clock = time.perf_counter()
+        self.watch.pace.start()
         for step, micros in _ahead(self.task, mine, first, table.max_steps):
             lr = lr_at(step, table)
             moved = [micro.to(self.device) for micro in micros]
@@ -265,7 +263,8 @@ class _Run:
                     self._report(launched.popleft())
                 due = True
             if due and not self.counters.streak:
-                self._save()
+                with self.watch.apart("checkpoint"):
+                    self._save()
             if self.stopping:
                 break
         self.stopped_by = stop[0] if stop else signal.SIGTERM  # another process was told to
@@ -274,44 +273,30 @@ class _Run:
         """Enter a finished step into the counters, the metrics and the progress line."""
         loss, norm = step.wait()
         self.stopping = bool(step.stop)
-        now = time.perf_counter()
-        seconds, self.clock = now - self.clock, now
+        rates = self.watch.timed(step.counts.tokens, self.model.flops(step.counts))
         finite = math.isfinite(loss) and math.isfinite(norm)
-        counters, tokens = self.counters, step.counts.tokens
+        counters = self.counters
         counters.step = step.number
-        counters.tokens += tokens
-        counters.seconds += seconds
+        counters.tokens += step.counts.tokens
         counters.dropped += step.dropped
         counters.skipped += not finite
         counters.streak = 0 if finite else counters.streak + 1
-        mfu = None if self.peak is None else self.model.flops(step.counts) / (seconds * self.peak)
+        if finite and step.counts.predicted:
+            self.watch.check(step.number, loss, norm)
         new = self._evaluate() if finite and self._evaluates(step.number) else {}
         self.metrics.add(
             {
                 "step": step.number,
                 "loss": loss if step.counts.predicted else None,
                 "tokens": counters.tokens,
-                "tokens_per_s": round(tokens / seconds, 1),
                 "lr": step.lr,
                 "grad_norm": norm,
-                "mfu": None if mfu is None else round(mfu, 4),
+                **rates,
                 **new,
             }
         )
-        self.pace.append(seconds)
-        pace, steps = sum(self.pace) / len(self.pace), self.recipe.train.max_steps
-        fields = [  # on a narrow terminal the last ones are left out
-            f"step {step.number}/{steps}",
-            f"loss {loss:.3f}",
-            f"{tokens / pace:,.0f} tokens/s",
-            f"ETA {duration((steps - step.number) * pace)}",
-            *([f"val {self.evaluated['val_loss']:.3f}"] if self.evaluated else []),
-            *([f"{counters.skipped} skipped"] if counters.skipped else []),
-            f"MFU {'n/a' if mfu is None else f'{100 * mfu:.0f}%'}",
-            f"lr {step.lr:.1e}",
-        ]
-        self.line.update(step.number, fields)
-        if counters.streak == min(PATIENCE, steps):
+        self.watch.show(step.number, loss, step.lr, self.evaluated.get("val_loss"))
+        if counters.streak == min(PATIENCE, self.recipe.train.max_steps):
             raise self._diverged(f"{counters.streak} steps in a row, up to step {step.number},")
 
     def _evaluates(self, step: int) -> bool:
@@ -322,11 +307,11 @@ class _Run:
         return step == table.max_steps or bool(table.eval_every and step % table.eval_every == 0)
 
     def _evaluate(self) -> dict[str, float]:
-        self.evaluated = evaluate(self.model, self.task, self.dtype, self.world, self.shards is not None)
+        with self.watch.apart("evaluation"):
+            self.evaluated = evaluate(self.model, self.task, self.dtype, self.world, self.shards is not None)
         words = {"val_loss": "loss", "val_perplexity": "perplexity", "val_bits_per_byte": "bits a byte"}
         shown = ", ".join(f"{words.get(name, name)} {value:.3f}" for name, value in self.evaluated.items())
         self.line.note(f"step {self.counters.step}: held-out {shown}")
-        self.clock = time.perf_counter()  # an evaluation's time is not a step's
         return self.evaluated
 
     def _diverged(self, steps: str) -> Diverged:
@@ -339,6 +324,7 @@ class _Run:
         )
 
     def _save(self) -> None:
+        """Copy what a checkpoint holds; a thread writes it while the next steps run."""
         self.metrics.sync()
         state = {
             "counters": asdict(self.counters),
@@ -361,26 +347,12 @@ class _Run:
                     self.saved = step
 
             self.writer.submit(write)
-        self.clock = time.perf_counter()  # a checkpoint's time is not a step's
 
     def _advice(self) -> str:
         return (
             f"the newest checkpoint is {newest_name(self.out / runs.CHECKPOINTS)}; the same command continues from "
             "there, with any number of processes that divides the micro-batches"
         )
-
-    def _headline(self) -> None:
-        recipe, dataset, parameters = self.recipe, self.dataset, sum(p.numel() for p in self.model.parameters())
-        peak = "n/a, no peak is known" if self.peak is None else f"against {self.peak / 1e12:g} TFLOP/s"
-        self.line.note(
-            f"{recipe.name}: {parameters / 1e6:.3g} M parameters on {chip_name(self.device)} in {recipe.train.dtype}; "
-            f"{dataset.rows:,} rows of {dataset.row_tokens} tokens, {' and '.join(f'{x:.0%}' for x in dataset.fill)} "
-            f"full, vocabulary {dataset.tokenizer.vocab_size:,}\n"
-            f"MFU = 3 · forward FLOPs of matrix products on real tokens / (seconds · peak): {peak}"
-        )
-        self.line.note("; ".join(map(str, parameter_groups(self.model, recipe.train))))
-        if self.counters.step:
-            self.line.note(f"resumed after step {self.counters.step} of {recipe.train.max_steps}")
 
     def _finish(self, whole: Model) -> dict:
         """Write summary.json, loss.png and the model; the summary."""
@@ -395,9 +367,13 @@ class _Run:
             **self.task.metrics(),
             "tokens": counters.tokens,
             "seconds": round(counters.seconds, 3),
+            "other_seconds": round(counters.other_seconds, 3),
             "tokens_per_s": round(counters.tokens / counters.seconds, 1),
             "parameters": sum(p.numel() for p in self.model.parameters()),
+            "mfu": self.watch.mean_mfu,
+            "peak_flops": self.watch.peak.flops,
             "skipped_steps": counters.skipped,
+            "loss_spikes": counters.spikes,
             "dropped_predictions": counters.dropped,
             "device": chip_name(self.device),
             "dtype": self.recipe.train.dtype,

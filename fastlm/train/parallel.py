@@ -228,20 +228,22 @@ class Heartbeat:
         self.world, self.advice, self.lost = world, advice, lost or _end
         self.beat, self.silent, self.clock = beat, silent, clock
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="fastlm-heartbeat", daemon=True)
+        self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Heartbeat:
         if self.world.size > 1:
             self.world._store.set(
                 f"{self.world._prefix}/host/{self.world.rank}", f"{socket.gethostname()}, process {os.getpid()}"
             )
+            self._thread = threading.Thread(target=self._run, name="fastlm-heartbeat", daemon=True)
             self._thread.start()
         return self
 
     def __exit__(self, *_) -> None:
         self._stop.set()
-        if self._thread.is_alive():
+        if self._thread is not None:
             self._thread.join()
+            self._thread = None  # it refers to this object, and this one to the run and its data
 
     def _run(self) -> None:
         store = self.world._store.clone()  # a connection of its own: another thread may wait on the first
