@@ -48,7 +48,7 @@ FORMAT = "fastlm checkpoint"
 VERSION = 1
 WEIGHTS, STATE = "model.safetensors", "state.json"
 _HEADERS = 1 << 16  # bytes of a checkpoint beside its tensors, about
-_CHUNK = 1 << 22
+_CHUNK = 1 << 26  # bytes that are hashed and written at once, in calls that hold no lock of the interpreter
 # As safetensors names them: of parameters, and of what optimizers keep.
 _DTYPES = {
     torch.float64: "F64",
@@ -104,20 +104,35 @@ def snapshot(
     optimizer: torch.optim.Optimizer,
     state: dict,
     shard: tuple[int, int] = (0, 1),
+    into: Snapshot | None = None,
 ) -> Snapshot:
-    """A copy of the parameters, by name, and of the optimizer's state of them. `state` is what JSON can hold."""
+    """A copy of the parameters, by name, and of the optimizer's state of them. `state` is what JSON can hold.
+
+    into: an earlier one, whose memory is written over. New memory takes longer than the copy: every page of it is a
+        fault. Copies from a GPU are to pinned memory.
+    """
     names = {parameter: name for name, parameter in parameters.items()}
-
-    def copy(tensor: torch.Tensor) -> torch.Tensor:
-        tensor = tensor.detach()
-        return tensor.to("cpu", copy=True).contiguous()
-
+    weights = {name: p.detach() for p, name in names.items()}
     moments = {
-        f"{names[parameter]}.{key}": copy(value)
+        f"{names[parameter]}.{key}": value.detach()
         for parameter, values in optimizer.state.items()
         for key, value in values.items()
     }
-    return Snapshot(step, {name: copy(p) for p, name in names.items()}, moments, {**state, "step": step}, shard)
+
+    def copy(tensors: dict[str, torch.Tensor], old: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        copies = {}
+        for name, tensor in tensors.items():
+            to = old.get(name)
+            if to is None:
+                to = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            copies[name] = to.copy_(tensor, non_blocking=True)
+        return copies
+
+    weights = copy(weights, {} if into is None else into.weights)
+    moments = copy(moments, {} if into is None else into.moments)
+    if any(tensor.is_cuda for tensor in parameters.values()):
+        torch.cuda.synchronize()  # of the copies
+    return Snapshot(step, weights, moments, {**state, "step": step}, shard)
 
 
 def write_shard(directory: Path, snap: Snapshot) -> None:
@@ -237,9 +252,14 @@ class Writer:
         self.wait()
         self._pending = self._thread.submit(write)
 
+    @property
+    def idle(self) -> bool:
+        """Whether the last write has ended."""
+        return self._pending is None or self._pending.done()
+
     def check(self) -> None:
         """Raise the error of a write that has ended with one; without waiting."""
-        if self._pending is not None and self._pending.done():
+        if self.idle:
             self.wait()
 
     def wait(self) -> None:

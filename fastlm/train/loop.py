@@ -29,7 +29,16 @@ from fastlm.chip import chip_name, parse_device, peak_flops
 from fastlm.models import Counts, Model
 from fastlm.models._size import TRAINED, check_memory
 from fastlm.run import directory as runs
-from fastlm.run.checkpoint import Writer, load_newest, newest_name, restore, snapshot, write_checkpoint, write_shard
+from fastlm.run.checkpoint import (
+    Snapshot,
+    Writer,
+    load_newest,
+    newest_name,
+    restore,
+    snapshot,
+    write_checkpoint,
+    write_shard,
+)
 from fastlm.run.initial import Initial, find_initial
 from fastlm.run.metrics import RERUN, MetricsFile, NoMetrics, first_and_final_loss, plot_loss, read_metrics
 from fastlm.run.progress import ProgressLine, duration
@@ -193,6 +202,7 @@ class _Run:
         self.peak = peak_flops(device, self.dtype)
         self.pace = deque(maxlen=20)  # seconds of the latest steps
         self.evaluated: dict[str, float] = {}  # of the latest evaluation
+        self.taken: Snapshot | None = None  # the last checkpoint's
         self.stopping, self.stopped_by = False, None
 
     def train(self) -> Result:
@@ -358,7 +368,8 @@ class _Run:
         step, directory, keep = self.counters.step, self.out / runs.CHECKPOINTS, self.recipe.train.keep_checkpoints
         shard = (self.world.rank, self.world.size) if self.shards is not None else (0, 1)
         if self.world.main or self.shards is not None:
-            taken = snapshot(step, self.parameters, self.optimizer, state, shard)
+            self.writer.wait()  # it reads the memory that is written over
+            taken = self.taken = snapshot(step, self.parameters, self.optimizer, state, shard, self.taken)
 
             def write():
                 if not self.world.main:
