@@ -178,12 +178,34 @@ def test_a_finished_run_is_left_as_it_is(run, text):
 
 
 def test_resume_refuses_another_recipe_or_other_data(run, text, tmp_path):
-    with pytest.raises(ValueError, match=r"train\.lr is 0\.001, was 0\.005"):
+    with pytest.raises(ValueError, match=r"train\.lr is 0\.001, was 0\.005.*--init"):
         pretrain(small(train__lr=1e-3), text, run)
     prepare(corpus(tmp_path / "other.txt", lines=500), "train:200", tmp_path / "other", row_tokens=32, documents="line")
-    with pytest.raises(ValueError, match=r"does not list|not what the run was started on"):
+    with pytest.raises(ValueError, match=r"is not what the run was started on: .*its text has 500 documents, had 400"):
         pretrain(small(), tmp_path / "other", run)
     assert len(losses(run)) == 12
+
+
+def test_refused_data_is_said_in_detail(run, text, tmp_path):
+    """Which setting, that the tokenizer or the text is another; and that --init takes the weights to other data."""
+
+    def refused(data, *reasons):
+        with pytest.raises(ValueError, match="is not what the run was started on") as raised:
+            pretrain(small(), data, run)
+        for reason in (*reasons, "start another run: --init with this one's directory"):
+            assert re.search(reason, str(raised.value)), raised.value
+        assert len(losses(run)) == 12
+
+    options = {"row_tokens": 32, "documents": "line"}
+    prepare(text, "train:150", tmp_path / "tokenizer", **options)
+    refused(tmp_path / "tokenizer", r"data\.tokenizer is 'train:150', was 'train:200'")
+    prepare(text, "train:200", tmp_path / "setting", **options, min_chars=40)
+    refused(tmp_path / "setting", r"data\.min_chars is 40, was 8")
+    prepare(corpus(tmp_path / "other.txt", lines=500), "train:200", tmp_path / "text", **options)
+    refused(tmp_path / "text", r"its text has 500 documents, had 400", r"its tokenizer is another one")
+    changed = tmp_path / "changed.txt"
+    changed.write_text(text.read_text().replace("apple", "melon"))
+    refused(changed, "files of the text were changed, added or removed")
 
 
 def test_never_refuses_a_directory_with_a_run(run, text, tmp_path):

@@ -10,6 +10,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +21,33 @@ from fastlm.bench.step_contenders import fastlm_step
 from fastlm.bench.steps import find_step
 from fastlm.run.checkpoint import Writer, snapshot, write_checkpoint
 from fastlm.train.optimizer import make_optimizer
+
+
+@dataclass(frozen=True)
+class Time:
+    """Seconds of the clock, and of the process's threads on a CPU: all that counts where other programs run too."""
+
+    wall: float
+    cpu: float
+
+    @staticmethod
+    def now() -> Time:
+        return Time(time.perf_counter(), time.process_time())
+
+    def __add__(self, other: Time) -> Time:
+        return Time(self.wall + other.wall, self.cpu + other.cpu)
+
+    def __mul__(self, factor: float) -> Time:
+        return Time(self.wall * factor, self.cpu * factor)
+
+    def __sub__(self, other: Time) -> Time:
+        return self + other * -1
+
+    def __truediv__(self, divisor: float) -> Time:
+        return self * (1 / divisor)
+
+    def items(self):
+        return asdict(self).items()
 
 
 def measure(recipe: str, settings: list[str], vocab_size: int, rounds: int, steps: int, directory: Path) -> list[dict]:
@@ -35,11 +63,11 @@ def measure(recipe: str, settings: list[str], vocab_size: int, rounds: int, step
         step(number).tolist()
         number += 1
 
-    def alone() -> float:
-        start = time.perf_counter()
+    def alone() -> Time:
+        start = Time.now()
         for _ in range(steps):
             run()
-        return (time.perf_counter() - start) / steps
+        return (Time.now() - start) / steps
 
     def take(into=None):
         return snapshot(number, parameters, optimizer, {}, into=into)
@@ -50,26 +78,18 @@ def measure(recipe: str, settings: list[str], vocab_size: int, rounds: int, step
     write_checkpoint(directory, taken, keep=1)
     with writer:
         for _ in range(rounds):
-            before, start = alone(), time.perf_counter()
+            before, start = alone(), Time.now()
             write_checkpoint(directory, take(taken), keep=1)
-            waited, middle, start = time.perf_counter() - start, alone(), time.perf_counter()
+            waited, middle, start = Time.now() - start, alone(), Time.now()
             taken, first = take(taken), number
-            copy = time.perf_counter() - start
+            copy = Time.now() - start
             writer.submit(partial(write_checkpoint, directory, taken, keep=1))
             while number == first or not writer.idle:
                 run()
-            writing = time.perf_counter() - start
-            each = statistics.mean((before, middle, alone()))
-            rows.append(
-                {
-                    "step": each,
-                    "synchronous": waited,
-                    "copy": copy,
-                    "writing": writing,
-                    "steps": number - first - steps,
-                    "thread": writing - (number - first - steps) * each,
-                }
-            )
+            writing, count = Time.now() - start, number - first
+            each = (before + middle + alone()) / 3
+            row = {"step": each, "synchronous": waited, "copy": copy, "thread": writing - each * count}
+            rows.append({"steps": count, **{f"{key}, {kind}": t for key, x in row.items() for kind, t in x.items()}})
     return rows
 
 
@@ -85,11 +105,13 @@ def main(arguments=None) -> int:
     args = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(dir=args.dir or Path.cwd()) as directory:
         rows = measure(args.recipe, args.settings, args.vocab, args.rounds, args.steps, Path(directory) / "run")
-    print("s: " + " ".join(f"{name:>12}" for name in rows[0]))
-    for row in rows:
-        print("   " + " ".join(f"{value:12.3f}" for value in row.values()))
-    shares = [row["thread"] / row["synchronous"] for row in rows]
-    print(f"thread / synchronous: median {statistics.median(shares):.0%}, {min(shares):.0%} to {max(shares):.0%}")
+    for key in rows[0]:
+        print(f"{key:<18}" + " ".join(f"{row[key]:8.2f}" for row in rows))
+    for kind in ("wall", "cpu"):
+        shares = [row[f"thread, {kind}"] / row[f"synchronous, {kind}"] for row in rows]
+        print(
+            f"thread / synchronous, {kind}: median {statistics.median(shares):.0%}, {min(shares):.0%} to {max(shares):.0%}"
+        )
     if args.json:
         results.write_json(args.json, rows, threads=torch.get_num_threads())
     return 0

@@ -233,7 +233,7 @@ def data_differences(manifest: dict, stored: dict) -> list[str]:
         return []
     before = stored.get("settings", manifest["settings"])
     found = setting_differences(manifest["settings"], before)
-    if "tokenizer" not in before and manifest["tokenizer"]["checksum"] != stored.get("tokenizer"):
+    if manifest["tokenizer"]["checksum"] != stored.get("tokenizer", manifest["tokenizer"]["checksum"]):
         found.append("its tokenizer is another one")
     text = [(what, manifest[key], stored.get(key)) for what, key in _TEXT.items()]
     found += [f"its text has {now:,} {what}, had {was:,}" for what, now, was in text if was not in (None, now)]
@@ -277,7 +277,7 @@ def open_data(recipe: Recipe, data, out: Path, start: Checkpoint | None) -> Data
     if prepared and len(paths) > 1:
         raise ValueError(f"data: {prepared[0]} is prepared and stands alone; expected one such directory, or text")
     if prepared:
-        directory = prepared[0]
+        directory = Path(prepared[0])
     else:
         directory = out / DATA
         try:
