@@ -4,6 +4,10 @@
 `--all` adds the tests marked long: `make test-all`. A GPU takes seconds for them, so that --device cuda adds them too.
 """
 
+import os
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
 

@@ -1,5 +1,6 @@
 """Two processes, as torchrun starts them: the same run as one process, checkpoints for either, a process that dies."""
 
+import json
 import os
 import subprocess
 import sys
@@ -128,6 +129,21 @@ def test_ranks_that_do_not_divide_the_micro_batches():
         ValueError, match=r"train\.micro_batch_tokens: expected so few that 3 processes divide .* got 4 of them; halve"
     ):
         world.micros(4)
+
+
+def test_processes_that_start_apart_are_refused():
+    """As where OUT is on a disk that the machines do not share."""
+    store = Store()
+    worlds = [World(rank, 2, torch.device("cpu"), store) for rank in range(2)]
+    worlds[1]._prefix = worlds[0]._prefix
+    for step in (4, 8):
+        store.set(f"{worlds[0]._prefix}/agree/1", json.dumps({"the step to start from": step}))
+        if step == 4:
+            worlds[0].agree({"the step to start from": 4}, "share OUT")
+    with pytest.raises(ValueError, match="the step to start from: rank 1 has 8, rank 0 has 4; share OUT"):
+        worlds[0].agree({"the step to start from": 4}, "share OUT")
+    with pytest.raises(ValueError, match="the step to start from: rank 1 has 8, rank 0 has 4; share OUT"):
+        worlds[1].agree({"the step to start from": 8}, "share OUT")
 
 
 class Store(dict):

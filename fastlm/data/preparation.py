@@ -100,7 +100,7 @@ def prepare(
     contents = _contents([*files, *held_files], progress)
     identity = json_checksum([VERSION, cleaning.VERSION, work.settings(), len(files), contents])
     if os.path.exists(out) and not (out.is_dir() and not any(out.iterdir())):
-        return _already(out, identity)
+        return _already(out, identity, work.settings())
     try:
         # The rows written so far, scaled to all of the text; the tokenizer is small.
         total = sum(file.size for file in files)
@@ -119,7 +119,7 @@ def prepare(
             }
             write_json(partial / MANIFEST, {**manifest, "checksum": json_checksum(manifest)})
     except FileExistsError:  # another process finished meanwhile
-        return _already(out, identity)
+        return _already(out, identity, settings)
     return open_dataset(out)
 
 
@@ -264,11 +264,32 @@ class _Spool:
         return (json.loads(line) for line in self._file)
 
 
-def _already(out: Path, identity: str) -> Dataset:
-    """What lies in `out`, where it is the preparation `identity`."""
-    if is_prepared(out) and read_manifest(out)["preparation"] == identity:
-        return open_dataset(out)
-    raise ValueError(f"out: {out} exists and holds something else; name another directory, or delete it")
+class OtherPreparation(ValueError):
+    """A directory holds the preparation of other text, or by other settings; `differences` says which."""
+
+    def __init__(self, out: Path, differences: list[str]):
+        self.differences = differences
+        super().__init__(
+            f"out: {out} exists and holds another preparation: {'; '.join(differences)}. Name another directory, or "
+            "delete it"
+        )
+
+
+def setting_differences(settings: dict, before: dict) -> list[str]:
+    """A phrase for each entry of a manifest's settings that differs."""
+    names = [name for name in {**before, **settings} if settings.get(name) != before.get(name)]
+    return [f"data.{name} is {settings.get(name)!r}, was {before.get(name)!r}" for name in names]
+
+
+def _already(out: Path, identity: str, settings: dict) -> Dataset:
+    """What lies in `out`, where it is the preparation `identity` by `settings`."""
+    if not is_prepared(out):
+        raise ValueError(f"out: {out} exists and holds something else; name another directory, or delete it")
+    manifest = read_manifest(out)
+    if manifest["preparation"] != identity:
+        differences = setting_differences(settings, manifest["settings"])
+        raise OtherPreparation(out, differences or ["files of the text were changed, added or removed"])
+    return open_dataset(out)
 
 
 @contextmanager

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastlm.data import Dataset, is_prepared, open_dataset
+from fastlm.data.preparation import OtherPreparation, setting_differences
+from fastlm.data.shards import read_manifest
 from fastlm.data.sources import RUN_FILES
 from fastlm.run.checkpoint import Checkpoint, load_newest, read_checkpoint
 from fastlm.run.progress import prepare_with_progress
@@ -187,13 +189,13 @@ def _same_recipe(recipe: Recipe, content: dict, where: Path, *, branches: bool =
         raise ValueError(
             f"resume: the run in {where} has another recipe: {'; '.join(differences)}. A run that starts from it goes "
             f"on with its optimizer and schedule, so only {' and '.join(sorted(FREE_KEYS))} may differ: give its "
-            "recipe. To train its weights by another recipe, load OUT/hf of the finished run in Python "
-            "(fastlm.models.Bert.from_pretrained, or Transformers' AutoModel and fastlm.patch)"
+            f"recipe. To train its weights by another recipe, give --init {where} and no --resume"
         )
     if differences:
         raise ValueError(
             f"resume: the run in {where} has another recipe: {'; '.join(differences)}. Resume it with its own, or name "
-            "another directory for this one with --out"
+            "another directory for this one with --out; --init with this run's directory starts that one from its "
+            "weights"
         )
 
 
@@ -205,6 +207,41 @@ def adopt_metrics(start: Start, out: Path) -> None:
     if source.is_file() and not (out / METRICS).exists():
         with atomic_file(out / METRICS, what="the metrics of the run it starts from") as partial:
             shutil.copyfile(source, partial)
+
+
+_OTHER_DATA = (
+    "data: {directory} is not what the run was started on: {differences}. Resume with the same data. To train on this "
+    "data from the run's weights, start another run: --init with this one's directory, --out with a new one"
+)
+
+
+def data_state(dataset: Dataset) -> dict:
+    """What a checkpoint stores of the data: enough to find it changed, and to say what of it."""
+    manifest = dataset.manifest
+    return {
+        "manifest": json_checksum(manifest),
+        "accepted": dataset.accepted,
+        "settings": manifest["settings"],
+        "tokenizer": manifest["tokenizer"]["checksum"],
+        "documents": dataset.documents,
+        "text_bytes": dataset.text_bytes,
+    }
+
+
+def data_differences(manifest: dict, stored: dict) -> list[str]:
+    """What is not as in `stored`, as of `data_state`; checkpoints of older versions hold only the first two entries."""
+    if json_checksum(manifest) == stored["manifest"]:
+        return []
+    before = stored.get("settings", manifest["settings"])
+    found = setting_differences(manifest["settings"], before)
+    if manifest["tokenizer"]["checksum"] != stored.get("tokenizer", manifest["tokenizer"]["checksum"]):
+        found.append("its tokenizer is another one")
+    text = [(what, manifest[key], stored.get(key)) for what, key in _TEXT.items()]
+    found += [f"its text has {now:,} {what}, had {was:,}" for what, now, was in text if was not in (None, now)]
+    return found or ["its text or its tokenizer is another one"]
+
+
+_TEXT = {"documents": "documents", "bytes": "text_bytes"}
 
 
 @dataclass(frozen=True)
@@ -241,13 +278,18 @@ def open_data(recipe: Recipe, data, out: Path, start: Checkpoint | None) -> Data
     if prepared and len(paths) > 1:
         raise ValueError(f"data: {prepared[0]} is prepared and stands alone; expected one such directory, or text")
     if prepared:
-        directory = prepared[0]
+        directory = Path(prepared[0])
     else:
         directory = out / DATA
-        prepare_for(recipe.task, table, paths, directory, outputs=[out])
+        try:
+            prepare_for(recipe.task, table, paths, directory, outputs=[out])
+        except OtherPreparation as error:
+            raise ValueError(
+                _OTHER_DATA.format(directory=" ".join(map(str, paths)), differences="; ".join(error.differences))
+            ) from error
+    if start is not None and (differences := data_differences(read_manifest(directory), start.state["data"])):
+        raise ValueError(_OTHER_DATA.format(directory=directory, differences="; ".join(differences)))
     dataset = open_dataset(directory, None if start is None else start.state["data"]["accepted"])
-    if start is not None and json_checksum(dataset.manifest) != start.state["data"]["manifest"]:
-        raise ValueError(f"data: {directory} is not what the run was started on; resume with the same data")
     if dataset.layout != layout.name:
         raise ValueError(
             f"data: {directory} was prepared with {dataset.layout} rows, task {recipe.task} needs {layout.name} ones; "

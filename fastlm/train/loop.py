@@ -16,7 +16,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -28,7 +28,16 @@ from fastlm.chip import chip_name, parse_device
 from fastlm.models import Counts, Model
 from fastlm.models._size import TRAINED, check_memory
 from fastlm.run import directory as runs
-from fastlm.run.checkpoint import Writer, load_newest, newest_name, restore, snapshot, write_checkpoint, write_shard
+from fastlm.run.checkpoint import (
+    Snapshot,
+    Writer,
+    load_newest,
+    newest_name,
+    restore,
+    snapshot,
+    write_checkpoint,
+    write_shard,
+)
 from fastlm.run.initial import Initial, find_initial
 from fastlm.run.metrics import RERUN, MetricsFile, NoMetrics, first_and_final_loss, plot_loss, read_metrics
 from fastlm.run.progress import ProgressLine
@@ -100,6 +109,13 @@ def pretrain(recipe: Recipe, data, out, *, device: str = "cpu", resume: str = "a
         with world.main_first():
             start = runs.find_start(recipe, out, resume)
             data = runs.open_data(recipe, data, out, start.checkpoint)
+        world.agree(
+            {
+                "the step to start from": 0 if start.checkpoint is None else start.checkpoint.step,
+                "data": json_checksum([data.train.manifest, data.train.accepted]),
+            },
+            f"expected {out} and the data to be the same on all machines: put them into a file system that all share",
+        )
         return _Run(recipe, data, out, world, start, initial, log).train()
 
 
@@ -178,6 +194,7 @@ class _Run:
         self.start, self.saved, self.log = start, self.counters.step, log
         self.watch = Watch(self.task, world, self.counters)
         self.evaluated: dict[str, float] = {}  # of the latest evaluation
+        self.taken: Snapshot | None = None  # the last checkpoint's
         self.stopping, self.stopped_by = False, None
 
     def train(self) -> Result:
@@ -185,7 +202,6 @@ class _Run:
         if first == table.max_steps and (summary := runs.finished_summary(self.out)):
             return Result(self.out, first, summary)
         self.world.barrier()  # every process has read what is written from here on
-        self.writer = Writer()
         if self.world.main:
             # A summary, if there is one, is of a later checkpoint, which was damaged since.
             (self.out / runs.SUMMARY).unlink(missing_ok=True)
@@ -195,13 +211,12 @@ class _Run:
             before = read_metrics(self.metrics.path)[-2 * WINDOW :]
         else:
             self.metrics, before = NoMetrics(), []
-        if self.start.branches:
-            self._save()  # the other run may drop the checkpoint that this one starts from
         console = None if self.world.main else Console(quiet=True)
         with (
             ProgressLine(self.recipe.name, table.max_steps, console) as self.line,
             _stop_signal() as stop,
             Heartbeat(self.world, self._advice) as heartbeat,
+            closing(self.metrics),
         ):
             self.watch.start(self.line, (row["loss"] for row in before))
             self.watch.headline(self.model, self.memory)
@@ -213,14 +228,17 @@ class _Run:
                     f"{runs.PLOT} will be of what it has"
                 )
             try:
-                self._steps(first, stop)
+                with Writer() as self.writer:
+                    if self.start.branches:
+                        self._save()
+                        self.writer.wait()  # the other run may drop the checkpoint that this one starts from
+                    self._steps(first, stop)
             except RuntimeError as error:
                 where = {"step": self.counters.step, "saved": self.saved > 0, "out": self.out}
                 advice = out_of_memory(error, self.recipe, self.device, processes=self.world.size, **where)
                 raise advice or heartbeat.explain(error) from error
             finally:
                 self.metrics.close()
-                self.writer.close()
             if self.counters.step < table.max_steps:
                 self.line.note(
                     f"stopped at step {self.counters.step}; the same command continues after step {self.saved}"
@@ -256,6 +274,7 @@ class _Run:
             # The host looks at a step of a GPU while the next one runs, so that the GPU never waits for it.
             if self.world.size == 1:
                 launched[-1].stop |= bool(stop)  # told during the step
+            self.writer.check()
             while len(launched) > (self.device.type == "cuda" and not (due or self._evaluates(step + 1))):
                 self._report(launched.popleft())
             if self.stopping and not due:
@@ -315,6 +334,7 @@ class _Run:
         return self.evaluated
 
     def _diverged(self, steps: str) -> Diverged:
+        self.writer.wait()
         newest, _ = load_newest(self.out / runs.CHECKPOINTS)
         kept = "there is no checkpoint yet" if newest is None else f"the newest checkpoint is {newest.path}"
         return Diverged(
@@ -329,14 +349,15 @@ class _Run:
         state = {
             "counters": asdict(self.counters),
             "recipe": self.recipe.to_dict(),
-            "data": {"manifest": json_checksum(self.dataset.manifest), "accepted": self.dataset.accepted},
+            "data": runs.data_state(self.dataset),
             "rng": {"seed": self.recipe.train.seed, "step": self.counters.step},
             "versions": versions(),
         }
         step, directory, keep = self.counters.step, self.out / runs.CHECKPOINTS, self.recipe.train.keep_checkpoints
         shard = (self.world.rank, self.world.size) if self.shards is not None else (0, 1)
         if self.world.main or self.shards is not None:
-            taken = snapshot(step, self.parameters, self.optimizer, state, shard)
+            self.writer.wait()  # it reads the memory that is written over
+            taken = self.taken = snapshot(step, self.parameters, self.optimizer, state, shard, self.taken)
 
             def write():
                 if not self.world.main:

@@ -13,6 +13,7 @@ compilation does not stop it. A rank whose number stands still is dead or hangs,
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 import socket
@@ -95,6 +96,19 @@ class World:
         while wait and count < self.size:
             time.sleep(0.05)
             count = store.add(f"{self._prefix}/at/{place}", 0)
+
+    def agree(self, values: dict[str, object], remedy: str) -> None:
+        """ValueError in every process where one of `values` is not the same in all of them."""
+        if self.size == 1:
+            return
+        mine = json.dumps(values)
+        self._store.set(f"{self._prefix}/agree/{self.rank}", mine)
+        first = json.loads(self._store.get(f"{self._prefix}/agree/0"))
+        for rank in range(1, self.size):
+            its = json.loads(self._store.get(f"{self._prefix}/agree/{rank}"))
+            for what, value in its.items():
+                if value != first[what]:
+                    raise ValueError(f"{what}: rank {rank} has {value}, rank 0 has {first[what]}; {remedy}")
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -228,7 +242,7 @@ class Heartbeat:
         self.world, self.advice, self.lost = world, advice, lost or _end
         self.beat, self.silent, self.clock = beat, silent, clock
         self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._thread: threading.Thread | None = None  # with one process none: it would hold the run until the next gc
 
     def __enter__(self) -> Heartbeat:
         if self.world.size > 1:
