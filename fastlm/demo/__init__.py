@@ -90,7 +90,7 @@ def demo(
     task = find_task(recipe.task)(recipe, dataset, torch.device("cpu"), held)
     sentences = held_out_sentences(corpus, recipe.data.validation_share, module.SENTENCES)
     module.show(out / MODEL, task, sentences, say)
-    found = {"kind": kind, "corpus": checksum, **module.measure(out / MODEL, task, summary)}
+    found = {"kind": kind, "corpus": checksum, **module.measure(out / MODEL, task)}
     replace_json(out / FOUND, found, what="the demo's results")
     module.report(found, say)
     if kind == "bert":

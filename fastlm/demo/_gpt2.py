@@ -43,7 +43,7 @@ def show(model_directory, task, sentences, say) -> None:
 
 
 @torch.inference_mode()
-def measure(model_directory, task, summary) -> dict[str, float]:
+def measure(model_directory, task) -> dict[str, float]:
     """Bits a character of the held-out rows that training evaluated; of the model and of the trigrams."""
     model, tokenizer = GPT2.from_pretrained(model_directory).eval(), task.dataset.tokenizer
     trigrams = Trigrams(*_all_contexts(task.dataset), tokenizer.vocab_size)

@@ -34,7 +34,7 @@ def show(model_directory, task, sentences, say) -> None:
 
 
 @torch.inference_mode()
-def measure(model_directory, task, summary) -> dict[str, float]:
+def measure(model_directory, task) -> dict[str, float]:
     """Share of the span tokens of held-out rows that each predicts right, given the tokens before them."""
     model, tokenizer = T5.from_pretrained(model_directory).eval(), task.dataset.tokenizer
     trigrams = Trigrams(*_all_contexts(task.dataset), tokenizer.vocab_size)

@@ -50,8 +50,8 @@ def _by_gram(x: torch.Tensor) -> torch.Tensor:
     """The same for x (n, rows, columns), by products of rows x rows alone but for the first and the last.
 
     An iteration is P X with P = a + b G + c G² and G = X X^T, so G becomes P G P, and the result is the product of all
-    P times X. It takes half of the time for 128 x 512 on a CPU. G has the squares of the singular values, which bfloat16
-    is too coarse for.
+    P times X. It takes half of the time for 128 x 512 on a CPU. bfloat16 is too coarse for G, which has the squares of
+    the singular values.
     """
     a, b, c = _COEFFICIENTS
     gram, product = x @ x.mT, None
