@@ -60,9 +60,8 @@ def test_three_steps_of_a_narrow_one(name, tmp_path):
 @pytest.mark.parametrize("name", ON_GPU)
 def test_a_gpu_recipe_costs_what_its_comment_says(name):
     """Its tokens by batches and steps; its hours by the FLOPs of full rows."""
-    text = " ".join(
-        line.lstrip("# ") for line in (RECIPES / f"{name}.toml").read_text().partition("task =")[0].splitlines()
-    )
+    comment = (RECIPES / f"{name}.toml").read_text().partition("task =")[0]
+    text = " ".join(line.lstrip("# ") for line in comment.splitlines())
     tokens, hours, gflop = map(float, STATED.search(text).groups())
     assert "Departs from" in text
     recipe = load_recipe(name)
