@@ -219,6 +219,26 @@ def fill_mask(
 
 
 @app.command()
+def demo(
+    kind: Annotated[str, typer.Argument(help="bert, gpt2 or t5.")] = "bert",
+    out: Annotated[Path | None, typer.Option(help="Directory to write. Default: runs/demo-KIND.")] = None,
+    seconds: Annotated[float, typer.Option(help="How long to train, about.")] = 180.0,
+) -> None:
+    """Train a small model on this Python's documentation, and show what it learned; about three minutes.
+
+    Exit status 1 where it learned less than it should have.
+    """
+    from fastlm import demo as demos
+
+    recipe = demos.recipe_of(kind)
+    _threads.for_work(recipe.layer_flops())
+    out = Path(f"runs/demo-{kind}") if out is None else out
+    good, verdict = demos.judge(demos.demo(out, seconds=seconds, kind=kind, recipe=recipe))
+    if not good:
+        sys.exit(f"error: {verdict}")
+
+
+@app.command()
 def profile(
     recipe: Annotated[str, typer.Argument(help="A recipe's name or TOML file, or gpt2-39m-4x256, t5-small-8x256.")],
     out: Annotated[Path, typer.Option(help="Directory to write.")] = Path("runs/profile"),

@@ -184,11 +184,7 @@ class _Work:
         return (text for text in self.texts("tokenizer", files, Report()) if not self.held_out(text))
 
     def held_out(self, text: str) -> bool:
-        """Whether a document is among the share that is held out: a function of its text."""
-        if not self.validation_share:
-            return False
-        word = hashlib.blake2b(text.encode(), digest_size=8, person=b"held out").digest()
-        return int.from_bytes(word, "little") < self.validation_share * 2**64
+        return is_held_out(text, self.validation_share)
 
     def rows(self, out: Path, prefix: str, texts: Iterable[str], report: Report) -> dict:
         """Write shards of the texts' rows; their part of the manifest."""
@@ -209,6 +205,14 @@ class _Work:
             "fill": _fill(shards, self.layout),
             "shards": shards,
         }
+
+
+def is_held_out(text: str, share: float) -> bool:
+    """Whether a document, cleaned, is among the `share` that is held out: a function of its text."""
+    if not share:
+        return False
+    word = hashlib.blake2b(text.encode(), digest_size=8, person=b"held out").digest()
+    return int.from_bytes(word, "little") < share * 2**64
 
 
 def _fill(shards: list[dict], layout: Layout) -> list[float]:

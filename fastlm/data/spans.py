@@ -14,7 +14,7 @@ token i of the n - 1 that could be; the lowest ranks are the cuts, equal ones in
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -44,8 +44,28 @@ class Pair:
     target_lengths: np.ndarray
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """The tokens of a batch's pieces, padding aside, and which of them are taken out.
+
+    ids, lost               (T,) int64, bool
+    lengths, noise, spans   (pieces,) int64: tokens of a piece, how many it loses, and in how many spans
+    """
+
+    ids: np.ndarray
+    lost: np.ndarray
+    lengths: np.ndarray
+    noise: np.ndarray
+    spans: np.ndarray
+
+
 def corrupt(batch: Batch, corruption: Corruption, tokenizer: Tokenizer, seed: int) -> Pair:
     """The batch of span rows `batch` after corruption: the padding in its rows is gone."""
+    return _sides(choose(batch, corruption, seed), tokenizer)
+
+
+def choose(batch: Batch, corruption: Corruption, seed: int) -> Chosen:
+    """What `corrupt` takes out of the batch of span rows `batch`."""
     starts = batch.cu_seqlens[: batch.pieces + 1].numpy().astype(np.int64)
     first, lengths = starts[:-1], np.diff(starts)
     sample = batch.sample_ids.numpy()[first]
@@ -55,7 +75,7 @@ def corrupt(batch: Batch, corruption: Corruption, tokenizer: Tokenizer, seed: in
     ids = batch.input_ids.numpy()[ragged(first, lengths)]
     noise, spans = corruption.counts(lengths)
     lost = _lost(lengths, noise, spans, sample, epoch, seed)
-    return _sides(ids, lengths, noise, spans, lost, tokenizer)
+    return Chosen(ids, lost, lengths, noise, spans)
 
 
 def _lost(lengths, noise, spans, sample, epoch, seed: int) -> np.ndarray:
@@ -92,7 +112,8 @@ def _partition(total, parts, word, lengths) -> np.ndarray:
     return np.diff(at, append=total.sum())
 
 
-def _sides(ids, lengths, noise, spans, lost, tokenizer: Tokenizer) -> Pair:
+def _sides(chosen: Chosen, tokenizer: Tokenizer) -> Pair:
+    ids, lost, lengths, noise, spans = (getattr(chosen, of.name) for of in fields(chosen))
     piece = np.repeat(np.arange(len(lengths)), lengths)
     before = np.concatenate([[False], lost[:-1]])
     before[np.cumsum(lengths) - lengths] = False

@@ -14,9 +14,9 @@ import pkgutil
 
 from fastlm.models import Model
 from fastlm.tasks._tables import DataTable, TrainTable
-from fastlm.tasks._task import Micro, Task
+from fastlm.tasks._task import EVALUATION_SEED, Micro, Task
 
-__all__ = ["DataTable", "Micro", "Task", "TrainTable", "find_task", "make_model", "task_names"]
+__all__ = ["EVALUATION_SEED", "DataTable", "Micro", "Task", "TrainTable", "find_task", "make_model", "task_names"]
 
 
 def task_names() -> list[str]:

@@ -19,7 +19,7 @@ from fastlm.models import Counts, Model
 from fastlm.settings import Table
 from fastlm.tasks._tables import DataTable, TrainTable
 
-_EVALUATION_SEED = 0x65766C  # of the masks and the order of held-out text: losses of all recipes are of the same task
+EVALUATION_SEED = 0x65766C  # of the masks and the order of held-out text: losses of all recipes are of the same task
 
 
 @dataclass(frozen=True)
@@ -100,19 +100,20 @@ class Task:
         return self.make_micro(self.batches.at(step, m, count), seed, torch.tensor([seed, step * count + m]))
 
     def evaluation(self) -> Iterator[Micro]:
-        """Micro-batches of the held-out rows, the same at every call: what is random has a seed of its own.
+        """Micro-batches of the held-out rows, the same at every call: what is random has a seed of its own."""
+        for batch in self.evaluation_batches():
+            yield self.make_micro(batch, EVALUATION_SEED, torch.tensor([EVALUATION_SEED, 0]), evaluation=True)
 
-        At most train.eval_tokens of them, in an order that does not depend on the recipe.
-        """
+    def evaluation_batches(self) -> Iterator[Batch]:
+        """At most train.eval_tokens of the held-out rows, in an order that does not depend on the recipe."""
         rows, data = self.validation.rows, self.recipe.data
         if self.recipe.train.eval_tokens:
             rows = min(rows, max(1, self.recipe.train.eval_tokens // data.row_tokens))
-        order = rows_at(np.arange(rows), self.validation.rows, _EVALUATION_SEED)[1]
+        order = rows_at(np.arange(rows), self.validation.rows, EVALUATION_SEED)[1]
         at_once = self.recipe.micro_batch_tokens // data.row_tokens
         for start in range(0, rows, at_once):
             row = order[start : start + at_once]
-            batch = make_batch(self.validation, np.zeros_like(row), row)
-            yield self.make_micro(batch, _EVALUATION_SEED, torch.tensor([_EVALUATION_SEED, 0]), evaluation=True)
+            yield make_batch(self.validation, np.zeros_like(row), row)
 
     def make_micro(self, batch: Batch, seed: int, rng: torch.Tensor, evaluation: bool = False) -> Micro:
         """One forward on the rows of `batch`: what is masked or corrupted is a function of `seed` and its samples.

@@ -31,14 +31,37 @@ def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
     designed for; in float32 on a CPU.
     """
     x = matrix.to(torch.bfloat16 if matrix.is_cuda else torch.float32)
+    shape = x.shape
+    x = x.reshape(-1, *shape[-2:])
     wide = x.shape[-2] > x.shape[-1]
     x = x.mT if wide else x
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    if x.shape[-1] >= 2 * x.shape[-2] and x.dtype == torch.float32:
+        x = _by_gram(x)
+    else:
+        a, b, c = _COEFFICIENTS
+        for _ in range(_ITERATIONS):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if wide else x).float().reshape(shape)
+
+
+def _by_gram(x: torch.Tensor) -> torch.Tensor:
+    """The same for x (n, rows, columns), by products of rows x rows alone but for the first and the last.
+
+    An iteration is P X with P = a + b G + c G² and G = X X^T, so G becomes P G P, and the result is the product of all
+    P times X. It takes half of the time for 128 x 512 on a CPU. bfloat16 is too coarse for G, which has the squares of
+    the singular values.
+    """
     a, b, c = _COEFFICIENTS
-    for _ in range(_ITERATIONS):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.mT if wide else x).float()
+    gram, product = x @ x.mT, None
+    for iteration in range(_ITERATIONS):
+        p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        p.diagonal(dim1=-2, dim2=-1).add_(a)
+        product = p if product is None else p @ product
+        if iteration < _ITERATIONS - 1:
+            gram = p @ gram @ p
+    return product @ x
 
 
 class Muon(torch.optim.Optimizer):
