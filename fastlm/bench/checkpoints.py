@@ -110,7 +110,8 @@ def main(arguments=None) -> int:
     for kind in ("wall", "cpu"):
         shares = [row[f"thread, {kind}"] / row[f"synchronous, {kind}"] for row in rows]
         print(
-            f"thread / synchronous, {kind}: median {statistics.median(shares):.0%}, {min(shares):.0%} to {max(shares):.0%}"
+            f"thread / synchronous, {kind}: median {statistics.median(shares):.0%}, "
+            f"{min(shares):.0%} to {max(shares):.0%}"
         )
     if args.json:
         results.write_json(args.json, rows, threads=torch.get_num_threads())
