@@ -69,7 +69,7 @@ setup: $(VENV)/.installed
 	@$(PY) setup.py --quiet build_ext --inplace
 
 demo: setup
-	$(PY) -m fastlm.demo --out runs/demo
+	$(PY) -m fastlm demo bert --out runs/demo
 
 test: setup $(VENV)/.test
 	$(PYTEST) $(TESTS)

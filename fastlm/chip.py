@@ -2,14 +2,18 @@
 
     MFU = FLOPs of a step's matrix products (Model.flops) / (seconds · peak)
 
-The peak is the vendor's dense figure for the dtype; an unknown chip has none, and a run on it has no MFU.
+A GPU's peak is the vendor's dense figure for the dtype, a CPU's is measured (fastlm.cpu_rate). Where neither is known,
+a run has no MFU.
 """
 
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 import torch
+
+from fastlm import cpu_rate
 
 # product -> FLOP/s of (dense bfloat16 with float32 accumulation, float32 outside the tensor cores); None where there is
 # no such unit. Source: NVIDIA's data sheets and architecture white papers.
@@ -46,11 +50,39 @@ def product(name: str) -> str:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """FLOP/s of the chip in `dtype`, or None where it is not known: a CPU, or float32 with torch's tf32 switched on."""
+    """FLOP/s of the chip in `dtype` by its data sheet; None without one, and for float32 with tf32 on."""
     if device.type != "cuda" or (dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"):
         return None
     bfloat16, float32 = _PEAKS.get(product(chip_name(device)), (None, None))
     return bfloat16 if dtype == torch.bfloat16 else float32
+
+
+class Peak(NamedTuple):
+    """FLOP/s, None where they are not known; `source` says where they come from, or why there are none."""
+
+    flops: float | None
+    source: str
+
+    def __str__(self) -> str:
+        if self.flops is None:
+            return f"n/a, {self.source}"
+        rate = f"{self.flops / 1e12:.4g} TFLOP/s" if self.flops >= 1e12 else f"{self.flops / 1e9:.0f} GFLOP/s"
+        return f"{rate}, {self.source}"
+
+
+def find_peak(device: torch.device, dtype: torch.dtype) -> Peak:
+    """What MFU on `device` is against. It measures nothing; `fastlm info` and `fastlm pretrain` do, on a CPU."""
+    name = str(dtype).removeprefix("torch.")
+    if device.type == "cpu":
+        flops, threads = cpu_rate.known(dtype), torch.get_num_threads()
+        what = f"this CPU in {name} with {threads} thread{'s' if threads > 1 else ''}"
+        if flops is None:
+            return Peak(None, f"the rate of {what} was not measured; `fastlm info` does")
+        return Peak(flops, f"as measured on {what}")
+    flops = peak_flops(device, dtype)
+    if flops is None:
+        return Peak(None, f"no peak of {chip_name(device)} in {name} is known")
+    return Peak(flops, f"the data sheet's in {name}")
 
 
 def parse_device(name: str) -> torch.device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -72,19 +73,44 @@ def info() -> None:
 def prepare(
     data: DataOption,
     out: Annotated[Path, typer.Option(help="Directory to write.")],
-    tokenizer: Annotated[str, typer.Option(help="train:N, or a tokenizer's directory.")] = "train:8192",
-    row_tokens: Annotated[int, typer.Option(help="Length of a row of packed pieces.")] = 128,
-    documents: Annotated[str, typer.Option(help="A document of a text file: file, line, blank.")] = "file",
+    recipe: Annotated[
+        str | None, typer.Option(help="Take task and data settings from this recipe; else those of masked_lm.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="train:N, bpe:N, chars, or a tokenizer's directory. Default: train:8192.")
+    ] = None,
+    row_tokens: Annotated[int | None, typer.Option(help="Length of a row of packed pieces. Default: 128.")] = None,
+    documents: Annotated[
+        str | None, typer.Option(help="A document of a text file: file, line, blank. Default: file.")
+    ] = None,
+    validation: Annotated[str | None, typer.Option(help="Text to evaluate on, a path.")] = None,
+    validation_share: Annotated[
+        float | None, typer.Option(help="Share of the documents to hold out for evaluation instead.")
+    ] = None,
+    settings: SetOption = None,
 ) -> None:
     """Clean and tokenize text, and pack it into rows that `pretrain` reads."""
-    from fastlm.run.progress import prepare_with_progress
+    from fastlm.run.directory import prepare_for
+    from fastlm.run.recipe import Recipe, load_recipe
 
-    dataset = prepare_with_progress(data, tokenizer, out, row_tokens=row_tokens, documents=documents)
+    flags = {
+        "tokenizer": tokenizer,
+        "row_tokens": row_tokens,
+        "documents": documents,
+        "validation": validation,
+        "validation_share": validation_share,
+    }
+    chosen = Recipe() if recipe is None else load_recipe(recipe)
+    table = chosen.with_settings(settings or []).data_with(**{k: v for k, v in flags.items() if v is not None})
+    dataset = prepare_for(chosen.task, table, data, out)
     report = dataset.manifest["report"]
     _say(
         f"{out}: {dataset.rows:,} rows of {dataset.row_tokens} tokens from {report['kept']:,} of {report['read']:,} "
-        f"documents; vocabulary {dataset.tokenizer.vocab_size:,}, unigram entropy {dataset.unigram_entropy:.3f} nats"
+        f"documents, {' and '.join(f'{share:.0%}' for share in dataset.fill)} full; vocabulary "
+        f"{dataset.tokenizer.vocab_size:,}, unigram entropy {dataset.unigram_entropy:.3f} nats"
     )
+    if held := dataset.manifest["validation"]["rows"]:
+        _say(f"  held out: {held:,} rows of {dataset.manifest['validation']['documents']:,} documents")
     if unknown := dataset.manifest.get("unknown"):  # older preparations did not count it
         _say(f"  [UNK]: {unknown['tokens']:.2%} of the tokens, for {unknown['characters']:.2%} of the characters")
     for reason, entry in report["set_aside"].items():
@@ -109,6 +135,16 @@ def pretrain(
             "or checkpoint: start a run in OUT from there; the same command again continues that one."
         ),
     ] = "auto",
+    init: Annotated[
+        str | None,
+        typer.Option(
+            help="A model to start from, with its tokenizer: a run, a checkpoint, or a Hugging Face directory."
+        ),
+    ] = None,
+    log: Annotated[
+        list[str] | None,
+        typer.Option(help="tensorboard or wandb gets the metrics too; again for both. A resumed run may have others."),
+    ] = None,
 ) -> None:
     """Pretrain a model; the finished one lies in OUT/hf, for `AutoModel.from_pretrained`.
 
@@ -124,21 +160,34 @@ def pretrain(
 
     from fastlm import train
     from fastlm.data import is_prepared
+    from fastlm.run.summary import summary_table
+    from fastlm.run.tracking import check_logs
+
+    check_logs(log or [])
 
     if tokenizer is not None and any(map(is_prepared, data)):
         raise ValueError("--tokenizer: the data is prepared, with a tokenizer; leave --tokenizer out, or give text")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     _threads.for_work(chosen.layer_flops())
-    result = train.pretrain(chosen, data, out, device=device, resume=resume)
+    if device == "cpu" and os.environ.get("RANK", "0") == "0":
+        _measure_rate(chosen.train.dtype)
+    result = train.pretrain(chosen, data, out, device=device, resume=resume, init=init, log=log or ())
     if result.stopped_by is not None:
         sys.exit(128 + result.stopped_by)  # as a shell reports it; `pretrain && next` does not go on without a model
     if result.summary is not None:
-        first, final, entropy = (result.summary.get(key) for key in ("first_loss", "final_loss", "unigram_entropy"))
-        losses = "no loss" if first is None else f"loss {first:.3f}"  # none: no step predicted a token
-        if first != final:
-            losses += f" -> {final:.3f}"
-        level = "" if entropy is None else f" (unigram entropy {entropy:.3f})"
-        _say(f"{losses}{level}; the model is in {out / 'hf'}")
+        typer.echo(summary_table(result.summary, out / "hf", width_of(sys.stdout)))
+
+
+def _measure_rate(dtype: str) -> None:
+    """Measure the CPU's matrix products where that was not done before: the peak of MFU."""
+    import torch
+
+    from fastlm import cpu_rate
+
+    dtype = getattr(torch, dtype)
+    if cpu_rate.known(dtype) is None:
+        _say("Measuring this CPU's matrix products once, for MFU ...", sys.stderr)
+        cpu_rate.remember(dtype, cpu_rate.measure(dtype))
 
 
 @app.command()
@@ -167,6 +216,26 @@ def fill_mask(
             typer.echo()
         for candidate in candidates:
             typer.echo(f"{candidate.probability:7.1%}  {candidate.token:<16}  {candidate.text}")
+
+
+@app.command()
+def demo(
+    kind: Annotated[str, typer.Argument(help="bert, gpt2 or t5.")] = "bert",
+    out: Annotated[Path | None, typer.Option(help="Directory to write. Default: runs/demo-KIND.")] = None,
+    seconds: Annotated[float, typer.Option(help="How long to train, about.")] = 180.0,
+) -> None:
+    """Train a small model on this Python's documentation, and show what it learned; about three minutes.
+
+    Exit status 1 where it learned less than it should have.
+    """
+    from fastlm import demo as demos
+
+    recipe = demos.recipe_of(kind)
+    _threads.for_work(recipe.layer_flops())
+    out = Path(f"runs/demo-{kind}") if out is None else out
+    good, verdict = demos.judge(demos.demo(out, seconds=seconds, kind=kind, recipe=recipe))
+    if not good:
+        sys.exit(f"error: {verdict}")
 
 
 @app.command()

@@ -33,6 +33,7 @@ def fill_mask(directory, text: str, *, top: int = 5) -> list[list[Candidate]]:
         raise ValueError(f"model: expected a directory, as OUT/hf after `fastlm pretrain`, got {str(directory)!r}")
     model = Bert.from_pretrained(directory).eval()
     tokenizer = Tokenizer.load(directory)
+    tokenizer.check("masked")
     vocab_size = model.config.vocab_size  # may be rounded up beyond the tokenizer's, not the other way round
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(

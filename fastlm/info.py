@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import fastlm
-from fastlm import _malloc, _native, _threads
+from fastlm import _malloc, _native, _threads, cpu_rate
 from fastlm.ops import _registry  # importing it imports the ops, which register their backends
 
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "numpy")
@@ -28,16 +28,6 @@ def version(package: str) -> str | None:
         return None
 
 
-def _cpu() -> tuple[str, set[str]]:
-    """Name and feature flags of the CPU; the flags are empty outside x86 Linux."""
-    fields = {}
-    if Path("/proc/cpuinfo").exists():
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            key, _, value = line.partition(":")
-            fields.setdefault(key.strip(), value.strip())
-    return fields.get("model name") or platform.processor() or platform.machine(), set(fields.get("flags", "").split())
-
-
 def _clone(flags: set[str]) -> str:
     """The level of machine code that the CPU kernels run."""
     if flags >= _V4:
@@ -47,7 +37,7 @@ def _clone(flags: set[str]) -> str:
 
 def machine() -> dict[str, object]:
     """The machine and the software, to be stored with a result; JSON types only."""
-    name, flags = _cpu()
+    name, flags = cpu_rate.cpu_info()
     gpu = torch.cuda.is_available()
     return {
         "fastlm": fastlm.__version__,
@@ -100,6 +90,15 @@ def _architectures(cuda) -> str:
     return ", ".join(f"sm_{int(code) // 10}" for code in cuda.architectures().split(","))
 
 
+def _rates() -> str:
+    """Measures the CPU's matrix products; `fastlm pretrain` takes the result as the peak of MFU."""
+    rates = {
+        name: cpu_rate.remember(dtype, cpu_rate.measure(dtype)) / 1e9
+        for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16))
+    }
+    return ", ".join(f"{name} {rate:,.0f} GFLOP/s" for name, rate in rates.items()) + " in large matrix products"
+
+
 def report() -> str:
     """The text of `fastlm info`."""
     m = machine()
@@ -116,6 +115,7 @@ def report() -> str:
         "versions": f"Python {m['python']}, {versions}",
         "CPU": f"{m['cpu']}, {m['cores']} cores",
         "threads": m["waiting"],
+        "CPU's rate": _rates(),
         "CPU kernels": missing_cpu or f"built; they run {m['cpu_code']} code here",
         "AdamW": "torch's fused one" if missing_cpu else "fastlm's for float32 on the CPU, else torch's fused one",
         "OpenMP": ", ".join(openmp) if openmp else "none mapped",

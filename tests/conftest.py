@@ -4,8 +4,17 @@
 `--all` adds the tests marked long: `make test-all`. A GPU takes seconds for them, so that --device cuda adds them too.
 """
 
+import os
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
+
+# What the tests measure of this machine, which others may load meanwhile, is no run's peak. Models stay where they are.
+_CACHE = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+os.environ.setdefault("HF_HOME", str(Path(_CACHE, "huggingface")))
+os.environ["XDG_CACHE_HOME"] = str(Path(tempfile.gettempdir(), f"fastlm-test-cache-{os.getuid()}"))
 
 
 def pytest_addoption(parser):

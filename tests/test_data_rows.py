@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastlm.data import Batches, Tokenizer, packing, prepare
-from fastlm.data.packing import MIN_PIECE, PADDING_SAMPLE, encode_documents, max_pieces, pack
+from fastlm.data.layouts import MIN_PIECE, MaskedRows
+from fastlm.data.packing import PADDING_SAMPLE, encode_documents, pack
 
 TEXTS = [
     f"Document {i}: " + " ".join(f"word{j % 7} and" for j in range(length)) + f" the end of {i}."
@@ -37,7 +38,8 @@ def test_packing_loses_nothing(lengths, row_tokens, shard_rows, vocab_size):
     rng = np.random.default_rng(0)
     tokenizer = SimpleNamespace(vocab_size=vocab_size, pad_id=0, cls_id=1, sep_id=2)
     documents = [rng.integers(3, vocab_size, length) for length in lengths]
-    shards = list(pack(documents, tokenizer, row_tokens, shard_rows))
+    layout = MaskedRows(row_tokens)
+    shards = list(pack(documents, tokenizer, layout, shard_rows))
     assert all(len(shard.tokens) == shard_rows for shard in shards[:-1])
     rows = []
     for shard in shards:
@@ -50,14 +52,14 @@ def test_packing_loses_nothing(lengths, row_tokens, shard_rows, vocab_size):
     read = {}
     for number, (row, pieces) in enumerate(rows):
         real = [piece for piece in pieces if piece[0] != PADDING_SAMPLE]
-        assert 1 <= len(real) <= max_pieces(row_tokens)
+        assert 1 <= len(real) <= layout.max_pieces
         assert pieces[: len(real)] == real, "padding comes last"
         assert pieces[0][1] == 0
         ends = [start for _, start in pieces[1:]] + [row_tokens]
         for (sample, start), end in zip(pieces, ends, strict=True):
             if sample == PADDING_SAMPLE:
                 assert (row[start:] == 0).all()
-                full, last = len(real) == max_pieces(row_tokens), number == len(rows) - 1
+                full, last = len(real) == layout.max_pieces, number == len(rows) - 1
                 assert last or full or end - start < MIN_PIECE, "a useful piece would have fitted"
             else:
                 assert (row[start], row[end - 1]) == (1, 2)
@@ -74,12 +76,12 @@ def test_packing_loses_nothing(lengths, row_tokens, shard_rows, vocab_size):
 def test_pieces_are_numbered_within_a_document_and_bounded(monkeypatch):
     tokenizer = SimpleNamespace(vocab_size=10, pad_id=0, cls_id=1, sep_id=2)
     document = np.full(6 * 4, 5)
-    (shard,) = pack([document, document], tokenizer, 8, 100)
+    (shard,) = pack([document, document], tokenizer, MaskedRows(8), 100)
     assert shard.pieces[:, 0].tolist() == [0, 1, 2, 3, (1 << 24), (1 << 24) + 1, (1 << 24) + 2, (1 << 24) + 3]
     monkeypatch.setattr(packing, "PIECE_BITS", 2)
-    (shard,) = pack([document], tokenizer, 8, 100)
+    (shard,) = pack([document], tokenizer, MaskedRows(8), 100)
     with pytest.raises(ValueError, match=r"document 1 has more than 2\^2 pieces of row_tokens=8; split it"):
-        list(pack([document, np.full(6 * 4 + 1, 5)], tokenizer, 8, 100))
+        list(pack([document, np.full(6 * 4 + 1, 5)], tokenizer, MaskedRows(8), 100))
 
 
 def test_long_documents_are_tokenised_in_cuts_as_if_whole(monkeypatch):

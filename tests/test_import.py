@@ -14,7 +14,7 @@ FILES = sorted(path for path in (ROOT / "fastlm").rglob("*.py") if ROOT / "fastl
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 
 # Part of the package -> the other parts that it may import. DESIGN: nothing imports upwards.
-LOW = {"philox", "storage", "settings", "chip", "_native", "_malloc", "_cgroup", "_threads"}
+LOW = {"philox", "storage", "settings", "cpu_rate", "chip", "_native", "_malloc", "_cgroup", "_threads"}
 MODELS = LOW | {"ops", "nn", "models", "data"}
 RUN = MODELS | {"tasks", "run"}
 FLOORS = {
@@ -22,7 +22,8 @@ FLOORS = {
     "storage": set(),
     "settings": set(),
     "terminal": set(),
-    "chip": set(),
+    "cpu_rate": {"storage"},
+    "chip": {"cpu_rate"},
     "_malloc": set(),
     "_cgroup": set(),
     "_threads": {"_cgroup"},
@@ -40,7 +41,8 @@ FLOORS = {
     "run": MODELS | {"tasks", "terminal"},
     "train": RUN,
     "fill_mask": MODELS,
-    "demo": RUN | {"train", "fill_mask", "bench"},
+    "generate": MODELS,
+    "demo": RUN | {"train", "fill_mask", "generate", "bench"},
     "cli": RUN | {"train", "fill_mask", "bench", "demo", "info", "terminal"},
     "__main__": {"cli"},
     "__init__": set(),

@@ -15,6 +15,7 @@ import pytest
 import torch
 from training import corpus, set_options, small
 
+from fastlm import cpu_rate
 from fastlm.chip import peak_flops
 from fastlm.data import open_dataset, prepare
 from fastlm.models import Bert, BertConfig, Counts
@@ -45,6 +46,8 @@ def losses(run):
 def test_shipped_recipes():
     names = {path.stem for path in RECIPES.glob("*.toml")}
     recipes = {name: load_recipe(name) for name in names}
+    for name in ("gpt2-mini", "t5-mini"):
+        assert recipes[name].task == {"gpt2": "causal_lm", "t5": "span_corruption"}[recipes[name].model.model_type]
     sizes = {"bert-base": (12, 768), "bert-mini": (4, 256), "bert-small": (4, 512)}
     for name, (layers, hidden) in sizes.items():
         assert recipes[name].task == "masked_lm"
@@ -330,7 +333,8 @@ def test_no_float32_peak_with_tf32(monkeypatch):
 # ---- runs
 
 
-def test_run_learns_and_leaves_its_files(data, tmp_path):
+def test_run_learns_and_leaves_its_files(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(cpu_rate, "known", lambda dtype: None)
     recipe = small(train__max_steps=60, train__checkpoint_every=0, train__batch_tokens=512)
     result = pretrain(recipe, data, tmp_path / "run")
     names = {path.name for path in (tmp_path / "run").iterdir()}

@@ -59,11 +59,14 @@ def _load_fastlm(job: Job):
     return job.cls.from_pretrained(job.weights).to(job.device)
 
 
-def fastlm_step(model, table: TrainTable, batches: list[Batch]) -> tuple[Loss, Step]:
-    """Contender.prepare for a model of fastlm."""
+def fastlm_step(
+    model, table: TrainTable, batches: list[Batch], optimizer: torch.optim.Optimizer | None = None
+) -> tuple[Loss, Step]:
+    """Contender.prepare for a model of fastlm; by default with an optimizer of its own."""
     device, dtype = next(model.parameters()).device, getattr(torch, table.dtype)
     micros = [_micro(type(model), table, *batch) for batch in batches]
-    optimizer = make_optimizer(model.train(), table)
+    optimizer = optimizer or make_optimizer(model, table)
+    model.train()
 
     def loss():
         with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from fastlm.data._checks import integer
+from fastlm.data.layouts import NO_NEXT
 from fastlm.data.order import rows_at
 from fastlm.data.packing import PADDING_SAMPLE
 from fastlm.data.shards import Dataset, ragged
@@ -22,7 +23,7 @@ _WINDOW = 4096
 
 @dataclass(frozen=True)
 class Batch:
-    """T = rows · row_tokens tokens of packed pieces. Every shape is the same for every batch of that many rows.
+    """T = rows · Dataset.width tokens of packed pieces. Every shape is the same for every batch of that many rows.
 
     input_ids    (T,) int64
     cu_seqlens   (rows · Dataset.max_pieces + 1,) int32: where the pieces start, then T, repeated to the end. The
@@ -30,8 +31,10 @@ class Batch:
     positions    (T,) int64, from 0 in every piece
     sample_ids   (T,) int64, `fastlm.data.packing.PADDING_SAMPLE` on padding
     epochs       (T,) int64
-    max_seqlen   no piece is longer: row_tokens
+    max_seqlen   no piece is longer: width
     tokens       how many of the T are not padding
+    pieces       how many entries of cu_seqlens are starts of pieces, padding among them
+    targets      (T,) int64, with causal rows: the token that follows in the document, -100 on padding; else None
     """
 
     input_ids: torch.Tensor
@@ -41,6 +44,8 @@ class Batch:
     epochs: torch.Tensor
     max_seqlen: int
     tokens: int
+    pieces: int
+    targets: torch.Tensor | None = None
 
 
 class Batches:
@@ -66,7 +71,7 @@ class Batches:
         micro = integer("micro", micro, 0, micro_count - 1)
         rows = self.batch_rows // micro_count
         first = step * self.batch_rows + micro * rows
-        return self._batch(*self._order(first, rows))
+        return make_batch(self.dataset, *self._order(first, rows))
 
     def _order(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """(epoch, row), (count,) int64 each, of the global rows from `first` on."""
@@ -77,21 +82,32 @@ class Batches:
         at = slice(first - start, first - start + count)
         return epoch[at], row[at]
 
-    def _batch(self, epoch: np.ndarray, row: np.ndarray) -> Batch:
-        data = self.dataset
-        cells, counts, pieces = data.gather(row)
-        total = cells.size
-        samples = pieces[:, 0]
-        starts = pieces[:, 1] + np.repeat(np.arange(0, total, data.row_tokens), counts)
-        lengths = np.diff(starts, append=total)
-        cu_seqlens = np.full(len(row) * data.max_pieces + 1, total, dtype=np.int32)
-        cu_seqlens[: len(starts)] = starts
-        return Batch(
-            input_ids=torch.from_numpy(cells.reshape(-1).astype(np.int64)),
-            cu_seqlens=torch.from_numpy(cu_seqlens),
-            positions=torch.from_numpy(ragged(np.zeros_like(lengths), lengths)),
-            sample_ids=torch.from_numpy(np.repeat(samples, lengths)),
-            epochs=torch.from_numpy(np.repeat(epoch, data.row_tokens)),
-            max_seqlen=data.row_tokens,
-            tokens=int(lengths[samples != PADDING_SAMPLE].sum()),
-        )
+
+def make_batch(data: Dataset, epoch: np.ndarray, row: np.ndarray) -> Batch:
+    """The batch of the rows numbered `row` (k,), seen in the epochs `epoch` (k,)."""
+    cells, counts, pieces = data.gather(row)
+    total = cells.size
+    samples = pieces[:, 0]
+    starts = pieces[:, 1] + np.repeat(np.arange(0, total, data.width), counts)
+    lengths = np.diff(starts, append=total)
+    cu_seqlens = np.full(len(row) * data.max_pieces + 1, total, dtype=np.int32)
+    cu_seqlens[: len(starts)] = starts
+    ids = cells.reshape(-1).astype(np.int64)
+    return Batch(
+        input_ids=torch.from_numpy(ids),
+        cu_seqlens=torch.from_numpy(cu_seqlens),
+        positions=torch.from_numpy(ragged(np.zeros_like(lengths), lengths)),
+        sample_ids=torch.from_numpy(np.repeat(samples, lengths)),
+        epochs=torch.from_numpy(np.repeat(epoch, data.width)),
+        max_seqlen=data.width,
+        tokens=int(lengths[samples != PADDING_SAMPLE].sum()),
+        pieces=len(starts),
+        targets=_targets(ids, lengths, pieces) if data.layout == "causal" else None,
+    )
+
+
+def _targets(ids: np.ndarray, lengths: np.ndarray, pieces: np.ndarray) -> torch.Tensor:
+    targets = np.roll(ids, -1)
+    targets[np.cumsum(lengths) - 1] = pieces[:, 2]
+    padding = np.repeat(pieces[:, 0] == PADDING_SAMPLE, lengths)
+    return torch.from_numpy(np.where(padding, NO_NEXT, targets))

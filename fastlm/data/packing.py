@@ -1,14 +1,14 @@
 """Documents -> pieces -> rows of fixed length.
 
-A piece is a cut of one document between its own special tokens:  [CLS] t0 t1 ... [SEP].
-Pieces are laid into a row one after another, and cut where the row ends:
+A piece is a cut of one document, in the form of a `fastlm.data.layouts.Layout`. For masked rows it stands between its
+own special tokens. Pieces are laid into a row one after another, and cut where the row ends:
 
     row i      [CLS] the end of document 7 [SEP] [CLS] all of document 8 [SEP] [CLS] the start of docu [SEP]
     row i+1    [CLS] ment 9 and so on ...
 
 A piece's *sample id* is (document ordinal)·2^24 + (its number in the document); a mask depends on it (see
 `fastlm.ops.mlm_mask`). What remains of a row is padding where a useful piece no longer fits, or where the row holds
-`max_pieces`; the padding is listed as a last piece, with the sample id PADDING_SAMPLE.
+`Layout.max_pieces`; the padding is listed as a last piece, with the sample id PADDING_SAMPLE.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from itertools import islice
 
 import numpy as np
 
+from fastlm.data.layouts import NO_NEXT, Layout
 from fastlm.data.tokenizer import Tokenizer, chunks
 
 PIECE_BITS = 24
 PADDING_SAMPLE = 2**63 - 1  # no document has it: ordinals stay below 2^39
-MIN_PIECE = 8  # a document is cut only where at least this many tokens fit, special ones included
 
 _BATCH_CHARS = 1 << 20  # this much text is tokenised at once: about 150 bytes of memory a token in flight
 
@@ -32,19 +32,17 @@ _BATCH_CHARS = 1 << 20  # this much text is tokenised at once: about 150 bytes o
 class Shard:
     """Consecutive rows. The pieces of row i are pieces[offsets[i] : offsets[i + 1]].
 
-    tokens   (rows, row_tokens) the smallest unsigned type that holds the vocabulary
+    tokens   (rows, Layout.width) the smallest unsigned type that holds the vocabulary
     offsets  (rows + 1,) int64
-    pieces   (pieces, 2) int64: sample id, and the column of the row where the piece starts
+    pieces   (pieces, Layout.columns) int64: sample id, the column of the row where the piece starts, and for causal
+             rows the token that follows the piece in its document
+    used     of `Layout.capacity`, summed over the rows
     """
 
     tokens: np.ndarray
     offsets: np.ndarray
     pieces: np.ndarray
-
-
-def max_pieces(row_tokens: int) -> int:
-    """How many pieces a row may hold, padding aside: one in MIN_PIECE tokens, since a shorter average is rare."""
-    return row_tokens // MIN_PIECE
+    used: tuple[int, ...] = ()
 
 
 def encode_documents(
@@ -79,46 +77,71 @@ def _batches(texts: Iterable[str]) -> Iterator[list[tuple[str, bool]]]:
         yield batch
 
 
-def lay_rows(documents: Iterable[np.ndarray], row_tokens: int) -> Iterator[list[tuple[int, int, np.ndarray]]]:
-    """The rows that hold the documents' token ids, each a list of pieces (sample id, column, ids without [CLS], [SEP]).
+@dataclass(frozen=True)
+class Piece:
+    """A cut of a document: its sample id, the document's tokens in it, and the one after them, or `end`."""
+
+    sample: int
+    ids: np.ndarray
+    next: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """The pieces of a row, and what they take of `Layout.capacity`."""
+
+    pieces: list[Piece]
+    used: tuple[int, ...]
+
+
+def lay_rows(documents: Iterable[np.ndarray], layout: Layout, end: int = NO_NEXT) -> Iterator[Row]:
+    """The rows that hold the documents' tokens (n,).
+
+    end: the token that follows the last one of a document.
 
     ValueError for a document of more than 2^24 pieces.
     """
-    bound = max_pieces(row_tokens)
-    row, column = [], 0
+    empty = (0,) * len(layout.capacity())
+    row, used = [], empty
     for ordinal, ids in enumerate(documents):
         piece = at = 0
         while at < len(ids):
-            rest, room = len(ids) - at + 2, row_tokens - column
-            if len(row) == bound or room < min(rest, MIN_PIECE):
-                yield row
-                row, column = [], 0
+            rest, room = len(ids) - at, layout.fits(used)
+            if len(row) == layout.max_pieces or room < min(rest, layout.least()):
+                yield Row(row, used)
+                row, used = [], empty
                 continue
             if piece == 1 << PIECE_BITS:
                 raise ValueError(
-                    f"data: document {ordinal} has more than 2^{PIECE_BITS} pieces of row_tokens={row_tokens}; "
+                    f"data: document {ordinal} has more than 2^{PIECE_BITS} pieces of row_tokens={layout.row_tokens}; "
                     'split it, or set documents to "blank" or "line"'
                 )
-            length = min(rest, room)
-            row.append(((ordinal << PIECE_BITS) + piece, column, ids[at : at + length - 2]))
-            piece, at, column = piece + 1, at + length - 2, column + length
+            cut = min(rest, room)
+            after = int(ids[at + cut]) if cut < rest else end
+            row.append(Piece((ordinal << PIECE_BITS) + piece, ids[at : at + cut], after))
+            piece, at, used = piece + 1, at + cut, layout.add(used, cut)
     if row:
-        yield row
+        yield Row(row, used)
 
 
-def pack(documents: Iterable[np.ndarray], tokenizer: Tokenizer, row_tokens: int, shard_rows: int) -> Iterator[Shard]:
+def pack(documents: Iterable[np.ndarray], tokenizer: Tokenizer, layout: Layout, shard_rows: int) -> Iterator[Shard]:
     """Shards of `shard_rows` rows (the last may have fewer) from the token ids of each document."""
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
-    rows = lay_rows(documents, row_tokens)
+    padding = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
+    end = tokenizer.eos_id if layout.columns == 3 else NO_NEXT
+    rows = lay_rows((layout.document(ids, tokenizer) for ids in documents), layout, end)
     while batch := list(islice(rows, shard_rows)):
-        tokens = np.full((len(batch), row_tokens), tokenizer.pad_id, dtype)
+        tokens = np.full((len(batch), layout.width), padding, dtype)
         offsets, pieces = [0], []
         for cells, row in zip(tokens, batch, strict=True):
-            for sample, start, ids in row:
-                end = start + len(ids) + 2
-                cells[start], cells[start + 1 : end - 1], cells[end - 1] = tokenizer.cls_id, ids, tokenizer.sep_id
-                pieces.append((sample, start))
-            if end < row_tokens:
-                pieces.append((PADDING_SAMPLE, end))
+            column = 0
+            for piece in row.pieces:
+                laid = layout.piece(piece.ids, tokenizer)
+                cells[column : column + len(laid)] = laid
+                pieces.append((piece.sample, column, piece.next)[: layout.columns])
+                column += len(laid)
+            if column < layout.width:
+                pieces.append((PADDING_SAMPLE, column, NO_NEXT)[: layout.columns])
             offsets.append(len(pieces))
-        yield Shard(tokens, np.array(offsets, dtype=np.int64), np.array(pieces, dtype=np.int64))
+        used = tuple(map(sum, zip(*(row.used for row in batch))))
+        yield Shard(tokens, np.array(offsets, dtype=np.int64), np.array(pieces, dtype=np.int64), used)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from fastlm.data import cleaning
 from fastlm.data._checks import integer
-from fastlm.data.packing import MIN_PIECE, encode_documents, pack
+from fastlm.data.layouts import MIN_PIECE, Layout, MaskedRows
+from fastlm.data.packing import encode_documents, pack
 from fastlm.data.shards import FORMAT, VERSION, Dataset, open_dataset, read_manifest, tokenizer_checksum, write_shard
 from fastlm.data.sources import (
     DOCUMENTS,
@@ -24,7 +28,7 @@ from fastlm.data.sources import (
     is_prepared,
     read_documents,
 )
-from fastlm.data.tokenizer import LONGEST, Tokenizer, parse
+from fastlm.data.tokenizer import LONGEST, Tokenizer, ToTrain, parse
 from fastlm.storage import NoSpace, atomic_directory, file_checksum, json_checksum, write_json
 
 _SHARD_TOKENS = 1 << 24  # 32 MiB of two-byte tokens in a shard: one is held in memory while preparing
@@ -40,8 +44,11 @@ def prepare(
     out,
     *,
     row_tokens: int = 128,
+    layout: Layout | None = None,
     documents: str = "file",
     min_chars: int = 8,
+    validation=None,
+    validation_share: float = 0.0,
     shard_rows: int | None = None,
     outputs: Iterable = (),
     progress: Progress | None = None,
@@ -49,14 +56,19 @@ def prepare(
     """Prepare the text in `paths` for training, into the directory `out`, and open it.
 
     paths       files and directories; see `fastlm.data.sources`
-    tokenizer   "train:8192" to train a WordPiece of that size on this text, a directory to load, or a `Tokenizer`
+    tokenizer   "train:8192" to train one of that size on this text (see `Tokenizer.train`), "wordpiece:8192",
+                "bpe:8192", "chars", a directory to load, or a `Tokenizer`
     row_tokens  length of a row, at least 8: the longest piece of a document that the model sees
+    layout      how documents lie in rows, a `fastlm.data.layouts.Layout`; default: MaskedRows(row_tokens)
     documents   what of a plain-text file is a document: "file", "line", or "blank" (between blank lines)
     min_chars   a document of fewer characters is dropped
+    validation  text to evaluate on, paths as `paths`; or
+    validation_share  the share of documents that is held out for it, chosen by a hash of their text; the tokenizer is
+                trained without them
     shard_rows  rows in a shard file; the default makes 32 MiB
     outputs     directories that the caller writes: not read where they lie inside one of `paths`
     progress    called as progress(stage, bytes done, bytes in all) now and then; the stages are "checksums",
-                "tokenizer" (two passes over the text, only where one is trained) and "rows"
+                "tokenizer" (two passes over the text, only where one is trained), "rows" and "validation"
 
     Where `out` already holds the same preparation (same text, settings and tokenizer), it is opened as it is;
     so it is where another process prepared the same meanwhile. ValueError where it holds anything else or cannot be
@@ -64,83 +76,224 @@ def prepare(
     spell: [UNK] is nine tenths of its tokens, or stands for nine tenths of its characters. A twentieth warns.
     """
     out = Path(out)
-    row_tokens = integer("row_tokens", row_tokens, MIN_PIECE)
+    layout = MaskedRows(integer("row_tokens", row_tokens, MIN_PIECE)) if layout is None else layout
     min_chars = integer("min_chars", min_chars, 0)
     if documents not in DOCUMENTS:
         raise ValueError(f"documents: expected one of {', '.join(DOCUMENTS)}, got {documents!r}")
+    if not 0.0 <= validation_share < 1.0 or (validation_share and validation is not None):
+        raise ValueError(
+            "validation_share: expected a share from 0 up to, but not, 1, and 0 where validation names a text, got "
+            f"{validation_share!r}"
+        )
     if shard_rows is None:
-        shard_rows = max(1, _SHARD_TOKENS // row_tokens)
+        shard_rows = max(1, _SHARD_TOKENS // layout.width)
     shard_rows = integer("shard_rows", shard_rows, 1)
     tokenizer = parse(tokenizer)
+    if isinstance(tokenizer, Tokenizer):
+        layout.check(tokenizer)
     progress = progress or (lambda stage, done, total: None)
 
-    report = Report()
+    work = _Work(layout, tokenizer, documents, min_chars, validation_share, shard_rows, progress)
+    report, held_report = Report(), Report()
     files = find_files(paths, report, outputs=outputs)
-    settings = {
-        "row_tokens": row_tokens,
-        "documents": documents,
-        "min_chars": min_chars,
-        "shard_rows": shard_rows,
-        "tokenizer": f"train:{tokenizer}" if isinstance(tokenizer, int) else tokenizer.hash,
-    }
-    identity = json_checksum([VERSION, cleaning.VERSION, settings, _contents(files, progress)])
+    held_files = [] if validation is None else find_files(validation, held_report, outputs=outputs)
+    contents = _contents([*files, *held_files], progress)
+    identity = json_checksum([VERSION, cleaning.VERSION, work.settings(), len(files), contents])
     if os.path.exists(out) and not (out.is_dir() and not any(out.iterdir())):
-        return _already(out, identity)
-
-    total = sum(file.size for file in files)
-
-    def texts(stage: str, report: Report) -> Iterator[str]:
-        for text in cleaning.clean_documents(read_documents(files, documents, report), report, min_chars):
-            progress(stage, report.bytes_read, total)
-            yield text
-        progress(stage, total, total)
-
+        return _already(out, identity, work.settings())
     try:
         # The rows written so far, scaled to all of the text; the tokenizer is small.
+        total = sum(file.size for file in files)
         with _target(out, lambda written: int(written * total / max(1, report.bytes_read))) as partial:
-            if isinstance(tokenizer, int):
-                tokenizer = Tokenizer.train(lambda: texts("tokenizer", Report()), tokenizer)
-            counts = _Counts(tokenizer)
-            ids = counts.count(encode_documents(texts("rows", report), tokenizer, counts.look), report)
-            shards = [
-                write_shard(partial, f"{index:05d}", shard)
-                for index, shard in enumerate(pack(ids, tokenizer, row_tokens, shard_rows))
-            ]
-            if not shards:
-                given = ", ".join(file.name for file in files[:5])
-                raise ValueError(f"data: no text is left of {report.read} records in {given}: {report.reasons()}")
-            counts.check_unknown()
-            tokenizer.save(partial / TOKENIZER)
+            settings = work.settings()  # "train:8192", before there is a tokenizer
+            parts = work.write(partial, files, held_files, report, held_report)
             manifest = {
                 "format": FORMAT,
                 "version": VERSION,
                 "preparation": identity,
                 "settings": settings,
-                "row_tokens": row_tokens,
-                "tokenizer": {
-                    "hash": tokenizer.hash,
-                    "vocab_size": tokenizer.vocab_size,
-                    "checksum": tokenizer_checksum(partial),
-                },
-                "rows": sum(shard["rows"] for shard in shards),
-                "documents": counts.documents,
-                "text_tokens": int(counts.tokens.sum()),
-                "unigram_entropy": counts.entropy(tokenizer.special_ids),
-                "unknown": counts.unknown(),
+                "row_tokens": layout.row_tokens,
+                "width": layout.width,
+                **parts,
                 "report": report.as_dict(),
-                "shards": shards,
             }
             write_json(partial / MANIFEST, {**manifest, "checksum": json_checksum(manifest)})
     except FileExistsError:  # another process finished meanwhile
-        return _already(out, identity)
+        return _already(out, identity, settings)
     return open_dataset(out)
 
 
-def _already(out: Path, identity: str) -> Dataset:
-    """What lies in `out`, where it is the preparation `identity`."""
-    if is_prepared(out) and read_manifest(out)["preparation"] == identity:
-        return open_dataset(out)
-    raise ValueError(f"out: {out} exists and holds something else; name another directory, or delete it")
+@dataclass
+class _Work:
+    """The settings of a preparation, and its passes over the text. `tokenizer` is trained by the first."""
+
+    layout: Layout
+    tokenizer: Tokenizer | ToTrain
+    documents: str
+    min_chars: int
+    validation_share: float
+    shard_rows: int
+    progress: Progress
+
+    def settings(self) -> dict[str, object]:
+        """What the rows depend on, beside the text."""
+        trained = isinstance(self.tokenizer, ToTrain)
+        return {
+            **self.layout.settings(),
+            "documents": self.documents,
+            "min_chars": self.min_chars,
+            "validation_share": self.validation_share,
+            "shard_rows": self.shard_rows,
+            "tokenizer": str(self.tokenizer) if trained else self.tokenizer.hash,
+        }
+
+    def write(
+        self, out: Path, files: list[SourceFile], held_files: list[SourceFile], report: Report, held_report: Report
+    ) -> dict:
+        """Write the tokenizer, the rows and the held-out rows into `out`; their entries in the manifest."""
+        if isinstance(self.tokenizer, ToTrain):
+            self.tokenizer = self.tokenizer.train(lambda: self.seen(files), self.layout.name)
+            self.layout.check(self.tokenizer)
+        self.tokenizer.save(out / TOKENIZER)
+        with _Spool(out / "held-out.jsonl") as spool:
+            trained = self.rows(out, "", spool.take(self.texts("rows", files, report), self.held_out), report)
+            if not trained["rows"]:
+                raise _nothing_left(files, report, spool.count)
+            held = self.texts("validation", held_files, held_report) if held_files else spool.texts()
+            validation = self.rows(out, "validation-", held, held_report)
+        if (held_files or self.validation_share) and not validation["rows"]:
+            raise _nothing_held(self.validation_share, held_files, held_report, trained["documents"])
+        tokenizer = {
+            "hash": self.tokenizer.hash,
+            "vocab_size": self.tokenizer.vocab_size,
+            "checksum": tokenizer_checksum(out),
+        }
+        return {"tokenizer": tokenizer, **trained, "validation": validation}
+
+    def texts(self, stage: str, files: list[SourceFile], report: Report) -> Iterator[str]:
+        """The cleaned documents of the files."""
+        total = sum(file.size for file in files)
+        records = read_documents(files, self.documents, report)
+        for text in cleaning.clean_documents(records, report, self.min_chars):
+            self.progress(stage, report.bytes_read, total)
+            yield text
+        self.progress(stage, total, total)
+
+    def seen(self, files: list[SourceFile]) -> Iterator[str]:
+        """What the tokenizer is trained on: the documents that are not held out."""
+        return (text for text in self.texts("tokenizer", files, Report()) if not self.held_out(text))
+
+    def held_out(self, text: str) -> bool:
+        return is_held_out(text, self.validation_share)
+
+    def rows(self, out: Path, prefix: str, texts: Iterable[str], report: Report) -> dict:
+        """Write shards of the texts' rows; their part of the manifest."""
+        counts = _Counts(self.tokenizer)
+        ids = counts.count(encode_documents(texts, self.tokenizer, counts.look), report)
+        shards = [
+            write_shard(out, f"{prefix}{index:05d}", shard)
+            for index, shard in enumerate(pack(ids, self.tokenizer, self.layout, self.shard_rows))
+        ]
+        counts.check_unknown()
+        return {
+            "rows": sum(shard["rows"] for shard in shards),
+            "documents": counts.documents,
+            "unknown": counts.unknown(),
+            "text_bytes": counts.bytes,
+            "text_tokens": int(counts.tokens.sum()),
+            "unigram_entropy": counts.entropy(self.tokenizer.special_ids),
+            "fill": _fill(shards, self.layout),
+            "shards": shards,
+        }
+
+
+def is_held_out(text: str, share: float) -> bool:
+    """Whether a document, cleaned, is among the `share` that is held out: a function of its text."""
+    if not share:
+        return False
+    word = hashlib.blake2b(text.encode(), digest_size=8, person=b"held out").digest()
+    return int.from_bytes(word, "little") < share * 2**64
+
+
+def _fill(shards: list[dict], layout: Layout) -> list[float]:
+    """Share of each of the rows' capacities that is used; 0 of no rows."""
+    rows = max(1, sum(shard["rows"] for shard in shards))
+    return [sum(s["used"][i] for s in shards) / (rows * each) for i, each in enumerate(layout.capacity())]
+
+
+def _nothing_left(files: list[SourceFile], report: Report, held: int) -> ValueError:
+    given = ", ".join(file.name for file in files[:5])
+    if held:
+        return ValueError(
+            f"validation_share: all {held} documents in {given} are held out; give a smaller share, or set documents "
+            'to "blank" or "line"'
+        )
+    return ValueError(f"data: no text is left of {report.read} records in {given}: {report.reasons()}")
+
+
+def _nothing_held(share: float, held_files: list[SourceFile], report: Report, documents: int) -> ValueError:
+    if held_files:
+        return _nothing_left(held_files, report, 0)
+    return ValueError(
+        f"validation_share: none of the {documents} documents falls into a share of {share:g}; give a larger share, "
+        'set documents to "blank" or "line", or name a file with validation'
+    )
+
+
+class _Spool:
+    """Documents put aside in a temporary file while the others pass, so that the text is read and cleaned once."""
+
+    def __init__(self, path: Path):
+        self.path, self.count = path, 0
+
+    def __enter__(self) -> _Spool:
+        self._file = open(self.path, "w+", encoding="utf-8")
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._file.close()
+        self.path.unlink()
+
+    def take(self, texts: Iterable[str], chosen: Callable[[str], bool]) -> Iterator[str]:
+        """The texts that are not chosen."""
+        for text in texts:
+            if chosen(text):
+                self.count += 1
+                self._file.write(json.dumps(text) + "\n")
+            else:
+                yield text
+
+    def texts(self) -> Iterator[str]:
+        self._file.seek(0)
+        return (json.loads(line) for line in self._file)
+
+
+class OtherPreparation(ValueError):
+    """A directory holds the preparation of other text, or by other settings; `differences` says which."""
+
+    def __init__(self, out: Path, differences: list[str]):
+        self.differences = differences
+        super().__init__(
+            f"out: {out} exists and holds another preparation: {'; '.join(differences)}. Name another directory, or "
+            "delete it"
+        )
+
+
+def setting_differences(settings: dict, before: dict) -> list[str]:
+    """A phrase for each entry of a manifest's settings that differs."""
+    names = [name for name in {**before, **settings} if settings.get(name) != before.get(name)]
+    return [f"data.{name} is {settings.get(name)!r}, was {before.get(name)!r}" for name in names]
+
+
+def _already(out: Path, identity: str, settings: dict) -> Dataset:
+    """What lies in `out`, where it is the preparation `identity` by `settings`."""
+    if not is_prepared(out):
+        raise ValueError(f"out: {out} exists and holds something else; name another directory, or delete it")
+    manifest = read_manifest(out)
+    if manifest["preparation"] != identity:
+        differences = setting_differences(settings, manifest["settings"])
+        raise OtherPreparation(out, differences or ["files of the text were changed, added or removed"])
+    return open_dataset(out)
 
 
 @contextmanager
@@ -171,19 +324,20 @@ def _contents(files: Iterable[SourceFile], progress: Progress) -> list[list[str]
 
 
 class _Counts:
-    """What passes from the tokenizer to the rows: documents, how often each token occurs (vocab_size,) int64, and how
-    many characters, white space aside, there are and are lost to [UNK]."""
+    """What passes to the rows: documents, bytes of UTF-8, how often each token occurs (vocab_size,) int64, and how many
+    characters, white space aside, there are and are lost to [UNK]."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
-        self.documents, self.tokens = 0, np.zeros(tokenizer.vocab_size, np.int64)
+        self.documents, self.bytes, self.tokens = 0, 0, np.zeros(tokenizer.vocab_size, np.int64)
         self.characters = self.lost = 0
         self._lengths = np.zeros(tokenizer.vocab_size, np.int64)  # characters that a token stands for
         for token, id in tokenizer.backend.get_vocab(with_added_tokens=True).items():
             self._lengths[id] = len(token.removeprefix("##").lstrip("▁"))
 
     def look(self, chunk: str, ids: np.ndarray) -> None:
-        """Count the characters of `chunk` that its tokens do not spell."""
+        """Count the bytes of `chunk`, and the characters that its tokens do not spell."""
+        self.bytes += len(chunk.encode())
         characters = len(chunk) - chunk.count(" ") - chunk.count("\n")
         self.characters += characters
         known = ids[ids != self.tokenizer.unk_id] if self.tokenizer.unk_id is not None else ids
@@ -223,5 +377,5 @@ class _Counts:
     def entropy(self, special_ids: Iterable[int]) -> float:
         """-sum p ln p over the tokens that are not special, in nats: 0 where there are none."""
         counts = np.delete(self.tokens, list(special_ids))
-        p = counts[counts > 0] / counts.sum()
+        p = counts[counts > 0] / max(counts.sum(), 1)
         return float(-(p * np.log(p)).sum())

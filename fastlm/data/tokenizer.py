@@ -1,4 +1,4 @@
-"""The tokenizer: a BERT WordPiece trained here, or any Hugging Face tokenizer directory with a mask token.
+"""The tokenizer: trained here (WordPiece, byte-level BPE or characters), or any Hugging Face tokenizer directory.
 
 It is saved in Transformers' layout, so `transformers.AutoTokenizer.from_pretrained(dir)` gives the same ids.
 """
@@ -11,22 +11,21 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from fastlm.data._checks import integer
+from fastlm.data.vocabulary import SPECIAL, train_bpe, train_characters
 from fastlm.storage import json_checksum, write_json
 
-_BERT = {
-    "pad_token": "[PAD]",
-    "unk_token": "[UNK]",
-    "cls_token": "[CLS]",
-    "sep_token": "[SEP]",
-    "mask_token": "[MASK]",
-}
-_NEEDED = ("pad_token", "cls_token", "sep_token", "mask_token")
+_BERT = SPECIAL["masked"]
+_ROLES = (*_BERT, "bos_token", "eos_token")
+_USUAL = {"masked": "wordpiece", "causal": "bpe", "span": "bpe"}  # the kind that "train:N" means
+_SENTINEL = re.compile(r"<extra_id_(\d+)>")
 _ALPHABET = 1000  # the most characters a trained vocabulary spells words with, as in BERT; the rest become [UNK]
 _SMALLEST = 16  # below it there is no room for letters
 _LARGEST = 1 << 24  # the trainer reserves memory for this many at once
@@ -40,35 +39,42 @@ _LONG = re.compile(rf"[^\s!-/:-@\[-`{{-~\u2000-\u206f\u3000-\u303f{_CHINESE}]{{{
 # Transformers' tokenizers that are BERT's around a vocab.txt; others (BertJapanese, Bertweet) split words otherwise.
 _VOCAB_TXT = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "MobileBertTokenizer", "LayoutLMTokenizer")
 _RESAVE = "load it with Transformers' AutoTokenizer and save_pretrained it there"
-_REMEDY = "train one with `train:8192`, or name the directory of a masked language model's tokenizer (BERT, RoBERTa)"
+# What a tokenizer needs, by the purpose of the rows, and whose has it.
+_NEEDED = {
+    "masked": (("pad_token", "cls_token", "sep_token", "mask_token"), "a masked language model's (BERT, RoBERTa)"),
+    "causal": (("eos_token",), "a causal language model's (GPT-2)"),
+    "span": (("pad_token", "eos_token"), "T5's"),
+}
 
 
 class Tokenizer:
-    """A `tokenizers.Tokenizer` with the roles that masked-language-model pretraining needs.
+    """A `tokenizers.Tokenizer` with the roles of its special tokens.
 
     vocab_size      one more than the largest id
-    pad_id, cls_id, sep_id, mask_id
+    pad_id, cls_id, sep_id, mask_id, bos_id, eos_id     None for a role that it has no token for
+    sentinel_ids    T5's <extra_id_0>, <extra_id_1> ... in this order; () without
     unk_id          None where there is no unknown token
     special_ids     sorted tuple of every special token's id, [UNK] among them, as Transformers' all_special_ids
     hash            SHA-256 of the vocabulary, rules and roles: equal hashes give equal ids
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, config: dict):
-        """`config` is the content of a tokenizer_config.json; it names the special tokens. ValueError for a missing
-        mask, padding, [CLS] or [SEP] token."""
+        """`config` is the content of a tokenizer_config.json; it names the special tokens."""
         backend.no_truncation()
         backend.no_padding()
         self.backend, self.config = backend, config
         vocab = backend.get_vocab(with_added_tokens=True)
-        roles = {role: _token(config.get(role)) for role in _BERT}
-        for role in _NEEDED:
-            if roles[role] not in vocab:
-                raise ValueError(f"tokenizer: expected one with a {role}, got {roles[role]!r}; {_REMEDY}")
+        roles = {role: _token(config.get(role)) for role in _ROLES if role in _BERT or config.get(role)}
         self.vocab_size = max(vocab.values()) + 1
-        self.pad_id, self.cls_id, self.sep_id, self.mask_id = (vocab[roles[role]] for role in _NEEDED)
+        self._roles = {role: vocab.get(token) for role, token in roles.items()}
+        self.pad_id, self.cls_id, self.sep_id, self.mask_id, self.bos_id, self.eos_id = (
+            self._roles.get(f"{role}_token") for role in ("pad", "cls", "sep", "mask", "bos", "eos")
+        )
+        sentinels = {int(match[1]): id for token, id in vocab.items() if (match := _SENTINEL.fullmatch(token))}
+        self.sentinel_ids = tuple(sentinels[i] for i in sorted(sentinels))
         added = (id for id, token in backend.get_added_tokens_decoder().items() if token.special)
         self.special_ids = tuple(sorted({*added, *(vocab[token] for token in roles.values() if token in vocab)}))
-        self.unk_id = vocab.get(roles["unk_token"])
+        self.unk_id = self._roles.get("unk_token")
         self._reserved = set(self.special_ids) - {self.unk_id}
         self.hash = json_checksum([json.loads(backend.to_str()), roles])
 
@@ -109,16 +115,47 @@ class Tokenizer:
                 config[role] = token
         return cls(backend, config)
 
-    @classmethod
-    def train(cls, texts: Callable[[], Iterable[str]], vocab_size: int) -> Tokenizer:
-        """A lowercasing BERT WordPiece tokenizer of at most `vocab_size` tokens, learned from the texts.
+    def check(self, purpose: str) -> None:
+        """ValueError for a missing special token that rows of this purpose ("masked", "causal", "span") need."""
+        roles, whose = _NEEDED[purpose]
+        remedy = f"train one with `train:8192`, or name the directory of {whose}"
+        for role in roles:
+            if self._roles.get(role) is None:
+                raise ValueError(f"tokenizer: expected one with a {role} for {purpose} rows, found none; {remedy}")
+        if purpose == "span" and not self.sentinel_ids:
+            raise ValueError(f"tokenizer: expected one with sentinels (<extra_id_0> ...), found none; {remedy}")
 
-        `texts` is called twice, and must give the same texts each time. A small corpus yields fewer tokens.
-        [PAD] [UNK] [CLS] [SEP] [MASK] have the ids 0 to 4. The result depends on the texts alone.
-        Words of more than 100 characters, which it could not encode either, are left out; so are, with a warning, words
-        that are first seen after four million characters of distinct ones. That bounds the memory by 600 MB.
+    @classmethod
+    def train(
+        cls,
+        texts: Callable[[], Iterable[str]],
+        vocab_size: int | None = None,
+        kind: str | None = None,
+        purpose: str = "masked",
+    ) -> Tokenizer:
+        """A tokenizer of at most `vocab_size` tokens, learned from the texts.
+
+        texts    is called once or twice, and must give the same texts each time. A small corpus yields fewer tokens
+        kind     "wordpiece": lower-casing, BERT's; "bpe": byte-level, GPT-2's; "chars": every character of the texts,
+                 whatever `vocab_size`; None: WordPiece for masked rows, BPE for others
+        purpose  "masked", "causal" or "span": the special tokens are BERT's, GPT-2's or T5's
+
+        The result depends on the texts alone. WordPiece: [PAD] [UNK] [CLS] [SEP] [MASK] have the ids 0 to 4.
+        WordPiece learns nothing from words of more than 100 characters, which it could not encode either, nor, with a
+        warning, from words that are first seen after four million characters of distinct ones: 600 MB at most.
         """
+        kind = kind or _USUAL[purpose]
+        if kind == "chars":
+            return cls(*train_characters(texts, purpose))
         vocab_size = integer("vocab_size", vocab_size, _SMALLEST, _LARGEST)
+        if kind == "bpe":
+            return cls(*train_bpe(lambda: (chunk for text in texts() for chunk in chunks(text)), vocab_size, purpose))
+        if purpose != "masked":
+            raise ValueError(f"tokenizer: expected bpe or chars for {purpose} rows, got wordpiece, which loses spaces")
+        return cls._train_wordpiece(texts, vocab_size)
+
+    @classmethod
+    def _train_wordpiece(cls, texts: Callable[[], Iterable[str]], vocab_size: int) -> Tokenizer:
         draft = _wordpiece({token: id for id, token in enumerate(_BERT.values())}, _BERT)
         counts = Counter()
         for text in texts():
@@ -164,6 +201,18 @@ class Tokenizer:
         if self.unk_id is None:
             return [id for id in ids if id not in self._reserved]
         return [self.unk_id if id in self._reserved else id for id in ids]
+
+    def word_starts(self) -> np.ndarray:
+        """(vocab_size,) bool: the tokens that begin a word, special ones among them.
+
+        WordPiece continues a word with "##"; byte-level BPE and SentencePiece begin one with a space.
+        """
+        wordpiece = isinstance(self.backend.model, models.WordPiece)
+        starts = np.ones(self.vocab_size, bool)
+        for token, id in self.backend.get_vocab(with_added_tokens=True).items():
+            starts[id] = not token.startswith("##") if wordpiece else token.startswith(("Ġ", "▁", "Ċ"))
+        starts[list(self.special_ids)] = True
+        return starts
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self.backend.decode(list(map(int, ids)), skip_special_tokens=skip_special_tokens)
@@ -261,17 +310,36 @@ def _wordpiece(vocab: dict[str, int], config: dict) -> tokenizers.Tokenizer:
     return backend
 
 
-def parse(tokenizer) -> Tokenizer | int:
-    """What a `tokenizer` argument says: a `Tokenizer`, given or loaded from a directory, or the N of `train:N`."""
+@dataclass(frozen=True)
+class ToTrain:
+    """A tokenizer that is to be trained: a kind, or None for the purpose's usual one, and a size, None for "chars"."""
+
+    kind: str | None
+    size: int | None
+
+    def train(self, texts: Callable[[], Iterable[str]], purpose: str) -> Tokenizer:
+        return Tokenizer.train(texts, self.size, self.kind, purpose)
+
+    def __str__(self) -> str:
+        return "chars" if self.kind == "chars" else f"{self.kind or 'train'}:{self.size}"
+
+
+def parse(tokenizer) -> Tokenizer | ToTrain:
+    """What a `tokenizer` argument says: a `Tokenizer`, given or loaded from a directory, or one to train.
+
+    "train:8192" (the purpose's usual kind), "wordpiece:8192", "bpe:8192", "chars".
+    """
     if isinstance(tokenizer, Tokenizer):
         return tokenizer
     if not isinstance(tokenizer, (str, os.PathLike)) or not os.fspath(tokenizer):
         raise ValueError(f"tokenizer: expected `train:8192`, a tokenizer's directory or a Tokenizer, got {tokenizer!r}")
+    if str(tokenizer) == "chars":
+        return ToTrain("chars", None)
     kind, colon, size = str(tokenizer).partition(":")
-    if kind != "train" or not colon:
+    if kind not in ("train", "wordpiece", "bpe") or not colon:
         return Tokenizer.load(tokenizer)
     if not size.isdecimal() or not _SMALLEST <= int(size) <= _LARGEST:
         raise ValueError(
-            f"tokenizer: expected train:N, as train:8192, with N from {_SMALLEST} to {_LARGEST}; got {tokenizer!r}"
+            f"tokenizer: expected {kind}:N, as {kind}:8192, with N from {_SMALLEST} to {_LARGEST}; got {tokenizer!r}"
         )
-    return int(size)
+    return ToTrain(None if kind == "train" else kind, int(size))

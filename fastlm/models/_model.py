@@ -83,6 +83,10 @@ class Model(torch.nn.Module):
         """Parameter names in fastlm -> names in Transformers' `architecture`."""
         raise NotImplementedError
 
+    def parts(self, name: str) -> int:
+        """How many matrices the parameter `name` is made of, blocks of rows of one size: 3 of a fused q, k and v."""
+        return len(self.transformers_names(self.config).get(name, (name,)))
+
     @classmethod
     def canonical(cls, tensors: _checkpoint.Tensors, config: Config) -> tuple[_checkpoint.Tensors, Config]:
         """A checkpoint's tensors under the names of `transformers_names`, without constants and copies of tied tensors.

@@ -217,6 +217,9 @@ class GPT2(Model):
         _inputs.check_labels("shift_labels", shift_labels, given)
         return shift_labels if given.real is None else torch.where(given.real, shift_labels, ops.IGNORE_INDEX)
 
+    def parts(self, name: str) -> int:
+        return 3 if name.endswith(".qkv.weight") else super().parts(name)
+
     def flops(self, counts: Counts) -> float:
         c = self.config
         layer = 4 * c.n_embd * c.n_embd + 2 * c.n_embd * (c.n_inner or 4 * c.n_embd)

@@ -6,6 +6,9 @@
         state.json               step, recipe, data, counters
         manifest.json            SHA-256 of each of these, and of itself
 
+A run with train.shard has model-00000-of-00002.safetensors and so on, from each process its rows of every tensor. Any
+number of processes loads either.
+
 A checkpoint is written under a hidden name, synced and renamed (`fastlm.storage`), so a process killed at any
 instant leaves the ones before it as they were. All randomness is a function of (seed, step): there is no generator
 to store.
@@ -13,71 +16,275 @@ to store.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
 import shutil
+import struct
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
-from fastlm.storage import atomic_directory, file_checksum, json_checksum, sweep, write_json
+from fastlm.storage import (
+    atomic_directory,
+    atomic_file,
+    file_checksum,
+    json_checksum,
+    replace_json,
+    sweep,
+    write_json,
+)
 
 FORMAT = "fastlm checkpoint"
 VERSION = 1
-FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+WEIGHTS, STATE = "model.safetensors", "state.json"
 _HEADERS = 1 << 16  # bytes of a checkpoint beside its tensors, about
+_CHUNK = 1 << 22  # bytes that are hashed and then written while a cache holds them; 64 MB take a quarter more CPU time
+# As safetensors names them: of parameters, and of what optimizers keep.
+_DTYPES = {
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint8: "U8",
+}
 _NAME = re.compile(r"step-(\d{8,})")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One on disk whose checksums hold; `state` is its state.json."""
+    """One on disk whose checksums hold; `state` is its state.json, `files` the names of its files."""
 
     path: Path
     step: int
     state: dict
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint holds, in memory of its own: training may go on while it is written.
+
+    weights, moments   tensors on the CPU by name
+    shard              (number, how many): which part of each tensor's rows these are; (0, 1): all of them
+    """
+
+    step: int
+    weights: dict[str, torch.Tensor]
+    moments: dict[str, torch.Tensor]
+    state: dict
+    shard: tuple[int, int] = (0, 1)
+
+    def names(self, number: int) -> tuple[str, str]:
+        """Of the two files with the tensors of shard `number`."""
+        count = self.shard[1]
+        part = f"-{number:05d}-of-{count:05d}" if count > 1 else ""
+        return f"model{part}.safetensors", f"optimizer{part}.safetensors"
+
+    @property
+    def size(self) -> int:
+        """Bytes on the disk, about; all shards together."""
+        tensors = (*self.weights.values(), *self.moments.values())
+        return _HEADERS + self.shard[1] * sum(x.numel() * x.element_size() for x in tensors)
+
+
+def snapshot(
+    step: int,
+    parameters: Mapping[str, torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    state: dict,
+    shard: tuple[int, int] = (0, 1),
+    into: Snapshot | None = None,
+) -> Snapshot:
+    """A copy of the parameters, by name, and of the optimizer's state of them. `state` is what JSON can hold.
+
+    into: an earlier one, whose memory is written over. New memory takes longer than the copy: every page of it is a
+        fault. Copies from a GPU are to pinned memory.
+    """
+    names = {parameter: name for name, parameter in parameters.items()}
+    weights = {name: p.detach() for p, name in names.items()}
+    moments = {
+        f"{names[parameter]}.{key}": value.detach()
+        for parameter, values in optimizer.state.items()
+        for key, value in values.items()
+    }
+
+    def copy(tensors: dict[str, torch.Tensor], old: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        copies = {}
+        for name, tensor in tensors.items():
+            to = old.get(name)
+            if to is None:
+                to = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            copies[name] = to.copy_(tensor, non_blocking=True)
+        return copies
+
+    weights = copy(weights, {} if into is None else into.weights)
+    moments = copy(moments, {} if into is None else into.moments)
+    if any(tensor.is_cuda for tensor in parameters.values()):
+        torch.cuda.synchronize()  # of the copies
+    return Snapshot(step, weights, moments, {**state, "step": step}, shard)
+
+
+def write_shard(directory: Path, snap: Snapshot) -> None:
+    """Write the tensors of a snapshot that is one of several, for `write_checkpoint` of the first to take.
+
+    Their checksums are written beside them, so that the first need not read them.
+    """
+    folder, kept = _shards(directory, snap.step), _kept(directory, snap.step)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, tensors in zip(snap.names(snap.shard[0]), (snap.weights, snap.moments)):
+        with atomic_file(folder / name, what="the checkpoint", need=snap.size, kept=kept) as partial:
+            checksum = write_tensors(partial, tensors)
+        replace_json(folder / f"{name}.json", checksum)
+
+
+def write_checkpoint(directory: Path, snap: Snapshot, *, keep: int) -> Path:
+    """Write directory/step-N, then delete all but the newest `keep`.
+
+    What killed writers left of any step goes first: their runs may never come by the same step again. The shards of the
+    other processes, if there are any, lie there already (`write_shard`).
+    """
+    sweep(directory, "step-*")
+    target, shards = directory / f"step-{snap.step:08d}", _shards(directory, snap.step)
+    kept = _kept(directory, snap.step)
+    with atomic_directory(target, what="the checkpoint", need=snap.size, kept=kept) as partial:
+        files = {
+            name: write_tensors(partial / name, tensors)
+            for name, tensors in zip(snap.names(snap.shard[0]), (snap.weights, snap.moments))
+        }
+        for number in range(1, snap.shard[1]):
+            for name in snap.names(number):
+                try:
+                    files[name] = json.loads((shards / f"{name}.json").read_text(encoding="utf-8"))
+                    os.rename(shards / name, partial / name)
+                except FileNotFoundError as error:
+                    raise ValueError(
+                        f"out: rank {number} wrote {name}, but it is not in {shards}; with train.shard, expected a "
+                        "directory in a file system that all machines share"
+                    ) from error
+        write_json(partial / STATE, snap.state)
+        files[STATE] = file_checksum(partial / STATE)
+        manifest = {"format": FORMAT, "version": VERSION, "step": snap.step, "files": dict(sorted(files.items()))}
+        write_json(partial / "manifest.json", {**manifest, "checksum": json_checksum(manifest)})
+        if target.exists():  # one that was found damaged, or the run would have gone on from there
+            shutil.rmtree(target)
+    for stale in directory.glob(".step-*.shards"):
+        # Other processes may be writing those of later steps already: they do not wait for this one.
+        if int(stale.name.split("-")[1].split(".")[0]) <= snap.step:
+            shutil.rmtree(stale)
+    others = [path for path in _found(directory) if path != target]  # a newer one may be there, damaged
+    for old in others[keep - 1 :]:
+        shutil.rmtree(old)
+    return target
 
 
 def save_checkpoint(
     directory: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict, *, keep: int
 ) -> Path:
-    """Write directory/step-N, then delete all but the newest `keep`. `state` is what JSON can hold.
+    """`snapshot` and `write_checkpoint` in one."""
+    return write_checkpoint(directory, snapshot(step, dict(model.named_parameters()), optimizer, state), keep=keep)
 
-    What killed writers left of any step goes first: their runs may never come by the same step again.
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
+    """Write tensors on the CPU as a safetensors file, and return its SHA-256, taken as the bytes are written.
+
+    safetensors' save_file copies every tensor first while it holds the interpreter's lock, for which the training's
+    thread waits, and leaves a file that is read again for its checksum.
     """
-    sweep(directory, "step-*")
-    target = directory / f"step-{step:08d}"
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    moments = {
-        f"{names[parameter]}.{key}": value.cpu().contiguous()
-        for parameter, values in optimizer.state.items()
-        for key, value in values.items()
-    }
-    need = _HEADERS + sum(x.numel() * x.element_size() for x in (*names, *moments.values()))
-    before = next((path for path in _found(directory) if path != target), None)
-    kept = f"the one before, {before}, is whole; make room, and the same command continues from there"
+    order = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))  # so that all are aligned
+    header, end = {}, 0
+    for name, tensor in order:
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with open(path, "wb", buffering=0) as file:
+
+        def write(data: memoryview) -> None:
+            for start in range(0, len(data), _CHUNK):
+                part = data[start : start + _CHUNK]
+                digest.update(part)
+                while part:
+                    part = part[file.write(part) :]
+
+        write(memoryview(struct.pack("<Q", len(text)) + text))
+        for _, tensor in order:
+            write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def _kept(directory: Path, step: int) -> str:
+    """For the error where there is no room for the checkpoint of `step`."""
+    before = next((path for path in _found(directory) if int(_NAME.fullmatch(path.name)[1]) != step), None)
     if before is None:
-        kept = "there is none before it; make room, and the same command starts again"
-    with atomic_directory(target, what="the checkpoint", need=need, kept=kept) as partial:
-        save_file({name: p.detach().cpu().contiguous() for p, name in names.items()}, partial / FILES[0])
-        save_file(moments, partial / FILES[1])
-        write_json(partial / FILES[2], {**state, "step": step})
-        manifest = {
-            "format": FORMAT,
-            "version": VERSION,
-            "step": step,
-            "files": {name: file_checksum(partial / name) for name in FILES},
-        }
-        write_json(partial / "manifest.json", {**manifest, "checksum": json_checksum(manifest)})
-        if target.exists():  # one that was found damaged, or the run would have gone on from there
-            shutil.rmtree(target)
-    others = [path for path in _found(directory) if path != target]  # a newer one may be there, damaged
-    for old in others[keep - 1 :]:
-        shutil.rmtree(old)
-    return target
+        return "there is none before it; make room, and the same command starts again"
+    return f"the one before, {before}, is whole; make room, and the same command continues from there"
+
+
+def _shards(directory: Path, step: int) -> Path:
+    return directory / f".step-{step:08d}.shards"
+
+
+class Writer:
+    """Writes checkpoints in a thread, one at a time. An error of a write is raised by the next call.
+
+    As a context manager it waits for the last write. Where the block ends with an error, that error is raised, and an
+    error of the write is a warning.
+    """
+
+    def __init__(self):
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="fastlm-checkpoint", initializer=_be_nice)
+        self._pending: Future | None = None
+
+    def submit(self, write: Callable[[], object]) -> None:
+        """Call `write` in the thread, after the one before has ended."""
+        self.wait()
+        self._pending = self._thread.submit(write)
+
+    @property
+    def idle(self) -> bool:
+        """Whether the last write has ended."""
+        return self._pending is None or self._pending.done()
+
+    def check(self) -> None:
+        """Raise the error of a write that has ended with one; without waiting."""
+        if self.idle:
+            self.wait()
+
+    def wait(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            self.wait()
+        except Exception as late:
+            if error is None:
+                raise
+            warnings.warn(f"{late}", stacklevel=2)
+        finally:
+            self._thread.shutdown()
+
+
+def _be_nice() -> None:
+    """Run this thread where the training's threads leave a core idle (Linux: niceness is a thread's own)."""
+    if hasattr(threading, "get_native_id") and sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 def load_newest(directory: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -91,6 +298,11 @@ def load_newest(directory: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, skipped
 
 
+def newest_name(directory: Path) -> str:
+    """For messages: the path of the newest checkpoint in `directory`, unread; "none" where there is none."""
+    return str(next(iter(_found(directory)), "none"))
+
+
 def read_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint in the directory `path`, after checking every checksum. ValueError says what is wrong with it."""
     try:
@@ -99,25 +311,43 @@ def read_checkpoint(path: Path) -> Checkpoint:
         found = manifest["format"], manifest["version"]
         if found != (FORMAT, VERSION):
             raise ValueError(f"its format is {found}, expected {(FORMAT, VERSION)}")
-        for name in FILES:
-            if not whole or file_checksum(path / name) != manifest["files"][name]:
+        for name, checksum in manifest["files"].items():
+            if not whole or file_checksum(path / name) != checksum:
                 raise ValueError(f"{name if whole else 'manifest.json'} does not match its checksum")
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ValueError(f"checkpoint {path}: {Path(error.filename).name} is missing") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"checkpoint {path}: {error}") from error
-    return Checkpoint(path, manifest["step"], state)
+    return Checkpoint(path, manifest["step"], state, tuple(manifest["files"]))
 
 
-def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def read_tensors(checkpoint: Checkpoint, kind: str) -> dict[str, torch.Tensor]:
+    """The tensors of the "model" or the "optimizer", whole, however many processes wrote them."""
+    names = sorted(name for name in checkpoint.files if name.startswith(kind))
+    parts = [load_file(checkpoint.path / name) for name in names]
+    return {
+        name: torch.cat([part[name] for part in parts]) if len(parts) > 1 and first.dim() else first
+        for name, first in parts[0].items()
+    }
+
+
+def restore(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, torch.Tensor] | None = None,
+    part: Callable[[torch.Tensor], torch.Tensor] = lambda whole: whole,
+) -> None:
     """Put the checkpoint's tensors into the model's parameters and the optimizer's state, on their devices.
+
+    parameters: what the optimizer has, by name, where that is only a part of the model's. part: that of a whole tensor.
 
     ValueError where the names or shapes are not this model's.
     """
-    parameters = dict(model.named_parameters())
-    weights = load_file(checkpoint.path / FILES[0])
-    ours = {name: tuple(p.shape) for name, p in parameters.items()}
+    parameters = dict(model.named_parameters()) if parameters is None else parameters
+    weights = read_tensors(checkpoint, "model")
+    ours = {name: tuple(p.shape) for name, p in model.named_parameters()}
     theirs = {name: tuple(weight.shape) for name, weight in weights.items()}
     if ours != theirs:
         name = sorted(set(ours.items()) ^ set(theirs.items()))[0][0]
@@ -127,11 +357,11 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
         )
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
-    for name, value in load_file(checkpoint.path / FILES[1]).items():
+            parameter.copy_(part(weights[name]))
+    for name, value in read_tensors(checkpoint, "optimizer").items():
         name, _, key = name.rpartition(".")
         parameter = parameters[name]
-        optimizer.state[parameter][key] = value.to(parameter.device)
+        optimizer.state[parameter][key] = (part(value) if value.dim() else value).to(parameter.device)
 
 
 def _found(directory: Path) -> list[Path]:

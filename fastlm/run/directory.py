@@ -4,6 +4,7 @@ OUT/data/             the text, prepared, where text was given
 OUT/recipe.json       what the run is
 OUT/metrics.jsonl     a line a step; see fastlm.run.metrics
 OUT/checkpoints/      see fastlm.run.checkpoint
+OUT/tensorboard/, OUT/wandb/     where asked for; see fastlm.run.tracking
 OUT/summary.json, OUT/loss.png, OUT/hf/     at the end
 """
 
@@ -14,17 +15,20 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from fastlm.data import Dataset, is_prepared, open_dataset
+from fastlm.data.preparation import OtherPreparation, setting_differences
+from fastlm.data.shards import read_manifest
 from fastlm.data.sources import RUN_FILES
 from fastlm.run.checkpoint import Checkpoint, load_newest, read_checkpoint
 from fastlm.run.progress import prepare_with_progress
 from fastlm.run.recipe import FREE_KEYS, TABLES, Recipe
 from fastlm.storage import atomic_file, json_checksum, replace_json
+from fastlm.tasks import DataTable, find_task
 
 DATA = "data"
 WRITTEN = *RUN_FILES, "checkpoints", "summary.json", "loss.png", "hf"  # by a run, beside DATA
@@ -185,13 +189,13 @@ def _same_recipe(recipe: Recipe, content: dict, where: Path, *, branches: bool =
         raise ValueError(
             f"resume: the run in {where} has another recipe: {'; '.join(differences)}. A run that starts from it goes "
             f"on with its optimizer and schedule, so only {' and '.join(sorted(FREE_KEYS))} may differ: give its "
-            "recipe. To train its weights by another recipe, load OUT/hf of the finished run in Python "
-            "(fastlm.models.Bert.from_pretrained, or Transformers' AutoModel and fastlm.patch)"
+            f"recipe. To train its weights by another recipe, give --init {where} and no --resume"
         )
     if differences:
         raise ValueError(
             f"resume: the run in {where} has another recipe: {'; '.join(differences)}. Resume it with its own, or name "
-            "another directory for this one with --out"
+            "another directory for this one with --out; --init with this run's directory starts that one from its "
+            "weights"
         )
 
 
@@ -205,27 +209,103 @@ def adopt_metrics(start: Start, out: Path) -> None:
             shutil.copyfile(source, partial)
 
 
-def open_data(recipe: Recipe, data, out: Path, start: Checkpoint | None) -> Dataset:
+_OTHER_DATA = (
+    "data: {directory} is not what the run was started on: {differences}. Resume with the same data. To train on this "
+    "data from the run's weights, start another run: --init with this one's directory, --out with a new one"
+)
+
+
+def data_state(dataset: Dataset) -> dict:
+    """What a checkpoint stores of the data: enough to find it changed, and to say what of it."""
+    manifest = dataset.manifest
+    return {
+        "manifest": json_checksum(manifest),
+        "accepted": dataset.accepted,
+        "settings": manifest["settings"],
+        "tokenizer": manifest["tokenizer"]["checksum"],
+        "documents": dataset.documents,
+        "text_bytes": dataset.text_bytes,
+    }
+
+
+def data_differences(manifest: dict, stored: dict) -> list[str]:
+    """What is not as in `stored`, as of `data_state`; checkpoints of older versions hold only the first two entries."""
+    if json_checksum(manifest) == stored["manifest"]:
+        return []
+    before = stored.get("settings", manifest["settings"])
+    found = setting_differences(manifest["settings"], before)
+    if manifest["tokenizer"]["checksum"] != stored.get("tokenizer", manifest["tokenizer"]["checksum"]):
+        found.append("its tokenizer is another one")
+    text = [(what, manifest[key], stored.get(key)) for what, key in _TEXT.items()]
+    found += [f"its text has {now:,} {what}, had {was:,}" for what, now, was in text if was not in (None, now)]
+    return found or ["its text or its tokenizer is another one"]
+
+
+_TEXT = {"documents": "documents", "bytes": "text_bytes"}
+
+
+@dataclass(frozen=True)
+class Data:
+    """The rows that a run trains on, and those of held-out text, None without."""
+
+    train: Dataset
+    validation: Dataset | None
+
+
+def prepare_for(task: str, table: DataTable, paths, directory: Path, outputs: Iterable = ()) -> Dataset:
+    """Prepare the text in `paths` as rows for `task`, as its table [data] says, with progress on the terminal."""
+    return prepare_with_progress(
+        paths,
+        table.tokenizer,
+        directory,
+        layout=find_task(task).layout(table),
+        documents=table.documents,
+        min_chars=table.min_chars,
+        validation=table.validation or None,
+        validation_share=table.validation_share,
+        outputs=outputs,
+    )
+
+
+def open_data(recipe: Recipe, data, out: Path, start: Checkpoint | None) -> Data:
     """The data of the run in `out`: prepared already, or text that is prepared into OUT/data.
 
     ValueError where its rows are not the recipe's, or it is not what `start` was trained on.
     """
     paths = [data] if isinstance(data, (str, os.PathLike)) else list(data)
     table, prepared = recipe.data, [path for path in paths if is_prepared(path)]
+    layout = find_task(recipe.task).layout(table)
     if prepared and len(paths) > 1:
         raise ValueError(f"data: {prepared[0]} is prepared and stands alone; expected one such directory, or text")
     if prepared:
-        directory = prepared[0]
+        directory = Path(prepared[0])
     else:
         directory = out / DATA
-        keys = {"row_tokens": table.row_tokens, "documents": table.documents, "min_chars": table.min_chars}
-        prepare_with_progress(paths, table.tokenizer, directory, **keys, outputs=[out])
+        try:
+            prepare_for(recipe.task, table, paths, directory, outputs=[out])
+        except OtherPreparation as error:
+            raise ValueError(
+                _OTHER_DATA.format(directory=" ".join(map(str, paths)), differences="; ".join(error.differences))
+            ) from error
+    if start is not None and (differences := data_differences(read_manifest(directory), start.state["data"])):
+        raise ValueError(_OTHER_DATA.format(directory=directory, differences="; ".join(differences)))
     dataset = open_dataset(directory, None if start is None else start.state["data"]["accepted"])
-    if start is not None and json_checksum(dataset.manifest) != start.state["data"]["manifest"]:
-        raise ValueError(f"data: {directory} is not what the run was started on; resume with the same data")
-    if dataset.row_tokens != table.row_tokens:
+    if dataset.layout != layout.name:
         raise ValueError(
-            f"data.row_tokens: {directory} was prepared with rows of {dataset.row_tokens} tokens, the recipe says "
-            f"{table.row_tokens}; set data.row_tokens={dataset.row_tokens}, or prepare the data again"
+            f"data: {directory} was prepared with {dataset.layout} rows, task {recipe.task} needs {layout.name} ones; "
+            "prepare the text again, with --recipe"
         )
-    return dataset
+    for name, wanted in layout.settings().items():
+        found = dataset.manifest["settings"].get(name)
+        if found != wanted:
+            raise ValueError(
+                f"data.{name}: {directory} was prepared with {found}, the recipe of task {recipe.task} needs {wanted}; "
+                "prepare the data again, or change the recipe"
+            )
+    held = bool(dataset.manifest["validation"]["rows"])
+    if (table.validation or table.validation_share) and not held:
+        raise ValueError(
+            f"data.validation: {directory} was prepared without held-out text; prepare it again with --validation or "
+            "--validation-share, or leave both out of the recipe"
+        )
+    return Data(dataset, open_dataset(directory, split="validation") if held else None)

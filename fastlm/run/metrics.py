@@ -20,14 +20,15 @@ class MetricsFile:
     """metrics.jsonl, one JSON object a line: step, loss, tokens, tokens_per_s, lr, grad_norm, mfu.
 
     `tokens` are the real ones from the start of the run, `grad_norm` is before clipping. A loss or norm that is not
-    finite (its step was skipped), the loss of a step that predicted nothing, and an unknown MFU are null.
+    finite (its step was skipped), the loss of a step that predicted nothing, and an unknown MFU are null. After an
+    evaluation the line of its step also has val_loss, val_perplexity and what else the task says of it.
 
     `rows` is how many lines there were before.
     """
 
     def __init__(self, path: Path, step: int):
         """Open `path` for appending after `step`: lines of later steps, and a torn last one, are cut off."""
-        self._path = path
+        self.path = path
         self._end = self.rows = 0
         if path.exists():
             with open(path, "rb") as file:
@@ -54,7 +55,7 @@ class MetricsFile:
                 raise
             kept = "the lines before it and the checkpoints are kept; make room, and the same command continues"
             what = f"the line of step {row.get('step')}"
-            raise no_space(self._path, error, what=what, kept=kept, need=len(line)) from error
+            raise no_space(self.path, error, what=what, kept=kept, need=len(line)) from error
         self._end += len(line)
 
     def sync(self) -> None:
@@ -63,6 +64,17 @@ class MetricsFile:
 
     def close(self) -> None:
         self._file.close()
+
+
+class NoMetrics:
+    """In place of a MetricsFile in a process that writes none."""
+
+    rows = math.inf
+
+    def add(self, row: dict) -> None:
+        pass
+
+    sync = close = lambda self: None
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -96,9 +108,10 @@ def first_and_final_loss(rows: list[dict]) -> tuple[float | None, float | None]:
 
 
 def plot_loss(rows: list[dict], path: Path, *, levels: dict[str, float], title: str) -> None:
-    """The loss against real tokens as a PNG: every step, a running mean, and a dashed line for each of `levels`.
+    """The loss against real tokens as a PNG: every step, a running mean, held-out text, a dashed line for each level.
 
-    levels: losses to read the curve against, by name, as `Task.metrics` has them.
+    levels: losses to read the curve against, by name, as `Task.metrics` has them. The axis is of what is smooth: single
+    steps far away, as spikes are, lie beyond it and do not flatten the rest.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -109,8 +122,17 @@ def plot_loss(rows: list[dict], path: Path, *, levels: dict[str, float], title: 
     figure = Figure(figsize=(7.0, 4.2), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.plot(tokens, losses, color="#9ecae1", linewidth=0.8, label="each step")
-    axes.plot(tokens, _running_mean(losses), color="#08519c", linewidth=1.8, label="running mean")
+    axes.plot(tokens, losses, color="#9ecae1", linewidth=0.8, label="training, each step")
+    (at, smooth), end = _running_median(losses), first_and_final_loss(rows)[1]
+    label = "training, running median" + ("" if end is None else f" ({end:.3f} at the end)")
+    axes.plot(tokens[at], smooth, color="#08519c", linewidth=1.8, label=label)
+    held = [(row["tokens"], row["val_loss"]) for row in rows if row.get("val_loss") is not None]
+    if held:
+        label = f"held-out text ({held[-1][1]:.3f} at the end)"
+        axes.plot(*zip(*held), color="#238b45", linewidth=1.6, marker="o", markersize=3.5, label=label)
+    if len(losses):
+        axes.set_ylim(*_shown(losses, [*smooth, *(loss for _, loss in held), *levels.values()]))
+        axes.set_xlim(left=0)
     for name, level in levels.items():
         axes.axhline(level, color="#d94801", linestyle="--", linewidth=1.2)
         axes.annotate(
@@ -134,13 +156,22 @@ def plot_loss(rows: list[dict], path: Path, *, levels: dict[str, float], title: 
         figure.savefig(partial, format="png")
 
 
-def _running_mean(values: np.ndarray) -> np.ndarray:
-    """A mean over a window of a twentieth of the run, centred, narrower at the ends."""
-    half = max(1, len(values) // 40)
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    at = np.arange(len(values))
-    half = np.minimum(half, np.minimum(at, len(values) - 1 - at))
-    return (sums[at + half + 1] - sums[at - half]) / (2 * half + 1)
+def _shown(losses: np.ndarray, whole: list[float]) -> tuple[float, float]:
+    """Ends of the axis: all of `whole`, and of `losses` what is not far beyond their 1st and 99th percentile."""
+    low, high = np.percentile(losses, (1, 99))
+    spread = max(high - low, 1e-3)
+    near = losses[(losses >= low - spread / 2) & (losses <= high + spread / 2)]
+    low, high = min(*near, *whole), max(*near, *whole)
+    margin = 0.05 * max(high - low, 1e-3)
+    return low - margin, high + margin
+
+
+def _running_median(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(places, medians) at no more than 500 places, over a twentieth of the run, centred, narrower at the ends."""
+    last = len(values) - 1
+    at = np.unique(np.linspace(0, last, min(len(values), 500)).round().astype(int))
+    half = np.minimum(max(1, len(values) // 40), np.minimum(at, last - at))
+    return at, np.array([np.median(values[i - h : i + h + 1]) for i, h in zip(at, half)])
 
 
 def _short(value: float) -> str:

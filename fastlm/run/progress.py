@@ -71,7 +71,12 @@ def duration(seconds: float) -> str:
     return f"{minutes}:{seconds % 60:02}" if minutes else f"{seconds} s"
 
 
-_STAGES = {"checksums": "reading", "tokenizer": "training the tokenizer", "rows": "packing rows"}
+_STAGES = {
+    "checksums": "reading",
+    "tokenizer": "training the tokenizer",
+    "rows": "packing rows",
+    "validation": "packing held-out rows",
+}
 
 
 def prepare_with_progress(paths, tokenizer, out, **settings) -> Dataset:

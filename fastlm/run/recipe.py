@@ -33,9 +33,21 @@ TABLES = ("model", "data", "train")
 TASK = "masked_lm"  # of a recipe that does not say, as none did before there were others
 
 # Keys that say nothing about what is learned: a run may be resumed with others.
-FREE_KEYS = {"train.checkpoint_every", "train.keep_checkpoints"}
+FREE_KEYS = {
+    "train.checkpoint_every",
+    "train.eval_every",
+    "train.eval_tokens",
+    "train.keep_checkpoints",
+    "train.shard",
+}
 # Keys of preparation: a run on data that is prepared takes the data as it is.
-PREPARATION_KEYS = {"data.tokenizer", "data.documents", "data.min_chars"}
+PREPARATION_KEYS = {
+    "data.tokenizer",
+    "data.documents",
+    "data.min_chars",
+    "data.validation",
+    "data.validation_share",
+}
 # Keys that decide which others there are, and their meaning.
 _KINDS = {
     "task": "what the model is trained to do: a module of fastlm.tasks",
@@ -190,6 +202,11 @@ class Recipe:
         model = _config_of(lambda: replace(self.model, **new["model"]))
         tables = {table: replace(getattr(self, table), **new[table]) for table in ("data", "train")}
         return replace(self, model=model, **tables)
+
+    def data_with(self, **values: object) -> DataTable:
+        """The table [data] with other values, whatever its rows mean for the other tables."""
+        typed_values = _entries({f"data.{name}": value for name, value in values.items()}, self._keys())["data"]
+        return replace(self.data, **typed_values)
 
     def with_settings(self, settings: Iterable[str]) -> Recipe:
         """The recipe with `key=value` strings applied, as `--set` takes them; a value is written as in TOML."""

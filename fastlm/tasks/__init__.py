@@ -14,9 +14,9 @@ import pkgutil
 
 from fastlm.models import Model
 from fastlm.tasks._tables import DataTable, TrainTable
-from fastlm.tasks._task import Micro, Task
+from fastlm.tasks._task import EVALUATION_SEED, Micro, Task
 
-__all__ = ["DataTable", "Micro", "Task", "TrainTable", "find_task", "make_model", "task_names"]
+__all__ = ["EVALUATION_SEED", "DataTable", "Micro", "Task", "TrainTable", "find_task", "make_model", "task_names"]
 
 
 def task_names() -> list[str]:
@@ -34,6 +34,9 @@ def find_task(name: str) -> type[Task]:
     return found
 
 
-def make_model(recipe, vocab_size: int, pad_id: int) -> Model:
-    """The model of the recipe's task, on the CPU. Its weights are drawn from the recipe's seed."""
-    return find_task(recipe.task).model(recipe, vocab_size, pad_id)
+def make_model(recipe, vocab_size: int, pad_id: int | None, **token_ids: int | None) -> Model:
+    """The model of the recipe's task, on the CPU. Its weights are drawn from the recipe's seed.
+
+    token_ids: as of `Task.token_ids`
+    """
+    return find_task(recipe.task).model(recipe, vocab_size, pad_id, **token_ids)

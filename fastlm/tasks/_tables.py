@@ -10,12 +10,24 @@ from fastlm.settings import Table, key
 
 @dataclass(frozen=True)
 class DataTable(Table):
-    tokenizer: str = key("train:8192", "train:N for a WordPiece of N tokens, or a tokenizer's directory")
+    tokenizer: str = key("train:8192", "train:N, wordpiece:N, bpe:N or chars to train one, or a tokenizer's directory")
     row_tokens: int = key(128, "length of a row of packed pieces", least=8)
     documents: str = key("file", "what of a plain-text file is a document", one_of=("file", "line", "blank"))
     min_chars: int = key(8, "a document of fewer characters is dropped", least=0)
+    validation: str = key("", "text to evaluate on, a path; it is not trained on")
+    validation_share: float = key(
+        0.0, "share of the documents that is held out for it instead, chosen by their text", least=0.0, below=1.0
+    )
 
     table: ClassVar[str] = "data"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.validation and self.validation_share:
+            raise ValueError(
+                f"data.validation_share: expected 0 with data.validation={self.validation!r}, got "
+                f"{self.validation_share}; set one of them"
+            )
 
 
 @dataclass(frozen=True)
@@ -25,15 +37,27 @@ class TrainTable(Table):
     max_steps: int = key(1000, "steps", least=1)
     lr: float = key(1e-3, "peak learning rate", above=0.0)
     warmup_steps: int = key(100, "steps of linear warm-up", least=0)
-    schedule: str = key("linear", "from the peak to the last step", one_of=("linear", "cosine", "constant"))
-    final_lr: float = key(0.0, "where linear and cosine end, as a share of lr", least=0.0, most=1.0)
-    weight_decay: float = key(0.01, "AdamW's, on matrices; none on biases and norms", least=0.0)
-    beta1: float = key(0.9, "AdamW's", least=0.0, below=1.0)
-    beta2: float = key(0.98, "AdamW's", least=0.0, below=1.0)
-    eps: float = key(1e-6, "AdamW's", above=0.0)
+    schedule: str = key(
+        "linear",
+        "from the peak to the last step; wsd: constant, then linear",
+        one_of=("linear", "cosine", "wsd", "constant"),
+    )
+    final_lr: float = key(0.0, "where the schedule ends, as a share of lr", least=0.0, most=1.0)
+    decay_share: float = key(0.2, "share of the steps in which wsd decays", above=0.0, most=1.0)
+    optimizer: str = key(
+        "adamw", "muon: for the matrices of linear layers, AdamW for the rest", one_of=("adamw", "muon", "lamb")
+    )
+    weight_decay: float = key(0.01, "on matrices and tables; none on biases and norms", least=0.0)
+    beta1: float = key(0.9, "AdamW's and LAMB's", least=0.0, below=1.0)
+    beta2: float = key(0.98, "AdamW's and LAMB's", least=0.0, below=1.0)
+    eps: float = key(1e-6, "AdamW's and LAMB's", above=0.0)
+    momentum: float = key(0.95, "Muon's", least=0.0, below=1.0)
     grad_clip: float = key(1.0, "largest norm of the gradient; 0: as it is", least=0.0)
     dtype: str = key("float32", "of the matrix products; parameters are float32", one_of=("float32", "bfloat16"))
+    shard: bool = key(False, "with several processes, each holds a part of every weight (FSDP), not all of them (DDP)")
     seed: int = key(0, "of the initial weights, order, masks and dropout", least=0, most=2**63 - 1)
+    eval_every: int = key(500, "steps between evaluations on the held-out text; 0: only after the last", least=0)
+    eval_tokens: int = key(262144, "tokens of it that are evaluated, padding included; 0: all", least=0)
     checkpoint_every: int = key(500, "steps between checkpoints; 0: only the last", least=0)
     keep_checkpoints: int = key(2, "how many are kept, the newest", least=1)
 

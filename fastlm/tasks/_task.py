@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import numpy as np
 import torch
 
-from fastlm.data import Dataset
+from fastlm.data import Batch, Batches, Dataset, Tokenizer
+from fastlm.data.batches import make_batch
+from fastlm.data.layouts import Layout, MaskedRows
+from fastlm.data.order import rows_at
+from fastlm.data.packing import PADDING_SAMPLE
 from fastlm.models import Counts, Model
 from fastlm.settings import Table
 from fastlm.tasks._tables import DataTable, TrainTable
+
+EVALUATION_SEED = 0x65766C  # of the masks and the order of held-out text: losses of all recipes are of the same task
 
 
 @dataclass(frozen=True)
@@ -49,8 +58,9 @@ class Task:
     models: ClassVar[tuple[type[Model], ...]]
     tables: ClassVar[dict[str, type[Table]]] = {"data": DataTable, "train": TrainTable}
 
-    def __init__(self, recipe, dataset: Dataset, device: torch.device):
-        self.recipe, self.dataset, self.device = recipe, dataset, device
+    def __init__(self, recipe, dataset: Dataset, device: torch.device, validation: Dataset | None = None):
+        self.recipe, self.dataset, self.device, self.validation = recipe, dataset, device, validation
+        self.batches = Batches(dataset, batch_rows=recipe.batch_rows, seed=recipe.train.seed)
 
     @classmethod
     def model_class(cls, architecture: str) -> type[Model]:
@@ -61,9 +71,19 @@ class Task:
         return known[architecture]
 
     @classmethod
-    def model(cls, recipe, vocab_size: int, pad_id: int) -> Model:
+    def layout(cls, data: DataTable) -> Layout:
+        """How documents lie in the rows that this task trains on; by default as masked language modelling has them."""
+        return MaskedRows(data.row_tokens)
+
+    @classmethod
+    def token_ids(cls, tokenizer: Tokenizer) -> dict[str, int | None]:
+        """Entries of the model's configuration that the tokenizer decides, beside vocab_size and pad_token_id."""
+        return {}
+
+    @classmethod
+    def model(cls, recipe, vocab_size: int, pad_id: int | None, **token_ids: int | None) -> Model:
         """A new model on the CPU, its weights drawn from the recipe's seed: the same for every device."""
-        config = replace(recipe.model, vocab_size=vocab_size, pad_token_id=pad_id)
+        config = replace(recipe.model, vocab_size=vocab_size, pad_token_id=pad_id, **token_ids)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.train.seed)
             return cls.model_class(config.model_type)(config)
@@ -76,8 +96,44 @@ class Task:
 
         With the same shapes at every step where the device is not a CPU.
         """
+        seed, count = self.recipe.train.seed, self.recipe.micro_count
+        return self.make_micro(self.batches.at(step, m, count), seed, torch.tensor([seed, step * count + m]))
+
+    def evaluation(self) -> Iterator[Micro]:
+        """Micro-batches of the held-out rows, the same at every call: what is random has a seed of its own."""
+        for batch in self.evaluation_batches():
+            yield self.make_micro(batch, EVALUATION_SEED, torch.tensor([EVALUATION_SEED, 0]), evaluation=True)
+
+    def evaluation_batches(self) -> Iterator[Batch]:
+        """At most train.eval_tokens of the held-out rows, in an order that does not depend on the recipe."""
+        rows, data = self.validation.rows, self.recipe.data
+        if self.recipe.train.eval_tokens:
+            rows = min(rows, max(1, self.recipe.train.eval_tokens // data.row_tokens))
+        order = rows_at(np.arange(rows), self.validation.rows, EVALUATION_SEED)[1]
+        at_once = self.recipe.micro_batch_tokens // data.row_tokens
+        for start in range(0, rows, at_once):
+            row = order[start : start + at_once]
+            yield make_batch(self.validation, np.zeros_like(row), row)
+
+    def make_micro(self, batch: Batch, seed: int, rng: torch.Tensor, evaluation: bool = False) -> Micro:
+        """One forward on the rows of `batch`: what is masked or corrupted is a function of `seed` and its samples.
+
+        rng          int64 (2,), of the dropouts
+        evaluation   whether it is of held-out text, whose task is the same for every recipe
+        """
         raise NotImplementedError
+
+    def evaluated(self, loss: float) -> dict[str, float]:
+        """What a mean loss (nats a predicted token) on the held-out text amounts to, for the metrics."""
+        return {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700.0))}
 
     def metrics(self) -> dict[str, float]:
         """Losses to read the run's loss against, in nats: they go into summary.json and, as lines, into loss.png."""
         return {}
+
+
+def real_pairs(batch: Batch) -> int:
+    """Sum of length² over the pieces, padding aside."""
+    starts = batch.cu_seqlens[: batch.pieces + 1].long()
+    real = batch.sample_ids[starts[:-1]] != PADDING_SAMPLE
+    return int((starts.diff().square() * real).sum())

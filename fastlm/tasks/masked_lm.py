@@ -7,19 +7,19 @@ where the number of predicted tokens is known without asking the device; it is t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
 import torch
 
 from fastlm import ops
-from fastlm.data import Batches, Dataset
+from fastlm.data import Dataset
 from fastlm.data.order import rows_at
-from fastlm.data.packing import PADDING_SAMPLE
 from fastlm.models import Bert, Counts, Model
 from fastlm.settings import Table, key
 from fastlm.tasks._tables import DataTable, TrainTable
-from fastlm.tasks._task import Micro, Task
+from fastlm.tasks._task import Micro, Task, real_pairs
 
 _COUNTED_ROWS = 1 << 14  # two million tokens at 128 a row
 
@@ -29,6 +29,7 @@ class MaskedLMData(DataTable):
     mlm_probability: float = key(0.15, "share of the tokens that are predicted", above=0.0, most=1.0)
     mask_replace_prob: float = key(0.8, "share of those that become the mask token", least=0.0, most=1.0)
     random_replace_prob: float = key(0.1, "share of those that become a random token", least=0.0, most=1.0)
+    whole_words: bool = key(False, "the tokens of a word are predicted together, or none of them")
 
     def __post_init__(self):
         super().__post_init__()
@@ -48,54 +49,53 @@ class MaskedLM(Task):
     models = (Bert,)
     tables: ClassVar[dict[str, type[Table]]] = {"data": MaskedLMData, "train": MaskedLMTrain}
 
-    def __init__(self, recipe, dataset: Dataset, device: torch.device):
-        super().__init__(recipe, dataset, device)
-        self.batches = Batches(dataset, batch_rows=recipe.batch_rows, seed=recipe.train.seed)
-
     def initialize(self, model: Model) -> None:
         if self.recipe.train.unigram_bias:
             with torch.no_grad():
                 model.head.bias.copy_(log_frequencies(self.dataset, self.recipe.train.seed))
 
-    def micro(self, step: int, m: int) -> Micro:
-        recipe, tokenizer = self.recipe, self.dataset.tokenizer
-        batch = self.batches.at(step, m, recipe.micro_count)
+    def make_micro(self, batch, seed, rng, evaluation=False):
+        data, tokenizer = MaskedLMData() if evaluation else self.recipe.data, self.dataset.tokenizer
         masked = ops.mlm_mask(
             batch.input_ids,
             mask_token_id=tokenizer.mask_id,
             vocab_size=tokenizer.vocab_size,
             special_ids=tokenizer.special_ids,
-            seed=recipe.train.seed,
+            seed=seed,
             epoch=batch.epochs,
             sample_ids=batch.sample_ids,
             positions=batch.positions,
-            mlm_probability=recipe.data.mlm_probability,
-            mask_replace_prob=recipe.data.mask_replace_prob,
-            random_replace_prob=recipe.data.random_replace_prob,
+            mlm_probability=data.mlm_probability,
+            mask_replace_prob=data.mask_replace_prob,
+            random_replace_prob=data.random_replace_prob,
+            word_starts=self._begins_word[batch.input_ids] if data.whole_words else None,
         )
         selected, capacity = int(masked.count), masked.index.numel()
         predicted = min(selected, capacity)
         # A device wants the same shapes every step; the CPU need not run the head on the empty places.
         places = predicted if self.device.type == "cpu" else capacity
-        starts = batch.cu_seqlens.long()
-        real = batch.sample_ids[starts[:-1].clamp(max=batch.input_ids.numel() - 1)] != PADDING_SAMPLE
         return Micro(
             inputs={
                 "input_ids": masked.input_ids,
                 "cu_seqlens": batch.cu_seqlens,
                 "max_seqlen": batch.max_seqlen,
                 "positions": batch.positions,
-                "rng": torch.tensor([recipe.train.seed, step * recipe.micro_count + m]),
+                "rng": rng,
                 "index": masked.index[:places],
                 "targets": masked.targets[:places],
                 "reduction": "sum",
             },
-            counts=Counts(batch.tokens, int((starts.diff().square() * real).sum()), predicted),
+            counts=Counts(batch.tokens, real_pairs(batch), predicted),
             dropped=selected - predicted,
         )
 
     def metrics(self) -> dict[str, float]:
         return {"unigram_entropy": self.dataset.unigram_entropy}
+
+    @cached_property
+    def _begins_word(self) -> torch.Tensor:
+        """(vocab_size,) bool."""
+        return torch.from_numpy(self.dataset.tokenizer.word_starts())
 
 
 def log_frequencies(dataset: Dataset, seed: int) -> torch.Tensor:

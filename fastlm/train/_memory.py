@@ -32,6 +32,7 @@ _LAYERS = 4  # of each kind, that are counted; more are extrapolated
 # Bytes for each token, layer and column that no model here exceeds (BERT: 63). Where even this fits into half of the
 # memory, nothing is counted: torch takes seconds to import its fake tensors.
 _COARSE = 400
+_LONG = 1e15  # FLOPs of a run, a quarter of an hour of two cores, for which it is counted all the same
 
 
 class _Peak(TorchDispatchMode):
@@ -66,15 +67,18 @@ class _Peak(TorchDispatchMode):
         self.now -= size
 
 
-def check_step(task: Task, config: Config) -> None:
-    """ValueError where a step of `task` with a model of `config` does not fit into memory.
+def check_step(task: Task, config: Config) -> str:
+    """The memory of a step of `task` with a model of `config`, for the headline of a run.
 
-    It has the numbers, and the largest micro-batch that fits.
+    ValueError where it is more than there is, with the numbers, and the largest micro-batch that fits.
     """
     recipe, device = task.recipe, task.device
     there, host = available(device), available(torch.device("cpu"))
-    if there is None or host is None or _coarse(task, config) < min(there, host) / 2:
-        return
+    if there is None or host is None:
+        return f"n/a, the free memory of {device} is not known"
+    coarse = _coarse(task, config)
+    if coarse < min(there, host) / 2 and _flops(task, config) < _LONG:
+        return f"less than {_gigabytes(coarse)} of the {_gigabytes(there)} that are free on {device}"
     step = _Step(task, config)
     waiting = AHEAD * step.batch_bytes(recipe.batch_rows)
     if waiting > host:
@@ -87,7 +91,7 @@ def check_step(task: Task, config: Config) -> None:
         there -= waiting
     need = step.peak(recipe.micro_batch_tokens // recipe.data.row_tokens)
     if need <= there:
-        return
+        return f"about {_gigabytes(need)} of the {_gigabytes(there)} that are free on {device}"
     sizes = [n for n in range(1, recipe.batch_rows + 1) if recipe.batch_rows % n == 0]
     fits = bisect.bisect_right(sizes, there, key=step.peak)  # so many of them fit
     if fits:
@@ -99,6 +103,16 @@ def check_step(task: Task, config: Config) -> None:
         f"{recipe.micro_batch_tokens} tokens in one forward, which take about {need / 1e9:,.1f} GB of the "
         f"{max(0, there) / 1e9:,.1f} GB that are free; {remedy}"
     )
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.0f} MB"
+
+
+def _flops(task: Task, config: Config) -> float:
+    """Of a whole run, by its parameters: 6 a token and parameter."""
+    table = task.recipe.train
+    return 6.0 * table.max_steps * table.batch_tokens * parameter_count(task.model_class(config.model_type), config)
 
 
 def _coarse(task: Task, config: Config) -> float:

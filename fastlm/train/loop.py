@@ -12,31 +12,46 @@ import platform
 import shutil
 import signal
 import threading
-import time
 import warnings
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
 import fastlm
-from fastlm.chip import chip_name, parse_device, peak_flops
-from fastlm.data import Dataset
-from fastlm.models import Counts
+from fastlm.chip import chip_name, parse_device
+from fastlm.models import Counts, Model
 from fastlm.models._size import TRAINED, check_memory
 from fastlm.run import directory as runs
-from fastlm.run.checkpoint import load_newest, restore, save_checkpoint
-from fastlm.run.metrics import RERUN, MetricsFile, first_and_final_loss, plot_loss, read_metrics
-from fastlm.run.progress import ProgressLine, duration
+from fastlm.run.checkpoint import (
+    Snapshot,
+    Writer,
+    load_newest,
+    newest_name,
+    restore,
+    snapshot,
+    write_checkpoint,
+    write_shard,
+)
+from fastlm.run.initial import Initial, find_initial
+from fastlm.run.metrics import RERUN, MetricsFile, NoMetrics, first_and_final_loss, plot_loss, read_metrics
+from fastlm.run.progress import ProgressLine
 from fastlm.run.recipe import Recipe
+from fastlm.run.tracking import Tracked, check_logs
 from fastlm.storage import atomic_directory, json_checksum, replace_json
 from fastlm.tasks import Micro, Task, find_task, make_model
+from fastlm.train._advice import out_of_memory
 from fastlm.train._memory import check_step
+from fastlm.train.evaluation import evaluate
 from fastlm.train.optimizer import lr_at, make_optimizer, train_step
+from fastlm.train.parallel import Heartbeat, Shards, World, connect
+from fastlm.train.spikes import WINDOW
+from fastlm.train.watch import Counters, Watch
 
 PATIENCE = 10  # steps without finite gradients, one after another, that end a run; all of a shorter one
 
@@ -59,19 +74,7 @@ class Result:
     stopped_by: int | None = None
 
 
-@dataclass
-class Counters:
-    """What a run has counted; a checkpoint stores it."""
-
-    step: int = 0
-    tokens: int = 0  # real ones
-    seconds: float = 0.0
-    skipped: int = 0  # steps whose gradients were not finite
-    streak: int = 0  # of them, those that came last, one after another
-    dropped: int = 0  # predictions beyond the capacity of their batch
-
-
-def pretrain(recipe: Recipe, data, out, *, device: str = "cpu", resume: str = "auto") -> Result:
+def pretrain(recipe: Recipe, data, out, *, device: str = "cpu", resume: str = "auto", init=None, log=()) -> Result:
     """Train the recipe's model on `data`, and write everything into the directory `out`.
 
     data     what `fastlm.data.prepare` wrote, with rows of recipe.data.row_tokens; or text, a path or several, which
@@ -79,6 +82,9 @@ def pretrain(recipe: Recipe, data, out, *, device: str = "cpu", resume: str = "a
     device   "cpu", "cuda", "cuda:1"
     resume   "auto": continue from the newest checkpoint in `out`, if there is one; "never": `out` must hold no run;
              a checkpoint's or a run's directory: start a new run in `out` from there; given again, continue that one
+    init     a model to start from, with its tokenizer (see fastlm.run.initial); None: new weights. The optimizer and
+             the schedule are new, unlike with `resume`
+    log      what else gets the metrics: "tensorboard", "wandb" (see fastlm.run.tracking)
 
     SIGTERM and SIGINT finish the step, write a checkpoint and return, with `Result.stopped_by`; a second one ends the
     process.
@@ -86,7 +92,10 @@ def pretrain(recipe: Recipe, data, out, *, device: str = "cpu", resume: str = "a
     ten steps in a row without finite gradients, or at the end where half of the run had none; none of them was
     applied, and checkpoints are from before.
     """
-    out, device = Path(out), parse_device(device)
+    out, device, log = Path(out), parse_device(device), check_logs(log)
+    initial = None if init is None else find_initial(init)
+    if initial is not None:
+        recipe = initial.recipe(recipe)
     _check_size(recipe, device, vocab_size=8)  # before text is prepared; its vocabulary is not known yet
     if recipe.train.warmup_steps >= recipe.train.max_steps:
         warnings.warn(
@@ -94,10 +103,20 @@ def pretrain(recipe: Recipe, data, out, *, device: str = "cpu", resume: str = "a
             f"{recipe.train.warmup_steps}; the learning rate only rises, and the schedule after the peak is not used",
             stacklevel=2,
         )
-    with runs.alone_in(out):
-        start = runs.find_start(recipe, out, resume)
-        dataset = runs.open_data(recipe, data, out, start.checkpoint)
-        return _Run(recipe, dataset, out, device, start).train()
+    world = connect(device)
+    world.micros(recipe.micro_count)
+    with runs.alone_in(out) if world.main else nullcontext():
+        with world.main_first():
+            start = runs.find_start(recipe, out, resume)
+            data = runs.open_data(recipe, data, out, start.checkpoint)
+        world.agree(
+            {
+                "the step to start from": 0 if start.checkpoint is None else start.checkpoint.step,
+                "data": json_checksum([data.train.manifest, data.train.accepted]),
+            },
+            f"expected {out} and the data to be the same on all machines: put them into a file system that all share",
+        )
+        return _Run(recipe, data, out, world, start, initial, log).train()
 
 
 def _check_size(recipe: Recipe, device: torch.device, vocab_size: int) -> None:
@@ -112,8 +131,8 @@ def _check_size(recipe: Recipe, device: torch.device, vocab_size: int) -> None:
 class _Launched:
     """A step that was given to the device: what the host knows of it, and the result that the device will have."""
 
-    def __init__(self, number: int, micros: list[Micro], lr: float, result: torch.Tensor):
-        self.number, self.lr = number, lr
+    def __init__(self, number: int, micros: list[Micro], lr: float, result: torch.Tensor, stop: bool):
+        self.number, self.lr, self.stop = number, lr, stop
         self.counts, self.dropped = Counts.total(m.counts for m in micros), sum(m.dropped for m in micros)
         self._result, self._done = result, None
         if result.is_cuda:
@@ -122,124 +141,200 @@ class _Launched:
             self._done.record()
 
     def wait(self) -> tuple[float, float]:
-        """(loss, gradient norm) when the device has finished the step."""
+        """(loss, gradient norm) when the device has finished the step.
+
+        With several processes `stop`, `counts` and `dropped` then are those of all of them.
+        """
         if self._done is not None:
             self._done.synchronize()
-        loss, norm = self._result.tolist()
+        loss, norm, *sums = self._result.tolist()
+        if sums:
+            self.stop, *counts, self.dropped = map(int, sums)
+            self.counts = Counts(*counts)
         return loss, norm
 
 
 class _Run:
     """One run, from `start` to its last step or a signal."""
 
-    def __init__(self, recipe: Recipe, dataset: Dataset, out: Path, device: torch.device, start: runs.Start):
-        self.recipe, self.dataset, self.out, self.device = recipe, dataset, out, device
-        self.dtype = getattr(torch, recipe.train.dtype)
-        self.task = find_task(recipe.task)(recipe, dataset, device)
-        vocab_size, pad_id = dataset.tokenizer.vocab_size, dataset.tokenizer.pad_id
-        _check_size(recipe, device, vocab_size)
-        check_step(self.task, replace(recipe.model, vocab_size=vocab_size, pad_token_id=pad_id))
-        model = make_model(recipe, vocab_size, pad_id)
-        self.task.initialize(model)
+    def __init__(
+        self,
+        recipe: Recipe,
+        data: runs.Data,
+        out: Path,
+        world: World,
+        start: runs.Start,
+        initial: Initial | None,
+        log: tuple[str, ...] = (),
+    ):
+        self.recipe, self.dataset, self.out, self.world, device = recipe, data.train, out, world, world.device
+        self.device = device
+        self.dtype, tokenizer = getattr(torch, recipe.train.dtype), data.train.tokenizer
+        self.task = find_task(recipe.task)(recipe, data.train, device, data.validation)
+        _check_size(recipe, device, tokenizer.vocab_size)
+        if initial is None:
+            ids = self.task.token_ids(tokenizer)
+            model = make_model(recipe, tokenizer.vocab_size, tokenizer.pad_id, **ids)
+            self.task.initialize(model)
+        else:
+            model = initial.model(recipe, tokenizer)
+        self.memory = check_step(self.task, model.config)
         self.model = model.to(device).train()
-        self.optimizer = make_optimizer(self.model, recipe.train)
+        self.trained = world.wrap(self.model, recipe.train.shard)
+        self.shards = Shards(self.model, world) if recipe.train.shard and world.size > 1 else None
+        self.optimizer = make_optimizer(self.model, recipe.train, self.shards)
+        self.parameters = dict(self.model.named_parameters())
+        if self.shards is not None:
+            self.parameters = {name: self.shards.local(p) for name, p in self.parameters.items()}
         self.counters = Counters()
         if start.checkpoint is not None:
-            restore(start.checkpoint, self.model, self.optimizer)
+            part = self.shards.part if self.shards is not None else (lambda whole: whole)
+            restore(start.checkpoint, self.model, self.optimizer, self.parameters, part)
             self.counters = Counters(**start.checkpoint.state["counters"])
-        self.start, self.saved = start, self.counters.step
-        self.peak = peak_flops(device, self.dtype)
-        self.pace = deque(maxlen=20)  # seconds of the latest steps
+        self.start, self.saved, self.log = start, self.counters.step, log
+        self.watch = Watch(self.task, world, self.counters)
+        self.evaluated: dict[str, float] = {}  # of the latest evaluation
+        self.taken: Snapshot | None = None  # the last checkpoint's
+        self.stopping, self.stopped_by = False, None
 
     def train(self) -> Result:
         table, first = self.recipe.train, self.counters.step
         if first == table.max_steps and (summary := runs.finished_summary(self.out)):
             return Result(self.out, first, summary)
-        # A summary, if there is one, is of a later checkpoint, which was damaged since.
-        (self.out / runs.SUMMARY).unlink(missing_ok=True)
-        runs.write_recipe(self.out, self.recipe, self.start.origin)
-        runs.adopt_metrics(self.start, self.out)
-        self.metrics = MetricsFile(self.out / runs.METRICS, first)
-        if self.start.branches:
-            self._save()  # the other run may drop the checkpoint that this one starts from
-        launched: deque[_Launched] = deque()
-        with ProgressLine(self.recipe.name, table.max_steps) as self.line, _stop_signal() as stop:
-            self._headline()
+        self.world.barrier()  # every process has read what is written from here on
+        if self.world.main:
+            # A summary, if there is one, is of a later checkpoint, which was damaged since.
+            (self.out / runs.SUMMARY).unlink(missing_ok=True)
+            runs.write_recipe(self.out, self.recipe, self.start.origin)
+            runs.adopt_metrics(self.start, self.out)
+            self.metrics = MetricsFile(self.out / runs.METRICS, first)
+            before = read_metrics(self.metrics.path)[-2 * WINDOW :]
+        else:
+            self.metrics, before = NoMetrics(), []
+        console = None if self.world.main else Console(quiet=True)
+        with (
+            ProgressLine(self.recipe.name, table.max_steps, console) as self.line,
+            _stop_signal() as stop,
+            Heartbeat(self.world, self._advice) as heartbeat,
+            closing(self.metrics),
+        ):
+            self.watch.start(self.line, (row["loss"] for row in before))
+            self.watch.headline(self.model, self.memory)
+            if self.world.main:
+                self.metrics = Tracked(self.metrics, self.log, self.recipe, self.out, first, self.line.note)
             if self.metrics.rows < first:
                 self.line.note(
                     f"{runs.METRICS} lacks {first - self.metrics.rows} of the {first} steps before: first_loss and "
                     f"{runs.PLOT} will be of what it has"
                 )
-            self.clock = time.perf_counter()
             try:
-                for step, micros in _ahead(self.task, self.recipe.micro_count, first, table.max_steps):
-                    lr = lr_at(step, table)
-                    moved = [micro.to(self.device) for micro in micros]
-                    result = train_step(
-                        self.model, self.optimizer, moved, lr=lr, grad_clip=table.grad_clip, dtype=self.dtype
-                    )
-                    launched.append(_Launched(step + 1, micros, lr, result))
-                    last = bool(stop) or step + 1 == table.max_steps
-                    due = last or (table.checkpoint_every and (step + 1) % table.checkpoint_every == 0)
-                    # The host looks at a step of a GPU while the next one runs, so that the GPU never waits for it.
-                    while len(launched) > (self.device.type == "cuda" and not due):
-                        self._report(launched.popleft())
-                    if due and not self.counters.streak:
+                with Writer() as self.writer:
+                    if self.start.branches:
                         self._save()
-                    if last:
-                        break
+                        self.writer.wait()  # the other run may drop the checkpoint that this one starts from
+                    self._steps(first, stop)
+            except RuntimeError as error:
+                where = {"step": self.counters.step, "saved": self.saved > 0, "out": self.out}
+                advice = out_of_memory(error, self.recipe, self.device, processes=self.world.size, **where)
+                raise advice or heartbeat.explain(error) from error
             finally:
                 self.metrics.close()
             if self.counters.step < table.max_steps:
                 self.line.note(
                     f"stopped at step {self.counters.step}; the same command continues after step {self.saved}"
                 )
-                return Result(self.out, self.counters.step, None, stop[0])
+                return Result(self.out, self.counters.step, None, self.stopped_by)
         if 2 * self.counters.skipped >= table.max_steps:
             raise self._diverged(f"{self.counters.skipped} of {table.max_steps} steps")
-        return Result(self.out, self.counters.step, self._finish())
+        model = self.model if self.shards is None else self.shards.gather(self.model)
+        return Result(self.out, self.counters.step, self._finish(model) if self.world.main else None)
+
+    def _steps(self, first: int, stop: list[int]) -> None:
+        """The steps from `first` on, to the last, or to where a process was told to stop."""
+        table, launched = self.recipe.train, deque()
+        mine = self.world.micros(self.recipe.micro_count)
+        self.watch.pace.start()
+        for step, micros in _ahead(self.task, mine, first, table.max_steps):
+            lr = lr_at(step, table)
+            moved = [micro.to(self.device) for micro in micros]
+            result = train_step(
+                self.trained,
+                self.optimizer,
+                moved,
+                lr=lr,
+                grad_clip=table.grad_clip,
+                dtype=self.dtype,
+                world=self.world,
+                shards=self.shards,
+                stop=bool(stop),
+            )
+            launched.append(_Launched(step + 1, micros, lr, result, bool(stop)))
+            due = step + 1 == table.max_steps
+            due |= bool(table.checkpoint_every and (step + 1) % table.checkpoint_every == 0)
+            # The host looks at a step of a GPU while the next one runs, so that the GPU never waits for it.
+            if self.world.size == 1:
+                launched[-1].stop |= bool(stop)  # told during the step
+            self.writer.check()
+            while len(launched) > (self.device.type == "cuda" and not (due or self._evaluates(step + 1))):
+                self._report(launched.popleft())
+            if self.stopping and not due:
+                while launched:
+                    self._report(launched.popleft())
+                due = True
+            if due and not self.counters.streak:
+                with self.watch.apart("checkpoint"):
+                    self._save()
+            if self.stopping:
+                break
+        self.stopped_by = stop[0] if stop else signal.SIGTERM  # another process was told to
 
     def _report(self, step: _Launched) -> None:
         """Enter a finished step into the counters, the metrics and the progress line."""
         loss, norm = step.wait()
-        now = time.perf_counter()
-        seconds, self.clock = now - self.clock, now
+        self.stopping = bool(step.stop)
+        rates = self.watch.timed(step.counts.tokens, self.model.flops(step.counts))
         finite = math.isfinite(loss) and math.isfinite(norm)
-        counters, tokens = self.counters, step.counts.tokens
+        counters = self.counters
         counters.step = step.number
-        counters.tokens += tokens
-        counters.seconds += seconds
+        counters.tokens += step.counts.tokens
         counters.dropped += step.dropped
         counters.skipped += not finite
         counters.streak = 0 if finite else counters.streak + 1
-        mfu = None if self.peak is None else self.model.flops(step.counts) / (seconds * self.peak)
+        if finite and step.counts.predicted:
+            self.watch.check(step.number, loss, norm)
+        new = self._evaluate() if finite and self._evaluates(step.number) else {}
         self.metrics.add(
             {
                 "step": step.number,
                 "loss": loss if step.counts.predicted else None,
                 "tokens": counters.tokens,
-                "tokens_per_s": round(tokens / seconds, 1),
                 "lr": step.lr,
                 "grad_norm": norm,
-                "mfu": None if mfu is None else round(mfu, 4),
+                **rates,
+                **new,
             }
         )
-        self.pace.append(seconds)
-        pace, steps = sum(self.pace) / len(self.pace), self.recipe.train.max_steps
-        fields = [  # on a narrow terminal the last ones are left out
-            f"step {step.number}/{steps}",
-            f"loss {loss:.3f}",
-            f"{tokens / pace:,.0f} tokens/s",
-            f"ETA {duration((steps - step.number) * pace)}",
-            *([f"{counters.skipped} skipped"] if counters.skipped else []),
-            f"MFU {'n/a' if mfu is None else f'{100 * mfu:.0f}%'}",
-            f"lr {step.lr:.1e}",
-        ]
-        self.line.update(step.number, fields)
-        if counters.streak == min(PATIENCE, steps):
+        self.watch.show(step.number, loss, step.lr, self.evaluated.get("val_loss"))
+        if counters.streak == min(PATIENCE, self.recipe.train.max_steps):
             raise self._diverged(f"{counters.streak} steps in a row, up to step {step.number},")
 
+    def _evaluates(self, step: int) -> bool:
+        """Whether the held-out text is evaluated after `step`."""
+        table = self.recipe.train
+        if self.task.validation is None:
+            return False
+        return step == table.max_steps or bool(table.eval_every and step % table.eval_every == 0)
+
+    def _evaluate(self) -> dict[str, float]:
+        with self.watch.apart("evaluation"):
+            self.evaluated = evaluate(self.model, self.task, self.dtype, self.world, self.shards is not None)
+        words = {"val_loss": "loss", "val_perplexity": "perplexity", "val_bits_per_byte": "bits a byte"}
+        shown = ", ".join(f"{words.get(name, name)} {value:.3f}" for name, value in self.evaluated.items())
+        self.line.note(f"step {self.counters.step}: held-out {shown}")
+        return self.evaluated
+
     def _diverged(self, steps: str) -> Diverged:
+        self.writer.wait()
         newest, _ = load_newest(self.out / runs.CHECKPOINTS)
         kept = "there is no checkpoint yet" if newest is None else f"the newest checkpoint is {newest.path}"
         return Diverged(
@@ -249,37 +344,38 @@ class _Run:
         )
 
     def _save(self) -> None:
+        """Copy what a checkpoint holds; a thread writes it while the next steps run."""
         self.metrics.sync()
         state = {
             "counters": asdict(self.counters),
             "recipe": self.recipe.to_dict(),
-            "data": {"manifest": json_checksum(self.dataset.manifest), "accepted": self.dataset.accepted},
+            "data": runs.data_state(self.dataset),
             "rng": {"seed": self.recipe.train.seed, "step": self.counters.step},
             "versions": versions(),
         }
-        save_checkpoint(
-            self.out / runs.CHECKPOINTS,
-            self.counters.step,
-            self.model,
-            self.optimizer,
-            state,
-            keep=self.recipe.train.keep_checkpoints,
-        )
-        self.saved = self.counters.step
-        self.clock = time.perf_counter()  # a checkpoint's time is not a step's
+        step, directory, keep = self.counters.step, self.out / runs.CHECKPOINTS, self.recipe.train.keep_checkpoints
+        shard = (self.world.rank, self.world.size) if self.shards is not None else (0, 1)
+        if self.world.main or self.shards is not None:
+            self.writer.wait()  # it reads the memory that is written over
+            taken = self.taken = snapshot(step, self.parameters, self.optimizer, state, shard, self.taken)
 
-    def _headline(self) -> None:
-        recipe, dataset, parameters = self.recipe, self.dataset, sum(p.numel() for p in self.model.parameters())
-        peak = "n/a, no peak is known" if self.peak is None else f"against {self.peak / 1e12:g} TFLOP/s"
-        self.line.note(
-            f"{recipe.name}: {parameters / 1e6:.3g} M parameters on {chip_name(self.device)} in {recipe.train.dtype}; "
-            f"{dataset.rows:,} rows of {dataset.row_tokens} tokens, vocabulary {dataset.tokenizer.vocab_size:,}\n"
-            f"MFU = 3 · forward FLOPs of matrix products on real tokens / (seconds · peak): {peak}"
-        )
-        if self.counters.step:
-            self.line.note(f"resumed after step {self.counters.step} of {recipe.train.max_steps}")
+            def write():
+                if not self.world.main:
+                    write_shard(directory, taken)
+                self.world.arrive(f"checkpoint/{step}", wait=self.world.main and self.shards is not None)
+                if self.world.main:
+                    write_checkpoint(directory, taken, keep=keep)
+                    self.saved = step
 
-    def _finish(self) -> dict:
+            self.writer.submit(write)
+
+    def _advice(self) -> str:
+        return (
+            f"the newest checkpoint is {newest_name(self.out / runs.CHECKPOINTS)}; the same command continues from "
+            "there, with any number of processes that divides the micro-batches"
+        )
+
+    def _finish(self, whole: Model) -> dict:
         """Write summary.json, loss.png and the model; the summary."""
         counters, rows = self.counters, read_metrics(self.out / runs.METRICS)
         first, final = first_and_final_loss(rows)
@@ -288,12 +384,17 @@ class _Run:
             "steps": counters.step,
             "first_loss": first,
             "final_loss": final,
+            **self.evaluated,
             **self.task.metrics(),
             "tokens": counters.tokens,
             "seconds": round(counters.seconds, 3),
+            "other_seconds": round(counters.other_seconds, 3),
             "tokens_per_s": round(counters.tokens / counters.seconds, 1),
             "parameters": sum(p.numel() for p in self.model.parameters()),
+            "mfu": self.watch.mean_mfu,
+            "peak_flops": self.watch.peak.flops,
             "skipped_steps": counters.skipped,
+            "loss_spikes": counters.spikes,
             "dropped_predictions": counters.dropped,
             "device": chip_name(self.device),
             "dtype": self.recipe.train.dtype,
@@ -306,7 +407,7 @@ class _Run:
         plot_loss(rows, self.out / runs.PLOT, levels=self.task.metrics(), title=f"fastlm {self.recipe.name}")
         model = self.out / runs.MODEL
         with atomic_directory(model, what="the model", need=4 * summary["parameters"], kept=RERUN) as partial:
-            self.model.eval().save_pretrained(partial, self.dataset.tokenizer)
+            whole.eval().save_pretrained(partial, self.dataset.tokenizer)
             if model.exists():  # this run's too: from a later checkpoint, or it was killed before the summary
                 shutil.rmtree(model)
         replace_json(self.out / runs.SUMMARY, summary, what="the summary", kept=RERUN)
@@ -317,12 +418,12 @@ def versions() -> dict[str, str]:
     return {"fastlm": fastlm.__version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
-def _ahead(task: Task, micro_count: int, start: int, stop: int) -> Iterator[tuple[int, list[Micro]]]:
-    """(step, its micro-batches) for each step, made on the host by one thread while the steps before them run."""
+def _ahead(task: Task, mine: range, start: int, stop: int) -> Iterator[tuple[int, list[Micro]]]:
+    """(step, its micro-batches `mine`) for each step, made by one thread of the host while the steps before run."""
     pin = task.device.type == "cuda"
 
     def make(step: int) -> list[Micro]:
-        micros = [task.micro(step, m) for m in range(micro_count)]
+        micros = [task.micro(step, m) for m in mine]
         return [micro.pin() for micro in micros] if pin else micros
 
     with ThreadPoolExecutor(1, thread_name_prefix="fastlm-batches") as thread:

@@ -1,4 +1,4 @@
-"""AdamW, the learning rate, and one training step.
+"""Optimizers, the learning rate, and one training step.
 
 A fused AdamW, fastlm's on a CPU and torch's elsewhere, reads two device scalars, as under torch.amp.GradScaler:
 gradients are divided by `grad_scale`, and nothing is updated where `found_inf` is 1. So neither clipping nor the mean
@@ -10,28 +10,81 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
+from fastlm.models import Counts, Model
 from fastlm.tasks import Micro, TrainTable
 from fastlm.train.adamw import AdamW, runs_on, total_norm
+from fastlm.train.lamb import LAMB
+from fastlm.train.muon import Muon, Together
+from fastlm.train.parallel import ALONE, Shards, World, sync_gradients
 
 
-def make_optimizer(model: nn.Module, table: TrainTable) -> torch.optim.AdamW:
-    """Fused AdamW; matrices decay, biases and norms (parameters of one dimension) do not.
+@dataclass(frozen=True)
+class Group:
+    """Parameters that are updated alike: `optimizer` is "adamw", "muon" or "lamb"; `parts` as of Muon."""
 
-    fastlm.train.adamw's for float32 parameters on a CPU where the C++ kernels are built, else torch's: the state is the
-    same, and a checkpoint of either is one of the other.
+    what: str
+    optimizer: str
+    parameters: list[nn.Parameter]
+    weight_decay: float
+    parts: int = 1
+
+    def __str__(self) -> str:
+        count = sum(p.numel() for p in self.parameters)
+        decay = f"decay {self.weight_decay:g}" if self.weight_decay else "no decay"
+        return f"{self.optimizer}: {len(self.parameters)} {self.what} ({count / 1e6:.3g} M), {decay}"
+
+
+def parameter_groups(model: Model, table: TrainTable) -> list[Group]:
+    """How `make_optimizer` divides the parameters: matrices and tables decay, biases and norms do not.
+
+    Muon takes the matrices of linear layers, where each fused projection is as many parts as `Model.parts` says; AdamW
+    takes the rest.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)} if table.optimizer == "muon" else set()
+    other = "adamw" if table.optimizer == "muon" else table.optimizer
+    matrices: dict[int, list[nn.Parameter]] = {}
+    tables, vectors = [], []
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        if id(p) in linear:
+            matrices.setdefault(model.parts(name), []).append(p)
+        else:
+            (tables if p.dim() >= 2 else vectors).append(p)
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": table.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        Group(f"matrices{f' of {parts} parts' if parts > 1 else ''}", "muon", found, table.weight_decay, parts)
+        for parts, found in sorted(matrices.items())
     ]
-    groups = [group for group in groups if group["params"]]
+    groups.append(Group("tables" if linear else "matrices and tables", other, tables, table.weight_decay))
+    groups.append(Group("biases and norms", other, vectors, 0.0))
+    return [group for group in groups if group.parameters]
+
+
+def make_optimizer(model: Model, table: TrainTable, shards: Shards | None = None) -> torch.optim.Optimizer:
+    """The recipe's optimizer over `parameter_groups`; with `shards`, over this process's part of them.
+
+    AdamW is fastlm.train.adamw's for float32 parameters on a CPU where the C++ kernels are built, else torch's fused
+    one: the state is the same, and a checkpoint of either is one of the other.
+    """
+    groups = parameter_groups(model, table)
+    if shards is not None:
+        groups = [replace(group, parameters=[shards.local(p) for p in group.parameters]) for group in groups]
+    muon = [group for group in groups if group.optimizer == "muon"]
+    others = [{"params": g.parameters, "weight_decay": g.weight_decay} for g in groups if g.optimizer != "muon"]
     settings = {"lr": table.lr, "betas": (table.beta1, table.beta2), "eps": table.eps}
-    return AdamW(groups, **settings) if runs_on(parameters) else torch.optim.AdamW(groups, fused=True, **settings)
+    if table.optimizer == "lamb":
+        return LAMB(others, **settings, shards=shards)
+    fits = runs_on(p for group in others for p in group["params"])
+    adamw = AdamW(others, **settings) if fits else torch.optim.AdamW(others, fused=True, **settings)
+    if not muon:
+        return adamw
+    matrices = [{"params": g.parameters, "weight_decay": g.weight_decay, "parts": g.parts} for g in muon]
+    return Together([Muon(matrices, lr=table.lr, momentum=table.momentum, shards=shards), adamw])
 
 
 def lr_at(step: int, table: TrainTable) -> float:
@@ -40,6 +93,10 @@ def lr_at(step: int, table: TrainTable) -> float:
         return table.lr * (step + 1) / table.warmup_steps
     if table.schedule == "constant":
         return table.lr
+    if table.schedule == "wsd":
+        decay = max(1, round(table.decay_share * table.max_steps))
+        left = min(1.0, (table.max_steps - step) / decay)
+        return table.lr * (table.final_lr + (1.0 - table.final_lr) * left)
     done = (step - table.warmup_steps) / max(1, table.max_steps - table.warmup_steps)
     left = 1.0 - done if table.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
     return table.lr * (table.final_lr + (1.0 - table.final_lr) * left)
@@ -53,6 +110,9 @@ def train_step(
     lr: float,
     grad_clip: float,
     dtype: torch.dtype,
+    world: World = ALONE,
+    shards: Shards | None = None,
+    stop: bool = False,
 ) -> torch.Tensor:
     """One update from the micro-batches of a global batch, on the model's device; nothing waits for the device.
 
@@ -60,25 +120,43 @@ def train_step(
     whose gradient is 1 has a fused cross-entropy leave its gradients as they are on a CPU, and the optimizer divides
     by the number of tokens as it clips.
 
-    Returns float32 (2,): that mean, and the norm of its gradient before clipping. Where either is not finite, the
-    parameters and the optimizer's state are as they were. No parameter has a .grad afterwards.
+    world: the processes that the micro-batches of the step are divided among; `model` averages gradients over them
+    shards: where `model` is sharded, what the optimizer's parameters are parts of
+    stop: whether this process wants to stop
+
+    Returns float64 (2,): that mean, and the norm of its gradient before clipping. Where either is not finite, the
+    parameters and the optimizer's state are as they were. No parameter has a .grad afterwards. With several processes
+    follow the sums over them of `stop`, of the entries of Counts, and of what was dropped: the same in all.
     """
-    device = next(model.parameters()).device
-    predicted = max(1, sum(micro.counts.predicted for micro in micros))
+    device, counts = next(model.parameters()).device, Counts.total(micro.counts for micro in micros)
     losses = []
     for micro in micros:
+        sync_gradients(model, micro is micros[-1])
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss = model(**micro.inputs)
         loss.backward()
         losses.append(loss.detach().float())
-    mean = torch.stack(losses).sum() / predicted
+    total, sums = torch.stack(losses).sum(), None
+    predicted = divisor = max(1, counts.predicted)
+    if world.size > 1:
+        dropped = sum(micro.dropped for micro in micros)
+        sums = world.sum(torch.cat([total.double()[None], world.tensor([stop, *counts, dropped])]))
+        predicted = sums[2 + Counts._fields.index("predicted")].clamp(min=1.0).float()
+        total, sums = sums[0].float(), sums[1:]
+        divisor = predicted / world.size  # torch's average over the processes is a sum but for this factor
+    mean = total / predicted
+    if shards is not None:
+        shards.take_gradients()
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = total_norm(gradients) / predicted
+    norm = (total_norm(gradients) if shards is None else shards.total_norm(gradients)) / divisor
     clip = (norm / grad_clip).clamp(min=1.0) if grad_clip else torch.ones_like(norm)
-    optimizer.grad_scale = clip * predicted
+    optimizer.grad_scale = clip * divisor
     optimizer.found_inf = (~torch.isfinite(norm + mean)).float()
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad()
-    return torch.stack([mean, norm])
+    if shards is not None:
+        model.zero_grad()
+    result = torch.stack([mean, norm]).double()
+    return result if sums is None else torch.cat([result, sums])

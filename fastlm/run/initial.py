@@ -1,0 +1,101 @@
+"""Continued pretraining: where the weights of a new run come from, `--init DIR`.
+
+DIR is the directory of a run, one of its checkpoints, or a model in Transformers' layout. The run takes its weights,
+its architecture and its tokenizer. Learning rate, schedule, row length, data and dropout are the recipe's, and the
+optimizer starts anew.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from fastlm.data import Tokenizer
+from fastlm.data.sources import TOKENIZER
+from fastlm.models import Model
+from fastlm.models._checkpoint import read_config
+from fastlm.run.checkpoint import STATE, Checkpoint, load_newest, read_checkpoint, read_tensors
+from fastlm.run.directory import CHECKPOINTS, DATA, MODEL
+from fastlm.run.recipe import Recipe
+from fastlm.tasks import find_task
+
+
+@dataclass(frozen=True)
+class Initial:
+    """A model that a run starts from.
+
+    path        what was named, absolute
+    directory   a model in Transformers' layout; or None with `checkpoint`
+    tokenizer   the directory of its tokenizer
+    """
+
+    path: str
+    directory: Path | None
+    checkpoint: Checkpoint | None
+    tokenizer: Path
+
+    def recipe(self, recipe: Recipe) -> Recipe:
+        """`recipe` with this architecture and tokenizer; its dropout stays. ValueError where its task has another."""
+        cls = self._model_class(recipe)
+        if self.checkpoint is None:
+            found = cls.config_class.from_dict(read_config(self.directory, cls.config_class.model_type))
+        else:
+            found = Recipe.from_dict(self.checkpoint.state["recipe"]).model
+            if type(found) is not cls.config_class:
+                raise ValueError(
+                    f"init: expected a {cls.config_class.model_type} model for task {recipe.task}, found "
+                    f"{found.model_type} in {self.path}"
+                )
+        kept = {of.name for of in cls.config_class.settings() if "drop" in of.name}
+        model = replace(found, **{name: getattr(recipe.model, name) for name in kept})
+        return replace(recipe, model=model, data=replace(recipe.data, tokenizer=str(self.tokenizer)))
+
+    def model(self, recipe: Recipe, tokenizer: Tokenizer) -> Model:
+        """The model with its weights, on the CPU. ValueError where the data's tokenizer is another one."""
+        own = Tokenizer.load(self.tokenizer)
+        if own.hash != tokenizer.hash:
+            raise ValueError(
+                f"init: the data was prepared with another tokenizer than that of {self.path}; prepare it with "
+                f"--tokenizer {self.tokenizer}"
+            )
+        cls = self._model_class(recipe)
+        if self.checkpoint is None:
+            changes = {of.name: getattr(recipe.model, of.name) for of in fields(recipe.model) if "drop" in of.name}
+            return cls.from_pretrained(self.directory, **changes)
+        ids = find_task(recipe.task).token_ids(tokenizer)
+        config = replace(recipe.model, vocab_size=tokenizer.vocab_size, pad_token_id=tokenizer.pad_id, **ids)
+        model = cls(config)
+        model.load_state_dict(read_tensors(self.checkpoint, "model"))
+        return model
+
+    @staticmethod
+    def _model_class(recipe: Recipe) -> type[Model]:
+        return find_task(recipe.task).model_class(recipe.model.model_type)
+
+
+def find_initial(init) -> Initial:
+    """The model at `init`. ValueError where there is none, or no tokenizer beside it."""
+    path = Path(init)
+    named = os.path.realpath(path)
+    if (path / "config.json").is_file():
+        return Initial(named, path, None, path)
+    if (path / MODEL / "config.json").is_file():
+        return Initial(named, path / MODEL, None, path / MODEL)
+    if (path / "manifest.json").is_file() and (path / STATE).is_file():
+        checkpoint = read_checkpoint(path)
+    else:
+        checkpoint, skipped = load_newest(path / CHECKPOINTS)
+        if checkpoint is None:
+            reason = f" ({'; '.join(skipped)})" if skipped else ""
+            raise ValueError(
+                f"init: expected the directory of a model in Transformers' layout, of a run, or of a checkpoint, got "
+                f"{init}{reason}"
+            )
+    tokenizer = checkpoint.path.parent.parent / DATA / TOKENIZER
+    if not tokenizer.is_dir():
+        raise ValueError(
+            f"init: expected the tokenizer of {checkpoint.path} in {tokenizer}, found none; the run was trained on "
+            "prepared data. Finish the run and name its directory, or copy the data's tokenizer there"
+        )
+    return Initial(named, None, checkpoint, tokenizer)
