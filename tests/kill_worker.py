@@ -1,9 +1,5 @@
-"""One life of a run for test_kills.py: python tests/kill_worker.py RECIPE.json DATA OUT [STEP]
+"""Lives of runs for test_kills.py, in processes that are forked from one that has imported all of this."""
 
-STEP: the process kills itself in the middle of that step. Steps are slow, so that there is time to be killed in.
-"""
-
-import json
 import os
 import signal
 import sys
@@ -15,22 +11,23 @@ from fastlm.run.recipe import Recipe
 from fastlm.train import loop, pretrain
 
 
-def main() -> None:
+def live(content: dict, data, out, at: int | None) -> None:
+    """Train until this process is killed; in the middle of step `at`, from 0, it kills itself.
+
+    Steps are slow, so that there is time to be killed in.
+    """
     torch.set_num_threads(1)
-    recipe, data, out, at = *sys.argv[1:4], int(sys.argv[4]) if len(sys.argv) > 4 else -1
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stderr.fileno())
     original = loop.train_step
 
     def step(model, optimizer, micros, **arguments):
         time.sleep(0.01)
-        losses = original(model, optimizer, micros, **arguments)
-        if int(micros[0].inputs["rng"][1]) == at:
+        result = original(model, optimizer, micros, **arguments)
+        # "rng" counts micro-batches, of which a step here has one
+        if at is not None and int(micros[0].inputs["rng"][1]) == at:
             os.kill(os.getpid(), signal.SIGKILL)
-        return losses
+        return result
 
     loop.train_step = step
-    with open(recipe) as file:
-        pretrain(Recipe.from_dict(json.load(file)), data, out)
-
-
-if __name__ == "__main__":
-    main()
+    pretrain(Recipe.from_dict(content), data, out)

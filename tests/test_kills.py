@@ -1,16 +1,15 @@
 """Runs that are killed: at random moments, at the end of an epoch, at every call of a checkpoint's write."""
 
-import json
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import threading
 import time
 import warnings
-from pathlib import Path
 
+import kill_worker
 import pytest
 import torch
 from training import corpus, small
@@ -22,7 +21,7 @@ from fastlm.run.recipe import Recipe
 from fastlm.storage import NoSpace
 from fastlm.train import loop, pretrain
 
-TRAIN = {"batch_tokens": 256, "max_steps": 100, "warmup_steps": 4, "lr": 5e-3, "checkpoint_every": 3}
+TRAIN = {"batch_tokens": 256, "max_steps": 90, "warmup_steps": 4, "lr": 5e-3, "checkpoint_every": 3}
 DATA = {"row_tokens": 32, "documents": "line"}
 RECIPES = {
     "masked_lm": {
@@ -44,14 +43,24 @@ RECIPES = {
         "train": {**TRAIN, "optimizer": "lamb"},
     },
 }
-KILLS = {"masked_lm": 7, "causal_lm": 7, "span_corruption": 6}  # 20, beside one at an epoch's end each
+KILLS = {"masked_lm": 7, "causal_lm": 7, "span_corruption": 6}
 
 
-def life(recipe, data, out, *at):
-    worker = Path(__file__).parent / "kill_worker.py"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, str(worker), str(recipe), str(data), str(out), *map(str, at)]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+@pytest.fixture(scope="module")
+def processes():
+    """Starts `kill_worker.live` in processes that are forked from one that has imported it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["kill_worker"])
+
+        def start(*arguments):
+            process = context.Process(target=kill_worker.live, args=arguments)
+            process.start()
+            return process
+
+        yield start
 
 
 def steps(out):
@@ -66,44 +75,51 @@ def files(out):
     return {path.name if path.parent == newest.path else "hf": path.read_bytes() for path in found}
 
 
+def kill_and_resume(processes, content, kills, folder):
+    """A run that is killed at random moments, but once in the step that crosses the end of an epoch."""
+    task, draw = content["task"], random.Random(content["task"])
+    whole, cut, text = folder / "whole", folder / "cut", corpus(folder / "corpus.txt")
+    process = processes(content, text, whole, None)
+    process.join(300)
+    assert process.exitcode == 0
+    data = whole / "data"
+    epoch = open_dataset(data).rows * DATA["row_tokens"] / TRAIN["batch_tokens"]  # in steps
+    during_a_write = 0
+    for number in range(kills):
+        newest = load_newest(cut / "checkpoints")[0]
+        start = 0 if newest is None else newest.step
+        at = int((start // epoch + 1) * epoch) if number == kills // 2 else None
+        assert at is None or at < content["train"]["max_steps"]
+        process = processes(content, data, cut, at)
+        if at is None:
+            reached = start + draw.randrange(1, 8)
+            moment = time.monotonic() + 200
+            while steps(cut) < reached and process.is_alive() and time.monotonic() < moment:
+                time.sleep(0.002)
+            time.sleep(draw.uniform(0, 0.03))
+            process.kill()
+        process.join(200)
+        assert process.exitcode == -signal.SIGKILL
+        during_a_write += bool(list((cut / "checkpoints").glob(".step-*")))
+    process = processes(content, data, cut, None)
+    process.join(300)
+    assert process.exitcode == 0
+    print(f"{task}: {during_a_write} of {kills} kills hit a write")
+    rows = [read_metrics(out / "metrics.jsonl") for out in (whole, cut)]
+    assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
+    assert len(rows[1]) == content["train"]["max_steps"]
+    assert files(cut) == files(whole)
+
+
+def test_kills_change_no_bit(processes, tmp_path):
+    content = RECIPES["causal_lm"]  # its epoch ends in step 31
+    kill_and_resume(processes, {**content, "train": {**content["train"], "max_steps": 36}}, 2, tmp_path)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("task", RECIPES)
-def test_kills_at_random_moments_change_no_bit(task, tmp_path):
-    """Some hit a write of the thread; one is in the step that crosses the end of an epoch."""
-    recipe, draw = tmp_path / "recipe.json", random.Random(task)
-    recipe.write_text(json.dumps(RECIPES[task]))
-    text = corpus(tmp_path / "corpus.txt")
-    _, err = life(recipe, text, tmp_path / "whole").communicate(timeout=300)
-    assert steps(tmp_path / "whole") == 100, err
-    data, cut = tmp_path / "whole" / "data", tmp_path / "cut"
-    epoch = open_dataset(data).rows * 32 // TRAIN["batch_tokens"]  # full steps of it: the next one, from 0, crosses
-    assert 10 < epoch < 90
-    at_epoch, during_a_write = False, 0
-    for _ in range(KILLS[task]):
-        process, before = life(recipe, data, cut), steps(cut)
-        moment = time.monotonic() + 240
-        while steps(cut) == before and process.poll() is None and time.monotonic() < moment:
-            time.sleep(0.005)
-        time.sleep(draw.uniform(0, 0.3))
-        if at_epoch is False and steps(cut) > epoch // 2:
-            process.kill()
-            process.communicate()
-            process, at_epoch = life(recipe, data, cut, epoch), True
-        else:
-            process.kill()
-        _, err = process.communicate(timeout=300)
-        assert process.returncode == -signal.SIGKILL, err
-        during_a_write += bool(list((cut / "checkpoints").glob(".step-*")))
-    if not at_epoch:
-        _, err = life(recipe, data, cut, epoch).communicate(timeout=300)
-    print(f"{during_a_write} of {KILLS[task]} kills hit a write")
-    _, err = life(recipe, data, cut).communicate(timeout=300)
-    assert steps(cut) == 100, err
-    assert (
-        read_metrics(cut / "metrics.jsonl")[-1]["loss"]
-        == read_metrics(tmp_path / "whole" / "metrics.jsonl")[-1]["loss"]
-    )
-    assert files(cut) == files(tmp_path / "whole")
+def test_twenty_kills_change_no_bit(task, processes, tmp_path):
+    kill_and_resume(processes, RECIPES[task], KILLS[task], tmp_path)
 
 
 # ---- a checkpoint's write

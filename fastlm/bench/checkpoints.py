@@ -109,10 +109,8 @@ def main(arguments=None) -> int:
         print(f"{key:<18}" + " ".join(f"{row[key]:8.2f}" for row in rows))
     for kind in ("wall", "cpu"):
         shares = [row[f"thread, {kind}"] / row[f"synchronous, {kind}"] for row in rows]
-        print(
-            f"thread / synchronous, {kind}: median {statistics.median(shares):.0%}, "
-            f"{min(shares):.0%} to {max(shares):.0%}"
-        )
+        middle, least, most = statistics.median(shares), min(shares), max(shares)
+        print(f"thread / synchronous, {kind}: median {middle:.0%}, {least:.0%} to {most:.0%}")
     if args.json:
         results.write_json(args.json, rows, threads=torch.get_num_threads())
     return 0
