@@ -1,6 +1,5 @@
 """TensorBoard and W&B: modules that only record what they are told stand in for the packages."""
 
-import importlib.util
 import json
 import re
 import struct
@@ -11,7 +10,9 @@ from types import SimpleNamespace
 import pytest
 from training import corpus, small
 
+from fastlm import cli
 from fastlm.data import prepare
+from fastlm.run import tracking
 from fastlm.run.metrics import MetricsFile, read_metrics
 from fastlm.run.tracking import Tracked, check_logs, cut_events
 from fastlm.train import loop, pretrain
@@ -95,7 +96,7 @@ def trackers(monkeypatch):
     SummaryWriter.made = []
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(tracking, "_installed", lambda name: True)
     for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_PROJECT", "WANDB_NAME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", "/nowhere/netrc")
@@ -106,7 +107,7 @@ def test_what_is_no_log_or_not_installed(data, tmp_path, monkeypatch):
     assert check_logs(()) == ()
     with pytest.raises(ValueError, match="log: expected tensorboard or wandb, got 'mlflow'"):
         pretrain(small(), data, tmp_path / "run", log=["mlflow"])
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(tracking, "_installed", lambda name: False)
     with pytest.raises(ValueError, match=r"log: wandb is not installed; pip install 'fastlm\[wandb\]'"):
         pretrain(small(), data, tmp_path / "run", log=["wandb"])
     assert not (tmp_path / "run").exists()
@@ -233,3 +234,18 @@ def test_the_real_tensorboard_reads_each_step_once(data, tmp_path, monkeypatch):
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert [e.step for e in events.Scalars("loss")] == [row["step"] for row in rows]
     assert [e.value for e in events.Scalars("loss")] == pytest.approx([row["loss"] for row in rows])
+
+
+def test_the_command_takes_logs(tmp_path, monkeypatch, capsys):
+    """Refused before any text is read."""
+    arguments = ["fastlm", "pretrain", "bert-mini", "--data", "none", "--out", str(tmp_path / "run"), "--log", "wandb"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.setattr(cli._malloc, "tune", lambda: "left alone in tests")
+    monkeypatch.setattr(tracking, "_installed", lambda name: False)
+    monkeypatch.setattr("warnings.showwarning", None)
+    with pytest.raises(SystemExit) as exit:
+        cli.main()
+    assert exit.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: log: wandb is not installed; pip install 'fastlm[wandb]' brings it, or leave it out\n"
+    )

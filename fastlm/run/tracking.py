@@ -30,9 +30,13 @@ def check_logs(log: Iterable[str]) -> tuple[str, ...]:
     for name in log:
         if name not in LOGS:
             raise ValueError(f"log: expected {' or '.join(LOGS)}, got {name!r}")
-        if importlib.util.find_spec(name) is None:
+        if not _installed(name):
             raise ValueError(f"log: {name} is not installed; pip install 'fastlm[{name}]' brings it, or leave it out")
     return log
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 class Tracked:
