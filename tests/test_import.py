@@ -42,7 +42,7 @@ FLOORS = {
     "train": RUN,
     "fill_mask": MODELS,
     "generate": MODELS,
-    "demo": RUN | {"train", "fill_mask", "generate", "bench"},
+    "demo": RUN | {"train", "fill_mask", "generate", "bench", "terminal"},
     "cli": RUN | {"train", "fill_mask", "bench", "demo", "info", "terminal"},
     "__main__": {"cli"},
     "__init__": set(),

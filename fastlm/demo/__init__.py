@@ -17,6 +17,7 @@ from pathlib import Path
 from rich.console import Console
 
 from fastlm.storage import file_checksum, replace_json
+from fastlm.terminal import width_of, wrap
 
 CORPUS_BYTES = 5_000_000  # more than is read in three minutes on two cores
 HELD_OUT = 0.02  # share of the corpus's documents
@@ -95,10 +96,10 @@ def demo(
     module.report(found, say)
     if kind == "bert":
         _beside_transformers(recipe, dataset, rounds, say)
-    say(f"{out}/: metrics.jsonl, summary.json, {FOUND}, loss.png, and the model in hf/,")
-    say(f"which transformers.{module.LOADED_BY} loads\n")
+    say(f"{out}/: metrics.jsonl, summary.json, {FOUND}, loss.png, and the model")
+    say(f"in hf/, which transformers.{module.LOADED_BY} loads\n")
     summary = {**summary, **found}
-    say(judge(summary)[1])
+    say(wrap(judge(summary)[1], width_of(sys.stdout)))
     return summary
 
 

@@ -14,6 +14,7 @@ from fastlm.generate import Sampling, continue_tokens
 from fastlm.models import GPT2
 
 RECIPE, SENTENCES, WORDS, TOKENS = "gpt2-mini", 4, 5, 48
+SHARE = 0.85  # of the bits a character of the tokens' frequencies: one that has learned no more ends at 1
 LOADED_BY = "AutoModelForCausalLM"
 _SAMPLING = Sampling(temperature=0.7, top_k=40, seed=0)
 _ROWS = 256  # at a time
@@ -90,5 +91,8 @@ def report(found: dict[str, float], say) -> None:
 
 
 def judge(found: dict[str, float]) -> tuple[bool, str]:
-    ours, trigram = found["bits_per_character"], found["trigram_bits_per_character"]
-    return ours < trigram, f"{ours:.3f} bits a character, and trigrams {trigram:.3f} (expected: fewer than these)"
+    ours, trigram, unigram = (found[f"{kind}bits_per_character"] for kind in ("", "trigram_", "unigram_"))
+    return ours <= SHARE * unigram, (
+        f"{ours:.3f} bits a character; the tokens' frequencies have {unigram:.3f} (expected: at most {SHARE:g} of "
+        f"that), trigrams {trigram:.3f}"
+    )
