@@ -112,8 +112,8 @@ def kill_and_resume(processes, content, kills, folder):
 
 
 def test_kills_change_no_bit(processes, tmp_path):
-    content = RECIPES["causal_lm"]  # its epoch ends in step 31
-    kill_and_resume(processes, {**content, "train": {**content["train"], "max_steps": 36}}, 2, tmp_path)
+    content = RECIPES["masked_lm"]  # its first epoch ends in step 25
+    kill_and_resume(processes, {**content, "train": {**content["train"], "max_steps": 30}}, 2, tmp_path)
 
 
 @pytest.mark.long
