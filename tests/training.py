@@ -19,6 +19,7 @@ SETTINGS = {
     "data.row_tokens": 32,
     "data.tokenizer": "train:200",
     "data.documents": "line",
+    "data.mlm_probability": 0.15,
     "train.batch_tokens": 256,
     "train.max_steps": 12,
     "train.warmup_steps": 4,
