@@ -136,15 +136,15 @@ def test_bad_recipe_files(tmp_path):
         ("lr = 1", "expected task and the tables model, data, train, got 'lr'"),
         ("[train\n", "is not valid TOML"),
         ("[train]\nlr = '1'", "train.lr: expected a number, got '1'"),
-        ("task = 'mlm'", "masked_lm, got 'mlm'"),
-        ("[task]\nname = 'masked_lm'", "masked_lm, got {"),
+        ("task = 'mlm'", "span_corruption, got 'mlm'"),
+        ("[task]\nname = 'masked_lm'", "span_corruption, got {"),
         ("[model]\narchitecture = 'gpt2'", "model.architecture: expected 'bert', got 'gpt2'"),
     ):
         (tmp_path / "r.toml").write_text(content)
         with pytest.raises(ValueError) as raised:
             load_recipe(tmp_path / "r.toml")
         assert message in str(raised.value)
-    with pytest.raises(ValueError, match="expected one of bert-base, bert-mini, bert-small"):
+    with pytest.raises(ValueError, match="expected one of bert-base, bert-large, bert-mini, bert-small, gpt2-124m"):
         load_recipe("bert-huge")
 
 
