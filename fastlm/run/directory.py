@@ -299,8 +299,8 @@ def open_data(recipe: Recipe, data, out: Path, start: Checkpoint | None) -> Data
         found = dataset.manifest["settings"].get(name)
         if found != wanted:
             raise ValueError(
-                f"data.{name}: {directory} was prepared with {found}, the recipe says {wanted}; set data.{name}={found}, "
-                "or prepare the data again"
+                f"data.{name}: {directory} was prepared with {found}, the recipe says {wanted}; set "
+                f"data.{name}={found}, or prepare the data again"
             )
     held = bool(dataset.manifest["validation"]["rows"])
     if (table.validation or table.validation_share) and not held:
