@@ -268,7 +268,9 @@ def test_messages_break_between_words(monkeypatch, fastlm, tmp_path):
 def test_unknown_commands(name, hint, fastlm):
     status, out, err = fastlm(name, "bert-mini")
     assert (status, out) == (2, "")
-    assert err.startswith("error: command: expected one of info, prepare, pretrain, recipe, fill-mask, demo, profile, tune")
+    assert err.startswith(
+        "error: command: expected one of info, prepare, pretrain, recipe, fill-mask, demo, profile, tune"
+    )
     assert f"got '{name}'; {hint}" in err
     assert "mean tune" not in err
 
