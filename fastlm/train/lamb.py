@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import torch
 
+from fastlm.train.scaled import Scaled
 
-class LAMB(torch.optim.Optimizer):
-    """LAMB. `grad_scale` and `found_inf`, scalar tensors that the caller sets, mean what they do for torch's fused
-    optimizers: gradients are divided by the one, and nothing changes where the other is not 0.
+
+class LAMB(Scaled):
+    """LAMB; `grad_scale` and `found_inf` as of `Scaled`.
 
     shards: with parameters that are this process's rows of tensors, the `fastlm.train.parallel.Shards` that knows the
         others', for the norms.
     """
-
-    grad_scale: torch.Tensor | None = None
-    found_inf: torch.Tensor | None = None
 
     def __init__(
         self, params, lr: float = 1e-3, betas=(0.9, 0.999), eps: float = 1e-6, weight_decay: float = 1e-2, shards=None
@@ -29,26 +27,12 @@ class LAMB(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.norm = torch.linalg.vector_norm if shards is None else shards.norm
 
-    @torch.no_grad()
-    def step(self, closure=None):
-        """One update of every parameter that has a gradient; the closure's loss, or None."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._update(p, group)
-        return loss
-
-    def _update(self, p: torch.Tensor, group: dict) -> None:
-        state, (beta1, beta2) = self.state[p], group["betas"]
+    def update(self, p, gradient, state, group):
+        beta1, beta2 = group["betas"]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
             state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        gradient = p.grad if self.grad_scale is None else p.grad / self.grad_scale
         step = state["step"] + 1
         mean = state["exp_avg"].lerp(gradient, 1 - beta1)
         square = state["exp_avg_sq"].lerp(gradient.square(), 1 - beta2)
@@ -59,12 +43,4 @@ class LAMB(torch.optim.Optimizer):
             update.add_(p, alpha=group["weight_decay"])
             sizes = self.norm(p), self.norm(update)
             ratio = torch.where((sizes[0] > 0) & (sizes[1] > 0), sizes[0] / sizes[1], ratio)
-        new = p - update * (group["lr"] * ratio)
-        changed = {"step": step, "exp_avg": mean, "exp_avg_sq": square}
-        if self.found_inf is not None:
-            skip = self.found_inf != 0
-            changed = {name: torch.where(skip, state[name], value) for name, value in changed.items()}
-            new = torch.where(skip, p, new)
-        for name, value in changed.items():
-            state[name].copy_(value)
-        p.copy_(new)
+        return p - update * (group["lr"] * ratio), {"step": step, "exp_avg": mean, "exp_avg_sq": square}

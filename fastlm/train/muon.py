@@ -19,6 +19,8 @@ from collections.abc import Iterable
 
 import torch
 
+from fastlm.train.scaled import Scaled
+
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of x, x³, x⁵: Jordan's, whose slope at 0 is the steepest
 _ITERATIONS = 5
 _RMS = 0.2  # of AdamW's updates, as measured by Liu et al.
@@ -64,20 +66,16 @@ def _by_gram(x: torch.Tensor) -> torch.Tensor:
     return product @ x
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(Scaled):
     """Muon for matrices. Each group may have `parts`: how many equal blocks of rows a matrix is made of, default 1.
 
-    `grad_scale` and `found_inf`, scalar tensors that the caller sets, mean what they do for torch's fused optimizers:
-    gradients are divided by the one, and nothing changes where the other is not 0.
+    `grad_scale` and `found_inf` as of `Scaled`.
 
     ValueError for parameters of other than two dimensions, or rows that `parts` does not divide.
 
     shards: with parameters that are this process's rows of matrices, the `fastlm.train.parallel.Shards` that knows the
         others'. Every process then orthogonalizes the whole matrix, and keeps its rows.
     """
-
-    grad_scale: torch.Tensor | None = None
-    found_inf: torch.Tensor | None = None
 
     def __init__(self, params, lr: float = 1e-3, momentum: float = 0.95, weight_decay: float = 0.0, shards=None):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "parts": 1})
@@ -91,24 +89,9 @@ class Muon(torch.optim.Optimizer):
                         "give others to AdamW"
                     )
 
-    @torch.no_grad()
-    def step(self, closure=None):
-        """One update of every parameter that has a gradient; the closure's loss, or None."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._update(p, group)
-        return loss
-
-    def _update(self, p: torch.Tensor, group: dict) -> None:
-        state = self.state[p]
+    def update(self, p, gradient, state, group):
         if not state:
             state["momentum"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        gradient = p.grad if self.grad_scale is None else p.grad / self.grad_scale
         momentum = torch.add(gradient, state["momentum"], alpha=group["momentum"])
         direction = torch.add(gradient, momentum, alpha=group["momentum"])
         if self.shards is not None:
@@ -118,11 +101,7 @@ class Muon(torch.optim.Optimizer):
         if self.shards is not None:
             step = self.shards.part(step)
         new = p * (1 - group["lr"] * group["weight_decay"]) - step * (group["lr"] * _RMS * max(rows, columns) ** 0.5)
-        if self.found_inf is not None:
-            skip = self.found_inf != 0
-            momentum, new = torch.where(skip, state["momentum"], momentum), torch.where(skip, p, new)
-        state["momentum"].copy_(momentum)
-        p.copy_(new)
+        return new, {"momentum": momentum}
 
 
 class Together(torch.optim.Optimizer):
