@@ -1,8 +1,8 @@
 """The threads of the command line: how many a run is worth, and how they wait for each other.
 
 A thread of the OpenMP pool that has no work spins for some milliseconds before it sleeps. On a core that another
-process wants, all of that is lost: 150 steps of a tiny model took 41 s, not 1.6 (LOG.md). `wait_policy` bounds the
-spinning before torch loads the pool, and `for_work` takes fewer threads for small work. The command line calls both.
+process wants, all of that is lost: 150 steps of a tiny model took 41 s, not 1.6 (LOG.md). `wait_policy` ends the
+spinning on shared cores before torch loads the pool, and `for_work` takes fewer threads for small work. The command line calls both.
 `import fastlm` alone changes nothing of a program.
 """
 
@@ -18,7 +18,6 @@ from fastlm import _cgroup
 
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # environment variables: the user's choice stays
 COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-SPINS = 1000  # about 0.1 ms: longer than the host takes between two ops, shorter than a time slice
 # FLOPs of a layer, forward and backward, that are worth a thread: its 50 parallel regions then take 0.1 ms each.
 WORTH = 2.5e8
 _SAMPLES, _APART = 5, 0.002  # of the number of running threads, and the seconds between them
@@ -66,9 +65,12 @@ def wait_policy() -> str:
             reason = f"{running:g} other threads run on the {all_cores} cores"
         else:
             reason = None
-        os.environ["GOMP_SPINCOUNT"] = "0" if reason else str(SPINS)
-        os.environ["KMP_BLOCKTIME"] = "0" if reason else "1"  # LLVM's and Intel's pool, in ms
-        _waiting = f"they sleep at once, since {reason}" if reason else f"they spin for {SPINS} rounds, then sleep"
+        if reason:
+            os.environ["GOMP_SPINCOUNT"] = "0"
+            os.environ["KMP_BLOCKTIME"] = "0"  # LLVM's and Intel's pool, in ms
+            _waiting = f"they sleep at once, since {reason}"
+        else:  # 1000 rounds, not the library's 300,000, cost an idle machine a fifth of its speed (LOG.md)
+            _waiting = "as the library ships, since no other process runs"
     return _waiting
 
 

@@ -29,7 +29,9 @@ def to_transformers(model, dtype=torch.float32):
     assert set(result.missing_keys) <= set(theirs.all_tied_weights_keys)
     assert not result.unexpected_keys
     named = dict(theirs.named_parameters(remove_duplicate=False))
-    ours = {id(named[name]) for names in model.transformers_names(model.config).values() for name in names}
+    names = (name for parts in model.transformers_names(model.config).values() for name in parts)
+    # A model without a head, as BertModel, has its parameters without the prefix "bert.".
+    ours = {id(named[name if name in named else name.partition(".")[2]]) for name in names}
     for parameter in theirs.parameters():
         parameter.requires_grad_(id(parameter) in ours)  # a bias that ours lacks is a constant 0
     return theirs.to(next(model.parameters()).device, dtype).train(model.training)

@@ -66,7 +66,8 @@ def test_cuda_kernels_do_not_spill():
     spills = {(row["kernel"], row["arch"]): int(row["spill_bytes"]) for row in CUDA_ROWS if row["spill_bytes"] != "0"}
     # Argued for in LOG.md, "Attention in CUDA C++".
     left = {f"attention_dkdv_kernel<{kind}, true>": 8 for kind in ("bf16, 64", "f16, 64")}
-    left["attention_dkdv_kernel<f32, 256, true>"] = 16
+    left |= {f"attention_dkdv_kernel<f32, {width}, true>": 8 for width in (128, 256)}
+    left["attention_dkdv_kernel<bf16, 64, false>"] = 16  # since wrong cu_seqlens give NaN (LOG.md)
     assert spills == {(kernel, "sm_100"): most for kernel, most in left.items()}
 
 

@@ -101,7 +101,7 @@ print(json.dumps([text, os.environ.get("GOMP_SPINCOUNT"), "torch" in sys.modules
 @pytest.mark.parametrize(
     ("quota", "others", "variables", "want"),
     [
-        (None, 0, {}, str(_threads.SPINS)),
+        (None, 0, {}, None),
         (None, 2, {}, "0"),  # on a busy machine
         (1.5, 0, {}, "0"),
         (None, 2, {"OMP_WAIT_POLICY": "active"}, None),

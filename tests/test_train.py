@@ -500,7 +500,13 @@ def wait_for_steps(run, count):
     raise AssertionError(f"no {count} steps in {run}")
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        *(pytest.param(n, marks=pytest.mark.long) for n in (signal.SIGKILL, signal.SIGINT)),
+    ],  # also test_kills.py
+)
 def test_killed_and_resumed_gives_the_same_losses(number, data, tmp_path):
     """SIGKILL loses the steps since the checkpoint, SIGTERM and SIGINT none; the losses are bit-identical.
 

@@ -54,7 +54,8 @@ def softcap(value, none: str) -> None:
 
 
 def finite(name: str, value) -> None:
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
+    # By comparisons, which torch.compile traces with a number that varies; math.isfinite would break the graph.
+    if not isinstance(value, (int, float)) or not -math.inf < value < math.inf:
         raise ValueError(f"{name}: expected a finite number, got {value!r}")
 
 
