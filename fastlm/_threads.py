@@ -2,8 +2,8 @@
 
 A thread of the OpenMP pool that has no work spins for some milliseconds before it sleeps. On a core that another
 process wants, all of that is lost: 150 steps of a tiny model took 41 s, not 1.6 (LOG.md). `wait_policy` ends the
-spinning on shared cores before torch loads the pool, and `for_work` takes fewer threads for small work. The command line calls both.
-`import fastlm` alone changes nothing of a program.
+spinning on shared cores before torch loads the pool, and `for_work` takes fewer threads for small work. The command
+line calls both. `import fastlm` alone changes nothing of a program.
 """
 
 from __future__ import annotations
