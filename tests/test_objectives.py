@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -376,6 +377,15 @@ def test_resume_is_exact(runs, tmp_path, task):
         for path in (tmp_path / "run", runs / task)
     )
     assert found == expected
+
+
+def test_a_run_killed_before_its_summary_has_the_evaluation_in_it(runs, tmp_path):
+    shutil.copytree(runs / "causal_lm", tmp_path / "run")
+    before = json.loads((tmp_path / "run" / "summary.json").read_text())
+    (tmp_path / "run" / "summary.json").unlink()
+    summary = pretrain(Recipe.from_dict(RECIPES["causal_lm"]), runs / "corpus.txt", tmp_path / "run").summary
+    names = ("val_loss", "val_perplexity", "val_bits_per_byte", "final_loss", "tokens")
+    assert [summary[name] for name in names] == [before[name] for name in names]
 
 
 # ---- continued pretraining

@@ -378,13 +378,15 @@ class _Run:
     def _finish(self, whole: Model) -> dict:
         """Write summary.json, loss.png and the model; the summary."""
         counters, rows = self.counters, read_metrics(self.out / runs.METRICS)
+        # From the file: this process may have begun after the last step, whose evaluation another one made.
+        evaluated = next((row for row in reversed(rows) if "val_loss" in row), {})
         first, final = first_and_final_loss(rows)
         summary = {
             "recipe": self.recipe.name,
             "steps": counters.step,
             "first_loss": first,
             "final_loss": final,
-            **self.evaluated,
+            **{name: value for name, value in evaluated.items() if name.startswith("val_")},
             **self.task.metrics(),
             "tokens": counters.tokens,
             "seconds": round(counters.seconds, 3),
