@@ -1,5 +1,6 @@
 """Checkpoints: complete or absent, checked, and resumed only by a run that they fit."""
 
+import errno
 import fcntl
 import json
 import os
@@ -9,12 +10,15 @@ import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from training import corpus, small
 
 from fastlm.data import open_dataset, prepare
+from fastlm.run import image
 from fastlm.run.checkpoint import load_newest, read_checkpoint, restore, save_checkpoint
 from fastlm.run.metrics import read_metrics
 from fastlm.run.recipe import Recipe
+from fastlm.storage import file_checksum, json_checksum, write_json
 from fastlm.train import loop, pretrain
 
 
@@ -121,6 +125,62 @@ def test_nothing_is_half_written_after_an_error(tmp_path):
     with pytest.raises(TypeError):
         save_checkpoint(tmp_path, 2, *parts(), {"not JSON": object()}, keep=1)
     assert names(tmp_path) == ["step-00000001"]
+
+
+def test_version_1_is_read(tmp_path):
+    """Its checksums were SHA-256."""
+    save(tmp_path, 1)
+    path = tmp_path / "step-00000001"
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest = {**manifest, "version": 1, "files": {name: file_checksum(path / name) for name in manifest["files"]}}
+    del manifest["checksum"]
+    write_json(path / "manifest.json", {**manifest, "checksum": json_checksum(manifest)})
+    assert load_newest(tmp_path)[0].step == 1
+    (path / "model.safetensors").write_bytes(b"")
+    assert "model.safetensors does not match its checksum" in load_newest(tmp_path)[1][0]
+
+
+TENSORS = {
+    "a": torch.arange(5, dtype=torch.uint8),
+    "b": torch.randn(3, 1500, dtype=torch.float64),
+    "c": torch.randn(7).bfloat16(),
+    "d": torch.zeros(0, 4),
+    "e": torch.tensor(3),
+}
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_an_image_is_a_safetensors_file(direct, tmp_path, monkeypatch):
+    """Also where the file system knows no O_DIRECT, and where a write is short."""
+    opened, pwrite, shorts = os.open, os.pwrite, [1000, 4096]
+
+    def open_indirect(path, flags, *rest):
+        if flags & image.DIRECT and not direct:
+            raise OSError(errno.EINVAL, "no O_DIRECT")
+        return opened(path, flags, *rest)
+
+    def write_short(file, data, offset):
+        return pwrite(file, data[: shorts.pop()] if shorts else data, offset)
+
+    monkeypatch.setattr(os, "open", open_indirect)
+    monkeypatch.setattr(os, "pwrite", write_short)
+    taken = image.Image(TENSORS)
+    checksum = taken.write(tmp_path / "image.safetensors")
+    assert shorts == []
+    assert image.file_checksum(tmp_path / "image.safetensors") == checksum
+    assert taken.size == (tmp_path / "image.safetensors").stat().st_size
+    found = load_file(tmp_path / "image.safetensors")
+    assert found.keys() == TENSORS.keys()
+    assert all(found[name].dtype == x.dtype and torch.equal(found[name], x) for name, x in TENSORS.items())
+
+
+def test_an_image_is_taken_again_in_the_same_memory():
+    first = image.Image(TENSORS)
+    second = image.Image({name: x + 1 for name, x in TENSORS.items()}, into=first)
+    assert torch.equal(second.tensors["b"], TENSORS["b"] + 1)
+    assert second.tensors["b"].data_ptr() == first.tensors["b"].data_ptr()
+    other = image.Image({"b": TENSORS["b"]}, into=first)
+    assert other.tensors["b"].data_ptr() != first.tensors["b"].data_ptr()
 
 
 def test_another_model_is_refused(tmp_path):

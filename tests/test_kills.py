@@ -16,6 +16,7 @@ from training import corpus, small
 
 from fastlm.data import open_dataset
 from fastlm.run.checkpoint import Snapshot, Writer, load_newest, read_tensors, write_checkpoint, write_shard
+from fastlm.run.image import Image
 from fastlm.run.metrics import read_metrics
 from fastlm.run.recipe import Recipe
 from fastlm.storage import NoSpace
@@ -129,7 +130,9 @@ def snap(step, number=0, count=1):
     """Two tensors of four rows, of which each shard has its part."""
     rows = slice(number * 4 // count, (number + 1) * 4 // count)
     whole = torch.arange(8.0).view(4, 2) + step
-    return Snapshot(step, {"w": whole[rows].clone()}, {"w.exp_avg": -whole[rows]}, {"step": step}, (number, count))
+    return Snapshot(
+        step, Image({"w": whole[rows]}), Image({"w.exp_avg": -whole[rows]}), {"step": step}, (number, count)
+    )
 
 
 def write(directory, step, count=1):

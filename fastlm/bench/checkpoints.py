@@ -1,17 +1,20 @@
 """What a checkpoint costs a run: seconds by which steps are later, beside those of a write that they wait for.
 
-Each round times steps alone, a write that the steps wait for, and steps until a thread has written. What the last
-takes, less the time of as many steps alone, is the cost of the thread's write.
+Each round times steps alone, two writes that the steps wait for (ours, and torch.save and fsync, as most trainers do),
+and steps until a thread has written. What the last takes, less the time of as many steps alone, is the cost of the
+thread's write.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -80,7 +83,9 @@ def measure(recipe: str, settings: list[str], vocab_size: int, rounds: int, step
         for _ in range(rounds):
             before, start = alone(), Time.now()
             write_checkpoint(directory, take(taken), keep=1)
-            waited, middle, start = Time.now() - start, alone(), Time.now()
+            waited, start = Time.now() - start, Time.now()
+            plain_write(directory.with_suffix(".pt"), model, optimizer)
+            plain, middle, start = Time.now() - start, alone(), Time.now()
             taken, first = take(taken), number
             copy = Time.now() - start
             writer.submit(partial(write_checkpoint, directory, taken, keep=1))
@@ -88,9 +93,22 @@ def measure(recipe: str, settings: list[str], vocab_size: int, rounds: int, step
                 run()
             writing, count = Time.now() - start, number - first
             each = (before + middle + alone()) / 3
-            row = {"step": each, "synchronous": waited, "copy": copy, "thread": writing - each * count}
+            row = {
+                "step": each,
+                "synchronous": waited,
+                "torch.save": plain,
+                "copy": copy,
+                "thread": writing - each * count,
+            }
             rows.append({"steps": count, **{f"{key}, {kind}": t for key, x in row.items() for kind, t in x.items()}})
     return rows
+
+
+def plain_write(path: Path, model, optimizer) -> None:
+    with open(path, "wb") as file:
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def main(arguments=None) -> int:
@@ -107,10 +125,10 @@ def main(arguments=None) -> int:
         rows = measure(args.recipe, args.settings, args.vocab, args.rounds, args.steps, Path(directory) / "run")
     for key in rows[0]:
         print(f"{key:<18}" + " ".join(f"{row[key]:8.2f}" for row in rows))
-    for kind in ("wall", "cpu"):
-        shares = [row[f"thread, {kind}"] / row[f"synchronous, {kind}"] for row in rows]
+    for kind, other in product(("wall", "cpu"), ("synchronous", "torch.save")):
+        shares = [row[f"thread, {kind}"] / row[f"{other}, {kind}"] for row in rows]
         middle, least, most = statistics.median(shares), min(shares), max(shares)
-        print(f"thread / synchronous, {kind}: median {middle:.0%}, {least:.0%} to {most:.0%}")
+        print(f"thread / {other}, {kind}: median {middle:.0%}, {least:.0%} to {most:.0%}")
     if args.json:
         results.write_json(args.json, rows, threads=torch.get_num_threads())
     return 0

@@ -4,7 +4,7 @@
         model.safetensors        parameters, float32, by their names
         optimizer.safetensors    the optimizer's state, "<parameter>.<what>"
         state.json               step, recipe, data, counters
-        manifest.json            SHA-256 of each of these, and of itself
+        manifest.json            a checksum of each of these, and of itself
 
 A run with train.shard has model-00000-of-00002.safetensors and so on, from each process its rows of every tensor. Any
 number of processes loads either.
@@ -16,12 +16,10 @@ to store.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import shutil
-import struct
 import sys
 import threading
 import warnings
@@ -34,10 +32,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from fastlm import storage
+from fastlm.run import image
+from fastlm.run.image import Image
 from fastlm.storage import (
     atomic_directory,
     atomic_file,
-    file_checksum,
     json_checksum,
     replace_json,
     sweep,
@@ -45,19 +45,10 @@ from fastlm.storage import (
 )
 
 FORMAT = "fastlm checkpoint"
-VERSION = 1
+VERSION = 2
+_CHECKSUMS = {1: storage.file_checksum, 2: image.file_checksum}  # by version
 WEIGHTS, STATE = "model.safetensors", "state.json"
-_HEADERS = 1 << 16  # bytes of a checkpoint beside its tensors, about
-_CHUNK = 1 << 22  # bytes that are hashed and then written while a cache holds them; 64 MB take a quarter more CPU time
-# As safetensors names them: of parameters, and of what optimizers keep.
-_DTYPES = {
-    torch.float64: "F64",
-    torch.int64: "I64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.uint8: "U8",
-}
+_REST = 1 << 16  # bytes of a checkpoint beside its tensors, about
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -75,13 +66,13 @@ class Checkpoint:
 class Snapshot:
     """What a checkpoint holds, in memory of its own: training may go on while it is written.
 
-    weights, moments   tensors on the CPU by name
+    weights, moments   the two files with tensors
     shard              (number, how many): which part of each tensor's rows these are; (0, 1): all of them
     """
 
     step: int
-    weights: dict[str, torch.Tensor]
-    moments: dict[str, torch.Tensor]
+    weights: Image
+    moments: Image
     state: dict
     shard: tuple[int, int] = (0, 1)
 
@@ -94,8 +85,7 @@ class Snapshot:
     @property
     def size(self) -> int:
         """Bytes on the disk, about; all shards together."""
-        tensors = (*self.weights.values(), *self.moments.values())
-        return _HEADERS + self.shard[1] * sum(x.numel() * x.element_size() for x in tensors)
+        return _REST + self.shard[1] * (self.weights.size + self.moments.size)
 
 
 def snapshot(
@@ -108,8 +98,7 @@ def snapshot(
 ) -> Snapshot:
     """A copy of the parameters, by name, and of the optimizer's state of them. `state` is what JSON can hold.
 
-    into: an earlier one, whose memory is written over. New memory takes longer than the copy: every page of it is a
-        fault. Copies from a GPU are to pinned memory.
+    into: an earlier one, whose memory is written over (`Image`).
     """
     names = {parameter: name for name, parameter in parameters.items()}
     weights = {name: p.detach() for p, name in names.items()}
@@ -118,21 +107,10 @@ def snapshot(
         for parameter, values in optimizer.state.items()
         for key, value in values.items()
     }
-
-    def copy(tensors: dict[str, torch.Tensor], old: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        copies = {}
-        for name, tensor in tensors.items():
-            to = old.get(name)
-            if to is None:
-                to = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            copies[name] = to.copy_(tensor, non_blocking=True)
-        return copies
-
-    weights = copy(weights, {} if into is None else into.weights)
-    moments = copy(moments, {} if into is None else into.moments)
+    images = Image(weights, into and into.weights), Image(moments, into and into.moments)
     if any(tensor.is_cuda for tensor in parameters.values()):
         torch.cuda.synchronize()  # of the copies
-    return Snapshot(step, weights, moments, {**state, "step": step}, shard)
+    return Snapshot(step, *images, {**state, "step": step}, shard)
 
 
 def write_shard(directory: Path, snap: Snapshot) -> None:
@@ -142,9 +120,9 @@ def write_shard(directory: Path, snap: Snapshot) -> None:
     """
     folder, kept = _shards(directory, snap.step), _kept(directory, snap.step)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, tensors in zip(snap.names(snap.shard[0]), (snap.weights, snap.moments)):
+    for name, part in zip(snap.names(snap.shard[0]), (snap.weights, snap.moments)):
         with atomic_file(folder / name, what="the checkpoint", need=snap.size, kept=kept) as partial:
-            checksum = write_tensors(partial, tensors)
+            checksum = part.write(partial)
         replace_json(folder / f"{name}.json", checksum)
 
 
@@ -159,8 +137,8 @@ def write_checkpoint(directory: Path, snap: Snapshot, *, keep: int) -> Path:
     kept = _kept(directory, snap.step)
     with atomic_directory(target, what="the checkpoint", need=snap.size, kept=kept) as partial:
         files = {
-            name: write_tensors(partial / name, tensors)
-            for name, tensors in zip(snap.names(snap.shard[0]), (snap.weights, snap.moments))
+            name: part.write(partial / name)
+            for name, part in zip(snap.names(snap.shard[0]), (snap.weights, snap.moments))
         }
         for number in range(1, snap.shard[1]):
             for name in snap.names(number):
@@ -173,7 +151,7 @@ def write_checkpoint(directory: Path, snap: Snapshot, *, keep: int) -> Path:
                         "directory in a file system that all machines share"
                     ) from error
         write_json(partial / STATE, snap.state)
-        files[STATE] = file_checksum(partial / STATE)
+        files[STATE] = image.file_checksum(partial / STATE)
         manifest = {"format": FORMAT, "version": VERSION, "step": snap.step, "files": dict(sorted(files.items()))}
         write_json(partial / "manifest.json", {**manifest, "checksum": json_checksum(manifest)})
         if target.exists():  # one that was found damaged, or the run would have gone on from there
@@ -193,35 +171,6 @@ def save_checkpoint(
 ) -> Path:
     """`snapshot` and `write_checkpoint` in one."""
     return write_checkpoint(directory, snapshot(step, dict(model.named_parameters()), optimizer, state), keep=keep)
-
-
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
-    """Write tensors on the CPU as a safetensors file, and return its SHA-256, taken as the bytes are written.
-
-    safetensors' save_file copies every tensor first while it holds the interpreter's lock, for which the training's
-    thread waits, and leaves a file that is read again for its checksum.
-    """
-    order = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))  # so that all are aligned
-    header, end = {}, 0
-    for name, tensor in order:
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    with open(path, "wb", buffering=0) as file:
-
-        def write(data: memoryview) -> None:
-            for start in range(0, len(data), _CHUNK):
-                part = data[start : start + _CHUNK]
-                digest.update(part)
-                while part:
-                    part = part[file.write(part) :]
-
-        write(memoryview(struct.pack("<Q", len(text)) + text))
-        for _, tensor in order:
-            write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
-    return digest.hexdigest()
 
 
 def _kept(directory: Path, step: int) -> str:
@@ -308,11 +257,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         whole = manifest.pop("checksum") == json_checksum(manifest)
-        found = manifest["format"], manifest["version"]
-        if found != (FORMAT, VERSION):
-            raise ValueError(f"its format is {found}, expected {(FORMAT, VERSION)}")
+        form, version = manifest["format"], manifest["version"]
+        if form != FORMAT or version not in _CHECKSUMS:
+            raise ValueError(f"its format is {(form, version)}, expected {(FORMAT, VERSION)}")
+        checksum_of = _CHECKSUMS[version]
         for name, checksum in manifest["files"].items():
-            if not whole or file_checksum(path / name) != checksum:
+            if not whole or checksum_of(path / name) != checksum:
                 raise ValueError(f"{name if whole else 'manifest.json'} does not match its checksum")
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
