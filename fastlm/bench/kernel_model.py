@@ -1,8 +1,8 @@
 """What limits a kernel on a GPU, and how long it takes, from its machine code and its launch alone.
 
 Blocks. A multiprocessor (SM) holds `resident` blocks at once, by its warps, registers and shared memory
-(fastlm.testing.ahead_of_time.resident_blocks). A launch of G blocks on N SMs takes ⌈G / (N·resident)⌉ waves. The last wave
-has what is left, and its fill is that over N·resident.
+(fastlm.testing.ahead_of_time.resident_blocks). A launch of G blocks on N SMs takes ⌈G / (N·resident)⌉ waves. The last
+wave has what is left, and its fill is that over N·resident.
 
 Cycles. A pass through the main loop (fastlm.bench.sass) takes of the SM, for each warp:
 
@@ -11,39 +11,49 @@ Cycles. A pass through the main loop (fastlm.bench.sass) takes of the SM, for ea
     alu     32 · instructions / 64
     mufu    32 · instructions / 16
     lsu     bytes / 128                        shared memory and L1
+    l2      bytes read / (5120 / SMs)          of global memory: what the L2 of an A100 delivers in a cycle [3]
     tensor  FLOPs / (peak / (SMs · clock))     the chip's data sheet; mma.sync on sm_90 makes 62% of it [2]
 
-With w warps on the SM, a pass of all of them takes at least w times the slowest unit. A warp waits for its own products
-before the exp2 that need them, so that its pass takes at least `chain`, and the w/4 warps of a scheduler overlap theirs:
+A warp waits for its products before the exp2 that need them, and the barriers of its block keep the warps in step. So
+products and the rest are taken not to overlap, within a warp or between the w warps of the SM; L2 overlaps with both:
 
-    chain = 4 (tensor + the slowest other unit) + 30 for each wait of the loop (barrier, copy, matrix product, shuffle)
-    wave  = max(w · slowest unit · passes, chain · passes + two latencies of memory, for a block's first loads)
+    sum   = tensor + the slowest of issue, fma, alu, mufu and lsu
+    chain = 4 sum + 30 for each wait of the loop (barrier, copy, matrix product, shuffle)
+    wave  = max(w · sum · passes, w · l2 · passes, chain · passes + two latencies of memory, for a block's first loads)
 
-The passes of a block are the launch's work, in FLOPs of products or else in bytes, over what one pass of a block does. A
-kernel without such a loop goes once through all of its code.
+The passes of a block are the launch's work, in FLOPs of products or else in bytes, over what one pass of a block does.
+A kernel without such a loop goes once through all of its code.
 
-Memory. A stream reaches 90% of the data sheet's bandwidth (H200: 4.3 of 4.8 TB/s copied [1]). By Little's law the SMs also
-need `bandwidth · latency` bytes asked for at any time; a load takes 600 ns under load (assumed: twice the 479 cycles of an
-idle H100 [2]):
+Memory. A stream reaches 90% of the data sheet's bandwidth (H200: 4.3 of 4.8 TB/s copied [1]). By Little's law the SMs
+also need `bandwidth · latency` bytes asked for at any time; a load takes 600 ns under load (assumed: twice the 479
+cycles of an idle H100 [2]):
 
-    memory = max(bytes / (0.9 bandwidth), bytes read · 600 ns / (bytes in flight of a thread · resident threads of the chip))
+    memory = max(bytes / (0.9 bandwidth), bytes read · 600 ns / (bytes in flight of a thread · resident threads))
 
     time   = 2 µs + max(memory, the sum of the waves, each with the warps that it has)
 
-The 2 µs (assumed) are a launch from a graph, its first loads and its last stores. The roofline has none of this: the larger of
-bytes / bandwidth and FLOPs / peak.
+Where matrices are multiplied, the waves take 1 / 0.74 of that.
 
-Left out: L2 and its hits, bank conflicts, clocks lowered by power, blocks of unequal length, branches that skip part of a
-loop. LOG.md, 2026-11-30 compares with what an H100 measured.
+0.74 is calibrated: an H100 took 1.27, 1.29, 1.40 and 1.48 times the sum of the waves for forward and backward of
+attention, d 64 and 128 (LOG.md, 2026-11-26), so that these four are met within 9%. It stands for lower clocks, bank
+conflicts and what else is left out. Attention with dropout, whose wgmma were serialised, took 1.6 times as long again.
+Kernels over rows took 1.17 (gelu) and 1.26 (layer_norm) times their prediction, on that day's configurations, which
+were up to 1.18 slower.
 
-[1] /benchmarks, a large copy. [2] Luo et al., "Benchmarking and Dissecting the NVIDIA Hopper GPU Architecture via
-Microbenchmarking", arXiv:2402.13499. Throughputs of instructions: CUDA C++ Programming Guide, "Arithmetic Instructions".
+The 2 µs (assumed) are a launch from a graph, its first loads and its last stores. The roofline has none of this: the
+larger of bytes / bandwidth and FLOPs / peak.
+
+Left out: hits in L2 where memory bounds, bank conflicts, clocks lowered by power, blocks of unequal length, branches
+that skip part of a loop.
+
+[1] A large copy. [2] Luo et al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture", arXiv:2402.13499.
+[3] NVIDIA A100 Tensor Core GPU Architecture; assumed of later chips. Throughputs of instructions: CUDA C++ Programming
+Guide, "Arithmetic Instructions".
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -53,7 +63,9 @@ from fastlm.testing.ahead_of_time import resident_blocks
 
 COPY_SHARE, LATENCY, LAUNCH = 0.9, 600e-9, 2e-6
 MMA_SHARE_OF_SM90 = 0.62
+L2_BYTES = 5120  # a cycle
 WAIT_CYCLES = 30
+PRODUCTS_SHARE = 0.74
 LEAST_FILL = 0.6  # of the last wave, where the launcher chooses the number of blocks
 _WAITS = {"BAR", "DEPBAR", "WARPGROUP.DEPBAR", "SHFL"}
 
@@ -93,7 +105,7 @@ def waves(kernel: Kernel, multiprocessors: int) -> Waves:
     return Waves(*divmod(kernel.blocks, places), places)
 
 
-def unit_cycles(work: sass.Work, arch: int, flops_of_sm: float) -> dict[str, float]:
+def unit_cycles(work: sass.Work, arch: int, flops_of_sm: float, multiprocessors: int) -> dict[str, float]:
     """Cycles that one warp takes of each unit of a multiprocessor."""
     return {
         "issue": work.issued / 4,
@@ -101,6 +113,7 @@ def unit_cycles(work: sass.Work, arch: int, flops_of_sm: float) -> dict[str, flo
         "alu": work.alu * 32 / 64,
         "mufu": work.mufu * 32 / 16,
         "lsu": work.lsu_bytes / 128,
+        "l2": work.read / (L2_BYTES / multiprocessors),
         "tensor": work.flops / flops_of_sm,
     }
 
@@ -108,15 +121,19 @@ def unit_cycles(work: sass.Work, arch: int, flops_of_sm: float) -> dict[str, flo
 def wave_cycles(
     units: dict[str, float], warps: int, waits: int, passes: float = 1.0, start: float = 0.0
 ) -> tuple[float, str]:
-    """Of `warps` warps on a multiprocessor, and what bounds them: a unit, or "latency" where the chain is longer.
+    """Of `warps` warps on a multiprocessor, and what bounds them: the slowest unit, or "latency" for the chain.
 
     start: cycles that a block waits for its first loads.
     """
-    slowest = max(units, key=units.get)
-    other = max(cycles for unit, cycles in units.items() if unit != "tensor")
-    chain = (4 * (units["tensor"] + other) + WAIT_CYCLES * waits) * passes + start
-    throughput = warps * units[slowest] * passes
-    return (throughput, slowest) if throughput >= chain else (chain, "latency")
+    others = {unit: cycles for unit, cycles in units.items() if unit not in ("tensor", "l2")}
+    sum_of_warp = units["tensor"] + max(others.values())
+    bounds = {
+        max(units, key=lambda unit: units[unit] * (unit != "l2")): warps * sum_of_warp * passes,
+        "l2": warps * units["l2"] * passes,
+        "latency": (4 * sum_of_warp + WAIT_CYCLES * waits) * passes + start,
+    }
+    bound = max(bounds, key=bounds.get)
+    return bounds[bound], bound
 
 
 def waits(code: list[sass.Instruction]) -> int:
@@ -145,14 +162,18 @@ def _flops_of_sm(product: str, code: list[sass.Instruction]) -> float:
 
 
 def predict(kernel: Kernel, product: str, flops: float, moved: float) -> Prediction:
-    """On `product`, a key of chip.CHIPS. flops: of the launch's matrix products; moved: bytes it reads and writes at least."""
+    """On `product`, a key of chip.CHIPS.
+
+    flops: of the launch's matrix products; moved: bytes that it reads and writes at least.
+    """
     gpu = chip.CHIPS[product]
     loop = sass.main_loop(kernel.code)
     work, whole = sass.count(loop), sass.count(kernel.code)
     of_block = kernel.warps * (work.flops if flops else work.read + work.written)
     body, each = (loop, work) if of_block else (kernel.code, whole)
     passes = (flops or moved) / (of_block * kernel.blocks) if of_block else 1.0
-    units, waiting = unit_cycles(each, kernel.arch, _flops_of_sm(product, kernel.code)), waits(body)
+    units = unit_cycles(each, kernel.arch, _flops_of_sm(product, kernel.code), gpu.multiprocessors)
+    waiting = waits(body)
 
     filled, hertz = waves(kernel, gpu.multiprocessors), gpu.ghz * 1e9
     last = math.ceil(filled.left / gpu.multiprocessors)  # blocks on the fullest multiprocessor of the last wave
@@ -161,6 +182,8 @@ def predict(kernel: Kernel, product: str, flops: float, moved: float) -> Predict
         wave_cycles(units, kernel.warps * n, waiting, passes, start) for n in (kernel.resident, last)
     )
     compute = (filled.whole * whole_wave[0] + (last_wave[0] if last else 0.0)) / hertz
+    if work.flops:
+        compute /= PRODUCTS_SHARE
     limit = (whole_wave if filled.whole else last_wave)[1]
 
     in_flight = sass.bytes_in_flight(kernel.code) * 32 * kernel.warps * kernel.resident
@@ -213,7 +236,3 @@ def executed_pairs(
 
 def format_units(units: dict[str, float]) -> str:
     return " ".join(f"{unit}:{cycles:.0f}" for unit, cycles in units.items() if cycles >= 0.5)
-
-
-def short_name(name: str) -> str:
-    return re.sub(r"<.*", "", name).lstrip("_")

@@ -1,18 +1,21 @@
 """predicted.csv: what fastlm.bench.kernel_model predicts for the shapes at which peers have published figures.
 
-A row is one pass of one op at one shape on one chip: its kernels, compiled for the chip's architecture and launched with
-its number of multiprocessors, and the sum of their times. `blocks`, `resident` (a multiprocessor), `waves` and `last_wave`
-(its fill) are of the largest kernel, and so are `in_flight` (bytes of a multiprocessor), `bound` and `cycles`, which are a
-warp's cycles of each unit in one pass of its main loop. TFLOP/s are at the textbook count; GB/s count OpCase.bytes.
+A row is one pass of one op at one shape on one chip: its kernels, compiled for the chip's architecture and launched
+with its number of multiprocessors, and the sum of their times. `blocks`, `resident` (a multiprocessor), `waves` and
+`last_wave` (its fill) are of the largest kernel, and so are `in_flight` (bytes of a multiprocessor), `bound` and
+`cycles`, which are a warp's cycles of each unit in one pass of its main loop. TFLOP/s are at the textbook count; GB/s
+count OpCase.bytes.
 
-`peers` are other projects' own figures (their repositories and papers, read in 2026), most on an H100 80GB or an H200, as
-the row's chip. Attention's lengths are of sequences that make 16384 tokens together where the peer gives no batch.
+`peers` are other projects' own figures (their repositories and papers, read in 2026), most on an H100 80GB or an H200,
+as the row's chip. Attention's lengths are of sequences that make 16384 tokens together where the peer gives no batch.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
+import itertools
 import pkgutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,7 +123,7 @@ ROWS = (
     # The shapes at which an H100 has run fastlm: LOG.md, 2026-11-26, with other kernels than today's.
     Row(
         "attention",
-        Variant({"b": 32, "s": 512, "h": 12, "d": 64}),
+        Variant({"b": 32, "s": 512, "h": 12, "d": 64, "padding": "right"}),
         _ALL,
         {(H100, "fwd"): "fastlm 245 (2026-11-26)", (H100, "bwd"): "fastlm 245 (2026-11-26)"},
     ),
@@ -130,7 +133,12 @@ ROWS = (
         (H100,),
         {(H100, "fwd"): "fastlm 405 (2026-11-26)", (H100, "bwd"): "fastlm 324 (2026-11-26)"},
     ),
-    Row("attention", CASES["attention"].benchmarks_cuda[0], _ALL, {}),  # BERT-base's, packed, with dropout
+    Row(
+        "attention",
+        Variant({"h": 12, "d": 64, "lengths": (512,) * 32}, {"dropout_p": 0.1}),
+        _ALL,
+        {(H100, "fwd"): "fastlm 197 µs (2026-11-26)", (H100, "bwd"): "fastlm 523 µs (2026-11-26)"},
+    ),
     *(
         Row(
             "rms_norm",
@@ -158,7 +166,18 @@ ROWS = (
         (H100, H200, A100, B200),
         {(H100, "bwd"): "forward and backward: Triton 309 µs, apex 578 µs"},
     ),
-    Row("layer_norm", CASES["layer_norm"].benchmarks_cuda[0], (H100, H200, A100, B200)),
+    Row(
+        "layer_norm",
+        Variant({"rows": 16384, "cols": 768, "residual": 1}, {"dropout_p": 0.1}),
+        (H100, H200, A100, B200),
+        {(H100, "bwd"): "fastlm, forward and backward: 104 µs (2026-11-26)"},
+    ),
+    Row(
+        "gelu",
+        Variant({"rows": 16384, "cols": 3072}),
+        (H100, H200, A100, B200),
+        {(H100, "bwd"): "fastlm, forward and backward: 204 µs (2026-11-26)"},
+    ),
     *(
         Row(
             "cross_entropy",
@@ -187,6 +206,8 @@ def empty_inputs(op: str, variant: Variant, gradients: bool) -> dict[str, object
             dtype = value.dtype if value.dtype != torch.float64 else torch.bfloat16
             dtype = torch.float32 if name in variant.float32 else dtype
             value = torch.empty(value.shape, dtype=dtype, device="cpu")
+            if name.startswith("cu_seqlens"):  # a CPU's are checked
+                value.copy_(torch.tensor([0, *itertools.accumulate(variant.shape["lengths"])]))
             value.requires_grad_(gradients and name in case.gradients)
         inputs[name] = value
     return inputs
@@ -199,7 +220,7 @@ def multiprocessors(count: int):
         for found in pkgutil.iter_modules([str(Path(fastlm.__file__).parent / "kernels")], "fastlm.kernels."):
             module = importlib.import_module(found.name)
             if hasattr(module, "multiprocessors"):
-                stack.enter_context(mock.patch.object(module, "multiprocessors", lambda device: count))
+                stack.enter_context(mock.patch.object(module, "multiprocessors", return_value=count))
         yield
 
 
@@ -219,24 +240,22 @@ def launches(op: str, variant: Variant, arch: int, count: int) -> dict[str, list
     return kernels
 
 
+@functools.lru_cache(maxsize=256)  # many shapes launch the same machine code
+def _read(compiled: Compiled) -> tuple[int, list[sass.Instruction]]:
+    return compiled.resources().registers, sass.parse(compiled.sass())
+
+
 def _kernel(compiled: Compiled) -> model.Kernel:
-    used = compiled.resources()
-    return model.Kernel(
-        compiled.name,
-        compiled.arch,
-        compiled.num_warps,
-        used.registers,
-        used.shared,
-        compiled.blocks[0],
-        sass.parse(compiled.sass()),
-    )
+    registers, code = _read(compiled)
+    kernel = compiled.name, compiled.arch, compiled.num_warps, registers, compiled.shared, compiled.blocks[0]
+    return model.Kernel(*kernel, code)
 
 
 # Matrix products of an attention kernel, of which the textbook counts two forward and five backward.
 _PRODUCTS = {"_fwd": 2, "_dkdv": 4, "_dq": 3}
-# Of the op's bytes, where a pass has several kernels that move many. Attention's delta reads two of eight tensors; of long
-# rows' norms the weights' gradients read two of three again.
-_SHARES = {"_delta": 1 / 4, "_bwd_long": 1.0, "_weights_long": 2 / 3}
+# Of the op's bytes, where a pass has several kernels that move many. Backward of attention has eight tensors: delta
+# reads two, dkdv moves six and dq five. Of long rows' norms the weights' gradients read two of three again.
+_SHARES = {"_delta": 1 / 4, "_dkdv": 3 / 4, "_dq": 5 / 8, "_bwd_long": 1.0, "_weights_long": 2 / 3}
 
 
 def _lengths(variant: Variant) -> tuple[list[int], bool]:
@@ -271,13 +290,25 @@ def _textbook_flops(variant: Variant, backward: bool) -> float:
     return 4 * pairs * shape["h"] * shape["d"] * (2.5 if backward else 1)
 
 
+def shape_of(variant: Variant) -> str:
+    """Sequences of equal lengths as lengths32x512."""
+    lengths = variant.shape.get("lengths")
+    return str(variant).replace(f"lengths{lengths}", f"lengths{len(lengths)}x{lengths[0]}") if lengths else str(variant)
+
+
 def chooses(few: list[Compiled], many: list[Compiled]) -> list[bool]:
     """Of each kernel, whether its launcher chooses the number of blocks: on more multiprocessors it launches more."""
     return [a.blocks != b.blocks for a, b in zip(few, many)]
 
 
-def predict(row: Row, product: str) -> list[dict[str, str]]:
+def configurations() -> list[tuple[int, str]]:
+    """(index into ROWS, chip)."""
+    return [(i, product) for i, row in enumerate(ROWS) for product in row.chips]
+
+
+def predict(configuration: tuple[int, str]) -> list[dict[str, str]]:
     """The rows of a shape on one chip: forward, and backward where it has its own pass."""
+    row, product = ROWS[configuration[0]], configuration[1]
     case, gpu, variant = CASES[row.op], chip.CHIPS[product], row.variant
     kernels = launches(row.op, variant, gpu.arch, gpu.multiprocessors)
     more = launches(row.op, variant, gpu.arch, 2 * gpu.multiprocessors)
@@ -297,7 +328,15 @@ def predict(row: Row, product: str) -> list[dict[str, str]]:
             predictions.append(model.predict(part, product, of_part, moved * share))
         seconds, main = sum(p.seconds for p in predictions), predictions[largest]
         amount, unit, scale = (flops, "TFLOP/s", 1e12) if flops else (moved, "GB/s", 1e9)
-        values = [row.op, variant, name, product, f"{seconds * 1e6:.1f}", f"{amount / seconds / scale:.0f}", unit]
+        values = [
+            row.op,
+            shape_of(variant),
+            name,
+            product,
+            f"{seconds * 1e6:.1f}",
+            f"{amount / seconds / scale:.0f}",
+            unit,
+        ]
         values += [f"{model.roofline(product, flops, moved) * 1e6:.1f}", main.bound]
         values += [" ".join(f"{k.name}:{p.seconds * 1e6:.1f}" for k, p in zip(parts, predictions))]
         values += [parts[largest].blocks, parts[largest].resident, main.waves]
@@ -307,6 +346,18 @@ def predict(row: Row, product: str) -> list[dict[str, str]]:
     return rows
 
 
-def short_waves(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The rows whose launcher chooses the number of blocks (*), and leaves the last wave emptier than LEAST_FILL."""
-    return [row for row in rows if row["last_wave"].endswith("*") and float(row["last_wave"][:-1]) < model.LEAST_FILL]
+def short_waves(rows: list[dict[str, str]]) -> list[str]:
+    """The passes whose launcher chooses the number of blocks (*), and leaves the last wave emptier than LEAST_FILL."""
+    return [
+        f"{row['op']} {row['shape']} {row['pass']} on {row['chip']}: {row['blocks']} blocks, {row['resident']} a "
+        f"multiprocessor, fill {float(row['last_wave'].rstrip('*')):.0%} of the last of {row['waves']} waves"
+        for row in rows
+        if row["last_wave"].endswith("*") and float(row["last_wave"][:-1]) < model.LEAST_FILL
+    ]
+
+
+def nearly_same(row: dict[str, str], other: dict[str, str]) -> bool:
+    """Whether two rows are of one pass, and a few registers more or less explain what differs: times within 5%."""
+    named = ("op", "shape", "pass", "chip", "unit", "roofline_us", "peers", "blocks", "resident", "waves", "last_wave")
+    close = abs(float(row["us"]) - float(other["us"])) <= 0.05 * float(row["us"])
+    return close and all(row[name] == other[name] for name in named)

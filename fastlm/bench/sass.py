@@ -3,9 +3,9 @@
     code = parse(text)
     work = count(main_loop(code) or code)      # of one warp, each pass
 
-The main loop is the innermost loop with the most matrix FLOPs or, where nothing multiplies matrices, with the most bytes
-loaded from and stored to global memory. Every instruction of it counts as executed: one that a branch inside the loop skips
-makes the count too high. `@!PT`, which never holds, takes an issue slot and nothing else.
+The main loop is the innermost loop with the most matrix FLOPs or, where nothing multiplies matrices, with the most
+bytes loaded from and stored to global memory. Every instruction of it counts as executed: one that a branch inside the
+loop skips makes the count too high. `@!PT`, which never holds, takes an issue slot and nothing else.
 """
 
 from __future__ import annotations
@@ -109,13 +109,13 @@ def matrix_flops(opcode: str) -> float:
 def count(code: list[Instruction]) -> Work:
     fma = alu = mufu = lsu = read = written = 0
     flops = 0.0
-    for _, runs, opcode, operands in code:
+    for _, runs, opcode, _ in code:
         name = opcode.split(".")[0]
         if not runs:
             continue
         if name in _MEMORY:
             # Two bytes of a lane take the path as four do.
-            lsu += 32 * max(4, width(opcode)) * (2 if name == "LDGSTS" else 1)
+            lsu += 32 * max(4, width(opcode))
             if name in ("LDG", "LD", "LDGSTS"):
                 read += 32 * width(opcode)
             if name in ("STG", "ST"):
@@ -155,7 +155,9 @@ def bytes_in_flight(code: list[Instruction]) -> int:
         if not runs:
             continue
         name = opcode.split(".")[0]
-        named = {int(n) + i for n in re.findall(r"\bR(\d+)", operands) for i in range(2 if f"R{n}.64" in operands else 1)}
+        named = {
+            int(n) + i for n in re.findall(r"\bR(\d+)", operands) for i in range(2 if f"R{n}.64" in operands else 1)
+        }
         touched = [i for i, (registers, _) in enumerate(loads) if registers & named]
         if touched:
             loads = loads[touched[-1] + 1 :]

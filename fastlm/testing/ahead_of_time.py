@@ -80,7 +80,14 @@ class Compiled:
         with tempfile.TemporaryDirectory() as directory:
             source = Path(directory, "kernel.ptx")
             source.write_text(self.ptx)
-            command = [knobs.nvidia.ptxas.path, "-v", f"--gpu-name=sm_{self.arch}a", source, "-o", source.with_suffix(".o")]
+            command = [
+                knobs.nvidia.ptxas.path,
+                "-v",
+                f"--gpu-name=sm_{self.arch}a",
+                source,
+                "-o",
+                source.with_suffix(".o"),
+            ]
             log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         return serialised(log)
 
