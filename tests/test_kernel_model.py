@@ -8,6 +8,7 @@ import pytest
 from fastlm import chip
 from fastlm.bench import kernel_model as model
 from fastlm.bench import predicted, sass
+from fastlm.info import version
 
 # A stream over rows: two loads ahead of the loop; in it their use, two 16-byte loads for the next pass, and a store.
 STREAM = """
@@ -153,8 +154,9 @@ def test_committed_predictions_have_every_shape_and_are_slower_than_the_roofline
     assert {row["peers"] for row in rows} >= {peers for row in predicted.ROWS for peers in row.peers.values()}
 
 
+@pytest.mark.skipif(not (version("triton") or "").startswith("3.7"), reason="predictions are of triton 3.7")
 def test_a_prediction_is_of_the_launchers_own_grid():
-    """layer_norm's, on an H100 and on a chip of twice its multiprocessors; one that the launcher chooses has a star."""
+    """rms_norm's, on an H100 and on a chip of twice its multiprocessors; one that the launcher chooses has a star."""
     at = next(i for i, row in enumerate(predicted.ROWS) if row.op == "rms_norm")
     forward, backward = predicted.predict((at, predicted.H100))
     assert int(forward["blocks"]) >= 1024
@@ -163,6 +165,10 @@ def test_a_prediction_is_of_the_launchers_own_grid():
     committed = {tuple(row.values())[:4]: row for row in csv.DictReader(FILE.read_text().splitlines()[1:])}
     for row in (forward, backward):
         assert predicted.nearly_same(committed[tuple(row.values())[:4]], row)
+
+
+def test_no_launcher_that_chooses_its_blocks_leaves_the_last_wave_empty():
+    assert not predicted.short_waves(list(csv.DictReader(FILE.read_text().splitlines()[1:])))
 
 
 def test_an_empty_last_wave_is_a_fault_where_the_launcher_chooses():

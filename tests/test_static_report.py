@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastlm.bench import static_report
+from fastlm.bench import predicted, static_report
 from fastlm.info import version
 from fastlm.ops import _registry
 from fastlm.testing.ahead_of_time import Compiled, Resources, compile_for, serialised
@@ -45,6 +45,15 @@ def _assert_as_committed(committed: str, rows: list[dict[str, str]]) -> None:
 def test_every_production_configuration_compiles_to_what_is_committed():
     """For sm_80, sm_90, sm_100 and sm_120, in the shared memory of each, with the triton that is installed."""
     _assert_as_committed(_committed(), static_report.report())
+
+
+@pytest.mark.long
+def test_every_prediction_is_what_is_committed():
+    if static_report.triton_file() != static_report.FILE:
+        pytest.skip(f"predictions are of triton {static_report.TRITON}, here is {version('triton')}")
+    rows = static_report.in_processes(predicted.predict, predicted.configurations(), 2)
+    text = static_report.as_text(rows, columns=predicted.COLUMNS)
+    assert not static_report.differences((DIRECTORY / predicted.FILE).read_text(), text)
 
 
 @pytest.mark.parametrize("op", ["gelu", "rms_norm", "attention"])

@@ -34,11 +34,11 @@ cycles of an idle H100 [2]):
 
 Where matrices are multiplied, the waves take 1 / 0.74 of that.
 
-0.74 is calibrated: an H100 took 1.27, 1.29, 1.40 and 1.48 times the sum of the waves for forward and backward of
-attention, d 64 and 128 (LOG.md, 2026-11-26), so that these four are met within 9%. It stands for lower clocks, bank
-conflicts and what else is left out. Attention with dropout, whose wgmma were serialised, took 1.6 times as long again.
-Kernels over rows took 1.17 (gelu) and 1.26 (layer_norm) times their prediction, on that day's configurations, which
-were up to 1.18 slower.
+0.74 is calibrated: an H100 took 1.27, 1.29, 1.40 and 1.48 times the time without it for forward and backward of
+attention, d 64 and 128 (LOG.md, 2026-11-26). With it, predictions of these four are 5% too long to 13% too short. It
+stands for lower clocks, bank conflicts and what else is left out. Attention with dropout, whose wgmma were serialised,
+took 1.5 to 1.6 times its prediction. Kernels over rows took 1.17 (gelu) and 1.26 (layer_norm) times theirs, on that
+day's configurations, which were up to 1.18 slower.
 
 The 2 µs (assumed) are a launch from a graph, its first loads and its last stores. The roofline has none of this: the
 larger of bytes / bandwidth and FLOPs / peak.

@@ -328,15 +328,8 @@ def predict(configuration: tuple[int, str]) -> list[dict[str, str]]:
             predictions.append(model.predict(part, product, of_part, moved * share))
         seconds, main = sum(p.seconds for p in predictions), predictions[largest]
         amount, unit, scale = (flops, "TFLOP/s", 1e12) if flops else (moved, "GB/s", 1e9)
-        values = [
-            row.op,
-            shape_of(variant),
-            name,
-            product,
-            f"{seconds * 1e6:.1f}",
-            f"{amount / seconds / scale:.0f}",
-            unit,
-        ]
+        values = [row.op, shape_of(variant), name, product]
+        values += [f"{seconds * 1e6:.1f}", f"{amount / seconds / scale:.0f}", unit]
         values += [f"{model.roofline(product, flops, moved) * 1e6:.1f}", main.bound]
         values += [" ".join(f"{k.name}:{p.seconds * 1e6:.1f}" for k, p in zip(parts, predictions))]
         values += [parts[largest].blocks, parts[largest].resident, main.waves]
