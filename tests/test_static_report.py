@@ -104,6 +104,16 @@ def test_ptxas_warnings_of_serialised_wgmma_are_read():
     assert not static_report.serialised([dict.fromkeys(static_report.COLUMNS, "")])
 
 
+@pytest.mark.parametrize(("installed", "file"), [("3.7.1", "triton.csv"), ("3.6.0", "triton-3.6.csv"), ("3.5.1", None)])
+def test_each_triton_has_its_file(monkeypatch, installed, file):
+    monkeypatch.setattr(static_report, "version", lambda name: installed)
+    if file:
+        assert static_report.triton_file() == file
+    else:
+        with pytest.raises(ValueError, match=r"triton: expected 3.7 or 3.6, got 3.5.1"):
+            static_report.triton_file()
+
+
 def test_cuda_kernels_have_no_wgmma_to_serialise():
     assert "wgmma" not in {row["matrix"] for row in CUDA_ROWS}
 
@@ -180,6 +190,7 @@ def test_attention_multiplies_with_the_instructions_of_each_architecture(d):
 
 def test_committed_files_are_written_by_a_flag_alone(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(static_report, "report", lambda workers: [])
+    monkeypatch.setattr(static_report, "triton_file", lambda: static_report.FILE)
     committed, new = "# triton 3\nop,arch\ngelu,sm_80\n", static_report.as_text([])
     kept, other = tmp_path / "static" / static_report.FILE, tmp_path / "other"
     kept.parent.mkdir()
