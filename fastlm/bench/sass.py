@@ -137,6 +137,19 @@ def _registers(operand: str, size: int) -> set[int]:
     return set(range(int(match[1]), int(match[1]) + max(1, size // 4))) if match else set()
 
 
+_NAMED = re.compile(r"\bR(\d+)(\.64)?")
+
+
+def _named(operands: str) -> set[int]:
+    """The registers that an instruction names; of R2.64 two."""
+    found = set()
+    for number, wide in _NAMED.findall(operands):
+        found.add(int(number))
+        if wide:
+            found.add(int(number) + 1)
+    return found
+
+
 def bytes_in_flight(code: list[Instruction]) -> int:
     """The most bytes that one thread has asked global memory for before it waits for the first of them.
 
@@ -154,13 +167,12 @@ def bytes_in_flight(code: list[Instruction]) -> int:
     for _, runs, opcode, operands in code:
         if not runs:
             continue
-        name = opcode.split(".")[0]
-        named = {
-            int(n) + i for n in re.findall(r"\bR(\d+)", operands) for i in range(2 if f"R{n}.64" in operands else 1)
-        }
-        touched = [i for i, (registers, _) in enumerate(loads) if registers & named]
-        if touched:
-            loads = loads[touched[-1] + 1 :]
+        if loads:
+            named = _named(operands)
+            touched = [i for i, (registers, _) in enumerate(loads) if registers & named]
+            if touched:
+                loads = loads[touched[-1] + 1 :]
+        name = opcode.split(".", 1)[0]
         if name in ("LDG", "LD"):
             size = width(opcode)
             loads.append((_registers(re.sub(r"^P\d+, *", "", operands), size), size))
@@ -169,7 +181,8 @@ def bytes_in_flight(code: list[Instruction]) -> int:
         elif name == "LDGDEPBAR":
             groups.append(0)
         elif name == "DEPBAR" and (match := re.search(r"SB0, 0x([0-9a-f]+)", operands)):
-            kept = int(match[1], 16)
-            groups = (groups[:-1][len(groups) - 1 - kept :] if kept < len(groups) - 1 else groups[:-1]) + groups[-1:]
-        most = max(most, sum(size for _, size in loads) + sum(groups))
+            closed, kept = groups[:-1], int(match[1], 16)
+            groups = closed[max(0, len(closed) - kept) :] + groups[-1:]
+        if name in ("LDG", "LD", "LDGSTS"):
+            most = max(most, sum(size for _, size in loads) + sum(groups))
     return most
