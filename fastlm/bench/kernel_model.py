@@ -38,7 +38,8 @@ Where matrices are multiplied, the waves take 1 / 0.74 of that.
 attention, d 64 and 128 (LOG.md, 2026-11-26). With it, predictions of these four are 5% too long to 13% too short. It
 stands for lower clocks, bank conflicts and what else is left out. Attention with dropout, whose wgmma were serialised,
 took 1.5 to 1.6 times its prediction. Kernels over rows took 1.17 (gelu) and 1.26 (layer_norm) times theirs, on that
-day's configurations, which were up to 1.18 slower.
+day's configurations, which were up to 1.18 slower. That products do not overlap with the rest was also chosen after
+seeing those figures: with overlap between blocks the model was 1.6 to 2.3 times too fast.
 
 The 2 µs (assumed) are a launch from a graph, its first loads and its last stores. The roofline has none of this: the
 larger of bytes / bandwidth and FLOPs / peak.
