@@ -62,7 +62,7 @@ matrix-cuda-image: MATRIX_PINS = torch==2.11.* triton==3.6.* transformers==5.17.
 MATRIX_TESTS = $(addprefix tests/,test_import.py test_compile_cache.py test_ops.py test_dispatch.py \
 	test_triton.py::test_compile test_dynamic_shapes.py test_ptx_kernels.py \
 	test_hf_patch.py test_hf_attention.py test_hf_loss.py test_bert.py test_t5.py test_nn.py test_checkpoint.py \
-	test_train.py test_cli.py)
+	test_train.py test_cli.py test_static_report.py)
 .PHONY: $(MATRIX_TARGETS)
 
 setup: $(VENV)/.installed

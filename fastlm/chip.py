@@ -39,6 +39,43 @@ _PEAKS: dict[str, tuple[float | None, float]] = {
 }
 
 
+class Chip(NamedTuple):
+    """What bounds a kernel beside `_PEAKS`, by the same sources. ghz: the clock at which the peaks are stated."""
+
+    arch: int  # 90 for sm_90
+    multiprocessors: int
+    ghz: float
+    bandwidth: float  # of its memory, bytes/s
+
+    def flops_of_sm(self, bfloat16: float) -> float:
+        """FLOPs of bfloat16 matrix products that a multiprocessor makes in a cycle, of the chip's peak in FLOP/s."""
+        return bfloat16 / (self.multiprocessors * self.ghz * 1e9)
+
+
+CHIPS = {
+    "b200": Chip(100, 148, 1.85, 8.0e12),
+    "h200": Chip(90, 132, 1.83, 4.8e12),
+    "h200 nvl": Chip(90, 132, 1.545, 4.8e12),
+    "h100 hbm3": Chip(90, 132, 1.83, 3.35e12),
+    "h100 pcie": Chip(90, 114, 1.62, 2.0e12),
+    "h100 nvl": Chip(90, 132, 1.545, 3.9e12),
+    "a100 sxm4": Chip(80, 108, 1.41, 2.039e12),  # of 80 GB, as the next; those of 40 GB have 1.555
+    "a100 pcie": Chip(80, 108, 1.41, 1.935e12),
+    "a10g": Chip(86, 80, 1.71, 0.6e12),
+    "l40s": Chip(89, 142, 2.52, 0.864e12),
+    "l40": Chip(89, 142, 2.49, 0.864e12),
+    "l4": Chip(89, 58, 2.04, 0.3e12),
+    "rtx 6000 ada generation": Chip(89, 142, 2.505, 0.96e12),
+    "geforce rtx 4090": Chip(89, 128, 2.52, 1.008e12),
+    "geforce rtx 3090": Chip(86, 82, 1.695, 0.936e12),
+}
+
+
+def data_sheet(name: str) -> tuple[float | None, float]:
+    """FLOP/s of a product, a key of CHIPS, in bfloat16 and in float32."""
+    return _PEAKS[name]
+
+
 def chip_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 

@@ -12,7 +12,8 @@ host        what a call costs the host (benchmarks/bench_host.py)
 check       ratios to the best peer, against the recorded ones (benchmarks/bench_check.py)
 results     rows with their provenance, and plots
 report      pages and the README's block from recorded results (benchmarks/report.py)
-static_report   what the compilers made of the kernels (benchmarks/static_report.py)
+static_report   what the compilers made of the kernels (benchmarks/static_report.py), and predicted times, with sass,
+            kernel_model, predicted
 profile     `fastlm profile`
 tune        `fastlm tune`
 """

@@ -3,7 +3,11 @@
 Registers, spills, shared memory, instructions, widths of loads; no GPU is needed. For Triton a configuration is an
 OpCase's `production` variant in bfloat16, forward and backward, on each of ARCHITECTURES; the launchers choose the
 blocks. For CUDA it is every kernel in the module fastlm._cuda as built here, on each of CUDA_ARCHITECTURES. The numbers
-belong to one version of triton, or of nvcc, which the file names.
+belong to one version of triton, or of nvcc, which the file names; Triton 3.7 and 3.6 have a file each. predicted.csv
+has times that follow from the same machine code (fastlm/bench/predicted.py), with Triton 3.7.
+
+Two things are faults, whatever is committed: wgmma that ptxas serialises (`warnings`, C7510 to C7519), and a last wave
+of blocks under 60% full where the launcher chooses the number of blocks.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import io
 import re
 import subprocess
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -22,7 +27,9 @@ from pathlib import Path
 import torch
 
 from fastlm import _native
+from fastlm.bench import predicted
 from fastlm.bench.results import write_text
+from fastlm.bench.sass import bytes_in_flight, parse
 from fastlm.info import version
 from fastlm.ops import _registry
 from fastlm.testing.ahead_of_time import compile_for, occupancy
@@ -31,11 +38,21 @@ from fastlm.testing.cases import CASES
 ARCHITECTURES = (80, 90, 100, 120)
 CUDA_ARCHITECTURES = (80, 90, 100)
 FILE, CUDA_FILE = "triton.csv", "cuda.csv"
+TRITON, OTHER_TRITONS = "3.7", ("3.6",)  # FILE's version, and those whose reports are triton-3.6.csv and so on
 _RESOURCES = ("registers", "spill_bytes", "shared_bytes", "occupancy", "matrix", "loads")
-COLUMNS = ("op", "variant", "kernel", "arch", "warps", *_RESOURCES)
+COLUMNS = ("op", "variant", "kernel", "arch", "warps", *_RESOURCES, "warnings")
 # threads: that a block has at most, where the kernel says so, and occupancy with them and the static shared memory;
-# loads: of global memory, to shared memory too, by their width.
-CUDA_COLUMNS = ("kernel", "arch", "threads", *_RESOURCES)
+# loads: of global memory, to shared memory too, by their width; in_flight: bytes that a thread asks global memory for
+# before it waits for the first of them (fastlm/bench/sass.py).
+CUDA_COLUMNS = ("kernel", "arch", "threads", *_RESOURCES, "in_flight")
+
+
+def triton_file() -> str:
+    """The report of the triton that is installed. ValueError where there is none of its version."""
+    minor = ".".join(version("triton").split(".")[:2])
+    if minor not in (TRITON, *OTHER_TRITONS):
+        raise ValueError(f"triton: expected {' or '.join((TRITON, *OTHER_TRITONS))}, got {version('triton')}")
+    return FILE if minor == TRITON else f"triton-{minor}.csv"
 
 
 def configurations() -> list[tuple[str, int, int]]:
@@ -57,25 +74,43 @@ def compile_one(configuration: tuple[str, int, int]) -> list[dict[str, str]]:
         used = kernel.resources()
         loads = " ".join(f"{count}x{size}B" for size, count in reversed(kernel.load_bytes().items()))
         values = [op, variant, kernel.name, f"sm_{arch}", kernel.num_warps, used.registers, used.spills, used.shared]
-        values += [f"{kernel.occupancy(used):.2f}", kernel.matrix_instruction(), loads]
+        values += [f"{kernel.occupancy(used):.2f}", kernel.matrix_instruction(), loads, " ".join(kernel.warnings())]
         rows.append(dict(zip(COLUMNS, map(str, values))))
     return rows
 
 
-def report(workers: int = 2) -> list[dict[str, str]]:
-    """All rows, sorted."""
+def in_processes(function: Callable, items: list, workers: int) -> list:
+    """The lists that function returns for the items, joined."""
     # Not forked: torch's threads would not survive it.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        rows = [row for rows in pool.map(compile_one, configurations()) for row in rows]
-    # A kernel that two calls of one configuration compile alike is one row.
+        return [row for rows in pool.map(function, items) for row in rows]
+
+
+def unique(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Sorted; a kernel that two calls of one configuration compile alike is one row."""
     values = sorted({tuple(row[name] for name in COLUMNS) for row in rows})
     return [dict(zip(COLUMNS, row)) for row in values]
 
 
-def as_text(rows: list[dict[str, str]], compiler: str | None = None) -> str:
+def report(workers: int = 2) -> list[dict[str, str]]:
+    """All rows, sorted."""
+    return unique(in_processes(compile_one, configurations(), workers))
+
+
+def serialised(rows: list[dict[str, str]]) -> list[str]:
+    """The kernels whose wgmma ptxas serialises."""
+    return [
+        f"{row['kernel']} of {row['op']} {row['variant']}, {row['arch']}: {row['warnings']}, its wgmma are serialised"
+        for row in rows
+        if row["warnings"]
+    ]
+
+
+def as_text(rows: list[dict[str, str]], compiler: str | None = None, columns: tuple[str, ...] | None = None) -> str:
     out = io.StringIO()
     out.write(f"# {compiler or 'triton ' + version('triton')}\n")
-    writer = csv.DictWriter(out, COLUMNS if compiler is None else CUDA_COLUMNS, lineterminator="\n")
+    columns = columns or (COLUMNS if compiler is None else CUDA_COLUMNS)
+    writer = csv.DictWriter(out, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return out.getvalue()
@@ -167,6 +202,7 @@ def cuda_report(arch: int) -> list[dict[str, str]]:
         loads = " ".join(f"{count}x{size}B" for size, count in reversed(load_widths(sass[name]).items()))
         values = [demangled(name), f"sm_{arch}", block or "", used["REG"], used["STACK"] + used["LOCAL"], shared]
         values += [f"{share:.2f}" if block else "", matrix_unit(sass[name]), loads]
+        values += [bytes_in_flight(parse(sass[name]))]
         rows.append(dict(zip(CUDA_COLUMNS, map(str, values))))
     return sorted(rows, key=lambda row: row["kernel"])
 
@@ -192,6 +228,8 @@ def _nearly_same(line: str, other: str, header: str, other_header: str) -> bool:
     if header != other_header:
         return False
     rows = [dict(zip(header.split(","), next(csv.reader([x])))) for x in (line, other)]
+    if all("us" in row for row in rows):
+        return predicted.nearly_same(*rows)
     if any("registers" not in row for row in rows):
         return False
     registers = [row.pop("registers") for row in rows]
@@ -217,27 +255,32 @@ def main(directory: Path, arguments=None) -> int:
     """directory: of the committed files."""
     parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--out", type=Path, metavar="DIR", help="write triton.csv and cuda.csv into this directory")
+    where.add_argument("--out", type=Path, metavar="DIR", help="write the files into this directory")
     where.add_argument("--update", action="store_true", help=f"write the committed files, {directory}")
-    parser.add_argument("--only", choices=("triton", "cuda"), help="one of the two reports")
+    parser.add_argument("--only", choices=("triton", "cuda", "predicted"), help="one of the three reports")
     parser.add_argument("--workers", type=int, default=2, help="processes that compile")
     args = parser.parse_args(arguments)
     out = directory if args.update else args.out
 
-    def finish(name: str, text: str) -> bool:
+    def finish(name: str, text: str, faults: list[str]) -> bool:
+        print("\n".join([f"{name}: {len(faults)} faults", *faults]) if faults else f"{name}: no faults")
         if out is None:
-            return compare(directory / name, text)
+            return compare(directory / name, text) and not faults
         write(out / name, text)
-        return True
+        return not faults
 
     same = True
-    if args.only != "cuda":
-        same &= finish(FILE, as_text(report(args.workers)))
-    if args.only != "triton":
+    if args.only in (None, "triton"):
+        rows = report(args.workers)
+        same &= finish(triton_file(), as_text(rows), serialised(rows))
+    if args.only in (None, "cuda"):
         if missing_cuda() or cuda_architectures() != list(CUDA_ARCHITECTURES):
             wanted = ",".join(map(str, CUDA_ARCHITECTURES))
             print(f"cuda.csv: {missing_cuda() or f'fastlm._cuda is built for {cuda_architectures()}, not {wanted}'}")
             return 1
         rows = [row for arch in CUDA_ARCHITECTURES for row in cuda_report(arch)]
-        same &= finish(CUDA_FILE, as_text(rows, cuda_compiler()))
+        same &= finish(CUDA_FILE, as_text(rows, cuda_compiler()), [])
+    if args.only == "predicted" or (args.only is None and triton_file() == FILE):
+        rows = in_processes(predicted.predict, predicted.configurations(), args.workers)
+        same &= finish(predicted.FILE, as_text(rows, columns=predicted.COLUMNS), predicted.short_waves(rows))
     return 0 if same else 1

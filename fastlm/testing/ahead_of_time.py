@@ -13,7 +13,7 @@ import contextlib
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -36,15 +36,24 @@ class Resources:
     shared: int
 
 
-def occupancy(arch: int, warps: int, registers: int, shared: int) -> float:
-    """Share of a multiprocessor's warps that can be resident, of blocks of so many warps and bytes of shared memory."""
-    blocks = min(
+def resident_blocks(arch: int, warps: int, registers: int, shared: int) -> int:
+    """Blocks of so many warps, registers a thread and bytes of shared memory that a multiprocessor holds at once."""
+    return min(
         BLOCKS_OF_SM[arch],
         WARPS_OF_SM[arch] // warps,
         REGISTERS_OF_SM // (-(-registers // 8) * 8 * 32 * warps),  # handed out to warps in units of 256
         SHARED_OF_SM[arch] // (shared + 1024),  # 1 kB of a block's is the system's
     )
-    return blocks * warps / WARPS_OF_SM[arch]
+
+
+def occupancy(arch: int, warps: int, registers: int, shared: int) -> float:
+    """Share of a multiprocessor's warps that such blocks make resident."""
+    return resident_blocks(arch, warps, registers, shared) * warps / WARPS_OF_SM[arch]
+
+
+def serialised(log: str) -> list[str]:
+    """The warnings C7510 to C7519 in what ptxas printed."""
+    return sorted(set(re.findall(r"\b(C751\d)\b", log)))
 
 
 @dataclass(frozen=True)
@@ -57,15 +66,46 @@ class Compiled:
     shared: int
     ptx: str
     cubin: bytes
+    blocks: list[int] = field(default_factory=list, compare=False)  # of each launch
 
-    def resources(self) -> Resources:
+    def warnings(self) -> list[str]:
+        """What ptxas says of wgmma that it has to serialise, "C7510" to "C7519": none overlaps with anything then.
+
+        Triton drops what ptxas prints, and its cache has no log. So kernels with wgmma are assembled once more.
+        """
+        from triton import knobs
+
+        if "wgmma." not in self.ptx:
+            return []
+        with tempfile.TemporaryDirectory() as directory:
+            source = Path(directory, "kernel.ptx")
+            source.write_text(self.ptx)
+            command = [
+                knobs.nvidia.ptxas.path,
+                "-v",
+                f"--gpu-name=sm_{self.arch}a",
+                source,
+                "-o",
+                source.with_suffix(".o"),
+            ]
+            log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        return serialised(log)
+
+    def sass(self) -> str:
+        """The machine code, as cuobjdump prints it."""
+        return self._cuobjdump("--dump-sass").split(f"Function : {self.name}\n")[1]
+
+    def _cuobjdump(self, option: str) -> str:
         from triton import knobs
 
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(self.cubin)
             file.flush()
-            command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-            text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            command = [knobs.nvidia.cuobjdump.path, option, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    def resources(self) -> Resources:
+        text = self._cuobjdump("--dump-resource-usage")
         used = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text.split(f"Function {self.name}:")[1]))
         return Resources(int(used["REG"]), int(used["STACK"]) + int(used["LOCAL"]), self.shared)
 
@@ -95,7 +135,7 @@ class _Driver:
     """Triton's driver interface for a device that is not there."""
 
     def __init__(self, arch: int, compiled: list[Compiled]):
-        self.arch, self.compiled, self.metadata = arch, compiled, None
+        self.arch, self.compiled, self.metadata, self.blocks = arch, compiled, None, None
         self.utils = self  # load_binary, get_device_properties
         self.launcher_cls = self.launcher
 
@@ -126,15 +166,15 @@ class _Driver:
         return self, None, 0, 0, 1024
 
     def launcher(self, source, metadata):
-        self.metadata = metadata  # of the kernel whose loading `collect` hears of next
-        return lambda *args: None
+        self.metadata, blocks = metadata, []
+        self.blocks = blocks  # both of the kernel whose loading `collect` hears of next
+        return lambda x, y, z, *args: blocks.append(x * y * z)
 
     def collect(self, module, function, name, metadata_group, hash):
         files = {Path(name).suffix: Path(path) for name, path in metadata_group.items()}
         m = self.metadata
-        self.compiled.append(
-            Compiled(name, self.arch, m.num_warps, m.shared, files[".ptx"].read_text(), files[".cubin"].read_bytes())
-        )
+        ptx, cubin = files[".ptx"].read_text(), files[".cubin"].read_bytes()
+        self.compiled.append(Compiled(name, self.arch, m.num_warps, m.shared, ptx, cubin, self.blocks))
 
 
 @contextlib.contextmanager
