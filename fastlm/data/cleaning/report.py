@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 SAMPLE_CHARS = 200
+_LONGEST_NAME = 64  # characters beyond a sample that are looked at, so that an address is not cut
 
 
 @dataclass
@@ -40,6 +42,7 @@ class CleaningReport:
     kept: int = 0
     kept_characters: int = 0
     rules: dict[str, Taken] = field(default_factory=dict)
+    redact: Callable[[str], str] | None = field(default=None, compare=False, repr=False)  # applied to every sample
 
     def take(self, rule: str, characters: int, *, ordinal, place: str, text: str, became: str | None = None) -> None:
         """Enter that `rule` dropped the document, or where `became` is given that it changed `text` to that."""
@@ -49,7 +52,13 @@ class CleaningReport:
         entry.characters += characters
         sample = {"ordinal": ordinal}
         if entry.sample is None or _key(sample) < _key(entry.sample):
-            entry.sample = sample | {"place": place} | _excerpt(text, became)
+            entry.sample = sample | {"place": place} | self._excerpt(text, became)
+
+    def take_kept(self, rule: str, text: str, *, ordinal, place: str) -> None:
+        """Enter that `rule` dropped a document that was counted as kept: a duplicate of another one."""
+        self.kept -= 1
+        self.kept_characters -= len(text)
+        self.take(rule, len(text), ordinal=ordinal, place=place, text=text)
 
     def merge(self, other: CleaningReport) -> None:
         """Add the counts of `other`; of two samples that of the smaller ordinal stays."""
@@ -75,14 +84,22 @@ class CleaningReport:
         rules = {rule: Taken(**taken) for rule, taken in entries["rules"].items()}
         return cls(**{**entries, "rules": rules})
 
+    def _excerpt(self, text: str, became: str | None) -> dict[str, str]:
+        if became is None:
+            return {"text": self._cut(text, 0)}
+        start = max(0, _common(text, became) - 20)
+        return {"text": self._cut(text, start), "became": self._cut(became, start)}
 
-def _excerpt(text: str, became: str | None) -> dict[str, str]:
-    """SAMPLE_CHARS of the text, and of what it became, from a little before where they first differ."""
-    if became is None:
-        return {"text": text[:SAMPLE_CHARS]}
+    def _cut(self, text: str, start: int) -> str:
+        if self.redact is None:
+            return text[start : start + SAMPLE_CHARS]
+        return self.redact(text[start : start + SAMPLE_CHARS + _LONGEST_NAME])[:SAMPLE_CHARS]
+
+
+def _common(text: str, became: str) -> int:
+    """How many characters both begin with, by halves: slices compare faster than characters."""
     low, high = 0, min(len(text), len(became))
-    while low < high:  # the length of the common start, by halves: slices compare faster than characters
+    while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if text[low:middle] == became[low:middle] else (low, middle - 1)
-    start = max(0, low - 20)
-    return {"text": text[start : start + SAMPLE_CHARS], "became": became[start : start + SAMPLE_CHARS]}
+    return low

@@ -44,8 +44,9 @@ def materialise(given: str, spool: Path) -> list[SourceFile]:
     if state_file.exists():
         state = json.loads(state_file.read_text(encoding="utf-8"))
     if not state["complete"]:
-        for state in _download(source, state, folder):
-            replace_json(state_file, state)
+        for after in _download(source, state, folder):
+            replace_json(state_file, after)
+            state = after
     paths = [_shard(folder, index) for index in range(state["shards"])]
     return [SourceFile(f"{source['name']}/{path.name}", path, path.stat().st_size) for path in paths]
 
@@ -70,6 +71,6 @@ def _download(source: dict, state: dict, folder: Path) -> Iterator[dict]:
                 # A row without the field keeps its place, so that reading counts and names it.
                 file.write(json.dumps({"text": row.get(source["field"])}) + "\n")
         shards += 1
-        yield {**state, "shards": shards, "stream": rows.state_dict()}
         state = {**state, "shards": shards, "stream": rows.state_dict()}
+        yield state
     yield {**state, "complete": True}
