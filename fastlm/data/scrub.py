@@ -48,6 +48,7 @@ _PHONE = re.compile(
 )
 _CALLED = re.compile(r"\b(?:phone|tel|telephone|mobile|cell|call|fax|whatsapp|contact|dial|sms)\b", re.IGNORECASE)
 _BOOK = re.compile(r"\b(?:isbn|issn|ean|doi|oclc|lccn)\b[^\n]{0,12}$", re.IGNORECASE)
+_DECIMAL = re.compile(r"[0-9]+\.[0-9]+")
 _BEFORE = 30  # characters before a candidate that say what it is
 
 
@@ -105,30 +106,31 @@ class Scrubber:
         return _issued(digits) and self._luhn(digits)
 
     def _phones(self, text: str) -> list[tuple[int, int]]:
-        return _spans(_PHONE, text, self._is_phone)
+        return [span for match in _PHONE.finditer(text) if (span := self._phone(match)) is not None]
 
-    def _is_phone(self, match: re.Match) -> bool:
+    def _phone(self, match: re.Match) -> tuple[int, int] | None:
         found = match.group()
         digits = sum(map(str.isdigit, found))
         if not 7 <= digits <= 15:
-            return False
+            return None
         before = match.string[max(0, match.start() - _BEFORE) : match.start()]
         if _BOOK.search(before):
-            return False
+            return None
         numbers = self._numbers
         leniency = numbers.Leniency.STRICT_GROUPING
         if found.startswith("+"):
             leniency = numbers.Leniency.VALID
         elif digits == len(found):
             if not _CALLED.search(re.split("[0-9]", before)[-1]):  # a word before another number is about that one
-                return False
+                return None
             leniency = numbers.Leniency.VALID
-        elif digits == 10 and found.count("-") == 3:  # as ISBN-10 is written, and no phone number
-            return False
+        elif (digits == 10 and found.count("-") == 3) or _DECIMAL.fullmatch(found):  # ISBN-10 has three hyphens
+            return None
         for region in self.regions[:1] if found.startswith("+") else self.regions:
-            for _ in numbers.PhoneNumberMatcher(found, region, leniency):
-                return True
-        return False
+            for number in numbers.PhoneNumberMatcher(found, region, leniency):
+                opened = number.raw_string.count("(") > number.raw_string.count(")")  # a bracket around the number
+                return match.start() + number.start + opened, match.start() + number.end
+        return None
 
 
 def _spans(pattern: re.Pattern, text: str, accept: Callable[[re.Match], bool]) -> list[tuple[int, int]]:
