@@ -79,7 +79,7 @@ def open_parquet(stream):
     """pyarrow's ParquetFile; Damaged where the file has no valid footer."""
     parquet = require("pyarrow.parquet")
     try:
-        return parquet.ParquetFile(stream)
+        return parquet.ParquetFile(stream, page_checksum_verification=True)
     except (_arrow_error(), OSError):
         raise Damaged("malformed Parquet file") from None
 
