@@ -166,7 +166,7 @@ class Rows:
                 raise ConnectionError("the network went away")
             self.fuse -= 1
             self.at += 1
-            yield {"body": self.texts[self.at - 1]}
+            yield {"body": self.texts[self.at - 1], "id": self.at}
 
     def state_dict(self):
         return {"at": self.at}
@@ -184,13 +184,13 @@ def test_a_dataset_by_name_is_resumed(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     monkeypatch.setattr("fastlm.data.sources.hub.SHARD_ROWS", 2)
-    name = "hf:owner/name?config=en&field=body&revision=abc"
+    name = "hf:owner/name?config=en&revision=abc"
     with pytest.raises(ConnectionError):
-        read([name], spool=tmp_path)
-    found, _ = read([name], spool=tmp_path)  # rows 5 and 6, 7: three more and no end
+        read([name], spool=tmp_path, fields="body")
+    found, _ = read([name], spool=tmp_path, fields="body")  # rows 5 and 6, 7: three more and no end
     assert [text for _, text in found] == texts
     assert found[2][0] == "owner/name/000001.jsonl:1"
-    assert read([name], spool=tmp_path)[0] == found
+    assert read([name], spool=tmp_path, fields="body")[0] == found
     assert len(asked) == 2  # the third time nothing is downloaded
     assert asked[0] == (("owner/name", "en"), {"split": "train", "revision": "abc", "streaming": True})
     for wrong in ("hf:", "hf:a?splits=x", "hf:a?split="):

@@ -45,6 +45,8 @@ _UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 )
 _WORD = re.compile(f"[{_UNSPACED}]|[^\\W{_UNSPACED}]+")
+_SPACED_WORD = re.compile(r"\w+")  # the same where no such character is
+_WITHOUT_SPACES = re.compile(f"[{_UNSPACED}]")
 _ASCII_WORDS = str.maketrans({c: " " for c in map(chr, range(128)) if not (c.isalnum() or c == "_")})
 _SEED = 0x5EED
 _CACHED = 1 << 20  # words whose hash is kept: about 100 MB
@@ -58,7 +60,9 @@ def exact_digest(text: str) -> bytes:
 def words(text: str) -> list[str]:
     """The words of `text`, in lower case."""
     text = text.lower()
-    return text.translate(_ASCII_WORDS).split() if text.isascii() else _WORD.findall(text)
+    if text.isascii():
+        return text.translate(_ASCII_WORDS).split()
+    return (_WORD if _WITHOUT_SPACES.search(text) else _SPACED_WORD).findall(text)
 
 
 class _Hashes(dict):
@@ -97,7 +101,8 @@ def _shingles(hashed: np.ndarray) -> np.ndarray:
         mixed ^= mixed >> np.uint64(29)
     mixed *= _MULTIPLIERS[0]
     mixed ^= mixed >> np.uint64(32)
-    return np.unique(mixed)
+    mixed.sort()
+    return mixed[np.concatenate([[True], mixed[1:] != mixed[:-1]])]  # np.unique takes 4 times as long
 
 
 @dataclass(frozen=True)

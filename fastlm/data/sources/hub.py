@@ -1,9 +1,10 @@
 """Hugging Face datasets by name, written to local JSONL shards before anything reads them.
 
-    hf:owner/name?config=en&split=train&revision=main&field=text
+    hf:owner/name?config=en&split=train&revision=main
 
-Shards of `SHARD_ROWS` rows are written one after another, each whole or absent. After each one the position of the
-stream is saved. A download that was killed continues after its last shard, and a finished one is not repeated.
+The shards have the columns of strings; `fields` of `read_documents` says which is the text. They are written one after
+another, `SHARD_ROWS` rows each, whole or absent. After each one the position of the stream is saved. A download that is
+killed continues after its last shard, and a finished one is not repeated.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from fastlm.storage import atomic_file, json_checksum, replace_json
 PREFIX = "hf:"
 SHARD_ROWS = 10_000
 
-_KEYS = {"config": None, "split": "train", "revision": None, "field": "text"}
+_KEYS = {"config": None, "split": "train", "revision": None}
 
 
 def parse(given: str) -> dict[str, str | None]:
-    """The parts of "hf:owner/name?key=value&...": name, config, split, revision, field. ValueError for another key."""
+    """The parts of "hf:owner/name?key=value&...": name, config, split, revision. ValueError for another key."""
     name, _, query = given.removeprefix(PREFIX).partition("?")
     pairs = parse_qsl(query, keep_blank_values=True)
     wrong = [key for key, value in pairs if key not in _KEYS or not value]
@@ -68,8 +69,8 @@ def _download(source: dict, state: dict, folder: Path) -> Iterator[dict]:
     while batch := list(islice(stream, SHARD_ROWS)):
         with atomic_file(_shard(folder, shards)) as partial, open(partial, "w", encoding="utf-8") as file:
             for row in batch:
-                # A row without the field keeps its place, so that reading counts and names it.
-                file.write(json.dumps({"text": row.get(source["field"])}) + "\n")
+                strings = {name: value for name, value in row.items() if isinstance(value, str)}
+                file.write(json.dumps(strings) + "\n")
         shards += 1
         state = {**state, "shards": shards, "stream": rows.state_dict()}
         yield state
