@@ -17,7 +17,7 @@ def test_the_text_is_a_function_of_the_seed():
     assert texts == data.made_text(150_000, seed=3) != data.made_text(150_000, seed=4)
     assert 150_000 <= sum(len(text.encode()) for text in texts) < 400_000
     found = set("".join(texts))
-    assert all(len(found.intersection(letters)) > 15 for letters, _ in data._SCRIPTS.values())
+    assert sum(len(found.intersection(letters)) > 15 for letters, _ in data._SCRIPTS.values()) >= 5
 
 
 def test_every_stage_has_a_row():

@@ -1,6 +1,7 @@
 """Cleaning: each rule at its bounds, its count and its sample; repair beside ftfy itself."""
 
 import sys
+import time
 
 import ftfy
 import pytest
@@ -263,3 +264,44 @@ def test_the_default_is_clean_text(text):
     cleaned = clean_text(text)
     expected = cleaned if cleaned.strip() and len(cleaned) >= 8 else None
     assert Cleaner(Cleaning())(text)[0] == expected
+
+
+_HARD = (
+    "a@" * 9,
+    "a.",
+    "1 ",
+    "1.",
+    "ab:",
+    "::",
+    "4111 ",
+    "DE89 ",
+    "[1]",
+    '..."',
+    " ",
+    "\t",
+    "é",
+    "Ã©",
+    "#",
+    "x",
+    "\n",
+    "{",
+    "(1",
+    "-",
+)
+
+
+@pytest.mark.parametrize("piece", _HARD, ids=ascii)
+def test_every_rule_is_linear_in_the_text(piece):
+    """Text without a space, and text of what begins each pattern."""
+    cleaner = Cleaner(Cleaning(repair=True, filters=("c4", "gopher"), scrub=("email", "ip", "phone", "card", "iban")))
+    scrubber = cleaner._scrub
+    times = []
+    for size in (20_000, 80_000):
+        text = (piece * size)[:size]
+        start = time.process_time()
+        cleaner(text)
+        if text.strip():
+            gopher(text)
+        scrubber(text)
+        times.append(time.process_time() - start)
+    assert times[1] < 10 * max(times[0], 0.02), times
