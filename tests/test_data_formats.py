@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastlm.data.cleaning import Cleaner, Cleaning
+from fastlm.data.duplicates import exact_digest, signature
 from fastlm.data.sources import Report, find_files, read_documents, reading, split
 
 TEXTS = ["one", "two\nlines", 'with "quotes", commas\tand tabs', "", "últim – 五"]
@@ -351,3 +352,32 @@ def test_a_dirty_corpus_gives_what_its_clean_files_give(tmp_path):
         "file of another kind (.png)": 1,
     }
     assert {rule: taken.dropped for rule, taken in cleaning.rules.items() if taken.dropped} == {"too short": 2}
+
+
+def test_text_and_json_lines_need_no_extra(tmp_path, monkeypatch):
+    packages = (
+        "pyarrow",
+        "zstandard",
+        "ftfy",
+        "xxhash",
+        "rensa",
+        "py3langid",
+        "lingua",
+        "phonenumbers",
+        "stdnum",
+        "datasets",
+    )
+    for module in [*packages, *(name for name in sys.modules if name.partition(".")[0] in packages)]:
+        monkeypatch.setitem(sys.modules, module, None)
+    (tmp_path / "a.jsonl").write_bytes(jsonl_bytes(["one document"]))
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"another one"))
+    (tmp_path / "c.csv").write_bytes(csv_bytes(["a third, with a@b.org and 203.0.113.9"]))
+    cleaner = Cleaner(Cleaning(filters=("c4", "gopher"), scrub=("email", "ip")))
+    found, report = read([tmp_path])
+    assert len(found) == 3
+    assert not report.set_aside
+    assert [cleaner(text)[1] for _, text in found] == ["c4: few sentences"] * 3
+    assert Cleaner(Cleaning(scrub=("email", "ip")))(found[2][1])[0] == "a third, with <EMAIL> and <IP>"
+    assert len({exact_digest(text) for _, text in found}) == 3
+    with pytest.raises(ValueError, match=r"near duplicates need the package rensa; pip install fastlm\[data\]"):
+        signature(["text"])

@@ -111,6 +111,7 @@ class Scrubber:
 
     def _phone(self, match: re.Match) -> tuple[int, int] | None:
         found = match.group()
+        bare = found.lstrip("(")  # a bracket may be around a number of any kind
         digits = sum(map(str.isdigit, found))
         if not 7 <= digits <= 15 or len(_GROUPS.findall(found)) > _MOST_GROUPS:
             return None
@@ -121,11 +122,11 @@ class Scrubber:
         leniency = numbers.Leniency.STRICT_GROUPING
         if found.startswith("+"):
             leniency = numbers.Leniency.VALID
-        elif digits == len(found):
+        elif bare.isdecimal():
             if not _CALLED.search(re.split("[0-9]", before)[-1]):  # a word before another number is about that one
                 return None
             leniency = numbers.Leniency.VALID
-        elif (digits == 10 and found.count("-") == 3) or _DECIMAL.fullmatch(found):  # ISBN-10 has three hyphens
+        elif (digits == 10 and found.count("-") == 3) or _DECIMAL.fullmatch(bare):  # ISBN-10 has three hyphens
             return None
         for region in self.regions[:1] if found.startswith("+") else self.regions:
             for number in numbers.PhoneNumberMatcher(found, region, leniency):
