@@ -39,7 +39,7 @@ def _email(rng):
 
 def _ip(rng):
     if rng.random() < 0.5:
-        return ".".join(str(rng.randrange(low, 256)) for low in (1, 0, 0, 30))
+        return ".".join(str(rng.randrange(low, 256)) for low in (128, 0, 0, 30))
     number = 0x2001 << 112 | rng.getrandbits(112) & ~(0xFFFFFFFF << (16 * rng.randrange(4)))
     address = ipaddress.IPv6Address(number)
     return rng.choice((address.compressed, address.exploded))

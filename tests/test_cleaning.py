@@ -1,5 +1,6 @@
 """Cleaning: each rule at its bounds, its count and its sample; repair beside ftfy itself."""
 
+import pickle
 import sys
 import time
 
@@ -219,6 +220,7 @@ def test_a_duplicate_leaves_what_was_kept():
         cleaner("the same text", ordinal=i)
     cleaner.report.take_kept("duplicate", "the same text", ordinal=1, place="b")
     assert (cleaner.report.kept, cleaner.report.kept_characters) == (1, 13)
+    assert pickle.loads(pickle.dumps(Cleaner(Cleaning(scrub=("email",)), cleaner.report).report)) == cleaner.report
     assert cleaner.report.rules["duplicate"].dropped == 1
 
 

@@ -44,6 +44,9 @@ class CleaningReport:
     rules: dict[str, Taken] = field(default_factory=dict)
     redact: Callable[[str], str] | None = field(default=None, compare=False, repr=False)  # applied to every sample
 
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "redact": None}  # a function of the process: what is entered is redacted already
+
     def take(self, rule: str, characters: int, *, ordinal, place: str, text: str, became: str | None = None) -> None:
         """Enter that `rule` dropped the document, or where `became` is given that it changed `text` to that."""
         entry = self.rules.setdefault(rule, Taken())
