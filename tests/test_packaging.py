@@ -188,7 +188,10 @@ def test_what_is_imported_is_declared():
     """The wheel's test borrows the packages of this environment, so it would not miss one that is not declared."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    needed, users = project["dependencies"], [line for name in ("hf", "tensorboard", "wandb") for line in extras[name]]
+    needed, users = (
+        project["dependencies"],
+        [line for name in ("hf", "tensorboard", "wandb", "data") for line in extras[name]],
+    )
     required, optional = ({re.match(r"[\w.-]+", line)[0].lower() for line in lines} for lines in (needed, users))
     package = [path for folder in ("fastlm", "kernels") for path in (ROOT / folder).rglob("*.py")]
     found = {name for path in package for name in imported(path)} - set(sys.stdlib_module_names) - {"fastlm"}

@@ -1,0 +1,219 @@
+"""What each stage of data preparation takes: the program of benchmarks/bench_data.py.
+
+The text is made from a seed: documents of 0.2 to 20 KB in eight scripts, two thirds of them with English function
+words, with dates, numbers, addresses, lists, code, mojibake and repeated passages; one in ten is an earlier one with a
+few words changed. A stage's rate is its megabytes of UTF-8 in a second of processor time, of all threads together, so
+that it is that of one core on a busy machine too. The best of the rounds counts. Loading models is not timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path
+
+from fastlm.data.cleaning import Cleaner, Cleaning
+from fastlm.data.duplicates import exact_digest, near_duplicates, signature
+from fastlm.data.scrub import KINDS
+from fastlm.data.sources import Report, find_files, read_documents
+
+GOALS = {"near duplicates": 6.0, "cleaning": 1.5, "all": 0.8}  # MB/s a core
+
+_ENGLISH = (
+    *("the", "of", "and", "to", "in", "that", "is", "was", "he", "for", "it", "with", "as", "his", "on"),
+    *("be", "at", "by", "had", "not", "are", "but", "from", "or", "have", "an", "they", "which"),
+)
+# Name -> letters, and how many of a document in a hundred are in it.
+_SCRIPTS = {
+    "english": ("abcdefghijklmnopqrstuvwxyz", 64),
+    "french": ("abcdefilmnoprstuvéèàçêôùœ", 8),
+    "german": ("abcdefghiklmnoprstuwzäöüß", 6),
+    "russian": ("абвгдежзийклмнопрстуфхцчшщыьэюя", 7),
+    "greek": ("αβγδεζηθικλμνξοπρστυφχψωάέήίό", 3),
+    "arabic": ("ابتثجحخدذرزسشصضطظعغفقكلمنهوي", 3),
+    "hindi": ("अआइईउऊएऐओऔकखगघचछजझटठडढणतथदधनपफबभमयरलवशषसह", 3),
+    "chinese": ("".join(map(chr, range(0x4E00, 0x4E00 + 2500))), 6),
+}
+_VOCABULARY = 20_000
+_COMMAS = (" ", " ", " ", " ", " ", " ", " ", ", ", "; ", " \u2013 ")
+_ENDS = (". ", ". ", ". ", "? ", "! ", ".\n", ".\n\n")
+
+
+def made_text(size: int, seed: int = 0) -> list[str]:
+    """Documents of `size` bytes of UTF-8 in all, or a little more; a function of the seed."""
+    rng = random.Random(seed)
+    vocabularies = {}
+    for name, (letters, _) in _SCRIPTS.items():
+        longest = 2 if name == "chinese" else 11
+        words = ["".join(rng.choices(letters, k=rng.randint(1, longest))) for _ in range(_VOCABULARY)]
+        weights = [1 / (rank + 10) for rank in range(_VOCABULARY)]  # Zipf's law
+        vocabularies[name] = words, list(accumulate(weights))
+    names, shares = list(_SCRIPTS), [share for _, share in _SCRIPTS.values()]
+    texts, made = [], 0
+    while made < size:
+        if texts and rng.random() < 0.1:
+            text = _changed(rng, rng.choice(texts))
+        else:
+            name = rng.choices(names, shares)[0]
+            text = _document(rng, name, *vocabularies[name])
+        texts.append(text)
+        made += len(text.encode())
+    return texts
+
+
+def _document(rng: random.Random, name: str, vocabulary: Sequence[str], weights: Sequence[float]) -> str:
+    count = int(40 * 80 ** rng.random())
+    words = rng.choices(vocabulary, cum_weights=weights, k=count)
+    between = "" if name == "chinese" else " "
+    pieces = []
+    while words:
+        sentence = words[: rng.randint(5, 25)]
+        del words[: len(sentence)]
+        if name == "english":
+            for at in range(0, len(sentence), 2):
+                sentence[at] = rng.choice(_ENGLISH)
+        pieces.append(sentence[0].capitalize())
+        for word in sentence[1:]:
+            pieces += (rng.choice(_COMMAS) if between else ""), word
+        pieces.append(rng.choice(_ENDS) if between else rng.choice(("\u3002", "\uff0c", "\u3002\n")))
+        if rng.random() < 0.08:
+            pieces.append(_oddity(rng))
+    return "".join(pieces)
+
+
+def _oddity(rng: random.Random) -> str:
+    day = rng.randrange(1, 29)
+    forms = (
+        f"On {rng.randrange(1900, 2030)}-{rng.randrange(1, 13):02d}-{day:02d} it was {rng.random():.4f}. ",
+        f"See \u201cpart {rng.randrange(99)}\u201d \u2014 it\u2019s there. ",
+        f"Write to user{rng.randrange(999)}@example.org or call +1 212 555 {rng.randrange(1000, 9999)}. ",
+        f"From {rng.randrange(1, 255)}.{rng.randrange(256)}.{rng.randrange(256)}.{day} at 12:{10 + day}. ",
+        "\n- a list\n- of things\n- in lines\n",
+        "\r\n    for i in range(10):\r\n        print(i)\t# code\r\n",
+        "It was \u00e2\u20ac\u0153sch\u00c3\u00b6n\u00e2\u20ac\u009d. ",
+        f"{rng.randrange(10**9, 10**10)} and ISBN 978-3-16-148410-{rng.randrange(10)}. ",
+        "The same passage is in many of the pages that are here, and it was in all of those before them. ",
+    )
+    return rng.choice(forms)
+
+
+def _changed(rng: random.Random, text: str) -> str:
+    words = text.split(" ")
+    for _ in range(max(1, len(words) // 100)):
+        words[rng.randrange(len(words))] = "changed"
+    return " ".join(words)
+
+
+def _cleaning(**settings) -> Callable[[list[str]], int]:
+    def clean(texts: list[str]) -> int:
+        cleaner = Cleaner(Cleaning(**settings))
+        return sum(cleaner(text, i)[0] is not None for i, text in enumerate(texts))
+
+    return clean
+
+
+def _near(texts: list[str]) -> int:
+    return int(near_duplicates(signature(texts)).kept.sum())
+
+
+_EVERYTHING = {
+    "repair": True,
+    "filters": ("c4", "gopher"),
+    "languages": ("en", "fr", "de", "ru", "el", "ar", "hi", "zh"),
+}
+
+# Stage -> function of the texts that returns how many are left.
+STAGES: dict[str, Callable[[list[str]], int]] = {
+    "tidy": _cleaning(),
+    "tidy, repair": _cleaning(repair=True),
+    "tidy, C4": _cleaning(filters=("c4",)),
+    "tidy, Gopher": _cleaning(filters=("gopher",)),
+    "tidy, language by py3langid": _cleaning(languages=_EVERYTHING["languages"]),
+    "tidy, language by lingua": _cleaning(languages=_EVERYTHING["languages"], detector="lingua"),
+    **{f"tidy, scrub {kind}": _cleaning(scrub=(kind,)) for kind in KINDS},
+    "cleaning": _cleaning(**_EVERYTHING),
+    "cleaning, scrub": _cleaning(**_EVERYTHING, scrub=KINDS),
+    "exact duplicates": lambda texts: len(set(map(exact_digest, texts))),
+    "signatures": lambda texts: len(signature(texts)),
+    "near duplicates": _near,
+}
+
+
+def _readers(texts: list[str], folder: Path) -> Iterator[tuple[str, Path]]:
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    (folder / "a.jsonl").write_bytes(lines)
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(lines, 6))
+    yield from (("read JSONL", folder / "a.jsonl"), ("read JSONL, gzip", folder / "a.jsonl.gz"))
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), folder / "a.parquet")
+    yield "read Parquet", folder / "a.parquet"
+
+
+def _read(path: Path) -> list[str]:
+    report = Report()
+    return [text for _, text in read_documents(find_files([path], report), "file", report)]
+
+
+def _everything(path: Path) -> int:
+    """All stages from a file: read, clean with all filters, scrub, exact and near duplicates."""
+    cleaner = Cleaner(Cleaning(**_EVERYTHING, scrub=KINDS))
+    seen, kept = set(), []
+    for i, text in enumerate(_read(path)):
+        cleaned, _ = cleaner(text, i)
+        if cleaned is not None and (digest := exact_digest(cleaned)) not in seen:
+            seen.add(digest)
+            kept.append(cleaned)
+    return _near(kept)
+
+
+def measure(texts: list[str], rounds: int, now: Callable[[], float] = time.process_time) -> Iterator[dict]:
+    """{"stage", "mb_s", "left"} of each stage. now: seconds of processor time."""
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
+    with tempfile.TemporaryDirectory() as folder:
+        paths = dict(_readers(texts, Path(folder)))
+        jobs = {name: lambda path=path: len(_read(path)) for name, path in paths.items()}
+        jobs |= {name: lambda stage=stage: stage(texts) for name, stage in STAGES.items()}
+        jobs["all"] = lambda: _everything(paths["read JSONL"])
+        _cleaning(**_EVERYTHING, scrub=KINDS)(texts[:20])  # loads the models
+        _cleaning(languages=("en",), detector="lingua")(texts[:20])
+        for name, job in jobs.items():
+            best = float("inf")
+            for _ in range(rounds):
+                start = now()
+                left = job()
+                best = min(best, now() - start)
+            yield {"stage": name, "mb_s": round(megabytes / best, 2), "left": left}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--mb", type=float, default=8, help="megabytes of text")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="write the rows there")
+    arguments = parser.parse_args()
+    texts = made_text(int(arguments.mb * 1e6), arguments.seed)
+    print(f"{len(texts)} documents, {sum(len(text.encode()) for text in texts) / 1e6:.1f} MB; MB/s a core")
+    rows, slow = [], []
+    for row in measure(texts, arguments.rounds):
+        goal = GOALS.get(row["stage"])
+        print(
+            f"{row['stage']:30} {row['mb_s']:9.2f} {row['left']:7} left" + (f"   goal {goal}" if goal else ""),
+            flush=True,
+        )
+        rows.append(row)
+        slow += [row["stage"]] if goal and row["mb_s"] < goal else []
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    if slow:
+        print(f"below the goal: {', '.join(slow)}", file=sys.stderr)
+    return bool(slow)

@@ -1,0 +1,31 @@
+"""Optional packages: each belongs to an extra of this package, which the error names."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+_EXTRAS = {
+    "pyarrow": ("data", "Parquet and Arrow files"),
+    "zstandard": ("data", "zstd files"),
+    "ftfy": ("data", "encoding repair"),
+    "xxhash": ("data", "near duplicates"),
+    "rensa": ("data", "near duplicates"),
+    "py3langid": ("language", "language filters"),
+    "lingua": ("language", "language filters by lingua"),
+    "phonenumbers": ("privacy", "scrubbing phone numbers"),
+    "stdnum": ("privacy", "scrubbing card numbers and IBANs"),
+    "datasets": ("datasets", "Hugging Face datasets by name"),
+}
+
+
+def require(name: str) -> ModuleType:
+    """The module `name`, as `pyarrow.parquet`. ValueError that names the extra where its package is missing."""
+    package = name.partition(".")[0]
+    extra, purpose = _EXTRAS[package]
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != package:
+            raise
+        raise ValueError(f"data: {purpose} need the package {package}; pip install fastlm[{extra}]") from error

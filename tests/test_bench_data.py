@@ -1,0 +1,31 @@
+"""fastlm/bench/data.py: the text is a function of its seed, every stage has a row, times are those of the clock."""
+
+import itertools
+
+import pytest
+
+from fastlm.bench import data
+
+
+@pytest.fixture(autouse=True)
+def few_words(monkeypatch):
+    monkeypatch.setattr(data, "_VOCABULARY", 300)
+
+
+def test_the_text_is_a_function_of_the_seed():
+    texts = data.made_text(150_000, seed=3)
+    assert texts == data.made_text(150_000, seed=3) != data.made_text(150_000, seed=4)
+    assert 150_000 <= sum(len(text.encode()) for text in texts) < 400_000
+    found = set("".join(texts))
+    assert sum(len(found.intersection(letters)) > 15 for letters, _ in data._SCRIPTS.values()) >= 5
+
+
+def test_every_stage_has_a_row():
+    texts, now = data.made_text(10_000, seed=1), itertools.count(step=0.25)
+    rows = {row["stage"]: row for row in data.measure(texts, 1, lambda: next(now))}
+    assert set(rows) == {"read JSONL", "read JSONL, gzip", "read Parquet", *data.STAGES, "all"}
+    assert set(data.GOALS) <= set(rows)
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
+    assert {row["mb_s"] for row in rows.values()} == {round(megabytes / 0.25, 2)}
+    assert rows["read Parquet"]["left"] == rows["read JSONL, gzip"]["left"] == len(texts)
+    assert 0 < rows["all"]["left"] <= rows["cleaning"]["left"] <= len(texts)
