@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from .cross_entropy_rows import _fwd, edge_columns, split, tile_columns
-from .device import multiprocessors
+from .device import multiprocessors, resident
 from .rows import Matrix, matrix
 from .tuning import choose
 
@@ -57,7 +57,7 @@ L1 = 208 * 1024
 SWEEP, SWEEP_WEIGHTED = 64, 16
 PARTS = 64  # partial sums at most in what `_sum` adds
 SUM_BLOCK = 4096
-SCALE_BLOCK = 4096  # 128 threads, 32 elements each
+SCALE_BLOCK, SCALE_REGISTERS = 4096, 80  # of `_scale`: 128 threads, 32 elements each, and no spills
 
 
 def config(cols: int, itemsize: int, weighted: bool) -> Config:
@@ -254,7 +254,8 @@ def cross_entropy_bwd(dlogits, dloss, out):
         dlogits, out = dlogits.view(1, -1), out.view(1, -1)
     rows, cols = out.shape
     block_n = min(SCALE_BLOCK, max(256, triton.next_power_of_2(cols)))
-    programs = min(rows * triton.cdiv(cols, block_n), 8 * multiprocessors(out.device))
     in_place, warps = out.data_ptr() == dlogits.data_ptr(), max(1, block_n // 1024)
+    programs = min(rows * triton.cdiv(cols, block_n), resident(warps, SCALE_REGISTERS, out.device))
     constants = {"PER_ROW": per_row, "IN_PLACE": in_place, "ALIGNED": aligned_alike(dlogits, out), "VEC": vec(out)}
-    _scale[(programs,)](matrix(dlogits), dloss, matrix(out), rows, cols, **constants, BLOCK_N=block_n, num_warps=warps)
+    shape = {"BLOCK_N": block_n, "num_warps": warps, "maxnreg": SCALE_REGISTERS}
+    _scale[(programs,)](matrix(dlogits), dloss, matrix(out), rows, cols, **constants, **shape)

@@ -4,6 +4,9 @@ The gradient of a table is a sum over the tokens of each id, in the order of the
 sorted by id, stably, and a program adds CHUNK consecutive ones, run by run. A run that ends inside its chunk goes to
 the table; a run that is cut goes to scratch, and `_join` adds its parts. A table of few rows, token types, has only
 long runs: there each program sums its share of the tokens for every row, and partial sums are added.
+
+Up to three sums read the gradient of the sum of rows, dh. It is written once in the dtype of the tables, as eager
+PyTorch does, and read so; the sums are in float32.
 """
 
 from dataclasses import dataclass
@@ -13,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .device import multiprocessors
+from .device import register_limit, resident, stages
 from .partials import sum_partials
 from .philox import dropout_key
 from .rows import (
@@ -37,11 +40,18 @@ class Config:
     block_n: int
     num_warps: int
 
+    def registers(self, norm: bool) -> int:
+        """Of a thread of backward with 4 to 16 elements of each tensor; with so many it spills nothing on sm_80 and
+        sm_90. Without a norm there are no sums to keep."""
+        elements = max(4, self.block_m * self.block_n // (32 * self.num_warps))
+        return register_limit(self.num_warps, 32 + (6 if norm else 1) * elements)
+
 
 LONGEST = 8192  # columns: with 16 warps a thread holds 16 elements of each of h, dy and the two sums
 TILE = 2048  # elements of a tile: 16 a thread
 CHUNK = 32  # sorted tokens that a program adds in order
 JOIN = 32  # chunks that `_join` reads at once
+FEW_REGISTERS = 64  # of a thread of `_few_rows`, which has 16 elements
 FEW = 4  # up to so many rows of a table, every program keeps a sum for each: BERT has 2 token types
 
 
@@ -158,6 +168,7 @@ def _bwd(
     HAS_B: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """dh, the gradient of the sum of rows, and where there is a weight the partial sums of dw and db."""
     program, count = tl.program_id(0), tl.num_programs(0)
@@ -168,7 +179,7 @@ def _bwd(
         dw, db = tl.zeros((BLOCK_M, BLOCK_N), tl.float32), tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if dropout is not None:
         k0, k1 = dropout_key(dropout.rng_ptr, dropout.site)
-    for tile in range(program, tl.cdiv(tokens, BLOCK_M), count):
+    for tile in tl.range(program, tl.cdiv(tokens, BLOCK_M), count, num_stages=STAGES):
         token = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         here = token < tokens
         mask = here[:, None] & in_col[None, :]
@@ -184,7 +195,7 @@ def _bwd(
                 db += d
             g = d * w
             d = rstd * (g - (tl.sum(g, axis=1) / cols)[:, None] - xhat * (tl.sum(g * xhat, axis=1) / cols)[:, None])
-        tl.store(dh_ptr + token[:, None] * cols + col[None, :], d, mask=mask)
+        tl.store(dh_ptr + token[:, None] * cols + col[None, :], d.to(dh_ptr.dtype.element_ty), mask=mask)
     if w_ptr is not None:
         tl.store(partial_ptr + program * cols + col, tl.sum(dw, axis=0), mask=in_col)
         if HAS_B:
@@ -232,7 +243,7 @@ def _runs(
     row = tl.load(sorted_ptr + start)
     came_in = ((start > 0) & (tl.load(sorted_ptr + start - 1, mask=start > 0, other=0) == row)).to(tl.int32)
     total = tl.zeros((BLOCK_N,), tl.float32)
-    for k in range(start, end):
+    for k in tl.range(start, end, num_stages=4):  # three rows of dh are on their way while one is added
         here = tl.load(sorted_ptr + k)
         if here != row:
             if came_in != 0:
@@ -301,7 +312,7 @@ def _few_rows(
     col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     for row in tl.static_range(ROWS):
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for tile in range(program, tl.cdiv(tokens, BLOCK_M), count):
+        for tile in tl.range(program, tl.cdiv(tokens, BLOCK_M), count, num_stages=3):
             token = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
             here = token < tokens
             if ids_ptr is not None:
@@ -354,11 +365,14 @@ def embedding_bwd(
     dh = dy
     if weight is not None or threshold > 0:
         c = config(cols, "embedding_bwd")
-        count = min(triton.cdiv(tokens, c.block_m), 2 * multiprocessors(dy.device))
-        dh = dy.new_empty(tokens, cols, dtype=torch.float32)
+        count = min(triton.cdiv(tokens, c.block_m), resident(c.num_warps, c.registers(weight is not None), dy.device))
+        # In dy's dtype: it is written once and read by up to three sums, which add in float32.
+        dh = dy.new_empty(tokens, cols)
         partial = dy.new_empty(2 if dbias is not None else 1, count, cols, dtype=torch.float32)
         dropout = dropout_argument(rng, site, threshold, scale)
         shape = {"BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "num_warps": c.num_warps}
+        shape["STAGES"] = stages(c.block_m * c.block_n * dy.element_size())
+        shape["maxnreg"] = c.registers(weight is not None)
         lookups = _lookups(tables, ids)
         _bwd[(count,)](
             *(matrix(dy), *lookups, weight, mean, rstd, dh, partial, dropout, tokens, cols, period),
@@ -379,9 +393,9 @@ def _table_gradient(dh, ids, period, out, skip):
     columns = triton.cdiv(cols, block_n)
     if rows <= FEW and (ids is not None or period == 1):
         block_m = max(1, TILE // block_n)
-        count = min(triton.cdiv(tokens, block_m), 2 * multiprocessors(dh.device))
+        count = min(triton.cdiv(tokens, block_m), max(1, resident(4, FEW_REGISTERS, dh.device) // columns))
         partial = dh.new_empty(1, count, rows * cols, dtype=torch.float32)
-        shape = {"ROWS": rows, "BLOCK_M": block_m, "BLOCK_N": block_n}
+        shape = {"ROWS": rows, "BLOCK_M": block_m, "BLOCK_N": block_n, "maxnreg": FEW_REGISTERS}
         _few_rows[(count, columns)](matrix(dh), ids, partial, tokens, cols, **shape, num_warps=4)
         sum_partials(partial, out.view(-1))
         if 0 <= skip < rows:

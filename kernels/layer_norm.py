@@ -1,9 +1,10 @@
 """layer_norm and rms_norm in Triton. The maths, with its source: fastlm/ops/layer_norm.py.
 
-Forward: a program holds BLOCK_M whole rows in registers; every tensor is read and written once. Backward: a fixed
-number of programs loop over the rows and keep the weights' gradients in registers, one partial sum a program. A second
-kernel adds these in order, so every run gives the same bits. `_fwd_long` and `_bwd_long` take rows too long for
-registers in blocks; `_weights_long` computes their weights' gradients.
+Forward: a program holds BLOCK_M whole rows in registers; every tensor is read and written once. Backward: as many
+programs as are resident loop over the rows, copy the next tiles to shared memory meanwhile, and keep the weights'
+gradients in registers, one partial sum a program. A second kernel adds these in order, so every run gives the same
+bits. `_fwd_long` and `_bwd_long` take rows too long for registers in blocks; `_weights_long` computes their weights'
+gradients.
 
 An argument that is None is absent: mean_ptr for rms_norm, residual, w_ptr, b_ptr, h_ptr where h equals x, dropout.
 """
@@ -14,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .device import multiprocessors
+from .device import register_limit, resident, stages
 from .partials import sum_partials
 from .philox import dropout_key
 from .rows import (
@@ -40,6 +41,12 @@ class Config:
     num_warps: int
     long: bool = False
 
+    def registers(self) -> int:
+        """Of a thread of backward: x̂, dy, the weight and two sums of 4 to 16 elements, and what is alike for all. At
+        most so many, it spills nothing on sm_80 and sm_90, and `resident` knows how many programs fit."""
+        elements = max(4, self.block_m * self.block_n // (32 * self.num_warps))
+        return register_limit(self.num_warps, 32 + 6 * elements)
+
 
 # Elements of a tile, where a row is shorter. Forward: 16 a thread of 4 warps, two 16-byte loads of bfloat16 in flight.
 # Backward holds x̂, dy and two sums of gradients at once: 16 a thread of 8 warps. The fastest of 6 to 19 on an H100, or
@@ -48,6 +55,7 @@ FWD_TILE, BWD_TILE = 2048, 4096
 # Longest row in registers: 512 threads have 128 registers each, for 32 elements in forward, 16 beside backward's sums.
 FWD_LONGEST, BWD_LONGEST = 16384, 8192
 LONG_BLOCK = 4096
+WEIGHTS_TILE = Config(8, 256, 4)  # of the weights' gradients of long rows
 
 
 def config(cols: int, backward: bool) -> Config:
@@ -76,9 +84,9 @@ def _rule(cols: int, backward: bool) -> Config:
     return Config(min(16, max(1, tile // block_n)), block_n, warps)
 
 
-def programs(rows: int, block_m: int, device: torch.device) -> int:
-    """Programs of the backward pass, each with partial sums: two a multiprocessor."""
-    return min(triton.cdiv(rows, block_m), 2 * multiprocessors(device))
+def programs(rows: int, c: Config, device: torch.device) -> int:
+    """Programs of the backward pass, each with partial sums: those that are resident at once."""
+    return min(triton.cdiv(rows, c.block_m), resident(c.num_warps, c.registers(), device))
 
 
 # ---- rows in registers
@@ -145,6 +153,7 @@ def _bwd(
     HAS_B: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     program, count = tl.program_id(0), tl.num_programs(0)
     col = tl.arange(0, BLOCK_N)
@@ -156,7 +165,7 @@ def _bwd(
         db = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if dropout is not None:
         k0, k1 = dropout_key(dropout.rng_ptr, dropout.site)
-    for tile in range(program, tl.cdiv(rows, BLOCK_M), count):
+    for tile in tl.range(program, tl.cdiv(rows, BLOCK_M), count, num_stages=STAGES):
         row = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         in_row = row < rows
         mask = in_row[:, None] & in_col[None, :]
@@ -326,13 +335,14 @@ def _weights_long(
     HAS_B: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Partial sums of the weights' gradients: a program takes BLOCK_N columns, and its share of the tiles of rows."""
     program, count = tl.program_id(1), tl.num_programs(1)
     col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_col = col < cols
     dw, db = tl.zeros((BLOCK_M, BLOCK_N), tl.float32), tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for tile in range(program, tl.cdiv(rows, BLOCK_M), count):
+    for tile in tl.range(program, tl.cdiv(rows, BLOCK_M), count, num_stages=STAGES):
         row = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         in_row = row < rows
         mask = in_row[:, None] & in_col[None, :]
@@ -366,6 +376,12 @@ def layer_norm_fwd(x, residual, weight, bias, h, y, mean, rstd, *, eps, threshol
     )
 
 
+def _looped(c: Config, h: torch.Tensor) -> dict[str, int]:
+    """How a kernel of resident programs is compiled."""
+    tile = {"BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "STAGES": stages(c.block_m * c.block_n * h.element_size())}
+    return {**tile, "num_warps": c.num_warps, "maxnreg": c.registers()}
+
+
 def layer_norm_bwd(dy, dh, h, weight, mean, rstd, dresidual, dx, dweight, dbias, *, threshold, scale, rng, site, rms):
     """Fills dresidual, dx (where threshold > 0), dweight (None: no weight) and dbias (None: not wanted)."""
     rows, cols = h.shape
@@ -377,7 +393,8 @@ def layer_norm_bwd(dy, dh, h, weight, mean, rstd, dresidual, dx, dweight, dbias,
     assert (weight is None) == (dweight is None)
     has_dbias = dbias is not None
     c = config(cols, backward=True)
-    count = programs(rows, c.block_m, h.device)
+    columns = triton.cdiv(cols, WEIGHTS_TILE.block_n)
+    count = max(1, programs(rows, WEIGHTS_TILE, h.device) // columns) if c.long else programs(rows, c, h.device)
     sums = weight is not None or has_dbias
     partial = h.new_empty(2 if has_dbias else 1, count, cols, dtype=torch.float32) if sums else None
     mean = None if rms else mean
@@ -387,11 +404,9 @@ def layer_norm_bwd(dy, dh, h, weight, mean, rstd, dresidual, dx, dweight, dbias,
         _bwd_long[(rows,)](*inputs, dresidual, dx, dropout, cols, BLOCK_N=c.block_n, num_warps=c.num_warps)
         if sums:
             has = {"HAS_W": weight is not None, "HAS_B": has_dbias}
-            _weights_long[(triton.cdiv(cols, 256), count)](
-                inputs[0], inputs[2], mean, rstd, partial, rows, cols, BLOCK_M=8, BLOCK_N=256, num_warps=4, **has
-            )
+            launch = _looped(WEIGHTS_TILE, h)
+            _weights_long[(columns, count)](inputs[0], inputs[2], mean, rstd, partial, rows, cols, **has, **launch)
     else:
-        shape = {"BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "num_warps": c.num_warps}
-        _bwd[(count,)](*inputs, dresidual, dx, partial, dropout, rows, cols, HAS_B=has_dbias, **shape)
+        _bwd[(count,)](*inputs, dresidual, dx, partial, dropout, rows, cols, HAS_B=has_dbias, **_looped(c, h))
     if sums:
         sum_partials(partial, dweight, dbias)

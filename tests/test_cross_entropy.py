@@ -16,9 +16,10 @@ from test_cuda import device as cuda_on_ptx
 from test_cuda import pytestmark as cuda_is_built
 
 from fastlm import ops
-from fastlm.ops import _registry
+from fastlm.ops import _chunks, _registry
 from fastlm.ops._chunks import chunk_rows
 from fastlm.ops.cross_entropy import LossArgs
+from fastlm.ops.linear_cross_entropy import Inputs, Wanted
 from fastlm.testing.ahead_of_time import compile_for
 
 CUDA = pytest.param("cuda", marks=cuda_is_built)
@@ -260,6 +261,32 @@ def test_backward_loads_16_bytes(elements):
     with compile_for(90) as compiled:
         kernels.cross_entropy_bwd(dlogits, torch.ones(()), dlogits)
     assert compiled[0].load_bytes() == {2: 1, 4: 1, 16: 4}
+
+
+@pytest.mark.parametrize("vocabulary", [37, 40, 64])
+def test_a_device_adds_the_bias_in_the_product(vocabulary, monkeypatch):
+    """torch's addmm uses cuBLASLt's bias only where the logits are contiguous and the bias is one row of them."""
+    calls, addmm = [], torch.addmm
+
+    def recorded(bias, x, w, *, out, **options):
+        calls.append((bias, out))
+        return addmm(bias, x, w, out=out, **options)
+
+    class Losses:
+        def add(self, x, dx, dloss):
+            assert x.shape == dx.shape == (6, vocabulary)
+
+    monkeypatch.setattr(torch, "addmm", recorded)
+    hidden, weight, bias = (
+        torch.ones(*size, dtype=torch.bfloat16) for size in ((6, 5), (vocabulary, 5), (vocabulary,))
+    )
+    wanted = Wanted(True, False, False)
+    inputs = Inputs(hidden, weight, bias, None)
+    gradients = _chunks._chunks(inputs, Losses(), None, wanted, row_bytes=128)
+    ((added, logits),) = calls
+    assert all((added.dim() == 1, added.is_contiguous(), logits.is_contiguous(), logits.shape[1] * 2 % 16 == 0))
+    assert (logits[:, vocabulary:] == 0).all()
+    assert torch.equal(gradients.dhidden, torch.full((6, 5), 6.0 * vocabulary, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize(

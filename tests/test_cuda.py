@@ -7,7 +7,7 @@ executes them, and checks memory, races and barriers.
 import functools
 import os
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -100,6 +100,24 @@ def test_check(check, case, variant):
 @pytest.mark.parametrize("case", HAVE, ids=lambda case: case.op)
 def test_compile(case):
     checks.compiles(case, case.tests[0], torch.bfloat16, "cpu", "cuda", around=device)
+
+
+# Packs of 8 columns: 1 and 2 a thread, of a warp, of 128 and of 512 threads. All but 400 leave threads without columns.
+@pytest.mark.parametrize("cols", [64, 1600, 5120, *(pytest.param(n, marks=pytest.mark.long) for n in (400, 3000))])
+def test_layer_norm_backward_of_rows_copied_ahead(cols):
+    """More rows than are copied ahead, of each width; dh and dropout too. "cpu" is held to eager by its own tests."""
+    generator = torch.Generator().manual_seed(cols)
+    x, residual, dy, dh = torch.randn(4, 8 if cols > 512 else 33, cols, generator=generator).bfloat16()
+    weight, bias, rng = torch.randn(cols, generator=generator), torch.zeros(cols), torch.tensor([3, 4])
+    found = {}
+    for backend in ("cpu", "cuda"):
+        leaves = [t.clone().requires_grad_() for t in (x, residual, weight, bias)]
+        with device() if backend == "cuda" else nullcontext():
+            options = {"residual": leaves[1], "dropout_p": 0.1, "rng": rng, "return_residual": True}
+            outputs = ops.layer_norm(leaves[0], *leaves[2:], **options, backend=backend)
+            found[backend] = torch.autograd.grad(outputs, leaves, (dy, dh))
+    for ours, theirs in zip(found["cuda"], found["cpu"]):
+        torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=1e-4)  # bfloat16 may be rounded the other way
 
 
 def test_mlm_mask_says_how_many_ranges_of_special_ids_it_takes():

@@ -5,6 +5,7 @@ They also run in float32 on Triton's interpreter, for one seed, since it takes s
 process, since TRITON_INTERPRET=1 is read when a kernel is defined.
 """
 
+import importlib
 import os
 import subprocess
 import sys
@@ -15,8 +16,10 @@ import pytest
 import torch
 from variants import seeds, sweep
 
+from fastlm.kernels import device as device_module
 from fastlm.ops import _registry
 from fastlm.testing import checks
+from fastlm.testing.ahead_of_time import compile_for
 from fastlm.testing.cases import CASES
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -63,6 +66,29 @@ def test_check(check, case, variant):
 @pytest.mark.parametrize("case", HAVE, ids=lambda case: case.op)
 def test_compile(case):
     checks.compiles(case, case.tests[0], torch.bfloat16, "cpu", "triton", around=DEVICE)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="it compiles")
+@pytest.mark.parametrize(("op", "kernels"), [("layer_norm", 1), ("gelu", 1), ("embedding", 2)])
+def test_programs_that_loop_are_resident_at_once(op, kernels, monkeypatch):
+    """As many as a launcher takes for resident fit a multiprocessor, by their registers and shared memory."""
+    module, taken = importlib.import_module(f"fastlm.kernels.{op}"), []
+
+    def resident(num_warps, registers, device):
+        taken.append(device_module.resident(num_warps, registers, device) // device_module.multiprocessors(device))
+        return taken[-1]
+
+    monkeypatch.setattr(module, "resident", resident)
+    case = CASES[op]
+    variant = next(v for v in case.production if v.shape["cols"] in (768, 3072) and v.options.get("dropout_p") != 0.5)
+    inputs = case.inputs(variant, 0, torch.bfloat16)
+    with compile_for(90) as compiled:
+        case.everything(case.function, variant, inputs, 0, backend="triton")
+    looping = [kernel for kernel in compiled if kernel.name in ("_bwd", "_few_rows")]
+    fitting = [kernel.occupancy(kernel.resources()) * 64 / kernel.num_warps for kernel in looping]
+    assert len(taken) == len(fitting) == kernels
+    assert all(programs <= fit for programs, fit in zip(taken, fitting)), (taken, fitting)
+    assert all("cp.async" in kernel.ptx for kernel in looping)  # the next tiles are on their way meanwhile
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")

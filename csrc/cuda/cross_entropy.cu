@@ -454,8 +454,9 @@ void backward(CrossEntropyBackward a, Place place) {
   const bool alike = (reinterpret_cast<uintptr_t>(a.x) - reinterpret_cast<uintptr_t>(a.y)) % 16 == 0 &&
                      (a.rows == 1 || (a.stride_x - a.stride_y) % kVector<T> == 0);
   const int64_t tiles = a.rows * ((a.cols + kTile - 1) / kTile);
-  const int64_t blocks = std::min<int64_t>(tiles, 8 * multiprocessors(place.device));
-  launch(cross_entropy_bwd_kernel<T>, unsigned(blocks), kScale, 0, place.stream, a, alike);
+  const auto kernel = cross_entropy_bwd_kernel<T>;
+  const int64_t blocks = std::min<int64_t>(tiles, resident_blocks(kernel, kScale, 0, place.device));
+  launch(kernel, unsigned(blocks), kScale, 0, place.stream, a, alike);
 }
 
 }  // namespace

@@ -1,5 +1,7 @@
+#include <algorithm>
 #include <map>
 #include <mutex>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -44,6 +46,24 @@ void allow_shared(const void* kernel, size_t bytes) {
   if (bytes <= most) return;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)), "cudaFuncSetAttribute");
   most = bytes;
+}
+
+int resident_blocks(const void* kernel, int threads, size_t shared, int device) {
+  if (!on_device()) return multiprocessors(device);
+  if (shared > 48 * 1024) allow_shared(kernel, shared);
+  static std::map<std::tuple<const void*, int, size_t, int>, int> known;
+  int a_multiprocessor = 0;
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    int& value = known[{kernel, threads, shared, device}];
+    if (!value) {
+      check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&value, kernel, threads, shared),
+            "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+      value = std::max(1, value);
+    }
+    a_multiprocessor = value;
+  }
+  return a_multiprocessor * multiprocessors(device);
 }
 
 }  // namespace fastlm::cuda

@@ -47,6 +47,15 @@ size_t shared_memory(int device);
 // Allows a kernel this much dynamic shared memory on the current device. More than 48 KB must be requested.
 void allow_shared(const void* kernel, size_t bytes);
 
+// Blocks of a kernel that are resident at once on all multiprocessors of the current device, which is `device`. The
+// runtime is asked once for each kernel. Without a device: one a multiprocessor, so that blocks loop.
+int resident_blocks(const void* kernel, int threads, size_t shared, int device);
+
+template <class... P>
+int resident_blocks(void (*kernel)(P...), int threads, size_t shared, int device) {
+  return resident_blocks(reinterpret_cast<const void*>(kernel), threads, shared, device);
+}
+
 // A grid of this many blocks along x, at most 2^31 - 1. More would lose high bits and leave rows unwritten.
 inline unsigned grid_size(int64_t blocks) {
   if (blocks > INT_MAX)

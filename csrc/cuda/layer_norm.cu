@@ -2,52 +2,20 @@
 //
 // Forward: THREADS threads hold a row in registers, N packs of VEC columns each, so every tensor is read and written
 // once, 16 bytes at a time. Backward: each block loops over rows and keeps the weight gradients of its columns in
-// registers. It writes one partial sum, and a second kernel adds these in order. Rows that are too long for registers
-// are read again from the second-level cache. VEC is 1 if rows do not start on 16 bytes.
+// registers. Its next rows are copied to shared memory meanwhile. It writes one partial sum, and a second kernel adds
+// these in order. Rows that are too long for registers are read again from the second-level cache. VEC is 1 if rows do
+// not start on 16 bytes.
 #include <algorithm>
 
 #include "launch.h"
-#include "layer_norm.h"
+#include "layer_norm_rows.cuh"
 #include "partials.cuh"
-#include "rows.cuh"
 
 namespace fastlm::cuda {
 
 constexpr int kLong = 512;  // threads of a block whose row is read again
 
 __host__ __device__ constexpr int block_size(int threads) { return threads < 128 ? 128 : threads; }
-
-// ---- statistics
-
-// x̂ = (h - mean) rstd - offset. `mean` is rounded; offset is the mean of (h - mean) rstd, what the rounding lost. Far
-// from 0 it matters: at a mean of 100, half a unit in the last place is 4e-6. rms: mean and offset are 0.
-struct Statistics {
-  float mean, offset, rstd;
-
-  __device__ __forceinline__ float normalize(float h) const { return (h - mean) * rstd - offset; }
-};
-
-// Adds d = h - mean to the row's sums of d and d².
-__device__ __forceinline__ void add_centred(float d, float (&sums)[2]) {
-  sums[0] += d;
-  sums[1] += d * d;
-}
-
-__device__ __forceinline__ Statistics make_statistics(const LayerNormForward& a, float mean, const float (&sums)[2]) {
-  const float lost = a.mean ? sums[0] / float(a.cols) : 0.0f;
-  const float rstd = 1.0f / sqrtf(fmaxf(sums[1] / float(a.cols) - lost * lost, 0.0f) + a.eps);
-  return {mean, lost * rstd, rstd};
-}
-
-__device__ __forceinline__ void save(const LayerNormForward& a, int64_t row, const Statistics& s) {
-  if (a.mean) a.mean[row] = s.mean, a.mean[a.rows + row] = s.offset;
-  a.rstd[row] = s.rstd;
-}
-
-__device__ __forceinline__ Statistics saved(const LayerNormBackward& a, int64_t row) {
-  if (!a.mean) return {0.0f, 0.0f, a.rstd[row]};
-  return {a.mean[row], a.mean[a.rows + row], a.rstd[row]};
-}
 
 // ---- rows in registers
 
@@ -62,22 +30,20 @@ __global__ void __launch_bounds__(block_size(THREADS)) layer_norm_fwd_kernel(con
   const T* x = static_cast<const T*>(a.x) + row * a.stride_x;
   const T* residual = static_cast<const T*>(a.residual) + (a.residual ? row * a.stride_residual : 0);
 
+  Raw<T, VEC> x_packs[N], residual_packs[N];
+  load_packs<THREADS, VEC>(x, lane, a.cols, x_packs, a.wide);
+  if (a.residual) load_packs<THREADS, VEC>(residual, lane, a.cols, residual_packs, a.wide);
   float h[N][VEC];
   float sum = 0.0f;
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     const int64_t col = int64_t(i * THREADS + lane) * VEC;
     if (col >= a.cols) continue;
-    load(x + col, h[i], a.wide);
-  }
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    const int64_t col = int64_t(i * THREADS + lane) * VEC;
-    if (col >= a.cols) continue;
+    unpack<T>(x_packs[i], h[i]);
     if (a.dropout.threshold) drop(h[i], row, col, a.dropout, key);
     if (a.residual) {
       float r[VEC];
-      load(residual + col, r, a.wide);
+      unpack<T>(residual_packs[i], r);
 #pragma unroll
       for (int j = 0; j < VEC; ++j) h[i][j] += r[j];
     }
@@ -132,6 +98,7 @@ template <class T, int VEC, int N, int THREADS>
 __global__ void __launch_bounds__(block_size(THREADS), bwd_blocks(VEC* N, block_size(THREADS)))
     layer_norm_bwd_kernel(const LayerNormBackward a) {
   constexpr int kRows = block_size(THREADS) / THREADS;
+  extern __shared__ uint4 memory[];
   __shared__ float buffer[2][2][32];  // rows alternate: a row's sums are read while the next one's are written
   __shared__ float sums[2][THREADS * N * VEC];  // of weights' gradients, over the rows of a block
   const int lane = threadIdx.x % THREADS, group = threadIdx.x / THREADS;
@@ -146,20 +113,43 @@ __global__ void __launch_bounds__(block_size(THREADS), bwd_blocks(VEC* N, block_
     for (int j = 0; j < VEC; ++j) w[i][j] = 1.0f;
     if (a.weight && col < a.cols) load_parameter<VEC, T>(a.weight, a.weight_is_float, col, w[i], a.wide);
   }
-  int turn = 0;
-  for (int64_t row = int64_t(blockIdx.x) * kRows + group; row < a.rows; row += int64_t(gridDim.x) * kRows, turn ^= 1) {
-    const T* dy = static_cast<const T*>(a.dy) + row * a.stride_dy;
-    const T* h = static_cast<const T*>(a.h) + row * a.stride_h;
-    const Statistics s = saved(a, row);
-    float g[N][VEC], xhat[N][VEC];
-    float sum_g = 0.0f, sum_gx = 0.0f;
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const int64_t col = int64_t(i * THREADS + lane) * VEC;
-      if (col >= a.cols) continue;
-      load(dy + col, g[i], a.wide);
-      load(h + col, xhat[i], a.wide);
+  // Rows that do not start on 16 bytes are not copied ahead, but loaded when it is their turn.
+  using Rows = Ahead<T, N, block_size(THREADS)>;
+  const Rows rows(memory, a.dh != nullptr);
+  const bool ahead = VEC > 1 && a.wide;
+  const int64_t step = int64_t(gridDim.x) * kRows;
+  auto fetch = [&](int64_t row, int stage) {
+    if constexpr (VEC > 1) {
+      if (ahead && row < a.rows) rows.template fetch<THREADS>(a, row, lane, stage);
+      __pipeline_commit();
     }
+  };
+  int64_t row = int64_t(blockIdx.x) * kRows + group;
+#pragma unroll
+  for (int k = 0; k < Rows::kStages; ++k) fetch(row + k * step, k);
+  for (int stage = 0, turn = 0; row < a.rows; row += step, turn ^= 1, stage = (stage + 1) % Rows::kStages) {
+    Statistics s;
+    float g[N][VEC], xhat[N][VEC];
+    if (ahead) {
+      __pipeline_wait_prior(Rows::kStages - 1);
+      s = rows.statistics(a.mean, stage);
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        if (int64_t(i * THREADS + lane) * VEC >= a.cols) continue;
+        load(rows.pack(stage, 0, i), g[i]);
+        load(rows.pack(stage, 1, i), xhat[i]);
+      }
+    } else {
+      s = saved(a, row);
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        const int64_t col = int64_t(i * THREADS + lane) * VEC;
+        if (col >= a.cols) continue;
+        load(static_cast<const T*>(a.dy) + row * a.stride_dy + col, g[i], false);
+        load(static_cast<const T*>(a.h) + row * a.stride_h + col, xhat[i], false);
+      }
+    }
+    float sum[2] = {};  // of g and of g x̂
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       if (int64_t(i * THREADS + lane) * VEC >= a.cols) continue;
@@ -169,13 +159,13 @@ __global__ void __launch_bounds__(block_size(THREADS), bwd_blocks(VEC* N, block_
         dw[i][j] += g[i][j] * xhat[i][j];
         db[i][j] += g[i][j];
         g[i][j] *= w[i][j];
-        sum_g += g[i][j];
-        sum_gx += g[i][j] * xhat[i][j];
+        sum[0] += g[i][j];
+        sum[1] += g[i][j] * xhat[i][j];
       }
     }
     // With g = dy weight:  dh = rstd (g - mean(g) - x̂ mean(g x̂)); rms has no mean(g).
-    const float mean_g = a.mean ? row_sum<THREADS>(sum_g, buffer[turn][0]) * inverse : 0.0f;
-    const float mean_gx = row_sum<THREADS>(sum_gx, buffer[turn][1]) * inverse;
+    row_sums<THREADS>(sum, buffer[turn]);
+    const float mean_g = a.mean ? sum[0] * inverse : 0.0f, mean_gx = sum[1] * inverse;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const int64_t col = int64_t(i * THREADS + lane) * VEC;
@@ -184,10 +174,20 @@ __global__ void __launch_bounds__(block_size(THREADS), bwd_blocks(VEC* N, block_
       for (int j = 0; j < VEC; ++j) g[i][j] = s.rstd * (g[i][j] - mean_g - xhat[i][j] * mean_gx);
       if (a.dh) {
         float dh[VEC];
-        load(static_cast<const T*>(a.dh) + row * a.stride_dh + col, dh, a.wide);
+        if (ahead) {
+          load(rows.pack(stage, 2, i), dh);
+        } else {
+          load(static_cast<const T*>(a.dh) + row * a.stride_dh + col, dh, false);
+        }
 #pragma unroll
         for (int j = 0; j < VEC; ++j) g[i][j] += dh[j];
       }
+    }
+    fetch(row + Rows::kStages * step, stage);  // into the place that was just read
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const int64_t col = int64_t(i * THREADS + lane) * VEC;
+      if (col >= a.cols) continue;
       store(static_cast<T*>(a.dresidual) + row * a.cols + col, g[i]);
       if (a.dropout.threshold) {
         drop(g[i], row, col, a.dropout, key);
@@ -328,6 +328,7 @@ __global__ void __launch_bounds__(kLongCols) layer_norm_weights_long_kernel(cons
   const int64_t col = int64_t(blockIdx.x) * kLongCols + threadIdx.x;
   if (col >= a.cols) return;
   float dw = 0.0f, db = 0.0f;
+#pragma unroll 4
   for (int64_t row = blockIdx.y; row < a.rows; row += gridDim.y) {
     const float dy = to_float(static_cast<const T*>(a.dy)[row * a.stride_dy + col]);
     const float h = to_float(static_cast<const T*>(a.h)[row * a.stride_h + col]);
@@ -378,14 +379,16 @@ void finish(const LayerNormBackward& a, int64_t count, Place place) {
   if (a.dbias) sum_partials<T>(a.partial + count * a.cols, count, a.cols, a.dbias, true, place);
 }
 
+// Blocks that are resident at once; each loops over its rows and writes one partial sum.
 template <class T, int VEC, int N, int THREADS>
 void run_bwd(const LayerNormBackward& a, Place place) {
-  constexpr int kRows = block_size(THREADS) / THREADS;
-  // As many blocks as are resident at once; each loops over its rows and writes one partial sum.
+  constexpr int kBlock = block_size(THREADS), kRows = kBlock / THREADS;
+  const auto kernel = layer_norm_bwd_kernel<T, VEC, N, THREADS>;
+  const size_t shared = VEC > 1 && a.wide ? Ahead<T, N, kBlock>::bytes(a.dh) : 0;
   const int64_t resident =
-      std::min<int64_t>(partial_rows(place.device), multiprocessors(place.device) * (1024 / block_size(THREADS)));
+      std::min<int64_t>(partial_rows(place.device), resident_blocks(kernel, kBlock, shared, place.device));
   const int64_t blocks = std::min<int64_t>((a.rows + kRows - 1) / kRows, resident);
-  launch(layer_norm_bwd_kernel<T, VEC, N, THREADS>, unsigned(blocks), block_size(THREADS), 0, place.stream, a);
+  launch(kernel, unsigned(blocks), kBlock, shared, place.stream, a);
   finish<T>(a, blocks, place);
 }
 
@@ -393,9 +396,11 @@ template <class T, int VEC>
 void run_bwd_long(const LayerNormBackward& a, Place place) {
   launch(layer_norm_bwd_long_kernel<T, VEC>, grid_size(a.rows), kLong, 0, place.stream, a);
   if (!a.dweight && !a.dbias) return;
-  const int64_t count = std::min<int64_t>(a.rows, std::min<int64_t>(64, partial_rows(place.device)));
-  launch(layer_norm_weights_long_kernel<T>, dim3(unsigned((a.cols + kLongCols - 1) / kLongCols), unsigned(count)),
-         kLongCols, 0, place.stream, a);
+  const int64_t columns = (a.cols + kLongCols - 1) / kLongCols;
+  const int64_t resident = resident_blocks(layer_norm_weights_long_kernel<T>, kLongCols, 0, place.device);
+  const int64_t count =
+      std::min({a.rows, partial_rows(place.device), std::max<int64_t>(1, resident / columns), int64_t(65535)});
+  launch(layer_norm_weights_long_kernel<T>, dim3(unsigned(columns), unsigned(count)), kLongCols, 0, place.stream, a);
   finish<T>(a, count, place);
 }
 

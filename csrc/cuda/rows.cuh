@@ -4,6 +4,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <type_traits>
+
 #include "ops.h"
 #include "philox.h"
 
@@ -51,6 +53,40 @@ __device__ __forceinline__ void load(const T* from, float (&to)[N], bool wide = 
     const auto pack = *reinterpret_cast<const Pack<T, kStep>*>(from + k);
 #pragma unroll
     for (int j = 0; j < kStep; ++j) to[k + j] = to_float(pack.item[j]);
+  }
+}
+
+// A pack in as few registers as it needs: a Pack of 16-bit items takes one for each of them between two branches.
+template <class T, int N>
+using Raw = std::conditional_t<sizeof(T) * N == 16, uint4, Pack<T, N>>;
+
+template <class T, int N>
+__device__ __forceinline__ void unpack(const Raw<T, N>& raw, float (&to)[N]) {
+  const auto pack = reinterpret_cast<const Pack<T, N>&>(raw);
+#pragma unroll
+  for (int j = 0; j < N; ++j) to[j] = to_float(pack.item[j]);
+}
+
+// The N packs of a row that a thread of THREADS holds, as far as there are columns. The choice by `wide` is made once:
+// in the loop, each load would wait for the last.
+template <int THREADS, int VEC, int N, class T>
+__device__ __forceinline__ void load_packs(const T* row, int lane, int64_t cols, Raw<T, VEC> (&to)[N], bool wide) {
+  auto each = [&](auto load_pack) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const int64_t col = int64_t(i * THREADS + lane) * VEC;
+      if (col < cols) load_pack(to[i], row + col);
+    }
+  };
+  if (wide) {
+    each([](Raw<T, VEC>& raw, const T* from) { raw = *reinterpret_cast<const Raw<T, VEC>*>(from); });
+  } else {
+    each([](Raw<T, VEC>& raw, const T* from) {
+      Pack<T, VEC> pack;
+#pragma unroll
+      for (int j = 0; j < VEC; ++j) pack.item[j] = from[j];
+      raw = reinterpret_cast<const Raw<T, VEC>&>(pack);
+    });
   }
 }
 

@@ -52,21 +52,21 @@ def _add_weight_gradient(dweight, dbias, g, x, wanted: Wanted, first: bool) -> N
 def _chunks(inputs: Inputs, losses: Losses, dloss, wanted: Wanted, row_bytes: int) -> Gradients:
     """Adds all rows to `losses`; returns the gradients.
 
-    dloss: (rows,) float32 or None. row_bytes: each row of a chunk of logits starts at a multiple of row_bytes.
+    dloss: (rows,) float32 or None. row_bytes: as of raw_ops.
     """
     # Contiguous, since with another leading dimension the BLAS may sum in another order and give other bits.
     hidden, weight, bias = inputs.hidden, inputs.weight, inputs.bias
     h, w = as_rows(hidden).contiguous(), weight.contiguous()
     rows, vocabulary = h.shape[0], w.shape[0]
-    step, cols = chunk_rows(rows, h.dtype, h.device.type), round_up(vocabulary, max(1, row_bytes // h.element_size()))
-    buffer = h.new_empty(step, cols)
-    buffer[:, vocabulary:] = 0  # oneDNN's bfloat16 product on AMX reads past a row's end, and NaN times 0 is NaN
+    step, classes = chunk_rows(rows, h.dtype, h.device.type), vocabulary
     # cuBLAS has no fast kernel if the bytes of a row of classes are not a multiple of 16. The products then include the
-    # padding, whose logits and gradients are 0.
+    # padding, whose logits and gradients are 0. The logits are contiguous in either case: only then does torch let
+    # cuBLASLt add the bias in the product. Else it copies the bias to all of the logits first, and reads them again.
     if row_bytes and vocabulary * h.element_size() % 16:
-        w = F.pad(w, (0, 0, 0, cols - vocabulary))
-        bias = None if bias is None else F.pad(bias, (0, cols - vocabulary))
-    classes = w.shape[0]
+        classes = round_up(vocabulary, row_bytes // h.element_size())
+        w = F.pad(w, (0, 0, 0, classes - vocabulary))
+        bias = None if bias is None else F.pad(bias, (0, classes - vocabulary))
+    buffer = h.new_empty(step, classes)
     dhidden = h.new_empty(h.shape if wanted.dhidden else 0)
     dweight = w.new_empty(w.shape if wanted.dweight else 0, dtype=torch.float32)
     dbias = w.new_zeros(classes if wanted.dbias else 0, dtype=torch.float32)
@@ -76,7 +76,7 @@ def _chunks(inputs: Inputs, losses: Losses, dloss, wanted: Wanted, row_bytes: in
         for begin in range(0, rows, max(1, step)):
             chunk = slice(begin, begin + step)
             x = h[chunk]
-            g = buffer[: x.shape[0], :classes]
+            g = buffer[: x.shape[0]]
             if bias is None:
                 torch.mm(x, w.t(), out=g)
             else:
@@ -96,7 +96,7 @@ def _chunks(inputs: Inputs, losses: Losses, dloss, wanted: Wanted, row_bytes: in
 def raw_ops(losses: type[Losses], row_bytes: int = 0):
     """(forward, backward) of a backend, given its class of Losses.
 
-    row_bytes: each row of a chunk of logits starts at a multiple of row_bytes.
+    row_bytes: a row of logits whose bytes are not a multiple of 16 is padded to a multiple of row_bytes; 0: never.
     """
 
     def forward(args: Args) -> Outputs:

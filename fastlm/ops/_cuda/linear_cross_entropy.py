@@ -3,5 +3,5 @@
 from fastlm.ops._chunks import raw_ops
 from fastlm.ops._cuda.cross_entropy import Losses
 
-# Rows start on cache lines for any vocabulary: the fast kernels of cuBLAS need leading dimensions of whole 16 bytes.
+# The fast kernels of cuBLAS need leading dimensions of whole 16 bytes. Where a row is padded, to whole cache lines.
 linear_cross_entropy_fwd, linear_cross_entropy_bwd = raw_ops(Losses, row_bytes=128)
