@@ -27,6 +27,7 @@ from fastlm import nn, ops
 from fastlm.models import _checkpoint, _inputs
 from fastlm.models._config import Config
 from fastlm.models._model import Counts, Model, add_norm, as_stream, tied
+from fastlm.nn.linear import Linear
 from fastlm.ops import IGNORE_INDEX, _checks
 from fastlm.settings import key
 
@@ -112,8 +113,8 @@ class SelfAttention(torch.nn.Module):
         self.heads, self.site, self.decoder = config.num_heads, site, decoder
         self.dropout_p, self.max_distance = config.dropout_rate, config.relative_attention_max_distance
         inner = config.num_heads * config.d_kv
-        self.qkv = torch.nn.Linear(config.d_model, 3 * inner, bias=False, **factory)
-        self.out = torch.nn.Linear(inner, config.d_model, bias=False, **factory)
+        self.qkv = Linear(config.d_model, 3 * inner, bias=False, **factory)
+        self.out = Linear(inner, config.d_model, bias=False, **factory)
 
     def forward(self, x, table, sequences, rng):
         """x (..., d_model); table (buckets, heads); sequences: arguments of ops.attention."""
@@ -141,9 +142,9 @@ class CrossAttention(torch.nn.Module):
         super().__init__()
         self.heads, self.site, self.dropout_p = config.num_heads, site, config.dropout_rate
         inner = config.num_heads * config.d_kv
-        self.q = torch.nn.Linear(config.d_model, inner, bias=False, **factory)
-        self.kv = torch.nn.Linear(config.d_model, 2 * inner, bias=False, **factory)
-        self.out = torch.nn.Linear(inner, config.d_model, bias=False, **factory)
+        self.q = Linear(config.d_model, inner, bias=False, **factory)
+        self.kv = Linear(config.d_model, 2 * inner, bias=False, **factory)
+        self.out = Linear(inner, config.d_model, bias=False, **factory)
 
     def forward(self, x, source, sequences, rng):
         """x (..., d_model) of the decoder; source (..., d_model) of the encoder; sequences: of both."""

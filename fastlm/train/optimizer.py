@@ -9,13 +9,16 @@ reads neither scalar.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from fastlm.models import Counts, Model
+from fastlm.nn.linear import LowWeights
 from fastlm.tasks import Micro, TrainTable
 from fastlm.train.adamw import AdamW, runs_on, total_norm
 from fastlm.train.lamb import LAMB
@@ -102,6 +105,28 @@ def lr_at(step: int, table: TrainTable) -> float:
     return table.lr * (table.final_lr + (1.0 - table.final_lr) * left)
 
 
+# By model. Of a sharded one the weights are not there as a whole between its layers.
+_copies: weakref.WeakKeyDictionary[nn.Module, LowWeights] = weakref.WeakKeyDictionary()
+
+
+def _low_weights(model: nn.Module, dtype: torch.dtype) -> AbstractContextManager:
+    """The block of a step in which the weights of `model` are cast once for all its micro-batches."""
+    if dtype == torch.float32:
+        return nullcontext()
+    if model not in _copies:
+        _copies[model] = LowWeights(model.parameters())
+    return _copies[model].fresh(dtype)
+
+
+def forward_backward(model: nn.Module, micro: Micro, dtype: torch.dtype) -> torch.Tensor:
+    """Adds the gradients of the sum of the losses to the parameters' .grad; returns that sum, float32."""
+    device = next(model.parameters()).device.type
+    with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+        loss = model(**micro.inputs)
+    loss.backward()
+    return loss.detach().float()
+
+
 def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -128,14 +153,11 @@ def train_step(
     parameters and the optimizer's state are as they were. No parameter has a .grad afterwards. With several processes
     follow the sums over them of `stop`, of the entries of Counts, and of what was dropped: the same in all.
     """
-    device, counts = next(model.parameters()).device, Counts.total(micro.counts for micro in micros)
-    losses = []
-    for micro in micros:
-        sync_gradients(model, micro is micros[-1])
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = model(**micro.inputs)
-        loss.backward()
-        losses.append(loss.detach().float())
+    counts, losses = Counts.total(micro.counts for micro in micros), []
+    with _low_weights(model, dtype) if shards is None else nullcontext():
+        for micro in micros:
+            sync_gradients(model, micro is micros[-1])
+            losses.append(forward_backward(model, micro, dtype))
     total, sums = torch.stack(losses).sum(), None
     predicted = divisor = max(1, counts.predicted)
     if world.size > 1:
