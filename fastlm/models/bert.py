@@ -23,6 +23,7 @@ from fastlm.models._config import GELUS, Config
 from fastlm.models._model import Counts, Model, as_stream, tied
 from fastlm.nn.linear import Linear, linear
 from fastlm.ops import _checks
+from fastlm.ops._heads import split_heads
 from fastlm.settings import key
 
 _PROBLEMS = (None, "regression", "single_label_classification", "multi_label_classification")
@@ -169,7 +170,7 @@ class Layer(torch.nn.Module):
         """
         attention_dropout_p, dropout_p = (self.attention_dropout_p, self.dropout_p) if self.training else (0.0, 0.0)
         qkv, x = self.qkv(x, keep=True)
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(-3)  # views, (..., heads, head_dim)
+        q, k, v = split_heads(qkv, self.heads)
         attended = ops.attention(q, k, v, dropout_p=attention_dropout_p, rng=rng, site=self.site, **sequences)
         attended = attended.flatten(-2)
         if index is not None:

@@ -26,6 +26,7 @@ from fastlm.models._config import GELUS, Config
 from fastlm.models._model import Counts, Model, add_norm, as_stream, tied
 from fastlm.nn.linear import Linear
 from fastlm.ops import _checks
+from fastlm.ops._heads import split_heads
 from fastlm.settings import key
 
 
@@ -111,7 +112,7 @@ class Layer(torch.nn.Module):
         """
         attention_dropout_p, dropout_p = (self.attention_dropout_p, self.dropout_p) if self.training else (0.0, 0.0)
         h, x = add_norm(self.norm1, x, delta, dropout_p=dropout_p, rng=rng, site=self.site)
-        q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).unbind(-3)  # views, (..., heads, head_dim)
+        q, k, v = split_heads(self.qkv(h), self.heads)
         attended = ops.attention(
             q, k, v, causal=True, dropout_p=attention_dropout_p, rng=rng, site=self.site + 1, **sequences
         )

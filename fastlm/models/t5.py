@@ -29,6 +29,7 @@ from fastlm.models._config import Config
 from fastlm.models._model import Counts, Model, add_norm, as_stream, tied
 from fastlm.nn.linear import Linear
 from fastlm.ops import IGNORE_INDEX, _checks
+from fastlm.ops._heads import split_heads
 from fastlm.settings import key
 
 _SITES = 6  # dropouts of a layer
@@ -118,7 +119,7 @@ class SelfAttention(torch.nn.Module):
 
     def forward(self, x, table, sequences, rng):
         """x (..., d_model); table (buckets, heads); sequences: arguments of ops.attention."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)  # views, (..., heads, d_kv)
+        q, k, v = split_heads(self.qkv(x), self.heads)
         bias = ops.RelativeBias(table, bidirectional=not self.decoder, max_distance=self.max_distance)
         attended = ops.attention(
             q,
