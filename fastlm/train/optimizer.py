@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -24,6 +25,9 @@ from fastlm.train.adamw import AdamW, runs_on, total_norm
 from fastlm.train.lamb import LAMB
 from fastlm.train.muon import Muon, Together
 from fastlm.train.parallel import ALONE, Shards, World, sync_gradients
+
+if TYPE_CHECKING:
+    from fastlm.train.graph import StepGraph
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,7 @@ def lr_at(step: int, table: TrainTable) -> float:
 _copies: weakref.WeakKeyDictionary[nn.Module, LowWeights] = weakref.WeakKeyDictionary()
 
 
-def _low_weights(model: nn.Module, dtype: torch.dtype) -> AbstractContextManager:
+def low_weights(model: nn.Module, dtype: torch.dtype) -> AbstractContextManager:
     """The block of a step in which the weights of `model` are cast once for all its micro-batches."""
     if dtype == torch.float32:
         return nullcontext()
@@ -138,6 +142,7 @@ def train_step(
     world: World = ALONE,
     shards: Shards | None = None,
     stop: bool = False,
+    graph: StepGraph | None = None,
 ) -> torch.Tensor:
     """One update from the micro-batches of a global batch, on the model's device; nothing waits for the device.
 
@@ -148,16 +153,20 @@ def train_step(
     world: the processes that the micro-batches of the step are divided among; `model` averages gradients over them
     shards: where `model` is sharded, what the optimizer's parameters are parts of
     stop: whether this process wants to stop
+    graph: runs micro-batches of its shapes in place of `model`
 
     Returns float64 (2,): that mean, and the norm of its gradient before clipping. Where either is not finite, the
     parameters and the optimizer's state are as they were. No parameter has a .grad afterwards. With several processes
     follow the sums over them of `stop`, of the entries of Counts, and of what was dropped: the same in all.
     """
     counts, losses = Counts.total(micro.counts for micro in micros), []
-    with _low_weights(model, dtype) if shards is None else nullcontext():
+    with low_weights(model, dtype) if shards is None else nullcontext():
         for micro in micros:
             sync_gradients(model, micro is micros[-1])
-            losses.append(forward_backward(model, micro, dtype))
+            if graph is not None:
+                losses.append(graph.run(micro, alone=len(micros) == 1))
+            else:
+                losses.append(forward_backward(model, micro, dtype))
     total, sums = torch.stack(losses).sum(), None
     predicted = divisor = max(1, counts.predicted)
     if world.size > 1:
