@@ -1,10 +1,15 @@
 """Counts what a training step launches on a GPU, on a machine without one.
 
-The step runs on fake tensors of device "cuda": torch computes shapes and nothing is allocated. The adapters and
-launchers of the Triton backend run as on an H100; their launches are counted in place of being made.
+    LD_PRELOAD=absent_device.so python tests/launches.py
+
+The step of BERT-base runs on fake tensors of device "cuda": torch computes shapes, and nothing is allocated. The
+adapters and launchers of the Triton backend run as on an H100; their launches are counted, and not made. What torch's
+own ops launch is the table below. Prints JSON; see `main`.
 """
 
 import contextlib
+import json
+import sys
 import types
 from collections import Counter
 from unittest import mock
@@ -14,8 +19,12 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fastlm import models
 from fastlm.ops import _registry
+from fastlm.tasks import Micro, TrainTable
 from fastlm.testing.ahead_of_time import compile_for
+from fastlm.train import graph as graphs
+from fastlm.train.optimizer import make_optimizer, train_step
 
 KINDS = {
     "matmul": ("mm", "addmm", "bmm", "baddbmm"),
@@ -58,17 +67,25 @@ def _launches(func, args, out) -> int:
 
 
 class Launches(TorchDispatchMode):
-    """kinds: launches by kind; names: by kernel; waits: names of ops that make the host wait, or copy to or from it."""
+    """kinds: launches by kind; names: by kernel or op.
+
+    calls: of the host that launch something
+    waits: ops that make the host wait, or copy to or from it; host: those that make or read a tensor of the host
+    """
 
     def __init__(self):
         super().__init__()
-        self.kinds, self.names, self.waits = Counter(), Counter(), []
+        self.clear()
+
+    def clear(self) -> None:
+        self.kinds, self.names, self.waits, self.host, self.calls = Counter(), Counter(), [], [], 0
 
     @property
     def total(self) -> int:
         return sum(self.kinds.values())
 
     def add(self, kind: str, name: str, count: int = 1) -> None:
+        self.calls += 1
         self.kinds[kind] += count
         self.names[name] += count
 
@@ -79,10 +96,11 @@ class Launches(TorchDispatchMode):
             with self:  # the adapter allocates, and may call torch
                 return raw.implementation(args[-1])(raw.arguments.unflatten(args[:-1]))
         out = func(*args, **kwargs)
-        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
-        devices = {x.device.type for x in tensors}
-        if name in SYNCS or (len(devices) > 1 and not all(x.dim() == 0 for x in tensors if not x.is_cuda)):
+        devices = {x.device.type for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)}
+        if name in SYNCS or len(devices) > 1:
             self.waits.append(name)
+        if "cpu" in devices:
+            self.host.append(name)
         if "cuda" in devices and (count := _launches(func, args, out)):
             self.add(_KIND.get(name, "other"), name, count)
         return out
@@ -124,3 +142,65 @@ def to_device(model: torch.nn.Module) -> torch.nn.Module:
             if p is not None:
                 module._parameters[name] = torch.nn.Parameter(torch.empty_like(p, device="cuda:0"))
     return model
+
+
+def bert_base(rows: int = 32, length: int = 512) -> tuple[models.Bert, Micro]:
+    tokens, predicted = rows * length, 2560
+    model = to_device(models.Bert(models.BertConfig())).train()
+
+    def ids(shape, dtype=torch.int64):
+        return torch.empty(shape, dtype=dtype, device="cuda:0")
+
+    inputs = {
+        "input_ids": ids(tokens),
+        "cu_seqlens": ids(8 * rows + 1, torch.int32),
+        "max_seqlen": length,
+        "positions": ids(tokens),
+        "rng": ids(2),
+        "index": ids(predicted),
+        "targets": ids(predicted),
+        "reduction": "sum",
+    }
+    return model, Micro(inputs, models.Counts(tokens, tokens * length, predicted))
+
+
+class Replayed:
+    """As CudaGraph, for a model whose steps have made what warming up makes. `capture` runs the function."""
+
+    warm = staticmethod(lambda function: None)
+    replay = staticmethod(lambda: None)
+
+    def capture(self, function):
+        self.counted.clear()
+        return function()
+
+
+def main() -> dict:
+    """Of BERT-base in bfloat16: "step", with one micro-batch and the optimizer, "micro", its forward and backward, and
+    "graph", the step with a graph, whose replay is not counted. Each has launches, calls, kinds, names, waits, host."""
+    found, dtype = {}, torch.bfloat16
+
+    def add(what):
+        found[what] = {"launches": counted.total, "calls": counted.calls, "kinds": counted.kinds}
+        found[what] |= {"names": counted.names, "waits": counted.waits, "host": counted.host}
+        counted.clear()
+
+    with device_step() as counted, mock.patch.object(graphs, "CudaGraph", Replayed):
+        Replayed.counted = counted
+        model, micro = bert_base()
+        optimizer = make_optimizer(model, TrainTable(dtype="bfloat16"))
+        arguments = {"lr": 1e-3, "grad_clip": 1.0, "dtype": dtype}
+        train_step(model, optimizer, [micro], **arguments)  # the first makes AdamW's state and the copies of weights
+        counted.clear()
+        train_step(model, optimizer, [micro], **arguments)
+        add("step")
+        graph = graphs.StepGraph(model, dtype)
+        graph.capture(micro)
+        add("micro")
+        train_step(model, optimizer, [micro], **arguments, graph=graph)
+        add("graph")
+    return found
+
+
+if __name__ == "__main__":
+    json.dump(main(), sys.stdout)

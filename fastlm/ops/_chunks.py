@@ -60,7 +60,7 @@ def _chunks(inputs: Inputs, losses: Losses, dloss, wanted: Wanted, row_bytes: in
     rows, vocabulary = h.shape[0], w.shape[0]
     step, cols = chunk_rows(rows, h.dtype, h.device.type), round_up(vocabulary, max(1, row_bytes // h.element_size()))
     buffer = h.new_empty(step, cols)
-    buffer[:, vocabulary:] = 0  # oneDNN's bfloat16 product on AMX reads past a row's end, and NaN times 0 is NaN
+    buffer[:, vocabulary:].zero_()  # oneDNN's bfloat16 product on AMX reads past a row's end, and NaN times 0 is NaN
     # cuBLAS has no fast kernel if the bytes of a row of classes are not a multiple of 16. The products then include the
     # padding, whose logits and gradients are 0.
     if row_bytes and vocabulary * h.element_size() % 16:
