@@ -267,7 +267,9 @@ def _dq(
     PRECISION: tl.constexpr,
     PARTS: tl.constexpr = 1,
 ):
-    """dq like out, or one of PARTS like it in each row. far_ptr (heads, b tiles, 2), or None: the sums of ds at rel <= -far and at rel >= far_right.
+    """dq like out, or one of PARTS in each row.
+
+    far_ptr (heads, b tiles, 2), or None: the sums of ds at rel <= -far and at rel >= far_right.
 
     A tile of queries finds its keys as in the forward pass; a row whose lse is -inf sees none.
     """

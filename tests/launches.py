@@ -120,13 +120,13 @@ def device_step():
     with contextlib.ExitStack() as stack:
         for patch in (
             mock.patch.object(JITFunction, "run", launch),
-            mock.patch("torch._subclasses.fake_tensor.init_gpu_context", lambda device: None),
+            mock.patch("torch._subclasses.fake_tensor.init_gpu_context"),
             mock.patch("torch.utils._foreach_utils._foreach_supported_types", [torch.nn.Parameter, FakeTensor]),
-            mock.patch("torch.cuda.get_device_properties", lambda device: properties),
-            mock.patch("torch.cuda.is_available", lambda: True),
-            mock.patch("torch.cuda.current_device", lambda: 0),
-            mock.patch("torch.cuda.is_current_stream_capturing", lambda: False),
-            mock.patch("torch.cuda.is_bf16_supported", lambda *a: True),
+            mock.patch("torch.cuda.get_device_properties", return_value=properties),
+            mock.patch("torch.cuda.is_available", return_value=True),
+            mock.patch("torch.cuda.current_device", return_value=0),
+            mock.patch("torch.cuda.is_current_stream_capturing", return_value=False),
+            mock.patch("torch.cuda.is_bf16_supported", return_value=True),
         ):
             stack.enter_context(patch)
         stack.enter_context(compile_for(90))

@@ -16,13 +16,13 @@ class _Split(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv, heads):
         ctx.set_materialize_grads(False)
-        ctx.like = qkv.shape, heads
+        ctx.shape = qkv.shape
         return qkv.unflatten(-1, (3, heads, -1)).unbind(-3)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *gradients):
-        shape, heads = ctx.like
+        shape = ctx.shape
         base = None if gradients[0] is None else gradients[0]._base
         if base is not None and all(g is not None and g._base is base for g in gradients):
             parts = base.unbind(-3) if base.dim() > 3 and base.numel() == shape.numel() else ()

@@ -29,6 +29,7 @@ import torch
 
 from fastlm.ops import _checks, _random, _registry
 from fastlm.ops._args import SymInt
+from fastlm.ops._attention_auto import PREFER
 from fastlm.ops._autocast import autocast
 from fastlm.ops._heads import side_by_side
 from fastlm.ops._relative_bias import RelativeBias, bucket_starts, relative_buckets
@@ -113,7 +114,11 @@ def attention_reference(
         wrong = wrong | (cu_seqlens_q[-1] > total) | (cu_seqlens_k[-1] > k.shape[0])
         rows_q, real_q = padded_rows(cu_seqlens_q, max_seqlen_q)
         rows_k, key_mask = padded_rows(cu_seqlens_k, max_seqlen_k)
-        q, k, v = gather_padded(q, rows_q, real_q), gather_padded(k, rows_k, key_mask), gather_padded(v, rows_k, key_mask)
+        q, k, v = (
+            gather_padded(q, rows_q, real_q),
+            gather_padded(k, rows_k, key_mask),
+            gather_padded(v, rows_k, key_mask),
+        )
     elif key_mask is not None:  # a NaN in a masked row would spread: 0·NaN is NaN
         k, v = (torch.where(key_mask[..., None, None], x, 0) for x in (k, v))
 
@@ -248,6 +253,7 @@ _registry.page(
     __name__,
     "attention",
     auto={"cpu": ("cpu", "sdpa", "reference"), "cuda": ("triton", "cuda", "sdpa", "reference")},
+    prefer=PREFER,
     autocast={"cuda": "low", "cpu": "low"},
 )
 _registry.define("attention_fwd", Args, empty_forward)
@@ -459,6 +465,8 @@ def attention(
         softcap=softcap > 0.0,
         bias=biased,
         return_lse=return_lse,
+        masked=key_mask is not None or max(window_size) >= 0 or (causal and q.shape[-3] != k.shape[-3]),
+        gradient=torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
         bias_gradient=biased and relative_bias.table.requires_grad and torch.is_grad_enabled(),
     )
     args = Args(

@@ -21,7 +21,7 @@ from torch import nn
 
 from fastlm.storage import replace_json
 from fastlm.tasks import Micro
-from fastlm.train.optimizer import forward_backward, low_weights
+from fastlm.train.micro import forward_backward, low_weights
 from fastlm.train.parallel import World
 
 _WARM = 3  # runs before the capture, in which kernels are compiled and libraries allocate their workspaces

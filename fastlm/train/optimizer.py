@@ -9,25 +9,21 @@ reads neither scalar.
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from fastlm.models import Counts, Model
-from fastlm.nn.linear import LowWeights
 from fastlm.tasks import Micro, TrainTable
 from fastlm.train.adamw import AdamW, runs_on, total_norm
+from fastlm.train.graph import StepGraph
 from fastlm.train.lamb import LAMB
+from fastlm.train.micro import forward_backward, low_weights
 from fastlm.train.muon import Muon, Together
 from fastlm.train.parallel import ALONE, Shards, World, sync_gradients
-
-if TYPE_CHECKING:
-    from fastlm.train.graph import StepGraph
 
 
 @dataclass(frozen=True)
@@ -107,28 +103,6 @@ def lr_at(step: int, table: TrainTable) -> float:
     done = (step - table.warmup_steps) / max(1, table.max_steps - table.warmup_steps)
     left = 1.0 - done if table.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
     return table.lr * (table.final_lr + (1.0 - table.final_lr) * left)
-
-
-# By model. Of a sharded one the weights are not there as a whole between its layers.
-_copies: weakref.WeakKeyDictionary[nn.Module, LowWeights] = weakref.WeakKeyDictionary()
-
-
-def low_weights(model: nn.Module, dtype: torch.dtype) -> AbstractContextManager:
-    """The block of a step in which the weights of `model` are cast once for all its micro-batches."""
-    if dtype == torch.float32:
-        return nullcontext()
-    if model not in _copies:
-        _copies[model] = LowWeights(model.parameters())
-    return _copies[model].fresh(dtype)
-
-
-def forward_backward(model: nn.Module, micro: Micro, dtype: torch.dtype) -> torch.Tensor:
-    """Adds the gradients of the sum of the losses to the parameters' .grad; returns that sum, float32."""
-    device = next(model.parameters()).device.type
-    with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-        loss = model(**micro.inputs)
-    loss.backward()
-    return loss.detach().float()
 
 
 def train_step(
