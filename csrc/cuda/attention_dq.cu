@@ -164,8 +164,7 @@ __global__ void __launch_bounds__(QueriesShape<T, D>::THREADS, QueriesShape<T, D
   const int first = row0 + warp_row;
   const int64_t stride = int64_t(f.parts) * a.heads * a.d;
   T* out = static_cast<T*>(f.dq) + (b * a.sq + first) * stride + int64_t(head) * a.d;
-  store_rows<T, D>(out, stride, last_row + 1 - first, a.d, f.wide, dq, scale, shared.q + warp_row * D,
-                   0);
+  store_rows<T, D>(out, stride, last_row + 1 - first, a.d, f.wide, dq, scale, shared.q + warp_row * D, 0);
   if (summed) {  // a row past the end has neither dout nor delta
     float* sums = &shared.ds[0][0];
 #pragma unroll
