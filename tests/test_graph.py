@@ -1,15 +1,18 @@
 """Micro-batches as a CUDA graph, on a stand-in for torch.cuda.CUDAGraph: a replay runs the captured function again."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from training import corpus, small
 
 from fastlm.data import open_dataset, prepare
+from fastlm.run.metrics import read_metrics
 from fastlm.tasks import make_model
 from fastlm.tasks.masked_lm import MaskedLM
 from fastlm.train import graph as graphs
+from fastlm.train import loop, pretrain
 from fastlm.train.optimizer import make_optimizer, train_step
 from fastlm.train.parallel import World
 
@@ -130,7 +133,7 @@ def test_the_choice_is_written_and_kept(times, taken, data, tmp_path, monkeypatc
     """A resumed run does as the file says, whatever it would measure."""
     monkeypatch.setattr(Recorded, "times", times)
     _, model, task = parts(data)
-    arguments = model, task.micro(0, 0), torch.float32, "auto", DEVICE, tmp_path / "cuda_graph.json"
+    arguments = model, task.micro(0, 0), torch.float32, "auto", tmp_path / "cuda_graph.json"
     graph, choice = graphs.find_graph(*arguments)
     assert (graph is not None) is taken is choice.taken
     assert json.loads(arguments[-1].read_text()) == {
@@ -152,26 +155,47 @@ def test_a_capture_that_fails(data, tmp_path, monkeypatch):
     monkeypatch.setattr(Recorded, "capture", refuse)
     _, model, task = parts(data)
     path = tmp_path / "cuda_graph.json"
-    graph, choice = graphs.find_graph(model, task.micro(0, 0), torch.float32, "auto", DEVICE, path)
+    graph, choice = graphs.find_graph(model, task.micro(0, 0), torch.float32, "auto", path)
     assert graph is None
     assert str(choice) == "not used: the capture failed: CUDA out of memory."
     assert not json.loads(path.read_text())["taken"]
     with pytest.raises(torch.OutOfMemoryError):
-        graphs.find_graph(model, task.micro(0, 0), torch.float32, True, DEVICE, path)
+        graphs.find_graph(model, task.micro(0, 0), torch.float32, True, path)
+
+
+def test_a_run(data, tmp_path, monkeypatch, capsys):
+    """The loop asks once, before the first step; losses are those of single launches, also after a resume."""
+    assert not graphs.possible("auto", World(0, 1, torch.device("cpu")))
+    settings = {**DROPOUT, "train__max_steps": 4, "train__checkpoint_every": 2, "train__warmup_steps": 0}
+    pretrain(small(**settings), data.directory, tmp_path / "plain")
+    assert not (tmp_path / "plain" / "cuda_graph.json").exists()
+    monkeypatch.setattr(loop, "possible", lambda setting, world: True)
+    made = []
+    monkeypatch.setattr(graphs, "CudaGraph", lambda: made.append(Recorded()) or made[-1])
+    pretrain(small(**settings), data.directory, tmp_path / "run")
+    assert "CUDA graph of a micro-batch used: 1000.00 ms a micro-batch" in " ".join(capsys.readouterr().err.split())
+    assert json.loads((tmp_path / "run" / "cuda_graph.json").read_text())["taken"]
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000004")
+    (tmp_path / "run" / "summary.json").unlink()
+    pretrain(small(**settings), data.directory, tmp_path / "run")
+    assert [graph.replays > 0 for graph in made] == [True, True]
+    expected, got = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("plain", "run"))
+    assert [row["loss"] for row in got] == [row["loss"] for row in expected]
 
 
 def test_where_there_is_no_graph(data, tmp_path):
-    _, model, task = parts(data)
     for setting, world in (
         (False, DEVICE),
         ("auto", World(0, 2, torch.device("cuda"))),
         ("auto", World(0, 1, torch.device("cpu"))),
     ):
-        found = graphs.find_graph(model, task.micro(0, 0), torch.float32, setting, world, tmp_path / "g")
-        assert found == (None, graphs.Choice(False))
+        assert not graphs.possible(setting, world)
+    assert graphs.possible("auto", DEVICE)
     for world in (World(0, 1, torch.device("cpu")), World(0, 2, torch.device("cuda"))):
         with pytest.raises(ValueError, match=r"train.cuda_graph: expected False or \"auto\" with . processes on"):
             graphs.check_setting(True, world)
+    with pytest.raises(ValueError, match=r"train\.cuda_graph: expected False"):
+        pretrain(small(train__cuda_graph=True), data.directory, tmp_path / "run")
     for wrong in ("yes", 1):
         with pytest.raises(ValueError, match=r"train\.cuda_graph: expected"):
             small(train__cuda_graph=wrong)

@@ -127,17 +127,21 @@ class StepGraph:
         """
         if not self.fits(micro):
             return forward_backward(self.model, micro, self.dtype)
-        buffers = [x for x in self._static.inputs.values() if isinstance(x, torch.Tensor)]
-        given = [micro.inputs[name] for name, x in self._static.inputs.items() if isinstance(x, torch.Tensor)]
-        for buffer, x in zip(buffers, given):
-            buffer.copy_(x, non_blocking=True)
+        for name, buffer in self._static.inputs.items():
+            if isinstance(buffer, torch.Tensor):
+                buffer.copy_(micro.inputs[name], non_blocking=True)
         self._graph.replay()
         added = [(p.grad, g) for p, g in self._gradients.items() if p.grad is not None]
-        for p, g in self._gradients.items():
-            if p.grad is None:
-                p.grad = g if alone else g.clone()
+        fresh = [(p, g) for p, g in self._gradients.items() if p.grad is None]
         if added:
             torch._foreach_add_(*map(list, zip(*added)))
+        if fresh:
+            gradients = given = [g for _, g in fresh]
+            if not alone:
+                given = [torch.empty_like(g) for g in gradients]
+                torch._foreach_copy_(given, gradients)
+            for (p, _), g in zip(fresh, given):
+                p.grad = g
         return self._loss.clone()
 
     def choose(self, micro: Micro, setting: str | bool) -> Choice:
@@ -146,23 +150,25 @@ class StepGraph:
         "auto" times a micro-batch both ways, and takes a graph that is at least 2% faster. Where it does not fit into
         memory, or torch cannot capture the model, it is not used; True raises then.
         """
-        try:
-            self.capture(micro)
-        except RuntimeError as error:  # torch.OutOfMemoryError is one
-            if setting is True:
-                raise
-            self._static = None
-            self._drop_gradients()
-            return Choice(False, why=f"the capture failed: {str(error).partition(chr(10))[0]}")
-        if setting is True:
-            return Choice(True)
 
         def timed(function: Callable[[], object]) -> float:
-            return 1e3 * self._graph.seconds(lambda: (function(), self._drop_gradients()))
+            with low_weights(self.model, self.dtype):
+                return 1e3 * self._graph.seconds(lambda: (function(), self._drop_gradients()))
 
-        with low_weights(self.model, self.dtype):
+        try:
+            if setting is True:
+                self.capture(micro)
+                return Choice(True)
+            # Before the capture, which gives the memory of single launches back.
             eager = timed(lambda: forward_backward(self.model, micro, self.dtype))
+            self.capture(micro)
             graph = timed(lambda: self.run(micro, alone=True))
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            self._static = None
+            self._drop_gradients()
+            if setting is True:
+                raise
+            return Choice(False, why=f"the capture failed: {str(error).partition(chr(10))[0]}")
         return Choice(graph < _GAIN * eager, eager, graph)
 
     def _drop_gradients(self) -> None:
@@ -170,9 +176,14 @@ class StepGraph:
             p.grad = None
 
 
+def possible(setting: str | bool, world: World) -> bool:
+    """Whether a run may use a graph: on a CUDA device, by one process, which no other one's gradients wait for."""
+    return setting is not False and world.device.type == "cuda" and world.size == 1
+
+
 def check_setting(setting: str | bool, world: World) -> None:
     """ValueError where train.cuda_graph asks for what there cannot be."""
-    if setting is True and (world.device.type != "cuda" or world.size > 1):
+    if setting is True and not possible(setting, world):
         raise ValueError(
             f'train.cuda_graph: expected False or "auto" with {world.size} processes on {world.device.type}, got True; '
             "a graph needs a CUDA device, and one process"
@@ -180,14 +191,13 @@ def check_setting(setting: str | bool, world: World) -> None:
 
 
 def find_graph(
-    model: nn.Module, micro: Micro, dtype: torch.dtype, setting: str | bool, world: World, path: Path
+    model: nn.Module, micro: Micro, dtype: torch.dtype, setting: str | bool, path: Path
 ) -> tuple[StepGraph | None, Choice]:
     """The graph for the micro-batches of a run, captured with `micro`; None where single launches are to be used.
 
+    setting: "auto", or True
     path: of the file with the choice of "auto". It is written before the first step; a resumed run does as it says.
     """
-    if setting is False or world.device.type != "cuda" or world.size > 1:
-        return None, Choice(False)
     known = Choice(**json.loads(path.read_text())) if setting == "auto" and path.is_file() else None
     if known is not None and not known.taken:
         return None, known

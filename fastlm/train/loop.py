@@ -48,7 +48,7 @@ from fastlm.tasks import Micro, Task, find_task, make_model
 from fastlm.train._advice import out_of_memory
 from fastlm.train._memory import check_step
 from fastlm.train.evaluation import evaluate
-from fastlm.train.graph import StepGraph, check_setting, find_graph
+from fastlm.train.graph import StepGraph, check_setting, find_graph, possible
 from fastlm.train.optimizer import lr_at, make_optimizer, train_step
 from fastlm.train.parallel import Heartbeat, Shards, World, connect
 from fastlm.train.spikes import WINDOW
@@ -259,7 +259,7 @@ class _Run:
         for step, micros in _ahead(self.task, mine, first, table.max_steps):
             lr = lr_at(step, table)
             moved = [micro.to(self.device) for micro in micros]
-            if step == first and self.device.type == "cuda":
+            if step == first and possible(table.cuda_graph, self.world):
                 graph = self._find_graph(moved[0])
             result = train_step(
                 self.trained,
@@ -296,7 +296,7 @@ class _Run:
     def _find_graph(self, micro: Micro) -> StepGraph | None:
         setting = self.recipe.train.cuda_graph
         with self.watch.apart("capture"):
-            graph, choice = find_graph(self.model, micro, self.dtype, setting, self.world, self.out / runs.GRAPH)
+            graph, choice = find_graph(self.model, micro, self.dtype, setting, self.out / runs.GRAPH)
         self.line.note(f"CUDA graph of a micro-batch {choice}")
         return graph
 
