@@ -82,7 +82,10 @@ def backends_table(device: str) -> list[str]:
 
     rows = [(f"on {device}", *columns), *((op, *(cell(op, name) for name in columns)) for op in _registry.ops())]
     lines = [f"{row[0]:<24}" + "".join(f"{word:<14}" for word in row[1:]).rstrip() for row in rows]
-    return lines + [f"  ({i}) {reason}" for i, reason in enumerate(reasons, 1)]
+    lines += [f"  ({i}) {reason}" for i, reason in enumerate(reasons, 1)]
+    for op in _registry.ops():
+        lines += [f"  {op}: auto is {p.backend} {p.why}" for p in _registry.preferences(op, device)]
+    return lines
 
 
 def _architectures(cuda) -> str:

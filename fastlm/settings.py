@@ -36,8 +36,9 @@ def typed(name: str, value, of: Field):
         return float(value)
     if kind == "int" and type(value) is float and value.is_integer():
         return int(value)  # 1e6
-    if type(value) is not _KINDS[kind]:
-        raise ValueError(f"{name}: expected {_WORDS[kind]}, got {value!r}")
+    if type(value) is not _KINDS[kind] and type(value) is not _KINDS.get(alternative):
+        words = " or ".join(_WORDS[k] for k in (kind, alternative) if k in _WORDS)
+        raise ValueError(f"{name}: expected {words}, got {value!r}")
     return value
 
 

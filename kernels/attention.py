@@ -203,8 +203,10 @@ def attention_fwd(q, k, v, out, lse, options: Options) -> None:
     )
 
 
-def attention_bwd(dout, dlse, q, k, v, out, lse, dq, dk, dv, dtable, options: Options) -> None:
-    """Fills dq, dk, dv, contiguous, and dtable (buckets, heads) float32 unless it is None.
+def attention_bwd(dout, dlse, q, k, v, out, lse, dq, dk, dv, dtable, options: Options, parts: int = 1) -> None:
+    """Fills dq, dk, dv, and dtable (buckets, heads) float32 unless it is None.
+
+    dq, dk, dv: contiguous, or with parts=3 those of one contiguous (..., 3, H, D).
 
     dout: any strides with a unit last one; dlse like lse, or None. The rest as in attention_fwd.
     """
@@ -224,12 +226,12 @@ def attention_bwd(dout, dlse, q, k, v, out, lse, dq, dk, dv, dtable, options: Op
         c = _config("dkdv", q, threshold)
         tiles = triton.cdiv(sk, c.block_n)
         bwd._dkdv[(tiles * k.shape[-2] * batch,)](
-            *inputs, dk, dv, sequence, features, tiles=tiles, **numbers, **_blocks(c)
+            *inputs, dk, dv, sequence, features, tiles=tiles, **numbers, **_blocks(c), PARTS=parts
         )
     c = _config("dq", q, threshold)
     tiles = triton.cdiv(sq, c.block_m)
     far = q.new_empty(heads, batch * tiles, 2, dtype=torch.float32) if dtable is not None else None
-    bwd._dq[(tiles * heads * batch,)](*inputs, dq, far, features, tiles=tiles, **numbers, **_blocks(c))
+    bwd._dq[(tiles * heads * batch,)](*inputs, dq, far, features, tiles=tiles, **numbers, **_blocks(c), PARTS=parts)
     if dtable is not None:
         longest = (options.max_seqlen_q, options.max_seqlen_k) if packed else (sq, sk)
         _launch_dtable(inputs, features, numbers, options, longest, far, dtable)

@@ -109,6 +109,7 @@ def _dkdv(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
+    PARTS: tl.constexpr = 1,
 ):
     """dk, dv (b, sk, heads / group, D), contiguous, of BLOCK_N keys: over all queries of the heads that share them.
 
@@ -224,7 +225,7 @@ def _dkdv(
                 ds = uncap(ds, capped, features.softcap)
             dk = accumulate(dk, ds.to(q_tile.dtype), q_tile, zero, PRECISION)
 
-    at = ((b * sk + key) * kv_heads + kv_head)[:, None] * D + col[None, :]
+    at = ((b * sk + key) * (PARTS * kv_heads) + kv_head)[:, None] * D + col[None, :]
     if not FLOAT32:  # in float32 q is scaled already
         dk *= scale
     dk = tl.where(real[:, None], dk, 0.0)
@@ -264,8 +265,11 @@ def _dq(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
+    PARTS: tl.constexpr = 1,
 ):
-    """dq like out. far_ptr (heads, b tiles, 2), or None: the sums of ds at rel <= -far and at rel >= far_right.
+    """dq like out, or one of PARTS in each row.
+
+    far_ptr (heads, b tiles, 2), or None: the sums of ds at rel <= -far and at rel >= far_right.
 
     A tile of queries finds its keys as in the forward pass; a row whose lse is -inf sees none.
     """
@@ -360,7 +364,7 @@ def _dq(
             sum_left += tl.sum(tl.where(rel <= -far, ds, 0.0), axis=1)
             sum_right += tl.sum(tl.where(rel >= far_right, ds, 0.0), axis=1)
 
-    out = ((b * sq + row) * heads + head)[:, None] * D + col[None, :]
+    out = ((b * sq + row) * (PARTS * heads) + head)[:, None] * D + col[None, :]
     tl.store(dq_ptr + out, (dq * scale).to(dq_ptr.dtype.element_ty), mask=stored)
     if HAS_DTABLE:  # dout and delta are 0 in rows past the end
         at = far_ptr + (head * (tl.num_programs(0) // heads) + b * tiles + tile) * 2

@@ -9,6 +9,7 @@ from test_attention import RNG, cu_seqlens, gradients, randn
 
 from fastlm import ops
 from fastlm.ops import _registry
+from fastlm.ops._heads import split_heads
 from fastlm.testing.cases import Variant
 
 
@@ -185,3 +186,20 @@ def any_wrong_offsets(backend, around, draw):
     if draw.random() < 0.3:
         options["window_size"] = (draw.choice((-1, 0, 20)), draw.choice((-1, 0, 20)))
     wrong_offsets(backend, around, offsets_q, offsets_k, tokens_q, tokens_k, **options)
+
+
+def gradients_of_one_product(backend, around):
+    """q, k and v of one product get the gradients of separate tensors, to the bit, in one tensor and without a copy."""
+    draw = torch.Generator().manual_seed(0)
+    cu, heads, d = torch.tensor([0, 25, 40], dtype=torch.int32), 2, 64
+    qkv = torch.randn(40, 3 * heads * d, generator=draw).bfloat16().requires_grad_()
+    apart = [x.detach().clone().requires_grad_() for x in qkv.detach().unflatten(-1, (3, heads, d)).unbind(-3)]
+    dout = torch.randn(40, heads, d, generator=draw).bfloat16()
+    options = {"cu_seqlens_q": cu, "max_seqlen_q": 25, "backend": backend}
+    bases, split = [], split_heads(qkv, heads)
+    split[0].register_hook(lambda dq: bases.append(dq._base))
+    with around():
+        expected = torch.autograd.grad(ops.attention(*apart, **options), apart, dout)
+        (got,) = torch.autograd.grad(ops.attention(*split, **options), qkv, dout)
+    assert torch.equal(got.unflatten(-1, (3, heads, d)), torch.stack(expected, -3))
+    assert got.data_ptr() == bases[0].data_ptr()

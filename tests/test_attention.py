@@ -8,8 +8,10 @@ import numpy as np
 import numpy_philox
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastlm import ops
+from fastlm.ops import _registry
 from fastlm.ops._relative_bias import bucket_starts, relative_buckets
 from fastlm.testing import checks
 from fastlm.testing.cases import CASES, Variant
@@ -265,6 +267,54 @@ def test_softcap_with_a_bias_and_its_limits():
     torch.testing.assert_close(wide, plain, rtol=1e-4, atol=1e-5)
     flat = ops.attention(q, q, q, softcap=1e-6, backend="cpu")
     torch.testing.assert_close(flat, q.mean(1, keepdim=True).expand_as(q), rtol=1e-4, atol=1e-5)
+
+
+FULL_ROWS = {"packed": False, "dropout": False, "bias": False, "masked": False, "gradient": False}
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "capability", "changed", "chosen"),
+    [
+        ((2, 512, 4, 64), torch.bfloat16, (9, 0), {}, "sdpa"),
+        ((2, 4096, 4, 128), torch.float16, (9, 0), {}, "sdpa"),
+        ((2, 511, 4, 64), torch.bfloat16, (9, 0), {}, "triton"),
+        ((2, 512, 4, 96), torch.bfloat16, (9, 0), {}, "triton"),
+        ((2, 512, 4, 64), torch.float32, (9, 0), {}, "triton"),
+        ((2, 512, 4, 64), torch.bfloat16, (8, 0), {}, "triton"),
+        *(((2, 512, 4, 64), torch.bfloat16, (9, 0), {name: True}, "triton") for name in (*FULL_ROWS, "softcap")),
+        ((2, 512, 4, 64), torch.bfloat16, (9, 0), {"return_lse": True}, "triton"),
+    ],
+)
+def test_auto_takes_cudnns_where_it_was_faster(shape, dtype, capability, changed, chosen, monkeypatch):
+    """On a fake tensor of a GPU: full rows without a gradient on Hopper; the rest stays with fastlm's kernels."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    monkeypatch.setattr("fastlm.ops._attention_auto._capability", lambda device: capability)
+    with FakeTensorMode():
+        q = torch.empty(shape, dtype=dtype, device="cuda:0")
+    assert _registry.choose("attention", "auto", q, **{**FULL_ROWS, **changed}) == chosen
+
+
+@pytest.mark.parametrize(
+    ("options", "masked"),
+    [
+        ({}, False),
+        ({"causal": True}, False),
+        ({"window_size": (3, -1)}, True),
+        ({"key_mask": torch.ones(1, 8, dtype=torch.bool)}, True),
+    ],
+)
+@pytest.mark.parametrize("gradient", [False, True])
+def test_what_auto_is_told(options, masked, gradient, monkeypatch):
+    told = []
+    choose = _registry.choose
+    monkeypatch.setattr(
+        _registry, "choose", lambda *args, **features: told.append(features) or choose(*args, **features)
+    )
+    q = torch.randn(1, 8, 2, 16, requires_grad=gradient)
+    ops.attention(q, q, q, **options)
+    with torch.no_grad():
+        ops.attention(q, q, q, **options)
+    assert [(f["masked"], f["gradient"]) for f in told] == [(masked, gradient), (masked, False)]
 
 
 def test_sdpa_agrees_and_refuses():

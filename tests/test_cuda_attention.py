@@ -13,6 +13,7 @@ from attention_checks import (
     WRONG,
     any_wrong_offsets,
     dropout_bits_are_the_cpus,
+    gradients_of_one_product,
     padding_has_no_influence,
     wrong_offsets,
 )
@@ -34,6 +35,10 @@ def error_bound(variant, dtype):
 @pytest.mark.parametrize(("layout", "causal"), LAYOUTS)
 def test_dropout_bits_are_the_cpus(layout, causal):
     dropout_bits_are_the_cpus(layout, causal, "cuda", device)
+
+
+def test_gradients_of_one_product():
+    gradients_of_one_product("cuda", device)
 
 
 # The kernels without dropout and bias, which d 64 and 128 alone have.

@@ -14,6 +14,7 @@ from attention_checks import (
     WRONG,
     any_wrong_offsets,
     dropout_bits_are_the_cpus,
+    gradients_of_one_product,
     padding_has_no_influence,
     wrong_offsets,
 )
@@ -38,6 +39,10 @@ def error_bound(variant, dtype):
 @pytest.mark.parametrize(("layout", "causal"), LAYOUTS)
 def test_dropout_bits_are_the_cpus(layout, causal):
     dropout_bits_are_the_cpus(layout, causal, "triton", ptx.triton_on_ptx)
+
+
+def test_gradients_of_one_product():
+    gradients_of_one_product("triton", ptx.triton_on_ptx)
 
 
 # Of the two that are for --all, dropout and a scale are with other features in the rest.

@@ -46,6 +46,7 @@ FASTLM_FIELDS(fastlm::cuda::AttentionBackward) {
   FIELD(dq);
   FIELD(dk);
   FIELD(dv);
+  FIELD(parts);
   FIELD(partial);
 }
 

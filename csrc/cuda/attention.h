@@ -45,9 +45,10 @@ struct AttentionForward {
 };
 void attention_fwd(AttentionForward args, DType dtype, Place place);
 
-// out, dq like q, dk, dv like k, lse and dlse (or null) like lse: contiguous. The strides of dout are given.
-// delta, like lse, and sequence (sq,) int32, packed with dropout, else null, are scratch.
-// partial (attention_tiles, heads, far + far_right + 1) float32 scratch, or null: then there is no dtable.
+// out, dq like q, dk, dv like k, lse and dlse (or null) like lse: contiguous, or with parts = 3 dq, dk and dv those of
+// one contiguous (..., 3, heads, d). The strides of dout are given. delta, like lse, and sequence (sq,) int32, packed
+// with dropout, else null, are scratch. partial (attention_tiles, heads, far + far_right + 1) float32 scratch, or null:
+// then there is no dtable.
 struct AttentionBackward {
   Attention attention;
   Rows dout;
@@ -56,6 +57,7 @@ struct AttentionBackward {
   float* delta;
   int32_t* sequence;
   void *dq, *dk, *dv;
+  int parts;
   float* partial;
   bool wide;  // set by attention_bwd: the gradients can be written 16 bytes at a time
 };

@@ -172,7 +172,8 @@ __global__ void __launch_bounds__(KeysShape<T, D>::THREADS, KeysShape<T, D>::BLO
   }
   __syncthreads();  // warps that share rows have finished with them
   const int first = row0 + warp_row;
-  const int64_t offset = ((b * a.sk + first) * kv_heads + kv_head) * a.d, stride = int64_t(kv_heads) * a.d;
+  const int64_t stride = int64_t(f.parts) * kv_heads * a.d;
+  const int64_t offset = (b * a.sk + first) * stride + int64_t(kv_head) * a.d;
   store_rows<T, D>(static_cast<T*>(f.dk) + offset, stride, last_row + 1 - first, a.d, f.wide, dk, factor_k,
                    shared.k + warp_row * D, chunk0);
   store_rows<T, D>(static_cast<T*>(f.dv) + offset, stride, last_row + 1 - first, a.d, f.wide, dv, factor_v,

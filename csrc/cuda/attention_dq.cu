@@ -162,9 +162,9 @@ __global__ void __launch_bounds__(QueriesShape<T, D>::THREADS, QueriesShape<T, D
 #pragma unroll
   for (int m = 0; m < MT; ++m) scale[m][0] = scale[m][1] = a.scale;
   const int first = row0 + warp_row;
-  T* out = static_cast<T*>(f.dq) + ((b * a.sq + first) * a.heads + head) * a.d;
-  store_rows<T, D>(out, int64_t(a.heads) * a.d, last_row + 1 - first, a.d, f.wide, dq, scale, shared.q + warp_row * D,
-                   0);
+  const int64_t stride = int64_t(f.parts) * a.heads * a.d;
+  T* out = static_cast<T*>(f.dq) + (b * a.sq + first) * stride + int64_t(head) * a.d;
+  store_rows<T, D>(out, stride, last_row + 1 - first, a.d, f.wide, dq, scale, shared.q + warp_row * D, 0);
   if (summed) {  // a row past the end has neither dout nor delta
     float* sums = &shared.ds[0][0];
 #pragma unroll

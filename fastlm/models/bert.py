@@ -21,7 +21,9 @@ from fastlm import nn, ops
 from fastlm.models import _checkpoint, _inputs
 from fastlm.models._config import GELUS, Config
 from fastlm.models._model import Counts, Model, as_stream, tied
+from fastlm.nn.linear import Linear, linear
 from fastlm.ops import _checks
+from fastlm.ops._heads import split_heads
 from fastlm.settings import key
 
 _PROBLEMS = (None, "regression", "single_label_classification", "multi_label_classification")
@@ -154,8 +156,8 @@ class Layer(torch.nn.Module):
         size, eps = config.hidden_size, config.layer_norm_eps
         self.heads, self.site = config.num_attention_heads, site
         self.attention_dropout_p, self.dropout_p = config.attention_probs_dropout_prob, config.hidden_dropout_prob
-        self.qkv = torch.nn.Linear(size, 3 * size, **factory)
-        self.out = torch.nn.Linear(size, size, **factory)
+        self.qkv = Linear(size, 3 * size, **factory)
+        self.out = Linear(size, size, **factory)
         self.norm1 = nn.LayerNorm(size, eps=eps, **factory, keep_dtype=True)
         self.mlp = nn.MLP(size, config.intermediate_size, approximate=GELUS[config.hidden_act], **factory)
         self.norm2 = nn.LayerNorm(size, eps=eps, **factory, keep_dtype=True)
@@ -167,13 +169,15 @@ class Layer(torch.nn.Module):
         the layer runs on P rows.
         """
         attention_dropout_p, dropout_p = (self.attention_dropout_p, self.dropout_p) if self.training else (0.0, 0.0)
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)  # views, (..., heads, head_dim)
+        qkv, x = self.qkv(x, keep=True)
+        q, k, v = split_heads(qkv, self.heads)
         attended = ops.attention(q, k, v, dropout_p=attention_dropout_p, rng=rng, site=self.site, **sequences)
         attended = attended.flatten(-2)
         if index is not None:
             attended, x = (t.flatten(0, -2).index_select(0, index) for t in (attended, x))
         x = self.norm1(self.out(attended), x, dropout_p=dropout_p, rng=rng, site=self.site + 1)
-        return self.norm2(self.mlp(x), x, dropout_p=dropout_p, rng=rng, site=self.site + 2)
+        delta, x = self.mlp(x, keep=True)
+        return self.norm2(delta, x, dropout_p=dropout_p, rng=rng, site=self.site + 2)
 
 
 class MaskedLMHead(torch.nn.Module):
@@ -182,12 +186,12 @@ class MaskedLMHead(torch.nn.Module):
     def __init__(self, config: BertConfig, **factory) -> None:
         super().__init__()
         self.approximate = GELUS[config.hidden_act]
-        self.dense = torch.nn.Linear(config.hidden_size, config.hidden_size, **factory)
+        self.dense = Linear(config.hidden_size, config.hidden_size, **factory)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, **factory, keep_dtype=True)
         self.bias = torch.nn.Parameter(torch.empty(config.vocab_size, **factory))
 
     def forward(self, x):
-        return self.norm(ops.gelu(F.linear(x, self.dense.weight), self.dense.bias, approximate=self.approximate))
+        return self.norm(ops.gelu(linear(x, self.dense.weight), self.dense.bias, approximate=self.approximate))
 
 
 class BertEncoder(Model):

@@ -24,7 +24,9 @@ from fastlm.models import _checkpoint, _inputs
 from fastlm.models._checkpoint import Transposed
 from fastlm.models._config import GELUS, Config
 from fastlm.models._model import Counts, Model, add_norm, as_stream, tied
+from fastlm.nn.linear import Linear
 from fastlm.ops import _checks
+from fastlm.ops._heads import split_heads
 from fastlm.settings import key
 
 
@@ -96,8 +98,8 @@ class Layer(torch.nn.Module):
         self.heads, self.site = config.n_head, site
         self.attention_dropout_p, self.dropout_p = config.attn_pdrop, config.resid_pdrop
         self.norm1 = nn.LayerNorm(size, **norm, **factory)
-        self.qkv = torch.nn.Linear(size, 3 * size, bias=config.bias, **factory)
-        self.out = torch.nn.Linear(size, size, bias=config.bias, **factory)
+        self.qkv = Linear(size, 3 * size, bias=config.bias, **factory)
+        self.out = Linear(size, size, bias=config.bias, **factory)
         self.norm2 = nn.LayerNorm(size, **norm, **factory)
         approximate = GELUS[config.activation_function]
         inner = config.n_inner or 4 * size
@@ -110,7 +112,7 @@ class Layer(torch.nn.Module):
         """
         attention_dropout_p, dropout_p = (self.attention_dropout_p, self.dropout_p) if self.training else (0.0, 0.0)
         h, x = add_norm(self.norm1, x, delta, dropout_p=dropout_p, rng=rng, site=self.site)
-        q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).unbind(-3)  # views, (..., heads, head_dim)
+        q, k, v = split_heads(self.qkv(h), self.heads)
         attended = ops.attention(
             q, k, v, causal=True, dropout_p=attention_dropout_p, rng=rng, site=self.site + 1, **sequences
         )

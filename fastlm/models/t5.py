@@ -27,7 +27,9 @@ from fastlm import nn, ops
 from fastlm.models import _checkpoint, _inputs
 from fastlm.models._config import Config
 from fastlm.models._model import Counts, Model, add_norm, as_stream, tied
+from fastlm.nn.linear import Linear
 from fastlm.ops import IGNORE_INDEX, _checks
+from fastlm.ops._heads import split_heads
 from fastlm.settings import key
 
 _SITES = 6  # dropouts of a layer
@@ -112,12 +114,12 @@ class SelfAttention(torch.nn.Module):
         self.heads, self.site, self.decoder = config.num_heads, site, decoder
         self.dropout_p, self.max_distance = config.dropout_rate, config.relative_attention_max_distance
         inner = config.num_heads * config.d_kv
-        self.qkv = torch.nn.Linear(config.d_model, 3 * inner, bias=False, **factory)
-        self.out = torch.nn.Linear(inner, config.d_model, bias=False, **factory)
+        self.qkv = Linear(config.d_model, 3 * inner, bias=False, **factory)
+        self.out = Linear(inner, config.d_model, bias=False, **factory)
 
     def forward(self, x, table, sequences, rng):
         """x (..., d_model); table (buckets, heads); sequences: arguments of ops.attention."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)  # views, (..., heads, d_kv)
+        q, k, v = split_heads(self.qkv(x), self.heads)
         bias = ops.RelativeBias(table, bidirectional=not self.decoder, max_distance=self.max_distance)
         attended = ops.attention(
             q,
@@ -141,9 +143,9 @@ class CrossAttention(torch.nn.Module):
         super().__init__()
         self.heads, self.site, self.dropout_p = config.num_heads, site, config.dropout_rate
         inner = config.num_heads * config.d_kv
-        self.q = torch.nn.Linear(config.d_model, inner, bias=False, **factory)
-        self.kv = torch.nn.Linear(config.d_model, 2 * inner, bias=False, **factory)
-        self.out = torch.nn.Linear(inner, config.d_model, bias=False, **factory)
+        self.q = Linear(config.d_model, inner, bias=False, **factory)
+        self.kv = Linear(config.d_model, 2 * inner, bias=False, **factory)
+        self.out = Linear(inner, config.d_model, bias=False, **factory)
 
     def forward(self, x, source, sequences, rng):
         """x (..., d_model) of the decoder; source (..., d_model) of the encoder; sequences: of both."""

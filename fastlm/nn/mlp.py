@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from fastlm import ops
 from fastlm.nn.dropout import Dropout
+from fastlm.nn.linear import Linear, linear
 from fastlm.ops import _checks
 
 
@@ -45,27 +46,34 @@ class MLP(torch.nn.Module):
         factory = {"device": device, "dtype": dtype}
         self.gated, self.activation, self.approximate = gated, activation, approximate
         rows = 2 * hidden_features if gated else hidden_features
-        self.linear1 = torch.nn.Linear(in_features, rows, bias=bias and not gated, **factory)
-        self.linear2 = torch.nn.Linear(hidden_features, out_features or in_features, bias=bias, **factory)
+        self.linear1 = Linear(in_features, rows, bias=bias and not gated, **factory)
+        self.linear2 = Linear(hidden_features, out_features or in_features, bias=bias, **factory)
         self.dropout = Dropout(dropout, site=site)
 
-    def forward(self, x: torch.Tensor, rng: torch.Tensor | None = None) -> torch.Tensor:
-        """x (..., in_features) -> (..., out_features). rng: of the dropout; see `fastlm.nn.Dropout`."""
+    def forward(self, x: torch.Tensor, rng: torch.Tensor | None = None, *, keep: bool = False):
+        """x (..., in_features) -> (..., out_features). rng: of the dropout; see `fastlm.nn.Dropout`.
+
+        keep: returns (y, x), where the x is for the residual; see `fastlm.nn.linear.linear`.
+        """
+        if self.activation == "gelu":  # which adds the bias
+            h = linear(x, self.linear1.weight, keep=keep)
+        else:
+            h = self.linear1(x, keep=keep)
+        h, x = h if keep else (h, x)
+        y = self.linear2(self._activated(h, rng))
+        return (y, x) if keep else y
+
+    def _activated(self, h, rng):
+        h, gate = h.chunk(2, dim=-1) if self.gated else (h, None)
+        if self.activation == "relu" and gate is None:
+            return self.dropout(h, rng, relu=True)
         if self.activation == "gelu":
-            h, gate = self._halves(F.linear(x, self.linear1.weight))
             h = ops.gelu(h, self.linear1.bias, gate=gate, approximate=self.approximate)
         elif self.activation == "silu":
-            h, gate = self._halves(self.linear1(x))
             h = ops.silu(h, gate=gate)
         else:
-            h, gate = self._halves(self.linear1(x))
-            if gate is None:
-                return self.linear2(self.dropout(h, rng, relu=True))
             h = F.relu(h) * gate
-        return self.linear2(self.dropout(h, rng))
-
-    def _halves(self, h):
-        return h.chunk(2, dim=-1) if self.gated else (h, None)
+        return self.dropout(h, rng)
 
     def extra_repr(self) -> str:
         return f"gated={self.gated}, activation={self.activation!r}, approximate={self.approximate!r}"

@@ -70,10 +70,23 @@ _PACKAGES = {backend: importlib.import_module(f"fastlm.ops._{backend}") for back
 _library = torch.library.Library("fastlm", "DEF")  # lives as long as the process
 
 
+class Preference(NamedTuple):
+    """A backend that "auto" runs before its order, for the inputs for which it was measured to be faster.
+
+    device: the type of the device. applies(x, **features): whether x is such an input. why: in words, for fastlm info.
+    """
+
+    device: str
+    backend: str
+    applies: Callable
+    why: str
+
+
 class _Page(NamedTuple):
     name: str
     auto: Mapping[str, tuple[str, ...]]
     backends: tuple[str, ...]
+    prefer: tuple[Preference, ...]
 
 
 class _Raw:
@@ -98,10 +111,17 @@ _pages: dict[str, _Page] = {}  # by op
 _raw: dict[str, _Raw] = {}
 
 
-def page(module: str, *ops: str, auto: Mapping[str, tuple[str, ...]] | None = None, autocast=None) -> None:
+def page(
+    module: str,
+    *ops: str,
+    auto: Mapping[str, tuple[str, ...]] | None = None,
+    prefer: tuple[Preference, ...] = (),
+    autocast=None,
+) -> None:
     """Declares the public ops of the page `module`.
 
     auto: device -> backends in the order that "auto" tries them. A device that is left out has the order of AUTO.
+    prefer: what "auto" runs before that order.
     autocast: device -> the dtype to which autocast casts the inputs, "float32" or "low"; see fastlm.ops._autocast.
     """
     name = module.rpartition(".")[2]
@@ -111,7 +131,7 @@ def page(module: str, *ops: str, auto: Mapping[str, tuple[str, ...]] | None = No
         for device, backends in {**AUTO, **(auto or {})}.items()
     }
     for op in ops:
-        _pages[op] = _Page(name, order, tuple(sorted(having)))
+        _pages[op] = _Page(name, order, tuple(sorted(having)), prefer)
         if autocast:
             _autocast.POLICY[op] = autocast
 
@@ -124,6 +144,11 @@ def ops() -> tuple[str, ...]:
 def auto(op: str, device: str) -> tuple[str, ...]:
     """The backends that "auto" tries for `op` on `device`, in order."""
     return _pages[op].auto.get(device, ("reference",))
+
+
+def preferences(op: str, device: str) -> list[Preference]:
+    """What "auto" runs on `device` before that order, for some inputs."""
+    return [preference for preference in _pages[op].prefer if preference.device == device]
 
 
 def backends(op: str) -> tuple[str, ...]:
@@ -210,9 +235,15 @@ def reason(op: str, backend: str, device: str, dtype: torch.dtype | None, x=None
 
 
 def choose(op: str, backend: str, x: torch.Tensor, **features) -> str:
-    """The backend that runs `op` on x: the one named, or for "auto" the first in its order that can."""
+    """The backend that runs `op` on x: the one named, or for "auto" a preferred one, or the first in its order that
+    can."""
     device = device_type(x)
     if backend == "auto":
+        for preference in _pages[op].prefer:
+            name = preference.backend
+            wanted = preference.device == device and preference.applies(x, **features)
+            if wanted and reason(op, name, device, x.dtype, x, **features) is None:
+                return name
         for candidate in auto(op, device):
             if reason(op, candidate, device, x.dtype, x, **features) is None:
                 return candidate

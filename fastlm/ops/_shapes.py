@@ -1,4 +1,4 @@
-"""Views and copies of tensors with the strides that the kernels need."""
+"""Views and copies of tensors with the strides that the kernels need, and packed tensors as padded ones."""
 
 from __future__ import annotations
 
@@ -54,3 +54,20 @@ def column_limit(x: torch.Tensor) -> str | None:
     """
     most = 65535 * 256
     return None if x.shape[-1] <= most else f"its rows have at most {most} columns, x has {x.shape[-1]}"
+
+
+def padded_rows(cu_seqlens, max_seqlen):
+    """(rows, real), each (sequences, max_seqlen): each position's row of the packed tensor, and whether it has one.
+
+    Positions past the end of a sequence have row 0.
+    """
+    position = torch.arange(max_seqlen, device=cu_seqlens.device)
+    real = position < cu_seqlens.diff()[:, None]
+    return torch.where(real, cu_seqlens[:-1, None] + position, 0), real
+
+
+def gather_padded(x, rows, real):
+    """Packed (T, H, D) as padded (sequences, max_seqlen, H, D); padding is zero."""
+    if x.shape[0] == 0:
+        return x.new_zeros(*rows.shape, *x.shape[1:])
+    return torch.where(real[..., None, None], x[rows.clamp(0, x.shape[0] - 1)], 0)

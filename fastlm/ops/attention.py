@@ -29,30 +29,16 @@ import torch
 
 from fastlm.ops import _checks, _random, _registry
 from fastlm.ops._args import SymInt
+from fastlm.ops._attention_auto import PREFER
 from fastlm.ops._autocast import autocast
+from fastlm.ops._heads import side_by_side
 from fastlm.ops._relative_bias import RelativeBias, bucket_starts, relative_buckets
+from fastlm.ops._shapes import gather_padded, padded_rows
 
 __all__ = ["RelativeBias", "attention", "attention_reference"]
 
 
 # ---- reference
-
-
-def _padded_rows(cu_seqlens, max_seqlen):
-    """(rows, real), each (sequences, max_seqlen): each position's row of the packed tensor, and whether it has one.
-
-    Positions past the end of a sequence have row 0.
-    """
-    position = torch.arange(max_seqlen, device=cu_seqlens.device)
-    real = position < cu_seqlens.diff()[:, None]
-    return torch.where(real, cu_seqlens[:-1, None] + position, 0), real
-
-
-def _gather(x, rows, real):
-    """Packed (T, H, D) as padded (sequences, max_seqlen, H, D); padding is zero."""
-    if x.shape[0] == 0:
-        return x.new_zeros(*rows.shape, *x.shape[1:])
-    return torch.where(real[..., None, None], x[rows.clamp(0, x.shape[0] - 1)], 0)
 
 
 def visible_keys(sq, sk, lengths_q, lengths_k, key_mask, window_size, device):
@@ -126,9 +112,13 @@ def attention_reference(
         total, lengths_q, lengths_k = q.shape[0], cu_seqlens_q.diff(), cu_seqlens_k.diff()
         wrong = (lengths_q < 0).any() | (lengths_k < 0).any() | (cu_seqlens_q[0] < 0) | (cu_seqlens_k[0] < 0)
         wrong = wrong | (cu_seqlens_q[-1] > total) | (cu_seqlens_k[-1] > k.shape[0])
-        rows_q, real_q = _padded_rows(cu_seqlens_q, max_seqlen_q)
-        rows_k, key_mask = _padded_rows(cu_seqlens_k, max_seqlen_k)
-        q, k, v = _gather(q, rows_q, real_q), _gather(k, rows_k, key_mask), _gather(v, rows_k, key_mask)
+        rows_q, real_q = padded_rows(cu_seqlens_q, max_seqlen_q)
+        rows_k, key_mask = padded_rows(cu_seqlens_k, max_seqlen_k)
+        q, k, v = (
+            gather_padded(q, rows_q, real_q),
+            gather_padded(k, rows_k, key_mask),
+            gather_padded(v, rows_k, key_mask),
+        )
     elif key_mask is not None:  # a NaN in a masked row would spread: 0·NaN is NaN
         k, v = (torch.where(key_mask[..., None, None], x, 0) for x in (k, v))
 
@@ -211,12 +201,13 @@ class BackwardArgs(NamedTuple):
     lse: torch.Tensor
     forward: Args
     table_gradient: bool
+    joined: bool  # q, k and v have one shape, and dq, dk and dv come as one tensor
 
 
 class Gradients(NamedTuple):
-    dq: torch.Tensor  # like q
-    dk: torch.Tensor  # like k
-    dv: torch.Tensor  # like v
+    dq: torch.Tensor  # like q; joined: (..., 3, H, D), of q, k and v
+    dk: torch.Tensor  # like k; joined: empty
+    dv: torch.Tensor  # like v; joined: empty
     dtable: torch.Tensor  # (buckets, H) float32; empty without table_gradient
 
 
@@ -229,10 +220,14 @@ def empty_forward(args: Args) -> Outputs:
 
 def empty_backward(args: BackwardArgs) -> Gradients:
     q, k, v, table = args.forward.q, args.forward.k, args.forward.v, args.forward.table
+    if args.joined:
+        dq, dk, dv = q.new_empty(*q.shape[:-2], 3, *q.shape[-2:]), q.new_empty(0), q.new_empty(0)
+    else:
+        dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     return Gradients(
-        dq=torch.empty_like(q, memory_format=torch.contiguous_format),
-        dk=torch.empty_like(k, memory_format=torch.contiguous_format),
-        dv=torch.empty_like(v, memory_format=torch.contiguous_format),
+        dq=dq,
+        dk=dk,
+        dv=dv,
         dtable=table.new_empty(table.shape, dtype=torch.float32) if args.table_gradient else q.new_empty(0),
     )
 
@@ -245,8 +240,11 @@ def _save(args: Args, outputs) -> Saved:
 def _backward(saved: Saved, needs: Args, backend, dout, dlse):
     if dout is None:  # only lse was used
         dout = torch.zeros_like(saved.out)
-    args = BackwardArgs(dout, dlse, saved.out, saved.lse, saved.forward, table_gradient=needs.table)
+    joined = backend != "cpu" and side_by_side(*saved.forward[:3])
+    args = BackwardArgs(dout, dlse, saved.out, saved.lse, saved.forward, needs.table, joined)
     dq, dk, dv, dtable = _registry.call("attention_bwd", args, backend)
+    if joined:
+        dq, dk, dv = dq.unbind(-3)
     # Autograd casts dtable to table's dtype.
     return {"q": dq, "k": dk, "v": dv, "table": dtable if needs.table else None}
 
@@ -255,6 +253,7 @@ _registry.page(
     __name__,
     "attention",
     auto={"cpu": ("cpu", "sdpa", "reference"), "cuda": ("triton", "cuda", "sdpa", "reference")},
+    prefer=PREFER,
     autocast={"cuda": "low", "cpu": "low"},
 )
 _registry.define("attention_fwd", Args, empty_forward)
@@ -466,6 +465,8 @@ def attention(
         softcap=softcap > 0.0,
         bias=biased,
         return_lse=return_lse,
+        masked=key_mask is not None or max(window_size) >= 0 or (causal and q.shape[-3] != k.shape[-3]),
+        gradient=torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
         bias_gradient=biased and relative_bias.table.requires_grad and torch.is_grad_enabled(),
     )
     args = Args(

@@ -4,6 +4,7 @@ OUT/data/             the text, prepared, where text was given
 OUT/recipe.json       what the run is
 OUT/metrics.jsonl     a line a step; see fastlm.run.metrics
 OUT/checkpoints/      see fastlm.run.checkpoint
+OUT/cuda_graph.json   on a GPU: whether steps are a CUDA graph; see fastlm.train.graph
 OUT/tensorboard/, OUT/wandb/     where asked for; see fastlm.run.tracking
 OUT/summary.json, OUT/loss.png, OUT/hf/     at the end
 """
@@ -31,8 +32,8 @@ from fastlm.storage import atomic_file, json_checksum, replace_json
 from fastlm.tasks import DataTable, find_task
 
 DATA = "data"
-WRITTEN = *RUN_FILES, "checkpoints", "summary.json", "loss.png", "hf"  # by a run, beside DATA
-RECIPE, METRICS, CHECKPOINTS, SUMMARY, PLOT, MODEL = WRITTEN
+WRITTEN = *RUN_FILES, "checkpoints", "summary.json", "loss.png", "hf", "cuda_graph.json"  # by a run, beside DATA
+RECIPE, METRICS, CHECKPOINTS, SUMMARY, PLOT, MODEL, GRAPH = WRITTEN
 
 
 @contextmanager

@@ -35,6 +35,7 @@ TASK = "masked_lm"  # of a recipe that does not say, as none did before there we
 # Keys that say nothing about what is learned: a run may be resumed with others.
 FREE_KEYS = {
     "train.checkpoint_every",
+    "train.cuda_graph",
     "train.eval_every",
     "train.eval_tokens",
     "train.keep_checkpoints",

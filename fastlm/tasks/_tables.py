@@ -55,6 +55,11 @@ class TrainTable(Table):
     grad_clip: float = key(1.0, "largest norm of the gradient; 0: as it is", least=0.0)
     dtype: str = key("float32", "of the matrix products; parameters are float32", one_of=("float32", "bfloat16"))
     shard: bool = key(False, "with several processes, each holds a part of every weight (FSDP), not all of them (DDP)")
+    cuda_graph: bool | str = key(
+        "auto",
+        "on a GPU, forward and backward as one CUDA graph: auto: where it is faster; the losses are the same",
+        one_of=("auto", True, False),
+    )
     seed: int = key(0, "of the initial weights, order, masks and dropout", least=0, most=2**63 - 1)
     eval_every: int = key(500, "steps between evaluations on the held-out text; 0: only after the last", least=0)
     eval_tokens: int = key(262144, "tokens of it that are evaluated, padding included; 0: all", least=0)

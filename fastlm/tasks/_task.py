@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -37,12 +37,13 @@ class Micro:
 
     def pin(self) -> Micro:
         """With tensors in pinned memory, from where a copy to the device does not wait."""
-        return self._map(lambda tensor: tensor.pin_memory())
+        return self.map(lambda tensor: tensor.pin_memory())
 
     def to(self, device: torch.device) -> Micro:
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def _map(self, function) -> Micro:
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Micro:
+        """With each tensor of the inputs replaced by the function of it."""
         inputs = {k: function(v) if isinstance(v, torch.Tensor) else v for k, v in self.inputs.items()}
         return replace(self, inputs=inputs)
 

@@ -48,6 +48,7 @@ from fastlm.tasks import Micro, Task, find_task, make_model
 from fastlm.train._advice import out_of_memory
 from fastlm.train._memory import check_step
 from fastlm.train.evaluation import evaluate
+from fastlm.train.graph import StepGraph, check_setting, find_graph, possible
 from fastlm.train.optimizer import lr_at, make_optimizer, train_step
 from fastlm.train.parallel import Heartbeat, Shards, World, connect
 from fastlm.train.spikes import WINDOW
@@ -105,6 +106,7 @@ def pretrain(recipe: Recipe, data, out, *, device: str = "cpu", resume: str = "a
         )
     world = connect(device)
     world.micros(recipe.micro_count)
+    check_setting(recipe.train.cuda_graph, world)
     with runs.alone_in(out) if world.main else nullcontext():
         with world.main_first():
             start = runs.find_start(recipe, out, resume)
@@ -251,12 +253,14 @@ class _Run:
 
     def _steps(self, first: int, stop: list[int]) -> None:
         """The steps from `first` on, to the last, or to where a process was told to stop."""
-        table, launched = self.recipe.train, deque()
+        table, launched, graph = self.recipe.train, deque(), None
         mine = self.world.micros(self.recipe.micro_count)
         self.watch.pace.start()
         for step, micros in _ahead(self.task, mine, first, table.max_steps):
             lr = lr_at(step, table)
             moved = [micro.to(self.device) for micro in micros]
+            if step == first and possible(table.cuda_graph, self.world):
+                graph = self._find_graph(moved[0])
             result = train_step(
                 self.trained,
                 self.optimizer,
@@ -267,6 +271,7 @@ class _Run:
                 world=self.world,
                 shards=self.shards,
                 stop=bool(stop),
+                graph=graph,
             )
             launched.append(_Launched(step + 1, micros, lr, result, bool(stop)))
             due = step + 1 == table.max_steps
@@ -287,6 +292,13 @@ class _Run:
             if self.stopping:
                 break
         self.stopped_by = stop[0] if stop else signal.SIGTERM  # another process was told to
+
+    def _find_graph(self, micro: Micro) -> StepGraph | None:
+        setting = self.recipe.train.cuda_graph
+        with self.watch.apart("capture"):
+            graph, choice = find_graph(self.model, micro, self.dtype, setting, self.out / runs.GRAPH)
+        self.line.note(f"CUDA graph of a micro-batch {choice}")
+        return graph
 
     def _report(self, step: _Launched) -> None:
         """Enter a finished step into the counters, the metrics and the progress line."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,7 +19,9 @@ from torch import nn
 from fastlm.models import Counts, Model
 from fastlm.tasks import Micro, TrainTable
 from fastlm.train.adamw import AdamW, runs_on, total_norm
+from fastlm.train.graph import StepGraph
 from fastlm.train.lamb import LAMB
+from fastlm.train.micro import forward_backward, low_weights
 from fastlm.train.muon import Muon, Together
 from fastlm.train.parallel import ALONE, Shards, World, sync_gradients
 
@@ -113,6 +116,7 @@ def train_step(
     world: World = ALONE,
     shards: Shards | None = None,
     stop: bool = False,
+    graph: StepGraph | None = None,
 ) -> torch.Tensor:
     """One update from the micro-batches of a global batch, on the model's device; nothing waits for the device.
 
@@ -123,19 +127,20 @@ def train_step(
     world: the processes that the micro-batches of the step are divided among; `model` averages gradients over them
     shards: where `model` is sharded, what the optimizer's parameters are parts of
     stop: whether this process wants to stop
+    graph: runs micro-batches of its shapes in place of `model`
 
     Returns float64 (2,): that mean, and the norm of its gradient before clipping. Where either is not finite, the
     parameters and the optimizer's state are as they were. No parameter has a .grad afterwards. With several processes
     follow the sums over them of `stop`, of the entries of Counts, and of what was dropped: the same in all.
     """
-    device, counts = next(model.parameters()).device, Counts.total(micro.counts for micro in micros)
-    losses = []
-    for micro in micros:
-        sync_gradients(model, micro is micros[-1])
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = model(**micro.inputs)
-        loss.backward()
-        losses.append(loss.detach().float())
+    counts, losses = Counts.total(micro.counts for micro in micros), []
+    with low_weights(model, dtype) if shards is None else nullcontext():
+        for micro in micros:
+            sync_gradients(model, micro is micros[-1])
+            if graph is not None:
+                losses.append(graph.run(micro, alone=len(micros) == 1))
+            else:
+                losses.append(forward_backward(model, micro, dtype))
     total, sums = torch.stack(losses).sum(), None
     predicted = divisor = max(1, counts.predicted)
     if world.size > 1:

@@ -91,6 +91,7 @@ def attention_bwd(args: BackwardArgs) -> Gradients:
         return Gradients(*(x.zero_() for x in gradients))
     module, dtype, place = _native.cuda(), _native.DTYPE_CODES[q.dtype], _native.cuda_place(q)
     shared, lse = _shared(forward, place), args.lse.contiguous()
+    dq, dk, dv = gradients.dq.unbind(-3) if args.joined else gradients[:3]
     sequence = partial = None
     if forward.packed and forward.dropout_p > 0.0:
         sequence = q.new_empty(q.shape[0], dtype=torch.int32)
@@ -105,9 +106,10 @@ def attention_bwd(args: BackwardArgs) -> Gradients:
         dlse=contiguous(args.dlse),
         delta=torch.empty_like(lse),
         sequence=sequence,
-        dq=gradients.dq,
-        dk=gradients.dk,
-        dv=gradients.dv,
+        dq=dq,
+        dk=dk,
+        dv=dv,
+        parts=3 if args.joined else 1,
         partial=partial,
         dtype=dtype,
         place=place,

@@ -10,18 +10,35 @@ the C++ kernel: one thread, medians of interleaved rounds, AVX-512 and AVX2, S =
     bfloat16                 0.9 to 1.5    3 to 8
 
 At S = 32 the forward's ratio is 0.7 to 0.9.
+
+On a GPU it is cuDNN's kernel where that takes the input, else torch's flash, memory-efficient or plain one. "auto"
+chooses it for what fastlm/ops/_attention_auto.py says. On an H100, TFLOP/s of the forward in bfloat16:
+
+                                   Triton (ours)    cuDNN (published)
+    d 64, 512 tokens                    245              335
+    d 128, causal, 8192 tokens          405
+    d 128, 2048 to 16384 tokens                          595 to 617
+
+Ours: LOG.md, 2026-11-26. Published: Shah et al. 2024 (arXiv:2407.08608). The two were not timed in one run. Backward of
+d 64 and 512 tokens is 245 and 266, and cuDNN's adds to dq in any order. Where a gradient is needed ours runs, whose
+results have the same bits in every run.
 """
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastlm.ops._relative_bias import relative_buckets
 from fastlm.ops.attention import Args, visible_keys
 
+_ORDER = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
-def limit(q, *, packed=False, dropout=False, return_lse=False, bias_gradient=False, softcap=False, bias=False):
+
+def limit(q, *, packed=False, dropout=False, return_lse=False, bias_gradient=False, softcap=False, **features):
     if packed:
         return "it takes padded input, not cu_seqlens"
     if dropout:
@@ -33,6 +50,13 @@ def limit(q, *, packed=False, dropout=False, return_lse=False, bias_gradient=Fal
     if bias_gradient:
         return "it has no fused gradient for the table of relative_bias"
     return None
+
+
+def _order(q: torch.Tensor) -> contextlib.AbstractContextManager:
+    """On a GPU cuDNN's kernel first; torch's own order has flash first, at about half of its rate on an H100."""
+    if not q.is_cuda or torch.compiler.is_compiling():
+        return contextlib.nullcontext()
+    return sdpa_kernel(_ORDER, set_priority=True)
 
 
 def attention(args: Args) -> torch.Tensor:
@@ -56,5 +80,6 @@ def attention(args: Args) -> torch.Tensor:
     if key_mask is not None:  # torch's kernels multiply masked rows by 0, and 0·NaN is NaN
         k, v = (torch.where(key_mask[..., None, None], x, 0) for x in (k, v))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, **options)
+    with _order(q):
+        out = F.scaled_dot_product_attention(q, k, v, **options)
     return (out if empty is None else out.masked_fill(empty, 0.0)).transpose(1, 2)

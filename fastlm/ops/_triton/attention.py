@@ -82,11 +82,10 @@ def attention_bwd(args: BackwardArgs) -> Gradients:
         _aligned(forward.v),
         args.out.contiguous(),
         args.lse.contiguous(),
-        gradients.dq,
-        gradients.dk,
-        gradients.dv,
+        *(gradients.dq.unbind(-3) if args.joined else gradients[:3]),
         gradients.dtable if args.table_gradient else None,
         _options(forward),
+        parts=3 if args.joined else 1,
     )
     if args.table_gradient and forward.packed and forward.cu_seqlens_q.shape[0] > 1:
         # The kernel of dtable loops up to max_seqlen. On a device, where the values are not checked, a longer sequence
