@@ -39,6 +39,7 @@ from .attention_tile import (
     near_bias,
     product,
     scaled,
+    settled,
     uncap,
 )
 
@@ -182,6 +183,8 @@ def _dkdv(
             if HAS_SOFTCAP:
                 ds = uncap(ds, scores, features.softcap)
             dk = accumulate(dk, ds.to(q_tile.dtype), q_tile, zero, PRECISION)
+            if PACKED and DROPOUT:
+                dk = settled(dk)
 
         for t in range(0, general_count(plan)):
             m0 = plan.begin + general_block(plan, t) * BLOCK_M
@@ -223,6 +226,8 @@ def _dkdv(
             if HAS_SOFTCAP:
                 ds = uncap(ds, capped, features.softcap)
             dk = accumulate(dk, ds.to(q_tile.dtype), q_tile, zero, PRECISION)
+            if PACKED and DROPOUT:
+                dk = settled(dk)
 
     at = ((b * sk + key) * kv_heads + kv_head)[:, None] * D + col[None, :]
     if not FLOAT32:  # in float32 q is scaled already
