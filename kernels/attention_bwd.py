@@ -16,6 +16,7 @@ from .attention_plan import (
     Rows,
     Sight,
     columns,
+    counted,
     find_sequence,
     general_block,
     general_count,
@@ -144,6 +145,7 @@ def _dkdv(
     scale, dropout_scale = features.scale, features.dropout_scale
     # 0, but not a constant. With one, LLVM selects after it has rounded p, in three instructions more for a pair.
     zero = scale * 0.0
+    m_of_stats = counted(BLOCK_M)  # to load lse and delta by
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for g in range(0, group):
@@ -160,10 +162,10 @@ def _dkdv(
             q_tile = load_rows(q_ptrs + at * q.stride_m, in_col, D)
             dout_tile = load_rows(dout_ptrs + at * dout.stride_m, in_col, D)
             q_tile, qk_scale, unit = scaled(q_tile, scale, FLOAT32)
-            shift = tl.load(lse_ptr + rows + m0 + m) * unit
+            shift = tl.load(lse_ptr + rows + m0 + m_of_stats) * unit
             if HAS_BIAS:  # rel falls as the query rises: the first run is on the right
                 shift -= tl.where(block < plan.a1, bias.right, bias.left)
-            delta = tl.load(delta_ptr + rows + m0 + m)
+            delta = tl.load(delta_ptr + rows + m0 + m_of_stats)
             scores, still = product(k_tile, q_tile, PRECISION), qk_scale
             if HAS_SOFTCAP:
                 scores, still = cap(scores * qk_scale, features.softcap, FLOAT32), 1.0
@@ -194,8 +196,9 @@ def _dkdv(
             in_block = in_row[:, None] & in_col[None, :]
             q_tile = tl.load(q_ptrs + at * q.stride_m, mask=in_block, other=0.0)
             dout_tile = tl.load(dout_ptrs + at * dout.stride_m, mask=in_block, other=0.0)
-            lse = tl.load(lse_ptr + rows + row, mask=in_row, other=0.0)
-            delta = tl.load(delta_ptr + rows + row, mask=in_row, other=0.0)
+            at_stats = m0 + m_of_stats
+            lse = tl.load(lse_ptr + rows + at_stats, mask=at_stats < plan.last.hi, other=0.0)
+            delta = tl.load(delta_ptr + rows + at_stats, mask=at_stats < plan.last.hi, other=0.0)
             q_tile, qk_scale, unit = scaled(q_tile, scale, FLOAT32)
             scores = product(k_tile, q_tile, PRECISION) * qk_scale
             if HAS_SOFTCAP:
