@@ -124,7 +124,7 @@ def _fwd(
             p = tl.where(keep, p, 0.0)
         v_tile = load_rows(v_ptrs + at * v.stride_m, in_col, D)
         acc = accumulate(acc * alpha[:, None], p.to(v_tile.dtype), v_tile, zero, PRECISION)
-        if HAS_BIAS and DROPOUT:
+        if HAS_BIAS:
             acc = settled(acc)
         m = m_new
 
@@ -154,7 +154,7 @@ def _fwd(
             p = tl.where(keep, p, 0.0)
         v_tile = tl.load(v_ptrs + at * v.stride_m, mask=in_tile, other=0.0)
         acc = accumulate(acc * alpha[:, None], p.to(v_tile.dtype), v_tile, zero, PRECISION)
-        if HAS_BIAS and DROPOUT:
+        if HAS_BIAS:
             acc = settled(acc)
         m = m_new
 
