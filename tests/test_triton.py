@@ -5,6 +5,7 @@ They also run in float32 on Triton's interpreter, for one seed, since it takes s
 process, since TRITON_INTERPRET=1 is read when a kernel is defined.
 """
 
+import functools
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from contextlib import nullcontext
 import ptx
 import pytest
 import torch
-from variants import seeds, sweep
+from variants import on_chips, seeds, sweep
 
 from fastlm.ops import _registry
 from fastlm.testing import checks
@@ -48,6 +49,13 @@ def test_error_bound(case, variant, dtype, pytestconfig):
         pytest.skip("float16 is tested with dropout")
     count = range(1) if INTERPRETED else seeds(pytestconfig, dtype)
     checks.error_bound(case, variant, dtype, "cpu", ["triton"], count, DEVICE)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter computes with the host's arithmetic")
+@pytest.mark.parametrize(("case", "variant", "dtype", "chip"), on_chips(HAVE, DTYPES))
+def test_error_bound_with_a_chips_arithmetic(case, variant, dtype, chip, pytestconfig):
+    around = functools.partial(DEVICE, chip=chip)
+    checks.error_bound(case, variant, dtype, "cpu", ["triton"], seeds(pytestconfig, dtype), around)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="of the host's code, and the same in both")

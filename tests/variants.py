@@ -1,5 +1,7 @@
 """What of the OpCases the interpreted GPU kernels run every day, and what under --all alone (the marker long)."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -24,4 +26,24 @@ def sweep(cases, dtypes=None, daily=of_its_kind):
                 name = "-".join([case.op, str(variant), *(str(d).removeprefix("torch.") for d in dtype)])
                 marks = () if daily(case, variant, *dtype) else pytest.mark.long
                 parameters.append(pytest.param(case, variant, *dtype, id=name, marks=marks))
+    return parameters
+
+
+# Beyond the bound in float32 by what the ISA allows ex2, lg2 and div (LOG.md, 2026-11-30).
+NOT_ON_CHIPS = {("cross_entropy", torch.float32), ("gelu", torch.float32)}
+
+
+def on_chips(cases, dtypes):
+    """Parameters (case, variant, dtype, chip) of ptx.run: kinds; every day the first in bfloat16, "scattered"."""
+    parameters = []
+    for case in cases:
+        chosen = [] if case.op == "mlm_mask" else case.kinds()  # which computes with integers
+        for variant, dtype, chip in itertools.product(chosen, dtypes, ("high", "low", "scattered")):
+            if (case.op, dtype) in NOT_ON_CHIPS or dtype not in case.dtypes:
+                continue
+            daily = variant is chosen[0] and dtype == torch.bfloat16 and chip == "scattered"
+            name = "-".join([case.op, str(variant), str(dtype).removeprefix("torch."), chip])
+            parameters.append(
+                pytest.param(case, variant, dtype, chip, id=name, marks=() if daily else pytest.mark.long)
+            )
     return parameters

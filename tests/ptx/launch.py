@@ -360,8 +360,8 @@ def run(
     more so if anything is found: neither results nor findings depend on it.
     memory: tensors at their own addresses, for `args` that are the parameters' bytes with these addresses in them.
     names: of the arguments, for messages.
-    chip: None, arithmetic as close as can be where PTX leaves it open. Else approximations are off by the largest errors
-    that the ISA allows, all "high", all "low" or "scattered" between, and mma truncates its sums as sm_80 does.
+    chip: None, arithmetic as close as can be where PTX leaves it open. Else approximations are off by the most that the
+    ISA allows, all "high", all "low" or "scattered" between, and mma truncates its sums as sm_80 does.
     check: raise KernelFault at the first finding. check=False with max_findings > 1 collects them in the report.
     """
     program = ptx if isinstance(ptx, Program) else load(ptx, entry)
