@@ -111,6 +111,7 @@ def _dkdv(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
+    WGMMA: tl.constexpr,
 ):
     """dk, dv (b, sk, heads / group, D), contiguous, of BLOCK_N keys: over all queries of the heads that share them.
 
@@ -185,7 +186,7 @@ def _dkdv(
             if HAS_SOFTCAP:
                 ds = uncap(ds, scores, features.softcap)
             dk = accumulate(dk, ds.to(q_tile.dtype), q_tile, zero, PRECISION)
-            if PACKED and DROPOUT:
+            if WGMMA and PACKED and DROPOUT:
                 dk = settled(dk)
 
         for t in range(0, general_count(plan)):
@@ -229,7 +230,7 @@ def _dkdv(
             if HAS_SOFTCAP:
                 ds = uncap(ds, capped, features.softcap)
             dk = accumulate(dk, ds.to(q_tile.dtype), q_tile, zero, PRECISION)
-            if PACKED and DROPOUT:
+            if WGMMA and PACKED and DROPOUT:
                 dk = settled(dk)
 
     at = ((b * sk + key) * kv_heads + kv_head)[:, None] * D + col[None, :]
