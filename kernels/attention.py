@@ -226,7 +226,16 @@ def attention_bwd(dout, dlse, q, k, v, out, lse, dq, dk, dv, dtable, options: Op
         c = _config("dkdv", q, threshold)
         tiles = triton.cdiv(sk, c.block_n)
         bwd._dkdv[(tiles * k.shape[-2] * batch,)](
-            *inputs, dk, dv, sequence, features, tiles=tiles, **numbers, **_blocks(c), PARTS=parts
+            *inputs,
+            dk,
+            dv,
+            sequence,
+            features,
+            tiles=tiles,
+            WGMMA=architecture() // 10 == 9,
+            PARTS=parts,
+            **numbers,
+            **_blocks(c),
         )
     c = _config("dq", q, threshold)
     tiles = triton.cdiv(sq, c.block_m)

@@ -16,6 +16,7 @@ from .attention_plan import (
     Rows,
     Sight,
     columns,
+    counted,
     find_sequence,
     general_block,
     general_count,
@@ -39,6 +40,7 @@ from .attention_tile import (
     near_bias,
     product,
     scaled,
+    settled,
     uncap,
 )
 
@@ -109,6 +111,7 @@ def _dkdv(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
+    WGMMA: tl.constexpr,
     PARTS: tl.constexpr = 1,
 ):
     """dk, dv (b, sk, heads / group, D), contiguous, of BLOCK_N keys: over all queries of the heads that share them.
@@ -144,6 +147,7 @@ def _dkdv(
     scale, dropout_scale = features.scale, features.dropout_scale
     # 0, but not a constant. With one, LLVM selects after it has rounded p, in three instructions more for a pair.
     zero = scale * 0.0
+    m_of_stats = counted(BLOCK_M)  # to load lse and delta by
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for g in range(0, group):
@@ -160,10 +164,10 @@ def _dkdv(
             q_tile = load_rows(q_ptrs + at * q.stride_m, in_col, D)
             dout_tile = load_rows(dout_ptrs + at * dout.stride_m, in_col, D)
             q_tile, qk_scale, unit = scaled(q_tile, scale, FLOAT32)
-            shift = tl.load(lse_ptr + rows + m0 + m) * unit
+            shift = tl.load(lse_ptr + rows + m0 + m_of_stats) * unit
             if HAS_BIAS:  # rel falls as the query rises: the first run is on the right
                 shift -= tl.where(block < plan.a1, bias.right, bias.left)
-            delta = tl.load(delta_ptr + rows + m0 + m)
+            delta = tl.load(delta_ptr + rows + m0 + m_of_stats)
             scores, still = product(k_tile, q_tile, PRECISION), qk_scale
             if HAS_SOFTCAP:
                 scores, still = cap(scores * qk_scale, features.softcap, FLOAT32), 1.0
@@ -183,6 +187,8 @@ def _dkdv(
             if HAS_SOFTCAP:
                 ds = uncap(ds, scores, features.softcap)
             dk = accumulate(dk, ds.to(q_tile.dtype), q_tile, zero, PRECISION)
+            if WGMMA and PACKED and DROPOUT:
+                dk = settled(dk)
 
         for t in range(0, general_count(plan)):
             m0 = plan.begin + general_block(plan, t) * BLOCK_M
@@ -192,8 +198,9 @@ def _dkdv(
             in_block = in_row[:, None] & in_col[None, :]
             q_tile = tl.load(q_ptrs + at * q.stride_m, mask=in_block, other=0.0)
             dout_tile = tl.load(dout_ptrs + at * dout.stride_m, mask=in_block, other=0.0)
-            lse = tl.load(lse_ptr + rows + row, mask=in_row, other=0.0)
-            delta = tl.load(delta_ptr + rows + row, mask=in_row, other=0.0)
+            at_stats = m0 + m_of_stats
+            lse = tl.load(lse_ptr + rows + at_stats, mask=at_stats < plan.last.hi, other=0.0)
+            delta = tl.load(delta_ptr + rows + at_stats, mask=at_stats < plan.last.hi, other=0.0)
             q_tile, qk_scale, unit = scaled(q_tile, scale, FLOAT32)
             scores = product(k_tile, q_tile, PRECISION) * qk_scale
             if HAS_SOFTCAP:
@@ -224,6 +231,8 @@ def _dkdv(
             if HAS_SOFTCAP:
                 ds = uncap(ds, capped, features.softcap)
             dk = accumulate(dk, ds.to(q_tile.dtype), q_tile, zero, PRECISION)
+            if WGMMA and PACKED and DROPOUT:
+                dk = settled(dk)
 
     at = ((b * sk + key) * (PARTS * kv_heads) + kv_head)[:, None] * D + col[None, :]
     if not FLOAT32:  # in float32 q is scaled already

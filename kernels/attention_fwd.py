@@ -24,7 +24,19 @@ from .attention_plan import (
     program,
     row_ptrs,
 )
-from .attention_tile import LN2, accumulate, add_bias, cap, exp, head_bias, keep_tile, make_drop, product, scaled
+from .attention_tile import (
+    LN2,
+    accumulate,
+    add_bias,
+    cap,
+    exp,
+    head_bias,
+    keep_tile,
+    make_drop,
+    product,
+    scaled,
+    settled,
+)
 
 SMALLEST = tl.constexpr(2.0**-126)
 
@@ -112,6 +124,8 @@ def _fwd(
             p = tl.where(keep, p, 0.0)
         v_tile = load_rows(v_ptrs + at * v.stride_m, in_col, D)
         acc = accumulate(acc * alpha[:, None], p.to(v_tile.dtype), v_tile, zero, PRECISION)
+        if HAS_BIAS:
+            acc = settled(acc)
         m = m_new
 
     for t in range(0, general_count(plan)):
@@ -140,6 +154,8 @@ def _fwd(
             p = tl.where(keep, p, 0.0)
         v_tile = tl.load(v_ptrs + at * v.stride_m, mask=in_tile, other=0.0)
         acc = accumulate(acc * alpha[:, None], p.to(v_tile.dtype), v_tile, zero, PRECISION)
+        if HAS_BIAS:
+            acc = settled(acc)
         m = m_new
 
     empty = total == 0.0

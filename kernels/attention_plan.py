@@ -67,6 +67,16 @@ def load_rows(ptrs, in_col, D: tl.constexpr):
         return tl.load(ptrs, mask=in_col[None, :], other=0.0)
 
 
+@triton.jit
+def counted(N: tl.constexpr):
+    """0..N-1, to load numbers of rows by. With tl.arange, Triton 3.6 copies them in the layout of a tile's columns.
+
+    Every thread then copies sixteen of them, four bytes at a time, 32 of the 40 copies in a turn of `_dkdv`'s loop; a
+    scan's result stays in the layout that it has.
+    """
+    return tl.cumsum(tl.full((N,), 1, tl.int32), axis=0) - 1
+
+
 # ---- which columns a row sees
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .philox import dropout_key, philox4x32
+from .philox import INTERPRETED, dropout_key, philox4x32
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LOG2E_LOW = tl.constexpr(1.92596298909109e-08)  # log2 e minus its float32
@@ -68,6 +68,19 @@ def accumulate(acc, x, y, zero, PRECISION: tl.constexpr):
         return acc + tl.dot(x, y, tl.zeros_like(acc) + zero, input_precision=PRECISION)
     else:
         return tl.dot(x, y, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def settled(acc):
+    """acc, once the products before it are done.
+
+    Triton leaves a loop's last wgmma in flight until the next turn. If ptxas then has too few registers to keep the
+    operands where they are, it waits after every wgmma of the kernel (its warnings C7513 and C7515).
+    """
+    if INTERPRETED:
+        return acc
+    else:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [acc], dtype=acc.dtype, is_pure=True, pack=1)
 
 
 # ---- softcap

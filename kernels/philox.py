@@ -26,7 +26,7 @@ mov.b32 c0, $4; mov.b32 c1, $5; mov.b32 c2, $6; mov.b32 c3, $7; mov.b32 k0, $8; 
 mov.b32 $0, c0; mov.b32 $1, c1; mov.b32 $2, c2; mov.b32 $3, c3;
 }}""")
 _REGISTERS = tl.constexpr("=r,=r,=r,=r,r,r,r,r,r,r")
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -37,7 +37,7 @@ def philox4x32(c0, c1, c2, c3, k0, k1):
     """
     c0, c1, c2, c3 = tl.cast(c0, tl.uint32), tl.cast(c1, tl.uint32), tl.cast(c2, tl.uint32), tl.cast(c3, tl.uint32)
     k0, k1 = tl.cast(k0, tl.uint32), tl.cast(k1, tl.uint32)
-    if _INTERPRETED:
+    if INTERPRETED:
         m0 = tl.full((), 0xD2511F53, tl.uint32)
         m1 = tl.full((), 0xCD9E8D57, tl.uint32)
         for _ in tl.static_range(10):

@@ -14,7 +14,7 @@ from unittest import mock
 import ptx
 import pytest
 import torch
-from variants import of_its_kind, seeds, sweep
+from variants import of_its_kind, on_chips, seeds, sweep
 
 from fastlm import _native, ops
 from fastlm.ops import _registry
@@ -87,6 +87,12 @@ def test_error_bound(case, variant, dtype, pytestconfig):
     if dtype not in case.dtypes and dtype != torch.float16:
         pytest.skip(f"{case.op} is tested in {case.dtypes}")
     checks.error_bound(case, variant, dtype, "cpu", ["cuda"], seeds(pytestconfig, dtype), device)
+
+
+@pytest.mark.parametrize(("case", "variant", "dtype", "chip"), on_chips(HAVE, DTYPES, ("linear_cross_entropy",)))
+def test_error_bound_with_a_chips_arithmetic(case, variant, dtype, chip, pytestconfig):
+    around = functools.partial(device, chip=chip)
+    checks.error_bound(case, variant, dtype, "cpu", ["cuda"], seeds(pytestconfig, dtype), around)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from ptx.snippets import FORMATS, NAN, decode, evaluate, exact, is_special, patterns, round_to
+from ptx.snippets import FORMATS, NAN, decode, evaluate, exact, is_special, patterns, round_to, warp
 
 
 def assert_bits(got, expected, kind, *inputs):
@@ -271,7 +271,7 @@ APPROXIMATIONS = {
 
 @pytest.mark.parametrize("instruction", APPROXIMATIONS)
 def test_approximations_are_within_one_last_bit(instruction):
-    """They are computed in double and rounded: closer than the hardware's, which the tests of kernels must allow."""
+    """They are computed in double and rounded: closer than the hardware's, whose errors `chip` gives."""
     x = np.concatenate([patterns("f32", 300, 10), np.linspace(-8, 8, 400, dtype=np.float32).view(np.uint32)])
     with np.errstate(all="ignore"):
         exact_value = APPROXIMATIONS[instruction](x.view(np.float32).astype(np.float64))
@@ -282,3 +282,97 @@ def test_approximations_are_within_one_last_bit(instruction):
     got, expected = got[ok], expected[ok]
     with np.errstate(all="ignore"):
         assert ((got == expected) | (np.abs(got - expected) <= np.spacing(np.abs(expected)))).all()
+
+
+def _ulps(n):
+    return lambda x, y: n * np.spacing(np.abs(y.astype(np.float32))).astype(np.float64)
+
+
+# PTX ISA 9.0, "Floating Point Instructions": the largest error of each, by input and exact result.
+DOCUMENTED = {
+    "ex2.approx.f32": _ulps(2),
+    "lg2.approx.f32": lambda x, y: np.where((x > 0.5) & (x < 2), 2**-22.6, 2**-22 * np.abs(y)),
+    "rcp.approx.f32": _ulps(1),
+    "rsqrt.approx.f32": lambda x, y: 2**-22.9 * y,
+    "sqrt.approx.f32": lambda x, y: 2**-23 * y,
+    "sin.approx.f32": lambda x, y: np.full_like(x, 2**-20.5),
+    "cos.approx.f32": lambda x, y: np.full_like(x, 2**-20.5),
+    "tanh.approx.f32": lambda x, y: 2**-11 * np.abs(y),
+    "div.full.f32": _ulps(2),
+}
+
+
+@pytest.mark.parametrize("instruction", DOCUMENTED)
+def test_a_chips_approximations_are_off_by_what_is_documented(instruction):
+    """No more than that, up, down or scattered; zeros and what the ISA lists as exact stay exact."""
+    x = np.linspace(2**-7, 6, 999, dtype=np.float32)  # with an exact 1
+    inputs = [x.view(np.uint32)] * (2 if instruction.startswith("div") else 1)
+    sources = "x0, x1" if len(inputs) == 2 else "x0"
+    if len(inputs) == 2:
+        inputs[1] = np.roll(inputs[0], 1)
+        exact_value = x.astype(np.float64) / np.roll(x, 1)
+    else:
+        exact_value = APPROXIMATIONS[instruction](x.astype(np.float64))
+    most = DOCUMENTED[instruction](x.astype(np.float64), exact_value)
+    got = {
+        chip: evaluate(f"{instruction} y, {sources};", "b32", *inputs, chip=chip).view(np.float32).astype(np.float64)
+        for chip in ("high", "low", "scattered")
+    }
+    off = {chip: value - exact_value for chip, value in got.items()}
+    for error in off.values():
+        assert (np.abs(error) <= most * (1 + 1e-12)).all()
+    some = most > 1.5 * np.spacing(np.abs(exact_value).astype(np.float32))  # or rounding hides most of it
+    assert (off["high"] >= 0).all()
+    assert (off["low"] <= 0).all()
+    if some.any():
+        assert (off["high"][some] > 0.3 * most[some]).all()
+        assert (off["low"][some] < -0.3 * most[some]).all()
+        share = off["scattered"][some] / most[some]
+        assert share.min() < -0.1 < 0.1 < share.max()
+    zero = np.zeros(1, np.uint32)
+    if instruction in ("ex2.approx.f32", "cos.approx.f32", "sin.approx.f32", "tanh.approx.f32", "rcp.approx.f32"):
+        same = [evaluate(f"{instruction} y, x0;", "b32", zero, chip=chip) for chip in (None, "high", "low")]
+        assert same[0] == same[1] == same[2]
+
+
+def test_a_chips_mma_truncates_its_sums():
+    """Of the 17 terms eight products at a time, aligned to the largest and cut 24 bits below it; exact without a chip.
+
+    Row g of A and column g of B lie in lanes 4g to 4g+3, two numbers a register; y is row g, column 2t.
+    """
+    rng = np.random.default_rng(0)
+
+    def drawn(rows):
+        """bfloat16 of sizes from 2^-12 to 2^12."""
+        x = (rng.standard_normal((rows, 16)) * 2.0 ** rng.integers(-12, 13, (rows, 16))).astype(np.float32)
+        return x.view(np.uint32) >> 16
+
+    a, b = drawn(8), drawn(8)
+    c = rng.standard_normal(32).astype(np.float32)
+
+    def registers(x):
+        lanes = [(lane // 4, 2 * (lane % 4)) for lane in range(32)]
+        return [np.array([x[g][k + t] | x[g][k + t + 1] << 16 for g, t in lanes], np.uint32) for k in (0, 8)]
+
+    code = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {y, %r4, %r5, %r6}, {x0, x0, x1, x1}, {x2, x3}, "
+    inputs = [*registers(a), *registers(b), c.view(np.uint32)]
+    got = warp(code + "{x4, x4, x4, x4};", *inputs, chip="scattered")
+    exact_value = warp(code + "{x4, x4, x4, x4};", *inputs)
+
+    def cut(value, bits):
+        return Fraction(math.trunc(value * Fraction(2) ** bits)) / Fraction(2) ** bits
+
+    def size(value):
+        return math.frexp(float(value))[1] - 1
+
+    differs = 0
+    for lane in range(32):
+        total = Fraction(float(c[lane]))
+        for k0 in (0, 8):
+            pairs = [[decode(x[k] << 16, "f32") for x in (a[lane // 4], b[2 * (lane % 4)])] for k in range(k0, k0 + 8)]
+            top = max(size(total), *(size(x) + size(y) for x, y in pairs))
+            total = sum((cut(x * y, 24 - top) for x, y in pairs), cut(total, 24 - top))
+            total = decode(round_to(total, "f32", "rz"), "f32")
+        assert decode(got[lane], "f32") == total
+        differs += got[lane] != exact_value[lane]
+    assert differs > 8

@@ -5,6 +5,7 @@ They also run in float32 on Triton's interpreter, for one seed, since it takes s
 process, since TRITON_INTERPRET=1 is read when a kernel is defined.
 """
 
+import functools
 import importlib
 import os
 import subprocess
@@ -14,7 +15,7 @@ from contextlib import nullcontext
 import ptx
 import pytest
 import torch
-from variants import seeds, sweep
+from variants import on_chips, seeds, sweep
 
 from fastlm.kernels import device as device_module
 from fastlm.ops import _registry
@@ -29,6 +30,7 @@ HAVE = [case for case in CASES.values() if "triton" in _registry.backends(case.o
 # What compiles for seconds is tested in float16, which differs from bfloat16 in one cast, where it has dropout alone:
 # that only adds to a kernel, and attention's variants with it reach every kernel and all of its loops.
 FLOAT16 = {"attention": "dropout_p"}
+BEYOND = ("cross_entropy", "linear_cross_entropy", "gelu")
 
 
 def daily(case, variant, dtype):
@@ -51,6 +53,13 @@ def test_error_bound(case, variant, dtype, pytestconfig):
         pytest.skip("float16 is tested with dropout")
     count = range(1) if INTERPRETED else seeds(pytestconfig, dtype)
     checks.error_bound(case, variant, dtype, "cpu", ["triton"], count, DEVICE)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter computes with the host's arithmetic")
+@pytest.mark.parametrize(("case", "variant", "dtype", "chip"), on_chips(HAVE, DTYPES, BEYOND))
+def test_error_bound_with_a_chips_arithmetic(case, variant, dtype, chip, pytestconfig):
+    around = functools.partial(DEVICE, chip=chip)
+    checks.error_bound(case, variant, dtype, "cpu", ["triton"], seeds(pytestconfig, dtype), around)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="of the host's code, and the same in both")

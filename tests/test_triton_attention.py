@@ -1,7 +1,9 @@
 """attention in Triton beyond its OpCase: dropout bits equal to the CPU's, all kinds of tiles, launches for a GPU."""
 
+import functools
 import os
 import random
+import re
 import subprocess
 import sys
 
@@ -173,6 +175,45 @@ def test_float32_products_follow_torchs_switch():
         torch.backends.cuda.matmul.allow_tf32 = False
 
 
+@functools.cache
+def compiled_for_hopper(index):
+    """Forward and backward of a production variant, which the static report compiles too."""
+    with compile_for(90) as compiled:
+        CASE.everything(CASE.function, v := HOPPER[index], CASE.inputs(v, 0, torch.bfloat16), 0, backend="triton")
+    return {kernel.name: kernel for kernel in compiled}
+
+
+def serialised(kernel, directory):
+    """What ptxas says of wgmma that it has to serialise: "C7510" to "C7519"."""
+    from triton import knobs
+
+    source = directory / "kernel.ptx"
+    source.write_text(kernel.ptx)
+    command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", source, "-o", directory / "kernel.o"]
+    return re.findall(r"C751\d", subprocess.run(command, capture_output=True, text=True, check=True).stderr)
+
+
+# BERT's packed and T5's with dropout, and T5's without, which only evaluation runs.
+HOPPER = (
+    *CASE.production,
+    Variant({"h": 8, "d": 64, "lengths": (16,), "buckets": 32}, {"softmax_scale": 1.0}),
+)
+
+
+@pytest.mark.parametrize("index", [1, pytest.param(3, marks=pytest.mark.long), pytest.param(5, marks=pytest.mark.long)])
+def test_wgmma_is_not_serialised(index, tmp_path):
+    kernels_of = compiled_for_hopper(index)
+    for name in ("_fwd", "_dkdv", "_dq"):
+        assert "wgmma.mma_async" in kernels_of[name].ptx
+        assert not serialised(kernels_of[name], tmp_path), name
+
+
+def test_keys_gradients_copy_each_row_of_lse_and_delta_once():
+    """Both loops, ahead and in them; packed with dropout also two offsets of a row's sequence. Triton 3.6 had 128."""
+    text = compiled_for_hopper(1)["_dkdv"].ptx
+    assert len(re.findall(r"cp\.async\.ca\.shared\.global \[[^]]*\], \[[^]]*\], 0x4\b", text)) == 12
+
+
 @pytest.mark.parametrize("packed", [pytest.param(False, marks=pytest.mark.long), True])
 def test_a_philox_call_serves_sixteen_keys(packed):
     """No thread repeats another's work: of a call's twenty high products, no more than the tile needs.
@@ -180,12 +221,11 @@ def test_a_philox_call_serves_sixteen_keys(packed):
     Two loops. Where blocks of sixteen keys may start anywhere three calls serve thirty-two keys: in all loops of packed
     input but those of a query tile over blocks without a mask.
     """
-    variant = CASE.production[1 if packed else 0]  # BERT's: the static report compiles them too
-    with compile_for(90) as compiled:
-        CASE.everything(CASE.function, variant, CASE.inputs(variant, 0, torch.bfloat16), 0, backend="triton")
-        for name in ("fwd", "dkdv", "dq"):
+    compiled = compiled_for_hopper(1 if packed else 0)
+    for name in ("fwd", "dkdv", "dq"):
+        with compile_for(90):  # whose configurations these are
             c = kernels.config(name, 64, 2, dropout=True)
-            calls = c.block_m * c.block_n // 16 // (32 * c.num_warps)
-            calls *= (1 if name != "dkdv" else 1.5) + 1.5 if packed else 2
-            text = next(kernel.ptx for kernel in compiled if kernel.name == f"_{name}")
-            assert text.count("mul.wide.u32") <= 20 * (calls + 1) + 10, name  # the call's key, and a few addresses
+        calls = c.block_m * c.block_n // 16 // (32 * c.num_warps)
+        calls *= (1 if name != "dkdv" else 1.5) + 1.5 if packed else 2
+        text = compiled[f"_{name}"].ptx
+        assert text.count("mul.wide.u32") <= 20 * (calls + 1) + 10, name  # the call's key, and a few addresses

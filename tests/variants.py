@@ -1,5 +1,7 @@
 """What of the OpCases the interpreted GPU kernels run every day, and what under --all alone (the marker long)."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -24,4 +26,23 @@ def sweep(cases, dtypes=None, daily=of_its_kind):
                 name = "-".join([case.op, str(variant), *(str(d).removeprefix("torch.") for d in dtype)])
                 marks = () if daily(case, variant, *dtype) else pytest.mark.long
                 parameters.append(pytest.param(case, variant, *dtype, id=name, marks=marks))
+    return parameters
+
+
+def on_chips(cases, dtypes, beyond):
+    """Parameters (case, variant, dtype, chip) of ptx.run: kinds; every day the first in bfloat16, "scattered".
+
+    beyond: the ops that the errors of the ISA's approximations put beyond the bound in float32 (LOG.md, 2026-11-30).
+    """
+    parameters = []
+    for case in cases:
+        chosen = [] if case.op == "mlm_mask" else case.kinds()  # which computes with integers
+        for variant, dtype, chip in itertools.product(chosen, dtypes, ("high", "low", "scattered")):
+            if dtype not in case.dtypes or (dtype == torch.float32 and case.op in beyond):
+                continue
+            daily = variant is chosen[0] and dtype == torch.bfloat16 and chip == "scattered"
+            name = "-".join([case.op, str(variant), str(dtype).removeprefix("torch."), chip])
+            parameters.append(
+                pytest.param(case, variant, dtype, chip, id=name, marks=() if daily else pytest.mark.long)
+            )
     return parameters

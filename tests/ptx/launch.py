@@ -26,6 +26,8 @@ SHARED_LIMIT = 163 * 1024  # of a block on sm_80
 GRID_LIMIT, BLOCK_LIMIT = (2**31 - 1, 65535, 65535), (1024, 1024, 64)
 FLOATS = {"f16": np.float16, "f32": np.float32, "f64": np.float64}  # parameters that take any Python number
 
+CHIPS = (None, "high", "low", "scattered")  # core.h: Chip
+
 FINDINGS = (
     "bounds",
     "alignment",
@@ -344,6 +346,7 @@ def run(
     check: bool = True,
     races: bool = True,
     bank_conflicts: bool = False,
+    chip: str | None = None,
     memory=None,
     names=(),
 ) -> Report:
@@ -357,6 +360,8 @@ def run(
     more so if anything is found: neither results nor findings depend on it.
     memory: tensors at their own addresses, for `args` that are the parameters' bytes with these addresses in them.
     names: of the arguments, for messages.
+    chip: None, arithmetic as close as can be where PTX leaves it open. Else approximations are off by the most that the
+    ISA allows, all "high", all "low" or "scattered" between, and mma truncates its sums as sm_80 does.
     check: raise KernelFault at the first finding. check=False with max_findings > 1 collects them in the report.
     """
     program = ptx if isinstance(ptx, Program) else load(ptx, entry)
@@ -398,6 +403,7 @@ def run(
         max_findings,
         races,
         bank_conflicts,
+        CHIPS.index(chip),
     ]
     found, printed, counts, extra = program.native.launch(config, params, buffers)
     for tracked, state in back:

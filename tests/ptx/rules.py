@@ -131,8 +131,10 @@ def decode_div(d, ins, m):
     opcode = ins.opcode.split(".")[0]
     if type_ in INTEGERS:
         return simple(d, ins, f"{opcode}.{type_}", [type_] * 3, type_)
-    m.take("approx", "full")
-    floating(d, ins, opcode, type_, m.flags())
+    approximate, flags = m.take("approx", "full"), m.flags()
+    if approximate:
+        return simple(d, ins, f"div.approx.{type_}", [type_] * 2, type_, [flags])
+    floating(d, ins, opcode, type_, flags)
 
 
 @rule("rcp", "sqrt", "rsqrt", "sin", "cos", "lg2", "ex2", "tanh")
@@ -141,8 +143,8 @@ def decode_approximate(d, ins, m):
     opcode = ins.opcode.split(".")[0]
     approximate = m.take("approx")
     flags = m.flags()
-    if type_ == "f64" and approximate and opcode in ("rcp", "rsqrt"):
-        return simple(d, ins, f"{opcode}.approx.f64", [type_], type_)
+    if approximate and type_ in FLOATS:
+        return simple(d, ins, f"{opcode}.approx.{type_}", [type_], type_, [flags])
     floating(d, ins, opcode, type_, flags)
 
 

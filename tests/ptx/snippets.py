@@ -22,10 +22,10 @@ def assemble(body, parameters="", registers=""):
 }}"""
 
 
-def evaluate(instructions, result, *inputs):
+def evaluate(instructions, result, *inputs, **options):
     """Runs instructions on every row of the inputs: unsigned arrays of bit patterns in x0, x1, ...; the result is y.
 
-    `result` is the type of y, b16, b32 or b64.
+    `result` is the type of y, b16, b32 or b64. options: of `run`.
     """
     n = len(inputs[0])
     pointers = ", ".join(f".param .u64 p{k}" for k in range(len(inputs) + 1))
@@ -41,12 +41,12 @@ def evaluate(instructions, result, *inputs):
     code += f" ld.param.u64 %d0, [p{len(inputs)}]; mad.wide.u32 %d0, %r0, {size}, %d0; st.global.{result} [%d0], y;"
     out = np.zeros(n, f"u{size}")
     inputs = [np.ascontiguousarray(x) for x in inputs]
-    run(assemble(code, pointers, registers), "k", -(-n // 128), 128, [*inputs, out])
+    run(assemble(code, pointers, registers), "k", -(-n // 128), 128, [*inputs, out], **options)
     return out
 
 
-def warp(instructions, *inputs, result="b32", threads=32):
-    """One warp; inputs as in `evaluate`."""
+def warp(instructions, *inputs, result="b32", threads=32, **options):
+    """One warp; inputs and options as in `evaluate`."""
     pointers = ", ".join(f".param .u64 p{k}" for k in range(len(inputs) + 1))
     code, registers = "mov.u32 %r0, %tid.x; ", f".reg .{result} y; "
     for k in range(len(inputs)):
@@ -56,7 +56,7 @@ def warp(instructions, *inputs, result="b32", threads=32):
         instructions + f" ld.param.u64 %d0, [p{len(inputs)}]; mad.wide.u32 %d0, %r0, 4, %d0; st.global.b32 [%d0], y;"
     )
     out = np.zeros(threads, np.uint32)
-    run(assemble(code, pointers, registers), "k", 1, threads, [*inputs, out])
+    run(assemble(code, pointers, registers), "k", 1, threads, [*inputs, out], **options)
     return out
 
 

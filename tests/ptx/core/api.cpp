@@ -27,6 +27,7 @@ void register_all() {
   register_integer();
   register_move();
   register_float();
+  register_approximate();
   register_half();
   register_convert();
   register_memory();
@@ -163,7 +164,7 @@ API void* ptx_program(const i64* header, const i64* code, const i64* operands, c
 
 API void ptx_program_free(void* program) { delete static_cast<Program*>(program); }
 
-// config: grid x y z, block x y z, dynamic shared bytes, workers, most instructions, most findings, races, conflicts
+// config: grid x y z, block x y z, dynamic shared bytes, workers, most instructions, most findings, races, conflicts, Chip
 // buffers: device address, bytes, host address, address of the byte states or 0, writable, granule shift
 API void* ptx_launch(const void* program, const i64* config, const u8* params, u64 param_bytes, const i64* buffers,
                      const char* buffer_names, u64* counts, u64* conflicts) {
@@ -172,7 +173,7 @@ API void* ptx_launch(const void* program, const i64* config, const u8* params, u
   for (size_t k = 0; k < 3; ++k) launch.grid[k] = u32(config[k]), launch.block[k] = u32(config[3 + k]);
   launch.dynamic_shared = u32(config[6]);
   launch.max_instructions = u64(config[8]), launch.max_findings = u32(config[9]);
-  launch.races = config[10] != 0;
+  launch.races = config[10] != 0, launch.chip = Chip(config[12]);
   launch.params.assign(params, params + param_bytes);
   std::vector<u32> granules;
   for (auto& name : split(buffer_names)) {

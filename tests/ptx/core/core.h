@@ -245,6 +245,11 @@ struct BarrierState {
 };
 
 // What the blocks of a launch share.
+// The arithmetic that PTX leaves open. EXACT: as close as can be. The others: approximations with the largest errors that
+// the ISA allows, all upwards, all downwards or scattered (ops_approximate.cpp), and mma's sums truncated
+// (ops_matrix.cpp).
+enum Chip : u32 { EXACT, HIGH, LOW, SCATTERED };
+
 struct Launch {
   const Program* program = nullptr;
   std::vector<Buffer> buffers;  // by address
@@ -254,6 +259,7 @@ struct Launch {
   u64 max_instructions = 0;
   u32 max_findings = 1;
   bool races = true;
+  Chip chip = EXACT;
   std::vector<u64> counts;           // executions of every instruction, per warp
   std::vector<u64> conflicts;        // extra shared-memory wavefronts of every instruction
   std::vector<std::string> printed;  // per block

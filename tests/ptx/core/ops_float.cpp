@@ -106,36 +106,13 @@ struct Neg {
   static float f(float a) { return std::bit_cast<float>(std::bit_cast<u32>(a) ^ 0x80000000); }
   static double f(double a) { return -a; }
 };
-// What PTX calls approximate is computed in double and rounded once: closer than the hardware.
-struct Rsqrt {
-  template <class T>
-  static T f(T a) {
-    if (a == 0) return std::copysign(std::numeric_limits<T>::infinity(), a);
-    return canonical(T(1 / std::sqrt(double(a))));
-  }
-};
-struct Ex2 {
-  static float f(float a) { return canonical(float(std::exp2(double(a)))); }
-};
-struct Lg2 {
-  static float f(float a) { return canonical(a == 0 ? -INFINITY : float(std::log2(double(a)))); }
-};
-struct Sin {
-  static float f(float a) { return canonical(float(std::sin(double(a)))); }
-};
-struct Cos {
-  static float f(float a) { return canonical(float(std::cos(double(a)))); }
-};
-struct Tanh {
-  static float f(float a) { return canonical(float(std::tanh(double(a)))); }
-};
 // rcp.approx.ftz.f64 and rsqrt.approx.ftz.f64 give the upper word of the result alone.
 double upper(double x) { return std::bit_cast<double>(std::bit_cast<u64>(x) & ~0xffffffffull); }
 struct RcpUpper {
   static double f(double a) { return upper(1 / a); }
 };
 struct RsqrtUpper {
-  static double f(double a) { return upper(Rsqrt::f(a)); }
+  static double f(double a) { return upper(a == 0 ? std::copysign(INFINITY, a) : 1 / std::sqrt(a)); }
 };
 
 template <class F, class T>
@@ -192,7 +169,6 @@ void arithmetic_of(const std::string& type) {
   operation<Max3, T, T, T, T>("max3." + type);
   operation<Rcp, T, T>("rcp." + type);
   operation<Sqrt, T, T>("sqrt." + type);
-  operation<Rsqrt, T, T>("rsqrt." + type);
   operation<Copysign, T, T, T>("copysign." + type);
   operation<Abs, T, T>("abs." + type);
   operation<Neg, T, T>("neg." + type);
@@ -255,11 +231,6 @@ void testp(Block&, Warp& w, const Ins& i, u32 mask) {
 void register_float() {
   arithmetic_of<float>("f32");
   arithmetic_of<double>("f64");
-  operation<Ex2, float, float>("ex2.f32");
-  operation<Lg2, float, float>("lg2.f32");
-  operation<Sin, float, float>("sin.f32");
-  operation<Cos, float, float>("cos.f32");
-  operation<Tanh, float, float>("tanh.f32");
   add("rcp.approx.f64", lanes<RcpUpper, double, double>);
   add("rsqrt.approx.f64", lanes<RsqrtUpper, double, double>);
   add("setp.f32", setp<float>);

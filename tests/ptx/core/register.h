@@ -12,6 +12,7 @@ inline void add(const std::string& name, Run run, Kind kind = Kind::PLAIN, Run t
 void register_integer();
 void register_move();
 void register_float();
+void register_approximate();
 void register_half();
 void register_convert();
 void register_memory();
