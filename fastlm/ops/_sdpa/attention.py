@@ -21,7 +21,9 @@ from fastlm.ops._relative_bias import relative_buckets
 from fastlm.ops.attention import Args, visible_keys
 
 
-def limit(q, *, packed=False, dropout=False, return_lse=False, bias_gradient=False, softcap=False, bias=False):
+def limit(
+    q, *, packed=False, dropout=False, return_lse=False, bias_gradient=False, softcap=False, bias=False, key_mask=False
+):
     if packed:
         return "it takes padded input, not cu_seqlens"
     if dropout:
