@@ -99,3 +99,35 @@ def test_a_wrong_contender_shows_in_the_exit_status(capsys):
 )
 def test_a_step_is_labelled_with_its_rows_and_length(recipe, shape, label):
     assert training.step_label(recipe, shape) == label
+
+
+def test_a_run_that_is_killed_leaves_the_contenders_that_it_has_timed(tmp_path):
+    """The JSON after each contender: one row while the second is timed, both before the rounds end."""
+    pytest.importorskip("transformers")
+    clock, path, seen = FakeClock(), tmp_path / "train.json", []
+
+    class Watched(Here):
+        def run(self, steps, what="time"):
+            rows = json.loads(path.read_text())["rows"] if path.exists() else []
+            seen.append([row["contender"] for row in rows])
+            return super().run(steps, what)
+
+    options = [
+        "--rounds",
+        "1",
+        "--seconds",
+        "0.01",
+        "--contenders",
+        "fastlm",
+        "transformers",
+        "--json",
+        str(path),
+        *SMALL,
+    ]
+    training.main(options, compare=partial(compare_steps, start=partial(Watched, clock)), clock=clock)
+    assert seen[0] == []
+    assert ["fastlm"] in seen
+    assert ["fastlm", "transformers"] in seen
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["contender"] for row in rows] == ["fastlm", "transformers"]
+    assert all(row["ms"] == pytest.approx(STEP_MS) for row in rows)

@@ -96,6 +96,22 @@ def test_nsight_runs_where_it_is_installed(tmp_path, monkeypatch):
     assert "nsys is not installed" in said[-1]
 
 
+def test_ncu_runs_without_nsys_at_the_clock_of_training(tmp_path, monkeypatch):
+    """As on a machine that has ncu alone: few kernels with all sections, and no lock of the clock."""
+    tool = tmp_path / "ncu"
+    tool.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {tmp_path}/arguments\n')
+    tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    said = []
+    profiler.profile("bert-mini", tmp_path / "out", device="cuda", tools=("nsys", "ncu"), say=said.append)
+    assert any("nsys is not installed" in line for line in said)
+    assert "exit status 0" in said[-1]
+    arguments = (tmp_path / "arguments").read_text().split()
+    assert {"--clock-control=none", "--set=full"} <= set(arguments)
+    (count,) = [argument for argument in arguments if argument.startswith("--launch-count=")]
+    assert int(count.partition("=")[2]) <= 16
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -21,6 +21,7 @@ import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -119,19 +120,27 @@ class _Contest:
     def curves(self, steps: int) -> dict[str, list[float]]:
         return {c: self.answers[c]["losses"] for c in self.contenders if steps and self.ask(c, steps, "losses")}
 
-    def time(self, rounds: int, seconds: float, least: int) -> dict[str, list[float]]:
-        """Milliseconds of each round; a round is at least `seconds` long, and a multiple of `least` steps."""
-        steps = {}
+    def time(
+        self, rounds: int, seconds: float, least: int, progress: Callable[[dict[str, list[float]]], object]
+    ) -> dict[str, list[float]]:
+        """Milliseconds of each round; a round is at least `seconds` long, and a multiple of `least` steps.
+
+        progress(times so far) is called after each contender: first with its time of `least` steps, then with rounds.
+        """
+        steps, first = {}, {}
         for contender in self.workers:
             # BATCHES steps first: the heap settles, and every shape is compiled.
             if self.ask(contender, BATCHES) and self.ask(contender, least):
                 took = self.answers[contender]["seconds"]
                 steps[contender] = least * max(1, math.ceil(seconds / (least * took)))
+                first[contender] = [took * 1e3]
+                progress(first)
         times = {contender: [] for contender in steps}
         for _ in range(rounds):
             for contender in steps:
                 if self.ask(contender, steps[contender]):
                     times[contender].append(self.answers[contender]["seconds"] * 1e3)
+                progress({name: times[name] or first[name] for name in steps})
         return times
 
 
@@ -146,12 +155,15 @@ def compare_steps(
     threads: int | None = None,
     curve: int = 0,
     start: Callable[[str, Path], Worker] = Worker,
+    progress: Callable[[list[StepTime]], object] = lambda times: None,
 ) -> list[StepTime]:
     """Times a step of `recipe`, one micro-batch, `rounds` times for each contender, each at least `seconds` long.
 
     contenders: names of step_contenders.CONTENDERS, or "module:name" of another one. threads: of torch and of fastlm's
     kernels, on a CPU (default torch's). curve: so many steps before the clock, whose losses are kept and compared.
-    start(contender, directory): its Worker. A contender whose first loss is not the first one's is missing, and WRONG.
+    start(contender, directory): its Worker.
+    progress(times of all so far) is called after each contender.
+    A contender whose first loss is not the first one's is missing, and WRONG.
     RuntimeError where the first one fails.
     """
     if rounds < 1:
@@ -167,22 +179,31 @@ def compare_steps(
             contest.check(_CHECK[recipe.train.dtype])
             curves = contest.curves(curve)
             # Batches of different lengths: a round is all of them, as often as it takes.
-            times = contest.time(rounds, seconds, BATCHES if inputs.padded else 1)
+            so_far = partial(_step_times, contest, recipe, inputs, device, curves)
+            times = contest.time(rounds, seconds, BATCHES if inputs.padded else 1, lambda ms: progress(so_far(ms)))
         finally:
             for worker in workers.values():
                 worker.close()
-    product_ms = Timing.of(times[MATMUL]).ms
-    bound_ms = inputs.flops / ceilings.matmul_flops(torch.device(device)) * product_ms
+    return so_far(times)
+
+
+def _step_times(contest: _Contest, recipe, inputs: StepInputs, device: str, curves, times) -> list[StepTime]:
+    """Of those in `times` and those that are missing; of_bound is None until the matrix product was timed."""
+    bound_ms = None
+    if MATMUL in times:
+        bound_ms = inputs.flops / ceilings.matmul_flops(torch.device(device)) * Timing.of(times[MATMUL]).ms
     peak = peak_flops(torch.device(device), getattr(torch, recipe.train.dtype))
     noise = {"dropout": inputs.dropout, "dtype": recipe.train.dtype}
     expected = next(iter(curves.values()), None)
     out = []
-    for contender in contenders:
+    for contender in contest.contenders:
         if contender in contest.missing:
             out.append(StepTime(contender, missing=contest.missing[contender]))
             continue
+        if contender not in times:
+            continue
         timing, answer = Timing.of(times[contender]), contest.answers[contender]
-        off, explained = curve_off(curves[contender], expected, **noise) if curve else (None, None)
+        off, explained = curve_off(curves[contender], expected, **noise) if curves else (None, None)
         out.append(
             StepTime(
                 contender,
@@ -190,7 +211,7 @@ def compare_steps(
                 timing.ms,
                 timing.iqr,
                 mfu=None if peak is None else inputs.flops / (timing.ms / 1e3 * peak),
-                of_bound=bound_ms / timing.ms,
+                of_bound=None if bound_ms is None else bound_ms / timing.ms,
                 peak_mb=answer["peak_mb"],
                 step_mb=answer["step_mb"],
                 losses=tuple(curves.get(contender, ())),

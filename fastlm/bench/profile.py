@@ -38,7 +38,7 @@ from fastlm.storage import atomic_file
 TOOLS = ("torch", "nsys", "ncu")
 TRACE, OPS, MODULES, KERNELS = "trace.json", "ops.csv", "modules.csv", "kernels.csv"
 _WARMUP = 3
-_MEASURED = 40  # kernels that ncu measures; each is run some forty times
+_MEASURED = 12  # kernels that ncu measures, a layer's forward; all sections replay each some forty times
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,8 @@ def command(tool: str, out: Path, arguments: Sequence[str]) -> list[str]:
         "--profile-from-start=off",
         "--nvtx",
         "--set=full",
+        # By default ncu locks the clock to its base; the times would not be those of a training step.
+        "--clock-control=none",
         "--import-source=yes",
         "--graph-profiling=node",
         f"--launch-count={_MEASURED}",

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -114,6 +115,14 @@ def parse(arguments=None) -> argparse.Namespace:
     return args
 
 
+def _write_so_far(path: Path | None, before, recipe, inputs, threads, times: list[StepTime]) -> None:
+    """A run that is killed leaves the contenders that it has timed. before: the rows of other steps, and the rest."""
+    if path:
+        rows, more = before
+        new = [row(recipe, inputs, time, threads) for time in times if not time.missing]
+        results.write_json(path, rows + new, **more)
+
+
 def main(arguments=None, *, compare: Callable[..., list[StepTime]] = compare_steps, clock: Clock | None = None) -> int:
     clock = clock or Clock()
     began = clock.now()
@@ -125,6 +134,7 @@ def main(arguments=None, *, compare: Callable[..., list[StepTime]] = compare_ste
             console.print(f"left out after {args.stop_after:g} s: {step_label(name, inputs.shape)}")
             left_out.append({"op": name, "shape": inputs.shape})
             continue
+        before = rows, {"missing": missing, "left_out": left_out}
         with Console(stderr=True).status(f"{name}: {len(args.contenders)} contenders"):  # on a terminal
             times = compare(
                 recipe,
@@ -135,6 +145,7 @@ def main(arguments=None, *, compare: Callable[..., list[StepTime]] = compare_ste
                 seconds=args.seconds,
                 threads=threads,
                 curve=args.curve,
+                progress=partial(_write_so_far, args.json, before, recipe, inputs, threads),
             )
         title = f"{step_label(recipe.name, inputs.shape)}, {inputs.tokens} tokens, {recipe.train.dtype}, {args.device}"
         title += f", {threads} thread{'s'[: threads > 1]}" if threads else ""

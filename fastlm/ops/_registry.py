@@ -53,9 +53,20 @@ _FLOATS = {
     "cpu": (torch.float32, torch.bfloat16),
     "triton": (torch.float32, torch.bfloat16, torch.float16),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
+    "flash_attn": (torch.bfloat16, torch.float16),
+    "apex": (torch.float32, torch.bfloat16, torch.float16),
 }
 # Backends that are plain differentiable torch functions. They have no raw op.
 COMPOSITE = ("reference", "sdpa", "flash_attn", "apex")
+
+# Backend that is another library -> the module that it needs, and what is said where that is missing.
+_LIBRARIES = {
+    "flash_attn": ("flash_attn", "flash_attn is not installed"),
+    "apex": (
+        "fused_layer_norm_cuda",
+        "NVIDIA's apex is not installed with its CUDA extensions (the package index has another apex)",
+    ),
+}
 
 _HERE = Path(__file__).parent
 # Backend -> the pages that have a file in its column.
@@ -184,6 +195,11 @@ def _missing(backend: str, device: str) -> str | None:
             return "triton is not installed"
         if device != "cuda" and not _triton_takes_cpu():
             return f"it runs on cuda, the input is on {device}; on the cpu only under TRITON_INTERPRET=1"
+    if backend in _LIBRARIES:
+        module, missing = _LIBRARIES[backend]
+        if not _installed(module):
+            return missing
+        return None if device == "cuda" else f"it runs on cuda, the input is on {device}"
     return None
 
 
@@ -195,6 +211,11 @@ _missing._dynamo_marked_constant = True
 @functools.cache  # a search of sys.path takes 36 µs, and `auto` asks at every call
 def _triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
 def _triton_takes_cpu() -> bool:

@@ -440,7 +440,8 @@ def attention(
         softcap: c > 0 turns scaled scores into c·tanh(score/c), before bias and mask, as in flash-attn; Gemma 2 has 50.
             0: none. Not on "sdpa"; on "cuda" not with relative_bias.
         return_lse: return (out, lse); a gradient through lse is included.
-        backend: "auto", "reference", "cpu", "triton" and "cuda" (D up to 256), "sdpa".
+        backend: "auto", "reference", "cpu", "triton" and "cuda" (D up to 256), "sdpa", "flash_attn" (if
+            installed; no dropout, key_mask, relative_bias or lse).
 
     Returns out, like q; with `return_lse` also lse, the logarithm of the softmax's denominator, (B, H, Sq) or packed
     (H, Tq), float32 (float64 for float64 input). A query with no keys returns 0 and lse -inf, and has zero gradients.
@@ -464,6 +465,7 @@ def attention(
         dropout=dropout_p > 0.0,
         softcap=softcap > 0.0,
         bias=biased,
+        key_mask=key_mask is not None,
         return_lse=return_lse,
         masked=key_mask is not None or max(window_size) >= 0 or (causal and q.shape[-3] != k.shape[-3]),
         gradient=torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
@@ -490,7 +492,7 @@ def attention(
         site=site,
         softcap=softcap,
     )
-    if backend == "sdpa":
+    if backend in ("sdpa", "flash_attn"):
         return _registry.column("attention", backend).attention(args)
     if backend == "reference":
         out, lse = _run_reference(args, relative_bias)

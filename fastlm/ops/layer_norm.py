@@ -184,7 +184,7 @@ def _norm(op, x, weight, bias, eps, residual, dropout_p, rng, site, return_resid
     if residual is not None and residual.dtype != x.dtype:
         dtype = torch.promote_types(x.dtype, residual.dtype)
         x, residual = x.to(dtype), residual.to(dtype)
-    backend = _registry.choose(op, backend, x)
+    backend = _registry.choose(op, backend, x, dropout=dropout_p > 0.0, weight=weight, bias=bias)
     rng = _random.draw_rng(rng, dropout_p, device)
     if backend == "reference":
         arguments = {"eps": eps, "residual": residual, "dropout_p": dropout_p, "rng": rng, "site": site}
@@ -194,6 +194,9 @@ def _norm(op, x, weight, bias, eps, residual, dropout_p, rng, site, return_resid
             y, h = layer_norm_reference(x, weight, bias, **arguments)
     else:
         args = Args(x, residual, weight, bias, eps, dropout_p, rng, site, rms=op == "rms_norm")
+        if backend == "apex":
+            y, h = _registry.column("layer_norm", backend).layer_norm(args)
+            return (y, h) if return_residual else y
         y, h, _, _ = _registry.call("layer_norm_fwd", args, backend)
         h = x if residual is None and not dropout_p else h  # Dynamo of torch 2.10 reads no property of a NamedTuple
     return (y, h) if return_residual else y
@@ -224,7 +227,7 @@ def layer_norm(
         rng: int64 (2,), (seed, step), on x's device; None draws from torch's generator. See fastlm.ops._random.
         site: number of this call site; it makes the dropouts of one step differ.
         return_residual: return (y, h); a gradient through h is included.
-        backend: "auto", "reference", "cpu", "triton", "cuda".
+        backend: "auto", "reference", "cpu", "triton", "cuda", "apex" (if installed; no dropout).
 
     Returns y, like x (float32 under CUDA autocast, as F.layer_norm); with `return_residual`, (y, h).
     Raises ValueError for a wrong shape, dtype or device, and for a named backend that cannot run.
