@@ -118,6 +118,24 @@ def prepare(
 
 
 @app.command()
+def data(
+    directory: Annotated[Path, typer.Argument(help="What `fastlm prepare` wrote.")],
+    rows: Annotated[int, typer.Option(min=0, help="How many rows to show as text.")] = 2,
+    plot: Annotated[Path | None, typer.Option(help="PNG to write. Default: DIRECTORY.png, beside it.")] = None,
+) -> None:
+    """Show what is in prepared data: counts, lengths and fill, rows with their masks, and what was set aside."""
+    from fastlm.data import open_dataset
+    from fastlm.run.data_report import plot_contents, report
+
+    dataset = open_dataset(directory)
+    for line in report(dataset, rows):
+        _say(line)
+    plot = plot or directory.absolute().with_name(directory.absolute().name + ".png")
+    plot_contents(dataset, plot)
+    _say(f"lengths and fill: {plot}")
+
+
+@app.command()
 def pretrain(
     recipe: Annotated[str, typer.Argument(help="A recipe's name, as bert-mini, or the path of a TOML file.")],
     data: DataOption,

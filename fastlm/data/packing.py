@@ -1,7 +1,8 @@
 """Documents -> pieces -> rows of fixed length.
 
 A piece is a cut of one document, in the form of a `fastlm.data.layouts.Layout`. For masked rows it stands between its
-own special tokens. Pieces are laid into a row one after another, and cut where the row ends:
+own special tokens. Unless best fit is asked for (`fastlm.data.best_fit`), pieces are laid into a row one after
+another, and cut where the row ends:
 
     row i      [CLS] the end of document 7 [SEP] [CLS] all of document 8 [SEP] [CLS] the start of docu [SEP]
     row i+1    [CLS] ment 9 and so on ...
@@ -94,6 +95,16 @@ class Row:
     used: tuple[int, ...]
 
 
+def sample_id(ordinal: int, piece: int, layout: Layout) -> int:
+    """Of piece number `piece` of a document. ValueError past 2^24 pieces."""
+    if piece >= 1 << PIECE_BITS:
+        raise ValueError(
+            f"data: document {ordinal} has more than 2^{PIECE_BITS} pieces of row_tokens={layout.row_tokens}; "
+            'split it, or set documents to "blank" or "line"'
+        )
+    return (ordinal << PIECE_BITS) + piece
+
+
 def lay_rows(documents: Iterable[np.ndarray], layout: Layout, end: int = NO_NEXT) -> Iterator[Row]:
     """The rows that hold the documents' tokens (n,).
 
@@ -111,25 +122,30 @@ def lay_rows(documents: Iterable[np.ndarray], layout: Layout, end: int = NO_NEXT
                 yield Row(row, used)
                 row, used = [], empty
                 continue
-            if piece == 1 << PIECE_BITS:
-                raise ValueError(
-                    f"data: document {ordinal} has more than 2^{PIECE_BITS} pieces of row_tokens={layout.row_tokens}; "
-                    'split it, or set documents to "blank" or "line"'
-                )
             cut = min(rest, room)
             after = int(ids[at + cut]) if cut < rest else end
-            row.append(Piece((ordinal << PIECE_BITS) + piece, ids[at : at + cut], after))
+            row.append(Piece(sample_id(ordinal, piece, layout), ids[at : at + cut], after))
             piece, at, used = piece + 1, at + cut, layout.add(used, cut)
     if row:
         yield Row(row, used)
 
 
-def pack(documents: Iterable[np.ndarray], tokenizer: Tokenizer, layout: Layout, shard_rows: int) -> Iterator[Shard]:
-    """Shards of `shard_rows` rows (the last may have fewer) from the token ids of each document."""
+def pack(
+    documents: Iterable[np.ndarray],
+    tokenizer: Tokenizer,
+    layout: Layout,
+    shard_rows: int,
+    lay: Callable[..., Iterator[Row]] = lay_rows,
+) -> Iterator[Shard]:
+    """Shards of `shard_rows` rows (the last may have fewer) from the token ids of each document.
+
+    lay   called as lay(documents, layout, end), as `lay_rows`
+    """
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
     padding = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
     end = tokenizer.eos_id if layout.columns == 3 else NO_NEXT
-    rows = lay_rows((layout.document(ids, tokenizer) for ids in documents), layout, end)
+    documents = (layout.document(ids, tokenizer) for ids in documents)
+    rows = lay(documents, layout, end)
     while batch := list(islice(rows, shard_rows)):
         tokens = np.full((len(batch), layout.width), padding, dtype)
         offsets, pieces = [0], []

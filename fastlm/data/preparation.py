@@ -9,14 +9,16 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from fastlm.data import cleaning
 from fastlm.data._checks import integer
+from fastlm.data.best_fit import best_fit_rows, sentence_ends
 from fastlm.data.layouts import MIN_PIECE, Layout, MaskedRows
-from fastlm.data.packing import encode_documents, pack
+from fastlm.data.packing import encode_documents, lay_rows, pack
 from fastlm.data.shards import FORMAT, VERSION, Dataset, open_dataset, read_manifest, tokenizer_checksum, write_shard
 from fastlm.data.sources import (
     DOCUMENTS,
@@ -33,6 +35,7 @@ from fastlm.storage import NoSpace, atomic_directory, file_checksum, json_checks
 
 _SHARD_TOKENS = 1 << 24  # 32 MiB of two-byte tokens in a shard: one is held in memory while preparing
 
+PACKINGS = ("cut", "best_fit")
 _WARNED, _REFUSED = 0.05, 0.9  # shares of [UNK]
 
 Progress = Callable[[str, int, int], None]
@@ -47,6 +50,7 @@ def prepare(
     layout: Layout | None = None,
     documents: str = "file",
     min_chars: int = 8,
+    packing: str = "cut",
     validation=None,
     validation_share: float = 0.0,
     shard_rows: int | None = None,
@@ -62,6 +66,8 @@ def prepare(
     layout      how documents lie in rows, a `fastlm.data.layouts.Layout`; default: MaskedRows(row_tokens)
     documents   what of a plain-text file is a document: "file", "line", or "blank" (between blank lines)
     min_chars   a document of fewer characters is dropped
+    packing     "cut": documents are cut where a row ends; "best_fit": one that fits into a row stays whole, others are
+                cut at sentence ends (`fastlm.data.best_fit`)
     validation  text to evaluate on, paths as `paths`; or
     validation_share  the share of documents that is held out for it, chosen by a hash of their text; the tokenizer is
                 trained without them
@@ -80,6 +86,8 @@ def prepare(
     min_chars = integer("min_chars", min_chars, 0)
     if documents not in DOCUMENTS:
         raise ValueError(f"documents: expected one of {', '.join(DOCUMENTS)}, got {documents!r}")
+    if packing not in PACKINGS:
+        raise ValueError(f"packing: expected one of {', '.join(PACKINGS)}, got {packing!r}")
     if not 0.0 <= validation_share < 1.0 or (validation_share and validation is not None):
         raise ValueError(
             "validation_share: expected a share from 0 up to, but not, 1, and 0 where validation names a text, got "
@@ -93,7 +101,7 @@ def prepare(
         layout.check(tokenizer)
     progress = progress or (lambda stage, done, total: None)
 
-    work = _Work(layout, tokenizer, documents, min_chars, validation_share, shard_rows, progress)
+    work = _Work(layout, tokenizer, documents, min_chars, packing, validation_share, shard_rows, progress)
     report, held_report = Report(), Report()
     files = find_files(paths, report, outputs=outputs)
     held_files = [] if validation is None else find_files(validation, held_report, outputs=outputs)
@@ -131,6 +139,7 @@ class _Work:
     tokenizer: Tokenizer | ToTrain
     documents: str
     min_chars: int
+    packing: str
     validation_share: float
     shard_rows: int
     progress: Progress
@@ -142,6 +151,9 @@ class _Work:
             **self.layout.settings(),
             "documents": self.documents,
             "min_chars": self.min_chars,
+            **(
+                {} if self.packing == "cut" else {"packing": self.packing}
+            ),  # the default has no entry, as in version 0.2
             "validation_share": self.validation_share,
             "shard_rows": self.shard_rows,
             "tokenizer": str(self.tokenizer) if trained else self.tokenizer.hash,
@@ -190,9 +202,11 @@ class _Work:
         """Write shards of the texts' rows; their part of the manifest."""
         counts = _Counts(self.tokenizer)
         ids = counts.count(encode_documents(texts, self.tokenizer, counts.look), report)
+        fitted = self.packing == "best_fit"
+        lay = partial(best_fit_rows, ends=sentence_ends(self.tokenizer)) if fitted else lay_rows
         shards = [
             write_shard(out, f"{prefix}{index:05d}", shard)
-            for index, shard in enumerate(pack(ids, self.tokenizer, self.layout, self.shard_rows))
+            for index, shard in enumerate(pack(ids, self.tokenizer, self.layout, self.shard_rows, lay))
         ]
         counts.check_unknown()
         return {

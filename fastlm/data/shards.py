@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,10 @@ class Dataset:
         self._first = np.cumsum([0] + [len(shard.tokens) for shard in self._shards])
         self.rows = int(self._first[-1])
         self.max_pieces = max(int(np.diff(shard.offsets).max()) for shard in self._shards)
+
+    def shards(self) -> Iterator[Shard]:
+        """The accepted shards in the rows' order, memory-mapped."""
+        return iter(self._shards)
 
     def gather(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of the rows numbered `rows` (k,): tokens (k, width), how many pieces in each (k,), the pieces (p, 2 or 3)."""

@@ -262,6 +262,7 @@ def prepare_for(task: str, table: DataTable, paths, directory: Path, outputs: It
         layout=find_task(task).layout(table),
         documents=table.documents,
         min_chars=table.min_chars,
+        packing=table.packing,
         validation=table.validation or None,
         validation_share=table.validation_share,
         outputs=outputs,

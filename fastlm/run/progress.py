@@ -79,17 +79,24 @@ _STAGES = {
 }
 
 
+def _pace(done: int, total: int, seconds: float) -> list[str]:
+    """The rate and the time left of a stage after `seconds` and `done` of `total` bytes; none in the first second."""
+    if seconds < 1.0 or not done:
+        return []
+    return [f"{done / seconds / 1e6:.1f} MB/s", f"{duration((total - done) * seconds / done)} left"]
+
+
 def prepare_with_progress(paths, tokenizer, out, **settings) -> Dataset:
     """`fastlm.data.prepare`, with a line for each of its stages."""
-    stage, line = None, None
+    stage, line, began = None, None, 0.0
 
     def show(name: str, done: int, total: int) -> None:
-        nonlocal stage, line
+        nonlocal stage, line, began
         if name != stage:
             if line is not None:
                 line.__exit__()
-            stage, line = name, ProgressLine(_STAGES.get(name, name), total).__enter__()
-        line.update(done, [f"{done / 1e6:.1f} of {total / 1e6:.1f} MB"])
+            stage, line, began = name, ProgressLine(_STAGES.get(name, name), total).__enter__(), time.monotonic()
+        line.update(done, [f"{done / 1e6:.1f} of {total / 1e6:.1f} MB", *_pace(done, total, time.monotonic() - began)])
 
     try:
         return prepare(paths, tokenizer, out, progress=show, **settings)

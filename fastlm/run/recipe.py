@@ -46,6 +46,7 @@ PREPARATION_KEYS = {
     "data.tokenizer",
     "data.documents",
     "data.min_chars",
+    "data.packing",
     "data.validation",
     "data.validation_share",
 }

@@ -14,6 +14,11 @@ class DataTable(Table):
     row_tokens: int = key(128, "length of a row of packed pieces", least=8)
     documents: str = key("file", "what of a plain-text file is a document", one_of=("file", "line", "blank"))
     min_chars: int = key(8, "a document of fewer characters is dropped", least=0)
+    packing: str = key(
+        "cut",
+        "cut: documents are cut where a row ends; best_fit: one that fits stays whole, others are cut at sentence ends",
+        one_of=("cut", "best_fit"),
+    )
     validation: str = key("", "text to evaluate on, a path; it is not trained on")
     validation_share: float = key(
         0.0, "share of the documents that is held out for it instead, chosen by their text", least=0.0, below=1.0

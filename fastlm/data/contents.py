@@ -1,0 +1,63 @@
+"""What lies in prepared data: lengths of pieces and fill of rows, a shard at a time, and rows as text."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastlm.data.packing import PADDING_SAMPLE, Shard
+from fastlm.data.shards import Dataset
+from fastlm.data.tokenizer import Tokenizer
+
+
+@dataclass
+class Contents:
+    """Counts over all rows of a dataset; the memory is that of one shard.
+
+    pieces    padding aside
+    lengths   (width + 1,) int64: how many pieces have 0, 1, ... cells, special tokens included
+    filled    (width + 1,) int64: how many rows have 0, 1, ... cells that are no padding
+    cut       pieces that are no document's first: how often documents were cut
+    """
+
+    lengths: np.ndarray
+    filled: np.ndarray
+    pieces: int = 0
+    cut: int = 0
+
+
+def contents(dataset: Dataset) -> Contents:
+    """Count what lies in `dataset`."""
+    found = Contents(np.zeros(dataset.width + 1, np.int64), np.zeros(dataset.width + 1, np.int64))
+    for shard in dataset.shards():
+        samples, lengths, rows = _pieces(shard, dataset.width)
+        real = samples != PADDING_SAMPLE
+        found.pieces += int(real.sum())
+        found.cut += int((samples[real] & 0xFFFFFF > 0).sum())
+        found.lengths += np.bincount(lengths[real], minlength=dataset.width + 1)
+        filled = np.bincount(rows[real], weights=lengths[real], minlength=len(shard.tokens)).astype(np.int64)
+        found.filled += np.bincount(filled, minlength=dataset.width + 1)
+    return found
+
+
+def _pieces(shard: Shard, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(sample id, length in cells, row in the shard) of each piece, int64."""
+    pieces = np.asarray(shard.pieces)
+    rows = np.repeat(np.arange(len(shard.tokens)), np.diff(shard.offsets))
+    lengths = np.diff(rows * width + pieces[:, 1], append=len(shard.tokens) * width)
+    return pieces[:, 0], lengths, rows
+
+
+def shown(ids: np.ndarray, tokenizer: Tokenizer, masked: np.ndarray | None = None) -> str:
+    """A piece as text; a run of tokens that are `masked` (n,) bool, stands between ⟦ and ⟧."""
+    if masked is None or not masked.any():
+        return _text(ids, tokenizer)
+    bounds = [0, *(np.flatnonzero(np.diff(masked)) + 1).tolist(), len(ids)]
+    runs = [(ids[a:b], bool(masked[a])) for a, b in itertools.pairwise(bounds)]
+    return " ".join(f"⟦{_text(run, tokenizer)}⟧" if hidden else _text(run, tokenizer) for run, hidden in runs).strip()
+
+
+def _text(ids: np.ndarray, tokenizer: Tokenizer) -> str:
+    return " ".join(tokenizer.decode(ids, skip_special_tokens=False).split())
