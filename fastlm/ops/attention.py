@@ -440,8 +440,7 @@ def attention(
         softcap: c > 0 turns scaled scores into c·tanh(score/c), before bias and mask, as in flash-attn; Gemma 2 has 50.
             0: none. Not on "sdpa"; on "cuda" not with relative_bias.
         return_lse: return (out, lse); a gradient through lse is included.
-        backend: "auto", "reference", "cpu", "triton" and "cuda" (D up to 256), "sdpa", "flash_attn" (if
-            installed; no dropout, key_mask, relative_bias or lse).
+        backend: "auto", "reference", "cpu", "triton" or "cuda" (D up to 256), "sdpa", "flash_attn" (where installed).
 
     Returns out, like q; with `return_lse` also lse, the logarithm of the softmax's denominator, (B, H, Sq) or packed
     (H, Tq), float32 (float64 for float64 input). A query with no keys returns 0 and lse -inf, and has zero gradients.
