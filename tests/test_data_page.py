@@ -20,7 +20,7 @@ def test_the_commands_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(_malloc, "tune", lambda: "")
     monkeypatch.setattr(_threads, "wait_policy", lambda: None)
-    (block,) = re.findall(r"```bash\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    (block,) = re.findall(r"```sh\n(.*?)```", PAGE.read_text(), re.DOTALL)
     for command in block.strip().split("\n"):
         monkeypatch.setattr(sys, "argv", shlex.split(command))
         with pytest.raises(SystemExit) as ended:

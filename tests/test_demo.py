@@ -112,16 +112,16 @@ GPT2_FOUND = {
     "unigram_bits_per_character": 2.0,
 }
 T5_FOUND = {"kind": "t5", "span_token_accuracy": 0.21, "trigram_accuracy": 0.3, "unigram_accuracy": 0.1}
-BERT = {"kind": "bert", "unigram_held_out_loss": 6.5, "held_out_loss": 5.79, "top5": 0.31, "unigram_top5": 0.2}
+BERT = {"kind": "bert", "unigram_held_out_loss": 6.5, "held_out_loss": 6.14, "top5": 0.27, "unigram_top5": 0.2}
 
 
 @pytest.mark.parametrize(
     ("module", "found", "good"),
     [
         (_bert, BERT, True),
-        (_bert, {**BERT, "held_out_loss": 5.81}, False),
+        (_bert, {**BERT, "held_out_loss": 6.16}, False),
         (_bert, {**BERT, "held_out_loss": float("nan")}, False),
-        (_bert, {**BERT, "top5": 0.29}, False),
+        (_bert, {**BERT, "top5": 0.25}, False),
         (_gpt2, GPT2_FOUND, True),
         (_gpt2, {**GPT2_FOUND, "bits_per_character": 1.71}, False),
         (_gpt2, {**GPT2_FOUND, "bits_per_character": float("nan")}, False),
