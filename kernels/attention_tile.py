@@ -10,11 +10,9 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from .exponential import LN2, LOG2E, exp_float32
 from .philox import INTERPRETED, dropout_key, philox4x32
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LOG2E_LOW = tl.constexpr(1.92596298909109e-08)  # log2 e minus its float32
-LN2 = tl.constexpr(0.6931471805599453)
 
 
 # ---- products
@@ -22,13 +20,9 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def exp(x, FLOAT32: tl.constexpr):
-    """2^x; for float32 e^x, corrected by what rounding x·log2 e (and log2 e) lost."""
+    """2^x; for float32 e^x."""
     if FLOAT32:
-        x = tl.maximum(x, -150.0, propagate_nan=tl.PropagateNan.ALL)  # finite, and e^x is still 0
-        y = x * LOG2E
-        lost = tl.fma(x, tl.full(x.shape, LOG2E, tl.float32), -y) + x * LOG2E_LOW
-        p = tl.exp2(y)
-        return p + p * (lost * LN2)
+        return exp_float32(x)
     else:
         return tl.exp2(x)
 

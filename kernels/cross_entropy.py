@@ -148,7 +148,7 @@ def _sum(x_ptr, part_ptr, out_ptr, n, share, parts, PARTS: tl.constexpr, BLOCK_N
     total = tl.sum(sums)
     if part_ptr is not None:
         part = tl.arange(0, PARTS)
-        total /= tl.sum(tl.load(part_ptr + part, mask=part < parts, other=0.0))
+        total = tl.div_rn(total, tl.sum(tl.load(part_ptr + part, mask=part < parts, other=0.0)))
     tl.store(out_ptr + tl.program_id(0), total)
 
 

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from .exponential import divide, exp, log
 from .rows import Matrix
 
 
@@ -43,22 +44,22 @@ def _weighted(x, w_ptr, col, mask, reference):
 
 
 @triton.jit
-def _tanh(x):
+def _tanh(x, FLOAT32: tl.constexpr):
     u = tl.abs(x)
-    e = tl.exp(-2.0 * u)
+    e = exp(-2.0 * u, FLOAT32)
     # Below 0.625, where 1 - e cancels, the polynomial of Cephes (tanhf.c), whose error is 1e-7 of the value.
     s = u * u
     p = ((-5.70498872745e-3 * s + 2.06390887954e-2) * s - 5.37397155531e-2) * s + 1.33314422036e-1
     small = u + u * s * (p * s - 3.33332819422e-1)
-    size = tl.where(u < 0.625, small, (1.0 - e) / (1.0 + e))
+    size = tl.where(u < 0.625, small, divide(1.0 - e, 1.0 + e, FLOAT32))
     return tl.where(x < 0.0, -size, size)
 
 
 @triton.jit
-def _capped(x, cap, mask):
+def _capped(x, cap, mask, FLOAT32: tl.constexpr):
     """cap tanh(x / cap), or x where cap is None; -inf outside of the mask."""
     if cap is not None:
-        x = tl.where(mask, cap * _tanh(x / cap), -float("inf"))
+        x = tl.where(mask, cap * _tanh(divide(x, cap, FLOAT32), FLOAT32), -float("inf"))
     return x
 
 
@@ -70,14 +71,14 @@ def _beaten(x, x_t, before, mask):
 
 
 @triton.jit
-def _cap_slope(x, cap):
+def _cap_slope(x, cap, FLOAT32: tl.constexpr):
     """The derivative of _capped, 1 - tanh², from e = exp(-2|x / cap|): 1 - t² would cancel."""
-    e = tl.exp(-2.0 * tl.abs(x / cap))
-    return 4.0 * e / ((1.0 + e) * (1.0 + e))
+    e = exp(-2.0 * tl.abs(divide(x, cap, FLOAT32)), FLOAT32)
+    return divide(4.0 * e, (1.0 + e) * (1.0 + e), FLOAT32)
 
 
 @triton.jit
-def _gradient(e, x, factor, uniform, w_ptr, col, mask, cap, smoothing):
+def _gradient(e, x, factor, uniform, w_ptr, col, mask, cap, smoothing, FLOAT32: tl.constexpr):
     """(e factor - ε/V w) dy/dx for e = exp(y - maximum), where y is the logit x, capped; without the target's part."""
     dx = e * factor
     if smoothing is not None:
@@ -86,7 +87,7 @@ def _gradient(e, x, factor, uniform, w_ptr, col, mask, cap, smoothing):
         else:
             dx -= uniform
     if cap is not None:
-        dx *= _cap_slope(x, cap)
+        dx *= _cap_slope(x, cap, FLOAT32)
     return dx
 
 
@@ -97,7 +98,7 @@ def _read(ptr, col, mask, raw_t, t, cap, JUDGES: tl.constexpr):
     beaten = 0.0
     if JUDGES:
         beaten = tl.sum(_beaten(x, raw_t, col < t, mask))
-    return x, _capped(x, cap, mask), beaten
+    return x, _capped(x, cap, mask, ptr.dtype.element_ty == tl.float32), beaten
 
 
 # ---- a row
@@ -120,6 +121,7 @@ def _sums(
 ):
     """Of a row's body, in blocks: (top, sums, distances, beaten). The first two are each access's maximum and Σ exp(x -
     top), the third Σ w (reference - x)."""
+    FLOAT32: tl.constexpr = body_ptr.dtype.element_ty == tl.float32
     group, tile = tile_columns(BLOCK_N, VEC)
     top = tl.full((BLOCK_N // VEC,), -3.4028234663852886e38, tl.float32)
     sums = tl.zeros((BLOCK_N // VEC,), tl.float32)
@@ -133,7 +135,7 @@ def _sums(
             beaten += more
         # A maximum for each access: no exchange between threads, at the cost of one more exp an access.
         higher = tl.maximum(top, tl.max(logit, axis=1))
-        sums = sums * tl.exp(top - higher) + tl.sum(tl.exp(logit - higher[:, None]), axis=1)
+        sums = sums * exp(top - higher, FLOAT32) + tl.sum(exp(logit - higher[:, None], FLOAT32), axis=1)
         top = higher
         if smoothing is not None:
             distances += tl.sum(_weighted(logit, w_ptr, col, in_body, reference), axis=1)
@@ -166,14 +168,15 @@ def _put_gradients(
     BLOCK_N: tl.constexpr,
 ):
     """The gradient of a row's body, block by block from its end, where the logits are still cached."""
+    FLOAT32: tl.constexpr = body_ptr.dtype.element_ty == tl.float32
     group, tile = tile_columns(BLOCK_N, VEC)
     blocks = tl.cdiv(body, BLOCK_N)
     for i in range(0, blocks):
         start = (blocks - 1 - i) * BLOCK_N
         in_body = (start + group < body)[:, None]
         raw, logit, _ = _read(body_ptr + start + tile, tile, in_body, 0.0, 0, cap, JUDGES=False)
-        e = tl.exp(logit - maximum)
-        d = _gradient(e, raw, factor, uniform, w_ptr, head + start + tile, in_body, cap, smoothing)
+        e = exp(logit - maximum, FLOAT32)
+        d = _gradient(e, raw, factor, uniform, w_ptr, head + start + tile, in_body, cap, smoothing, FLOAT32)
         tl.store(dx_body_ptr + start + tile, d.to(dx_body_ptr.dtype.element_ty), mask=in_body)
 
 
@@ -215,6 +218,7 @@ def _fwd(
     program, count = tl.program_id(0), tl.num_programs(0)
     group, tile = tile_columns(BLOCK_N, VEC)
     JUDGES: tl.constexpr = figures is not None
+    FLOAT32: tl.constexpr = x.ptr.dtype.element_ty == tl.float32
     denominator = 1.0
     if part_ptr is not None:
         part = tl.arange(0, PARTS)
@@ -245,7 +249,7 @@ def _fwd(
         else:
             is_class = (t >= 0) & (t < cols)
             raw_t = tl.load(row_ptr + t, mask=is_class, other=float("nan")).to(tl.float32)
-            x_t = _capped(raw_t, cap, is_class)
+            x_t = _capped(raw_t, cap, is_class, FLOAT32)
             w_t = 1.0
             w_sum = tl.cast(cols, tl.float32)
             if w_ptr is not None:
@@ -263,27 +267,27 @@ def _fwd(
                 maximum = tl.maximum(tl.maximum(tl.max(logit), tl.max(edge)), -3.4028234663852886e38)
                 if smoothing is not None:
                     distance = tl.sum(_weighted(logit, w_ptr, head + tile, in_body, reference))
-                e = tl.exp(logit - maximum)
+                e = exp(logit - maximum, FLOAT32)
                 total = tl.sum(e)
             else:
                 top, sums, distances, more = _sums(
                     body_ptr, head, body, w_ptr, raw_t, t, reference, smoothing, cap, JUDGES, VEC, BLOCK_N
                 )
                 maximum = tl.maximum(tl.max(top), tl.max(edge))
-                total = tl.sum(sums * tl.exp(top - maximum))
+                total = tl.sum(sums * exp(top - maximum, FLOAT32))
                 if smoothing is not None:
                     distance = tl.sum(distances)
             if smoothing is not None:
                 distance += tl.sum(_weighted(edge, w_ptr, edge_col, in_edge, reference))
-            edge_e = tl.exp(edge - maximum)
+            edge_e = exp(edge - maximum, FLOAT32)
             total += tl.sum(edge_e)
 
-            log_total = tl.log(total)
+            log_total = log(total, FLOAT32)
             lse = maximum + log_total
             one_hot, each = w_t, 0.0
             if smoothing is not None:
                 one_hot *= 1.0 - smoothing
-                each = smoothing / cols
+                each = divide(smoothing, tl.cast(cols, tl.float32), FLOAT32)
             loss = one_hot * ((maximum - x_t) + log_total)
             if smoothing is not None:
                 loss += each * (distance + w_sum * ((maximum - reference) + log_total))
@@ -307,23 +311,23 @@ def _fwd(
                 numerator = one_hot + uniform * w_sum
                 if z_loss is not None:
                     numerator += 2.0 * scale * z_loss * lse
-                factor = numerator / total
+                factor = divide(numerator, total, FLOAT32)
                 dtype = dx.ptr.dtype.element_ty
                 tl.debug_barrier()  # every thread has read the edge and the target's element; both are overwritten now
-                edge = _gradient(edge_e, raw_edge, factor, uniform, w_ptr, edge_col, in_edge, cap, smoothing)
+                edge = _gradient(edge_e, raw_edge, factor, uniform, w_ptr, edge_col, in_edge, cap, smoothing, FLOAT32)
                 tl.store(dx_row_ptr + edge_col, edge.to(dtype), mask=in_edge)
                 if WHOLE:
                     in_body = (group < body)[:, None]
-                    d = _gradient(e, raw, factor, uniform, w_ptr, head + tile, in_body, cap, smoothing)
+                    d = _gradient(e, raw, factor, uniform, w_ptr, head + tile, in_body, cap, smoothing, FLOAT32)
                     tl.store(dx_body_ptr + tile, d.to(dtype), mask=in_body)
                 else:
                     _put_gradients(
                         dx_body_ptr, body_ptr, head, body, maximum, factor, uniform, w_ptr, smoothing, cap, VEC, BLOCK_N
                     )
                 tl.debug_barrier()  # the target's element is written again: this write must be the last
-                dx_t = tl.exp(x_t - maximum) * factor - one_hot
+                dx_t = exp(x_t - maximum, FLOAT32) * factor - one_hot
                 if smoothing is not None:
                     dx_t -= uniform * w_t
                 if cap is not None:
-                    dx_t *= _cap_slope(raw_t, cap)
+                    dx_t *= _cap_slope(raw_t, cap, FLOAT32)
                 tl.store(dx_row_ptr + t, dx_t.to(dtype), mask=is_class)

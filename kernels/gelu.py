@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .device import register_limit, resident, stages
+from .exponential import divide, exp
 from .partials import sum_partials
 from .rows import Matrix, load_tile, matrix
 from .tuning import choose
@@ -41,18 +42,18 @@ def _others(n: int) -> list[Config]:
 
 
 @triton.jit
-def _normal(h, TANH: tl.constexpr):
+def _normal(h, TANH: tl.constexpr, FLOAT32: tl.constexpr):
     """(Φ(h), d(h Φ(h))/dh) for the exact Φ, or for the one that tanh approximates."""
     if TANH:
         # Φ ≈ (1 + tanh(u))/2 = 1/(1 + exp(-2u)), and Φ (1 - Φ), without cancellation for either sign of u.
         z = 1.5957691216057308 * (h + 0.044715 * h * h * h)
-        e = tl.exp(-tl.abs(z))
-        r = 1.0 / (1.0 + e)
+        e = exp(-tl.abs(z), FLOAT32)
+        r = divide(tl.full(e.shape, 1.0, tl.float32), 1.0 + e, FLOAT32)
         phi = tl.where(z >= 0.0, r, e * r)
         slope = phi + h * (e * r * r) * (1.5957691216057308 * (1.0 + 0.134145 * h * h))
     else:
         phi = 0.5 + 0.5 * tl.erf(h * 0.7071067811865476)
-        slope = phi + h * (0.3989422804014327 * tl.exp(-0.5 * h * h))
+        slope = phi + h * (0.3989422804014327 * exp(-0.5 * h * h, FLOAT32))
     return phi, slope
 
 
@@ -74,7 +75,7 @@ def _fwd(
     h = load_tile(x, row, col, mask)
     if bias_ptr is not None:
         h += tl.load(bias_ptr + col, mask=col < cols, other=0.0).to(tl.float32)[None, :]
-    phi, _ = _normal(h, TANH)
+    phi, _ = _normal(h, TANH, x.ptr.dtype.element_ty == tl.float32)
     y = h * phi
     if gate is not None:
         y *= load_tile(gate, row, col, mask)
@@ -111,7 +112,7 @@ def _bwd(
         h = load_tile(x, row, col, mask)
         if bias_ptr is not None:
             h += bias
-        phi, slope = _normal(h, TANH)
+        phi, slope = _normal(h, TANH, x.ptr.dtype.element_ty == tl.float32)
         out = row[:, None] * cols + col[None, :]
         if gate is not None:
             gate_tile = load_tile(gate, row, col, mask)

@@ -27,8 +27,13 @@ class FakeGpuClock(FakeClock):
     def __init__(self):
         super().__init__()
         self.free_at = 0.0  # when the device has finished its queue, in seconds of the host
+        self.captured = None  # milliseconds of the kernels of the graph that is captured now
+        self.broken = False  # whether that capture cannot end
 
     def wait(self):
+        if self.captured is not None:
+            self.broken = True
+            raise RuntimeError("operation not permitted when stream is capturing")
         self.seconds = max(self.seconds, self.free_at)
 
     def keep_busy(self, ms):
@@ -37,7 +42,10 @@ class FakeGpuClock(FakeClock):
     def launch(self, host_ms, device_ms):
         """A kernel that takes `host_ms` to launch and `device_ms` to run."""
         self.advance(host_ms)
-        self.keep_busy(device_ms)
+        if self.captured is not None:
+            self.captured.append(device_ms)
+        else:
+            self.keep_busy(device_ms)
 
     def mark(self):
         return max(self.free_at, self.seconds)

@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import types
+from functools import partial
 
 import pytest
 import torch
-from fake_clock import FakeClock
+from fake_clock import FakeClock, FakeGpuClock
+from fake_cuda import FakeCuda
 
 from fastlm.bench import op_worker, ops, results
 from fastlm.bench.op_runner import AGREEMENT, OpRunner, disagreement
@@ -15,6 +17,7 @@ from fastlm.bench.peers import PEERS, Peer
 from fastlm.testing.cases import CASES, Variant
 
 KEYS = {"op", "shape", "dtype", "pass", "contender", "ms", "ms_iqr", "gbps", "tflops", "of_ceiling", "peak_mb"}
+KEYS |= {"host_ms", "timed"}
 COPY_MS, MATMUL_MS = 0.25, 2.0
 
 
@@ -61,7 +64,10 @@ class Here:
         out = getattr(self.worker, method)(*arguments)
         if method == "prepare_ceilings":
             for name, ms in (("copy", COPY_MS), ("matmul", MATMUL_MS)):
-                self.worker.ceilings[name] = lambda ms=ms: self.clock.advance(ms)
+                on_gpu = self.clock.on_gpu
+                self.worker.ceilings[name] = partial(
+                    *((self.clock.launch, 0.0) if on_gpu else (self.clock.advance,)), ms
+                )
             return {"copy": 1000, "matmul": 4000}
         return out
 
@@ -70,14 +76,18 @@ class Here:
 
 
 @pytest.fixture
-def bench(monkeypatch):
+def clock():
+    return FakeClock()
+
+
+@pytest.fixture
+def bench(monkeypatch, clock):
     """(a fake clock, a function that benches peers of layer_norm on a shape of 600 rows)."""
-    clock = FakeClock()
     eager = PEERS["layer_norm"]["eager"].function
     case = CASES["layer_norm"]
 
     def ours(*, backend, **arguments):
-        clock.advance(0.4)
+        clock.launch(0.4, 0.1) if clock.on_gpu else clock.advance(0.4)
         return case.function(**arguments, backend=backend)
 
     def run(whole=False, **functions):
@@ -104,8 +114,10 @@ def test_times_are_those_of_the_clock(bench):
 
         return call
 
-    rows, missing, beside = run(even=paced(0.5), slower=paced(0.6))
+    rows, missing, beside, not_captured = run(even=paced(0.5), slower=paced(0.6))
     assert missing == {"sdpa": "has no layer_norm"}
+    assert not_captured == {}
+    assert {(row["timed"], row["host_ms"]) for row in rows} == {("host", None)}
     by = {(row["contender"], row["pass"]): row for row in rows}
     ms = {name: by[name, "fwd"]["ms"] for name, which in by if which == "fwd"}
     assert ms == pytest.approx({"even": 0.5, "slower": 0.6, "fastlm:reference": 0.4})
@@ -145,10 +157,43 @@ def test_skipped_work_or_an_overwritten_input_is_not_timed(bench):
         clock.advance(1.0)
         return eager(**arguments)
 
-    rows, missing, _ = run(overwrites=overwrites, skips=skips, honest=honest)
+    rows, missing, _, _ = run(overwrites=overwrites, skips=skips, honest=honest)
     assert missing["skips"].startswith(results.WRONG)
     assert missing["overwrites"] == "overwrites its x"
     assert {row["contender"] for row in rows} == {"honest", "fastlm:reference"}
+
+
+@pytest.mark.parametrize("clock", [FakeGpuClock()])
+def test_kernels_are_timed_by_graph_and_the_host_apart(bench, monkeypatch):
+    """A peer of 53 us of Python and 47 us of kernel; one that synchronises is timed by launches, and marked."""
+    clock, run = bench
+    cuda = FakeCuda(clock).install(monkeypatch)
+    eager = PEERS["layer_norm"]["eager"].function
+
+    def launched(x, weight=None, bias=None, residual=None, rng=None):
+        clock.launch(0.053, 0.047)
+        return eager(x, weight, bias)
+
+    def synchronises(**arguments):
+        out = launched(**arguments)
+        clock.wait()
+        return out
+
+    rows, _, _, not_captured = run(launched=launched, synchronises=synchronises)
+    by = {(row["contender"], row["pass"]): row for row in rows}
+    row = by["launched", "fwd"]
+    assert (row["timed"], row["ms"], row["host_ms"]) == ("graph", pytest.approx(0.047), pytest.approx(0.053))
+    assert by["synchronises", "fwd"]["timed"] == "launches"
+    assert not_captured["synchronises fwd"].startswith("RuntimeError: operation failed")
+    assert "launched fwd" not in not_captured
+    assert cuda.current == "default"
+    cuda.draw()
+    line = next(line for line in ops.lines(rows) if " fwd " in line)
+    assert "host   400.0 us" in line
+    assert "launched 47.0" in line
+    assert "synchronises* " in line
+    # One graph for both passes of two contenders and of the ceilings, whatever the number of rounds.
+    assert sum(graph.replays > 0 for graph in cuda.graphs) == 2 * (2 + 2)
 
 
 def test_missing_contenders_share_a_line():
@@ -210,7 +255,7 @@ def test_shapes_without_time_left_are_named(tmp_path, capsys, monkeypatch):
 
     def bench_shape(processes, op, index, dtype, args):
         clock.advance(4000)
-        return [], {}, []
+        return [], {}, [], {}
 
     monkeypatch.setattr(ops, "bench_shape", bench_shape)
     options = ["--op", "gelu,dropout", "--malloc", "default", "--seconds", "5", "--json", str(tmp_path / "ops.json")]

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from fake_clock import FakeClock, FakeGpuClock
+from fake_cuda import FakeCuda
 
-from fastlm.bench import ceilings, memory, timing
+from fastlm.bench import ceilings, memory, timing, tune
 from fastlm.bench.clock import Clock
+from fastlm.cuda_graph import CudaGraph
 
 CPU = torch.device("cpu")
 
@@ -36,6 +38,95 @@ def test_a_call_that_synchronises_pays_for_the_host():
 
     # The device is busy when the first is launched, and idle while the other nine are.
     assert timing.time_calls(call, 10, clock) == pytest.approx((0.004 + 9 * 0.054) / 10)
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    return FakeCuda(FakeGpuClock()).install(monkeypatch)
+
+
+class Launched:
+    """Calls that take `sets` inputs in turn: 53 us of Python, and a kernel of 47 us, or as `kernel_ms` says."""
+
+    def __init__(self, clock, sets=1, kernel_ms=lambda index: 0.047):
+        self.clock, self.sets, self.kernel_ms = clock, sets, kernel_ms
+        self.taken = []
+
+    def __call__(self):
+        self.taken.append(len(self.taken) % self.sets)
+        self.clock.launch(0.053, self.kernel_ms(self.taken[-1]))
+
+
+def test_a_graph_times_the_kernel_and_not_python(cuda):
+    """Where launches find the device idle, 53 us of Python hide the kernel's 47 us; not in a graph."""
+    call = Launched(cuda.clock)
+    assert timing.time_calls(call, 100, cuda.clock, ahead=False) == pytest.approx(0.053, rel=0.01)
+    timer = timing.GraphTimer(call, 1, cuda.clock)
+    assert timer.calls == timing.GRAPH_CALLS
+    for calls in (1, 10, 400):
+        assert timer(calls) == pytest.approx(0.047)
+    assert timing.host_ms(call, cuda.clock) == pytest.approx(0.053)
+
+
+@pytest.mark.parametrize(("sets", "turns"), [(1, 10), (3, 4), (4, 3), (32, 1)])
+def test_a_graph_holds_whole_turns_and_is_captured_once(cuda, sets, turns):
+    """Kernels of different lengths show which inputs a replay has: all of them, equally often."""
+    call = Launched(cuda.clock, sets, lambda index: 0.001 * (index + 1))
+    timer = timing.GraphTimer(call, sets, cuda.clock)
+    before = len(call.taken)
+    assert [timer(calls) for calls in (1, 50, 100)] == pytest.approx([0.001 * (sets + 1) / 2] * 3)
+    assert len(call.taken) == before  # no call after the capture
+    (graph,) = cuda.graphs
+    assert len(graph.kernels) == timer.calls == sets * turns
+    assert {graph.kernels.count(ms) for ms in graph.kernels} == {turns}
+    assert graph.replays > 0
+
+
+def test_a_long_call_is_not_repeated_in_its_graph(cuda):
+    assert timing.GraphTimer(Launched(cuda.clock, 2, lambda index: 5.0), 2, cuda.clock).calls == 2
+
+
+def test_tune_times_by_the_same_graphs(cuda):
+    assert tune.device_ms(Launched(cuda.clock, 2), 2, cuda.clock) == pytest.approx(0.047)
+    assert len(cuda.graphs) == 1
+
+
+def synchronizes(clock):
+    clock.launch(0.01, 0.02)
+    clock.wait()
+
+
+def raises(clock):
+    clock.launch(0.01, 0.02)
+    if clock.captured is not None:
+        raise ValueError("takes no graph")
+
+
+@pytest.mark.parametrize(
+    ("function", "error", "message"),
+    [
+        (synchronizes, RuntimeError, "previous error during capture"),
+        (raises, ValueError, "takes no graph"),
+        (lambda clock: None, UserWarning, "The CUDA Graph is empty"),
+    ],
+)
+def test_torch_works_after_a_capture_that_failed(cuda, function, error, message):
+    """The stream is the one before, random numbers are drawn, the pool is closed, and the next capture succeeds."""
+    with pytest.raises(error, match=message):
+        timing.GraphTimer(partial(function, cuda.clock), 1, cuda.clock)
+    assert cuda.current == "default"
+    assert not cuda.recording
+    assert cuda.released == ([(0, 1)] if function is synchronizes else [])
+    cuda.draw()
+    assert timing.GraphTimer(Launched(cuda.clock), 1, cuda.clock)(10) == pytest.approx(0.047)
+
+
+def test_graphs_that_share_have_one_pool_and_one_stream(cuda):
+    first = CudaGraph()
+    CudaGraph(first)
+    assert (cuda.pools, len(cuda.streams)) == (1, 2)
+    CudaGraph()
+    assert (cuda.pools, len(cuda.streams)) == (2, 3)
 
 
 def timers_of(clock, **ms):

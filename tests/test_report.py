@@ -42,6 +42,16 @@ def test_the_best_of_each_side_counts():
     assert "0.50 compile" in table  # a row in which fastlm loses is there like any other
 
 
+def test_a_gpu_has_the_host_apart_and_marks_what_is_no_graph():
+    gpu = {"host_ms": 0.05, "timed": "graph"}
+    rows = [op("fastlm:cuda", 2.0, **gpu), op("eager", 5.0, **gpu | {"timed": "launches"})]
+    table = report.ops_table(rows)
+    assert "| backend | ms | host ms | rate |" in table
+    assert "| cuda | 2.000 ±5% | 0.050 | 10 GB/s | 50% | 2.50 eager* |" in table
+    assert "5.000* ±2%" in report.contenders_tables(rows)
+    assert "host ms" not in report.ops_table(ROWS)
+
+
 def test_a_forward_that_computes_its_gradient_is_not_a_plain_forward():
     """A loss's forward has a label in the table of rows, and a footnote for its mean."""
     rows = [

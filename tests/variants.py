@@ -29,7 +29,7 @@ def sweep(cases, dtypes=None, daily=of_its_kind):
     return parameters
 
 
-def on_chips(cases, dtypes, beyond):
+def on_chips(cases, dtypes, beyond=()):
     """Parameters (case, variant, dtype, chip) of ptx.run: kinds; every day the first in bfloat16, "scattered".
 
     beyond: the ops that the errors of the ISA's approximations put beyond the bound in float32 (LOG.md, 2026-11-30).

@@ -9,6 +9,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -18,7 +19,8 @@ from fastlm.bench.clock import Clock
 from fastlm.bench.op_runner import AGREEMENT, OpRunner, disagreement, reason, restore
 from fastlm.bench.passes import PASSES
 from fastlm.bench.peers import PEERS, Peer, Unsupported
-from fastlm.bench.results import WRONG
+from fastlm.bench.results import GRAPH, HOST, LAUNCHES, WRONG
+from fastlm.cuda_graph import CudaGraph
 from fastlm.ops import _registry
 from fastlm.testing.cases import CASES, OpCase, Variant
 
@@ -42,6 +44,14 @@ def shapes(case: OpCase, device: str) -> tuple[Variant, ...]:
     return (case.benchmarks_cuda if device == "cuda" else ()) or case.benchmarks
 
 
+class Timer(NamedTuple):
+    """ms(calls): milliseconds a call. by: GRAPH, LAUNCHES or HOST; why: what prevented a graph."""
+
+    ms: Callable[[int], float]
+    by: str
+    why: str | None = None
+
+
 class OpWorker:
     """The contenders of one shape at a time, and the ceilings."""
 
@@ -52,6 +62,8 @@ class OpWorker:
         """({contender: its passes}, {contender: why it is missing}) of benchmark shape `index` of `op`."""
         case = BENCHMARKS[op]
         self.runners: dict[str, OpRunner] = {}
+        self.timers: dict[tuple[str, str], Timer] = {}
+        self.graph: CudaGraph | None = None  # whose memory the next one shares
         self.device, self.ahead = torch.device(device), op != OVERHEAD
         self.clock = self.make_clock(self.device)
         torch.manual_seed(0)
@@ -134,19 +146,54 @@ class OpWorker:
         self.clock = self.make_clock(self.device)
         copy, copied = ceilings.copy(self.device, moved)
         self.ceilings = {"copy": copy, "matmul": ceilings.matmul(self.device, dtype)}
+        self.ceiling_timers: dict[str, Callable[[int], float]] = {}
+        self.ceiling_sets = {"copy": ceilings.sets_to_fill_cache(copied // 2, self.device), "matmul": 1}
         return {"copy": copied, "matmul": ceilings.matmul_flops(self.device)}
 
     def allocator(self) -> str:
         return _malloc.state()
 
     def time(self, name: str, which: str, calls: int) -> float:
-        """Milliseconds a call."""
+        """Milliseconds a call; on a CUDA device the device's."""
+        with self.runners[name].around():
+            return self._timer(name, which).ms(calls)
+
+    def _timer(self, name: str, which: str) -> Timer:
+        """Made at the first call, for the pass's whole measurement."""
+        if (name, which) not in self.timers:
+            self.timers[name, which] = self._make_timer(self.runners[name], which)
+        return self.timers[name, which]
+
+    def _make_timer(self, runner: OpRunner, which: str) -> Timer:
+        function = partial(runner.run, which)
+        plain = partial(timing.time_calls, function, clock=self.clock, ahead=self.ahead)
+        if not (self.clock.on_gpu and self.ahead):
+            return Timer(plain, HOST)
+        try:
+            timer = timing.GraphTimer(function, len(runner.sets), self.clock, self.graph)
+        except Exception as error:  # any: this contender is marked and timed by launches
+            self.graph = None
+            return Timer(plain, LAUNCHES, reason(error))
+        self.graph = timer.graph
+        return Timer(timer, GRAPH)
+
+    def how(self, name: str, which: str) -> tuple[str, str | None, float | None]:
+        """(GRAPH, LAUNCHES or HOST, why no graph, on a CUDA device the host's milliseconds a call)."""
         runner = self.runners[name]
         with runner.around():
-            return timing.time_calls(partial(runner.run, which), calls, self.clock, self.ahead)
+            timer = self._timer(name, which)
+            host = timing.host_ms(partial(runner.run, which), self.clock) if self.clock.on_gpu else None
+        return timer.by, timer.why, host
 
     def time_ceiling(self, name: str, calls: int) -> float:
-        return timing.time_calls(self.ceilings[name], calls, self.clock)
+        if name not in self.ceiling_timers:
+            function = self.ceilings[name]
+            if self.clock.on_gpu:
+                timer = timing.GraphTimer(function, self.ceiling_sets[name], self.clock)
+            else:
+                timer = partial(timing.time_calls, function, clock=self.clock)
+            self.ceiling_timers[name] = timer
+        return self.ceiling_timers[name](calls)
 
     def peak_mb(self, name: str, which: str) -> float | None:
         """Memory that one call takes at its peak beyond its inputs."""

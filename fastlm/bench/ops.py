@@ -7,6 +7,11 @@ glibc's allocator as shipped and one ("+malloc") that keeps freed memory, as fas
 of all peers counts. A contender that cannot run is named with the reason. Memory is measured after the clock, in a call
 of its own.
 
+On a GPU a time is the device's, by replays of a CUDA graph. "host" is the time until a call returns to Python with its
+kernels launched, in a row's JSON "host_ms". A contender that cannot be captured has a "*": single launches are timed,
+which the host queues ahead. The JSON says so in "timed" ("graph", "launches"; "host" on a CPU), and why in
+"not_captured".
+
 "fwd" is a forward with autograd on, "fwd+bwd" adds all gradients. "(with gradient)" marks a forward of fastlm's that
 also computes the gradient, which its peers' do not. GB/s and TFLOP/s count what the maths must read, write and
 multiply, not what a contender does.
@@ -26,7 +31,7 @@ from fastlm.bench.clock import Clock
 from fastlm.bench.op_worker import BENCHMARKS, Process, family, shapes
 from fastlm.bench.passes import PASSES
 from fastlm.bench.peers import PEERS
-from fastlm.bench.results import WRONG, best_peer, is_ours
+from fastlm.bench.results import WRONG, best_peer, is_ours, mark
 from fastlm.testing.cases import OpCase, Variant
 
 ALLOCATORS = {"default": "", "tuned": "+malloc"}  # and the suffix of a contender's name
@@ -63,8 +68,9 @@ def label(case: OpCase, variant: Variant) -> str:
     return "-".join([*(word(k, v) for k, v in variant.shape.items()), *options])
 
 
-def bench_shape(processes, op, index, dtype, args) -> tuple[list[dict], dict[str, str], list[dict]]:
-    """(rows of one shape, {contender: why it is missing}, the ceilings as measured beside each pass).
+def bench_shape(processes, op, index, dtype, args) -> tuple[list[dict], dict[str, str], list[dict], dict[str, str]]:
+    """(rows of one shape, {contender: why it is missing}, the ceilings as measured beside each pass, {contender and
+    pass: why it is not timed by a graph}).
 
     processes: {suffix of a contender's name: Process}.
     """
@@ -78,17 +84,21 @@ def bench_shape(processes, op, index, dtype, args) -> tuple[list[dict], dict[str
         for name, its in have.items():
             for which in its[-1:] if args.whole else its:
                 contenders[which][name + suffix] = process, name
-    rows, ceilings = [], []
+    rows, ceilings, launched = [], [], {}
     for which, running in contenders.items():
         if running:
-            new, beside = _time_pass(processes, op, index, dtype, which, running, args)
+            new, beside, why = _time_pass(processes, op, index, dtype, which, running, args)
             rows += new
+            launched |= why
             ceilings.append({"op": op, "shape": shape, **beside})
-    return rows, missing, ceilings
+    return rows, missing, ceilings, launched
 
 
-def _time_pass(processes, op, index, dtype, which, running, args) -> tuple[list[dict], dict]:
-    """(rows of one pass, {"copy_gbps", "matmul_tflops"}); running: {contender: (process, its name there)}."""
+def _time_pass(processes, op, index, dtype, which, running, args) -> tuple[list[dict], dict, dict[str, str]]:
+    """(rows of one pass, {"copy_gbps", "matmul_tflops"}, {contender and pass: why it is not timed by a graph}).
+
+    running: {contender: (process, its name there)}.
+    """
     case = BENCHMARKS[op]
     variant = shapes(case, args.device)[index]
     directions = (False, True)[: 1 + PASSES.index(which)]
@@ -100,6 +110,7 @@ def _time_pass(processes, op, index, dtype, which, running, args) -> tuple[list[
     timers |= {name: partial(first, "time_ceiling", name) for name in amounts}
     times = timing.interleaved(timers, rounds=args.rounds, min_ms=args.min_ms)
     copy, matmul = (amounts[name] / times[name].ms for name in ("copy", "matmul"))  # a millisecond
+    how = {name: process("how", plain, which) for name, (process, plain) in running.items()}
     rows = [
         {
             "op": op,
@@ -109,6 +120,8 @@ def _time_pass(processes, op, index, dtype, which, running, args) -> tuple[list[
             "contender": name,
             "ms": times[name].ms,
             "ms_iqr": times[name].iqr,
+            "host_ms": how[name][2],
+            "timed": how[name][0],
             "gbps": moved / times[name].ms / 1e6,
             "tflops": flops / times[name].ms / 1e9,
             "of_ceiling": flops / times[name].ms / matmul if flops else moved / times[name].ms / copy,
@@ -116,7 +129,8 @@ def _time_pass(processes, op, index, dtype, which, running, args) -> tuple[list[
         }
         for name, (process, plain) in running.items()
     ]
-    return rows, {"copy_gbps": copy / 1e6, "matmul_tflops": matmul / 1e9}
+    launched = {f"{name} {which}": why for name, (_, why, _) in how.items() if why is not None}
+    return rows, {"copy_gbps": copy / 1e6, "matmul_tflops": matmul / 1e9}, launched
 
 
 # ---- what is printed
@@ -129,14 +143,17 @@ def lines(rows: list[dict]) -> list[str]:
         others = [r for r in rows if (r["shape"], r["pass"]) == (row["shape"], row["pass"]) and not is_ours(r)]
         peer = best_peer(row, rows)
         columns = (
-            f"{row['shape'][:44]:<44} {passes.label(row['op'], row['pass']):<19} {row['contender']:<17}",
+            f"{row['shape'][:44]:<44} {passes.label(row['op'], row['pass']):<19} {row['contender'] + mark(row):<17}",
             f"{row['ms'] * 1e3:10.1f} us ±{50 * row['ms_iqr'] / row['ms']:3.0f}%",
+            *([] if row["host_ms"] is None else [f"host {row['host_ms'] * 1e3:7.1f} us"]),
             f"{row['gbps']:8.1f} GB/s",
             f"{row['tflops']:8.3f} TFLOP/s" if row["tflops"] else " " * 16,
             f"{row['of_ceiling']:5.0%} of {'matmul' if row['tflops'] else 'copy  '}",
             f"x {peer['ms'] / row['ms']:5.2f} of {peer['contender']:<15}" if peer else f"{'no peer':<26}",
         )
-        out.append(" ".join(columns) + " | " + "  ".join(f"{r['contender']} {r['ms'] * 1e3:.1f}" for r in others))
+        out.append(
+            " ".join(columns) + " | " + "  ".join(f"{r['contender']}{mark(r)} {r['ms'] * 1e3:.1f}" for r in others)
+        )
     return out
 
 
@@ -222,10 +239,11 @@ def main(arguments=None, *, start: Callable[[str], Process] = Process, clock: Cl
     plan = [(op, i) for op in args.op for i in range(1 if args.quick else len(shapes(BENCHMARKS[op], args.device)))]
     if args.seconds is not None:
         plan.sort(key=lambda step: step[1])
-    rows, ceilings, absent, left_out, began, last = [], [], [], [], clock.now(), None
+    rows, ceilings, absent, by_launches, left_out, began, last = [], [], [], [], [], clock.now(), None
 
     def write():
         more = {"allocator": states, "ceilings": ceilings, "missing": absent, "left_out": left_out}
+        more["not_captured"] = by_launches
         if args.json:
             results.write_json(args.json, rows, **more)
 
@@ -237,9 +255,11 @@ def main(arguments=None, *, start: Callable[[str], Process] = Process, clock: Cl
         if op != last:
             print(f"\n{op}, {args.dtype} on {args.device}", flush=True)
         last = op
-        new, missing, beside = bench_shape(processes, op, index, args.dtype, args)
+        new, missing, beside, launched = bench_shape(processes, op, index, args.dtype, args)
         rows, ceilings = rows + new, ceilings + beside
-        print("\n".join([*lines(new), *missing_lines(missing)]), flush=True)
+        no_graph = {f"*{name}": f"timed by launches, not captured: {why}" for name, why in launched.items()}
+        print("\n".join([*lines(new), *missing_lines(missing | no_graph)]), flush=True)
+        by_launches += [{"op": op, "shape": shape, "contender": name, "reason": why} for name, why in launched.items()]
         absent += [{"op": op, "shape": shape, "contender": name, "reason": why} for name, why in missing.items()]
         write()
     write()

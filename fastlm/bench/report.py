@@ -13,13 +13,19 @@ import math
 from pathlib import Path
 
 from fastlm.bench import ops, passes
-from fastlm.bench.results import SAME, against_peers, geometric_mean, is_ours, without_allocator, write_text
+from fastlm.bench.results import SAME, against_peers, geometric_mean, is_ours, mark, without_allocator, write_text
 from fastlm.bench.training import plot_rates, step_label
 
 BEGIN, END = "<!-- results -->\n", "<!-- /results -->\n"
 SHIPPED = "transformers"  # as shipped; the contenders in TUNED are the same model as an expert runs it
 TUNED = ("transformers sdpa", "transformers compiled", "transformers tuned", "transformers tuned compiled")
 TUNED += ("transformers packed",)
+
+
+_ON_GPU = (
+    " ms is the device's time, by replays of a CUDA graph over inputs that fill its cache twice. host ms: until "
+    "the call returns to Python, all kernels launched. *: could not be captured, timed by launches queued ahead."
+)
 
 
 def machine(provenance: dict) -> str:
@@ -37,8 +43,8 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def ops_table(rows: list[dict]) -> str:
-    """A row of fastlm's each, beside the best peer."""
-    out = []
+    """A row of fastlm's each, beside the best peer; on a GPU with the host's time."""
+    out, on_gpu = [], any(row.get("host_ms") is not None for row in rows)
     for row, peer in against_peers(rows):
         rate = f"{row['tflops']:.3g} TFLOP/s" if row["tflops"] else f"{row['gbps']:.0f} GB/s"
         spread = 50 * row["ms_iqr"] / row["ms"]
@@ -46,14 +52,16 @@ def ops_table(rows: list[dict]) -> str:
             [
                 f"{row['op']} {row['shape']}",
                 passes.label(row["op"], row["pass"]),
-                row["contender"].removeprefix("fastlm:"),
+                row["contender"].removeprefix("fastlm:") + mark(row),
                 f"{row['ms']:.3f} ±{spread:.0f}%",
+                *([f"{row['host_ms']:.3f}"] if on_gpu else []),
                 rate,
                 f"{row['of_ceiling']:.0%}",
-                f"{peer['ms'] / row['ms']:.2f} {peer['contender']}" if peer else "",
+                f"{peer['ms'] / row['ms']:.2f} {peer['contender']}{mark(peer)}" if peer else "",
             ]
         )
-    return _table(["op and shape", "pass", "backend", "ms", "rate", "of ceiling", "× best peer"], out)
+    host = ["host ms"] if on_gpu else []
+    return _table(["op and shape", "pass", "backend", "ms", *host, "rate", "of ceiling", "× best peer"], out)
 
 
 def contenders_tables(rows: list[dict]) -> str:
@@ -65,7 +73,7 @@ def contenders_tables(rows: list[dict]) -> str:
         lines: dict[tuple[str, str, str], dict[str, str]] = {}
         for row in of_op:
             memory = "" if row["peak_mb"] is None else f", {row['peak_mb']:,.0f} MB"
-            cell = f"{row['ms']:.3f} ±{50 * row['ms_iqr'] / row['ms']:.0f}%{memory}"
+            cell = f"{row['ms']:.3f}{mark(row)} ±{50 * row['ms_iqr'] / row['ms']:.0f}%{memory}"
             where = row["shape"], row["dtype"], passes.label(op, row["pass"])
             lines.setdefault(where, {})[row["contender"]] = cell
         cells = [[*where, *(line.get(name, "") for name in names)] for where, line in lines.items()]
@@ -204,7 +212,9 @@ def page(directory: Path) -> str:
             "ms: the median of the rounds, ± half of their interquartile range. × best peer: its time over fastlm's; "
             "below 1 fastlm loses. All contenders of a shape, and the ceilings, were timed in turn in one run. Of "
             "ceiling: of a large copy's GB/s, or a large matrix product's TFLOP/s; above 100% where an op reads more "
-            "than it writes, which a copy does not.\n",
+            "than it writes, which a copy does not."
+            + (_ON_GPU if any(row.get("host_ms") for row in of_ops) else "")
+            + "\n",
             ops_summary(of_ops),
             ops_table(of_ops),
             not_run(ops_from.get("missing") or [], ops_from.get("left_out") or []),

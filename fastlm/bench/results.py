@@ -17,6 +17,9 @@ from fastlm import info
 from fastlm.storage import NoSpace, atomic_file
 
 WRONG = "WRONG: "  # how the reason begins where a contender computes something else
+# What a row's "timed" says: replays of a CUDA graph; single launches on a CUDA device, where no graph could be
+# captured; or the host's calls.
+GRAPH, LAUNCHES, HOST = "graph", "launches", "host"
 SAME = ("op", "recipe", "shape", "dtype", "pass", "threads")  # what rows that are compared have in common
 
 
@@ -82,6 +85,11 @@ def geometric_mean(values: Iterable[float]) -> float:
 
 def is_ours(row: dict) -> bool:
     return row["contender"].startswith("fastlm")
+
+
+def mark(row: dict) -> str:
+    """ "*" of a contender on a CUDA device that could not be captured as a graph; rows of old files have none."""
+    return "*" if row.get("timed") == LAUNCHES else ""
 
 
 def without_allocator(contender: str) -> str:

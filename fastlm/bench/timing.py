@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 import statistics
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from fastlm.bench.clock import Clock
+from fastlm.cuda_graph import CudaGraph
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,55 @@ def _time_on_device(function: Callable[[], object], calls: int, clock: Clock) ->
     for _ in range(calls):
         function()
     return clock.between(start, clock.mark())
+
+
+WARM = 3  # calls before a capture, in which kernels are compiled and libraries allocate their workspaces
+SHORT_MS = 0.5  # a graph takes as long, if GRAPH_CALLS of its calls do: the gap between two replays is some 0.003 ms
+GRAPH_CALLS = 10
+
+
+class GraphTimer:
+    """Milliseconds of the device a call, by replays of a CUDA graph: no time of the host, nor of single launches.
+
+    function: its calls take `sets` inputs in turn. The graph holds whole turns, captured once; RuntimeError or another
+    one of the function's where that fails. share: as CudaGraph's.
+    """
+
+    def __init__(self, function: Callable[[], object], sets: int, clock: Clock, share: CudaGraph | None = None):
+        self.graph, self.clock = CudaGraph(share), clock
+        for _ in range(WARM):
+            self.graph.warm(function)
+        turn_ms = max(1e-3, sets * time_calls(function, sets, clock))
+        self.calls = sets * max(1, min(-(-GRAPH_CALLS // sets), int(SHORT_MS / turn_ms) + 1))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "The CUDA Graph is empty")  # its kernels went to another stream
+            self.graph.capture(self._calls_of(function))
+
+    def _calls_of(self, function: Callable[[], object]) -> Callable[[], None]:
+        def run():
+            for _ in range(self.calls):
+                function()
+
+        return run
+
+    def __call__(self, calls: int) -> float:
+        """Of whole replays, at least `calls` calls."""
+        return time_calls(self.graph.replay, -(-calls // self.calls), self.clock) / self.calls
+
+
+HOST_CALLS = 10
+
+
+def host_ms(function: Callable[[], object], clock: Clock) -> float:
+    """Milliseconds until a call returns to the host that found the device idle: Python and launches. The median."""
+    times = []
+    for _ in range(HOST_CALLS):
+        clock.wait()
+        began = clock.now()
+        function()
+        times.append((clock.now() - began) * 1e3)
+    clock.wait()
+    return statistics.median(times)
 
 
 def interleaved(

@@ -10,44 +10,30 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import statistics
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from fastlm.bench import ceilings
+from fastlm.bench.clock import Clock
+from fastlm.bench.timing import GraphTimer
 from fastlm.ops import _registry
 from fastlm.testing.cases import CASES, OpCase, Variant
 
 MARGIN = 0.02  # of the time of a call; what is nearer is noise
-CALLS = 10  # in a CUDA graph, so that the host's time does not count
 REPLAYS = 20
-LARGER = 256 << 20  # bytes of inputs, twice the second-level cache of any GPU; of fewer up to four sets take turns
 
-Measure = Callable[[Callable[[], object]], float]
+Measure = Callable[[Callable[[], object], int], float]
 
 
-def device_ms(function: Callable[[], object]) -> float:
-    """Milliseconds of device time a call of `function`, by CUDA graph: the median of REPLAYS replays of CALLS calls."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # compiles, and warms up
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(CALLS):
-            function()
-    times = []
-    for _ in range(REPLAYS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / CALLS)
-    return sorted(times)[REPLAYS // 2]
+def device_ms(function: Callable[[], object], sets: int, clock: Clock | None = None) -> float:
+    """Milliseconds of device time a call of `function`, which takes `sets` inputs in turn: the median of REPLAYS."""
+    timer = GraphTimer(function, sets, clock or Clock("cuda"))
+    return statistics.median(timer(1) for _ in range(REPLAYS))
 
 
 def tune(
@@ -60,7 +46,8 @@ def tune(
 ) -> dict[str, dict[str, dict]]:
     """The `configurations` of a table: {kernel: {shape: fields}}, of those that beat the rule's or the present table's.
 
-    measure: milliseconds of a call. ValueError for an op without Triton kernels.
+    measure(function, sets): milliseconds of a call of a function that takes so many inputs in turn. ValueError for an
+    op without Triton kernels.
     """
     from fastlm.kernels import tuning
 
@@ -72,24 +59,24 @@ def tune(
             raise ValueError(f"op: expected one with Triton kernels ({', '.join(having)}), got {op!r}")
         case = CASES[op]
         for variant in variants(case):
-            function = _call(case, variant, dtype, device)
+            function, sets = _call(case, variant, dtype, device)
             with tuning.observe() as asked:
                 function()
             for key, (now, candidates) in asked.items():
                 if key in seen:
                     continue
                 seen.add(key)
-                best = _fastest(key, now, candidates(), function, measure, say)
+                best = _fastest(key, now, candidates(), partial(measure, function, sets), say)
                 if best != now:
                     found.setdefault(key[0], {})[tuning.shape_name(key[1])] = dataclasses.asdict(best)
     return found
 
 
 def _call(case: OpCase, variant: Variant, dtype: torch.dtype, device: str):
-    """Forward, and backward where there is one; calls take turns among inputs larger than the second-level cache."""
+    """(forward, and backward where there is one, of inputs that take turns; their number: twice the cache)."""
     sets = [case.inputs(variant, 0, dtype, device, draw_on=device)]
     size = sum(x.nbytes for x in sets[0].values() if isinstance(x, torch.Tensor))
-    more = range(1, min(4, -(-LARGER // size)))
+    more = range(1, ceilings.sets_to_fill_cache(size, torch.device(device)))
     sets += [case.inputs(variant, seed, dtype, device, draw_on=device) for seed in more]
     outputs = case.run(case.function, variant, sets[0], backend="triton")
     cotangents = [torch.randn_like(out) for out in outputs if out.requires_grad]
@@ -102,10 +89,10 @@ def _call(case: OpCase, variant: Variant, dtype: torch.dtype, device: str):
         if outputs:
             torch.autograd.grad(outputs, leaves, cotangents, allow_unused=True)
 
-    return call
+    return call, len(sets)
 
 
-def _fastest(key, now, candidates, function, measure: Measure, say):
+def _fastest(key, now, candidates, measure: Callable[[], float], say):
     """`now`, or the candidate that is faster by more than MARGIN."""
     from triton.errors import TritonError
 
@@ -116,7 +103,7 @@ def _fastest(key, now, candidates, function, measure: Measure, say):
     for candidate in [now, *(c for c in dict.fromkeys(candidates) if c != now)]:
         try:
             with tuning.override(key, candidate) if candidate != now else nullcontext():
-                times[candidate] = measure(function)
+                times[candidate] = measure()
         except (TritonError, RuntimeError) as error:  # more shared memory or registers than there are
             say(f"  {kernel} {tuning.shape_name(shape)}: {candidate} does not run: {type(error).__name__}")
             if candidate == now:

@@ -11,7 +11,6 @@ The memory that a graph computes in is its own too, beside what evaluation and o
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -19,49 +18,14 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from fastlm.cuda_graph import CudaGraph
 from fastlm.storage import replace_json
 from fastlm.tasks import Micro
 from fastlm.train.micro import forward_backward, low_weights
 from fastlm.train.parallel import World
 
 _WARM = 3  # runs before the capture, in which kernels are compiled and libraries allocate their workspaces
-_TIMED = 5  # runs of either kind that are timed
 _GAIN = 0.98  # of the time without a graph, which a graph has to take at most: it holds memory
-
-
-class CudaGraph:
-    """torch.cuda.CUDAGraph by two functions, for which tests have a stand-in."""
-
-    def __init__(self):
-        self._graph, self._stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-
-    def warm(self, function: Callable[[], object]) -> None:
-        """Runs it on the stream of the capture."""
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            function()
-        torch.cuda.current_stream().wait_stream(self._stream)
-
-    def capture(self, function: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
-        """The tensors that the function returns; each `replay` writes them anew."""
-        # Not of all threads: the one that makes the next batches pins memory meanwhile.
-        with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
-            return function()
-
-    def replay(self) -> None:
-        self._graph.replay()
-
-    @staticmethod
-    def seconds(function: Callable[[], object]) -> float:
-        """The time of one call, on the device and the host together; the best of a few."""
-        best = float("inf")
-        for _ in range(_TIMED):
-            torch.cuda.synchronize()
-            began = time.perf_counter()
-            function()
-            torch.cuda.synchronize()
-            best = min(best, time.perf_counter() - began)
-        return best
 
 
 class Choice(NamedTuple):
