@@ -73,6 +73,7 @@ def duration(seconds: float) -> str:
 
 _STAGES = {
     "checksums": "reading",
+    "cleaning": "reading and cleaning",
     "tokenizer": "training the tokenizer",
     "rows": "packing rows",
     "validation": "packing held-out rows",
