@@ -87,6 +87,10 @@ def prepare(
         int | None,
         typer.Option(min=1, help="How many read and clean. Default: one a core, for more than 64 MiB of text."),
     ] = None,
+    executor: Annotated[str, typer.Option(help="processes, or ray: the workers of a Ray cluster.")] = "processes",
+    ray_address: Annotated[
+        str, typer.Option(help="The cluster's head, as 10.0.0.1:6379. Default: one is started here.")
+    ] = "",
     validation: Annotated[str | None, typer.Option(help="Text to evaluate on, a path.")] = None,
     validation_share: Annotated[
         float | None, typer.Option(help="Share of the documents to hold out for evaluation instead.")
@@ -107,7 +111,9 @@ def prepare(
     }
     chosen = Recipe() if recipe is None else load_recipe(recipe)
     table = chosen.with_settings(settings or []).data_with(**{k: v for k, v in flags.items() if v is not None})
-    dataset = prepare_for(chosen.task, table, data, out, processes=processes)
+    dataset = prepare_for(
+        chosen.task, table, data, out, processes=processes, executor=executor, ray_address=ray_address
+    )
     report = dataset.manifest["report"]
     _say(
         f"{out}: {dataset.rows:,} rows of {dataset.row_tokens} tokens from {report['kept']:,} of {report['read']:,} "

@@ -84,6 +84,16 @@ def test_the_recipe_names_the_rules():
             Recipe().with_settings([wrong])
 
 
+def test_executors_are_checked_and_ray_is_optional(corpus, tmp_path, monkeypatch):
+    for wrong in ({"executor": "rey"}, {"ray_address": "10.0.0.1:6379"}):
+        with pytest.raises(ValueError, match="executor: expected one of processes, ray, and ray where ray_address is"):
+            prepare([corpus], "train:120", tmp_path / "out", **wrong, **OPTIONS)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ValueError, match=r"need the package ray; pip install fastlm\[ray\]"):
+        prepare([corpus], "train:120", tmp_path / "out", executor="ray", **OPTIONS)
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
+
+
 PREPARE = """
 import sys
 from fastlm.data import prepare, stages
@@ -91,13 +101,14 @@ from fastlm.data.cleaning import Cleaning
 stages.PART_BYTES = 700
 if __name__ == "__main__":
     prepare([sys.argv[1]], "train:120", sys.argv[2], row_tokens=32, documents="line", shard_rows=10,
-            cleaning=Cleaning(repair=True, scrub=("email",)), near_duplicates=0.8, processes=int(sys.argv[3]))
+            cleaning=Cleaning(repair=True, scrub=("email",)), near_duplicates=0.8,
+            processes=int(sys.argv[3]), executor=sys.argv[4])
 """
 
 
-def killed(corpus, out, after, processes):
+def killed(corpus, out, after, processes, executor):
     """Whether a preparation was killed after so many seconds, before it was done."""
-    child = subprocess.Popen([sys.executable, "-c", PREPARE, corpus, out, str(processes)])
+    child = subprocess.Popen([sys.executable, "-c", PREPARE, corpus, out, str(processes), executor])
     try:
         return child.wait(after) != 0
     except subprocess.TimeoutExpired:
@@ -137,13 +148,18 @@ def test_a_killed_preparation_continues(corpus, tmp_path, monkeypatch):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("processes", [1, 2])
-def test_twenty_kills(corpus, tmp_path, processes):
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(("processes", "executor"), [(1, "processes"), (2, "processes"), (2, "ray")])
+def test_twenty_kills(corpus, tmp_path, monkeypatch, processes, executor):
+    if executor == "ray":
+        pytest.importorskip("ray")
+    monkeypatch.setattr(stages, "PART_BYTES", 700)
+    prepare([corpus], "train:120", tmp_path / "one", **RULES, **OPTIONS)
     began = time.monotonic()
-    assert not killed(corpus, tmp_path / "whole", 300, processes)
+    assert not killed(corpus, tmp_path / "whole", 300, processes, executor)
     took, moments = time.monotonic() - began, random.Random(processes)
     for _ in range(20):
-        killed(corpus, tmp_path / "out", moments.uniform(0, took), processes)
-    assert not killed(corpus, tmp_path / "out", 300, processes)
-    assert files(tmp_path / "out") == files(tmp_path / "whole")
+        killed(corpus, tmp_path / "out", moments.uniform(0, took), processes, executor)
+    assert not killed(corpus, tmp_path / "out", 300, processes, executor)
+    assert files(tmp_path / "out") == files(tmp_path / "whole") == files(tmp_path / "one")
     assert not list(tmp_path.glob(".out.*"))

@@ -34,12 +34,13 @@ from fastlm.data.sources import (
     is_prepared,
     read_documents,
 )
-from fastlm.data.stages import SMALL, CleanedText, Reading, kept_parts
+from fastlm.data.stages import SMALL, CleanedText, Reading, in_processes, kept_parts, on_ray
 from fastlm.data.tokenizer import LONGEST, Tokenizer, ToTrain, parse
 from fastlm.storage import NoSpace, atomic_directory, file_checksum, json_checksum, write_json
 
 _SHARD_TOKENS = 1 << 24  # 32 MiB of two-byte tokens in a shard: one is held in memory while preparing
 
+EXECUTORS = ("processes", "ray")
 PACKINGS = ("cut", "best_fit")
 _WARNED, _REFUSED = 0.05, 0.9  # shares of [UNK]
 
@@ -64,6 +65,8 @@ def prepare(
     shard_rows: int | None = None,
     outputs: Iterable = (),
     processes: int | None = 1,
+    executor: str = "processes",
+    ray_address: str = "",
     progress: Progress | None = None,
 ) -> Dataset:
     """Prepare the text in `paths` for training, into the directory `out`, and open it.
@@ -88,13 +91,16 @@ def prepare(
     outputs     directories that the caller writes: not read where they lie inside one of `paths`
     processes   how many read and clean; None: one for each core where there are more than 64 MiB of text. The result
                 is the same for any number. They are spawned: a script needs `if __name__ == "__main__":`
+    executor    "processes", or "ray" for the workers of a Ray cluster, on machines that share the directories of the
+                text and of `out`; `processes` is then how many parts are cleaned at a time, None: one for each core
+    ray_address of the cluster's head, as "10.0.0.1:6379"; "": a cluster is started on this machine
     progress    called as progress(stage, bytes done, bytes in all) now and then; the stages are "checksums",
                 "cleaning" (see below), "tokenizer" (two passes over the text, only where one is trained), "rows" and
                 "validation"
 
-    With rules, near duplicates, several processes or more than 64 MiB of text, the cleaned text is first written in
-    parts into a hidden directory beside `out`, as large as the text. A preparation that was killed continues with the
-    parts that are missing when it is called again; the directory is removed at the end.
+    With rules, near duplicates, several processes, Ray or more than 64 MiB of text, the cleaned text is first written
+    in parts into a hidden directory beside `out`, as large as the text. A preparation that was killed continues with
+    the parts that are missing when it is called again; the directory is removed at the end.
 
     Where `out` already holds the same preparation (same text, settings and tokenizer), it is opened as it is;
     so it is where another process prepared the same meanwhile. ValueError where it holds anything else or cannot be
@@ -108,6 +114,10 @@ def prepare(
         cleaning = replace(cleaning, min_chars=integer("min_chars", min_chars, 0))
     reading = _reading(documents, fields, cleaning, near_duplicates)
     processes = None if processes is None else integer("processes", processes, 1)
+    if executor not in EXECUTORS or (ray_address and executor != "ray"):
+        raise ValueError(
+            f"executor: expected one of {', '.join(EXECUTORS)}, and ray where ray_address is given, got {executor!r}"
+        )
     if documents not in DOCUMENTS:
         raise ValueError(f"documents: expected one of {', '.join(DOCUMENTS)}, got {documents!r}")
     if packing not in PACKINGS:
@@ -138,7 +148,8 @@ def prepare(
     settings = work.settings()  # "train:8192", before there is a tokenizer
     need = partial(_scaled, total=total, report=report)
     try:
-        with work.parts(out, identity, files, held_files, processes), _target(out, need) as target:
+        run = None if executor == "processes" else partial(on_ray, processes=processes, address=ray_address)
+        with work.parts(out, identity, files, held_files, processes, run), _target(out, need) as target:
             entries = work.write(target, files, held_files, report, held_report)
             manifest = {
                 "format": FORMAT,
@@ -179,15 +190,25 @@ class _Work:
 
     @contextmanager
     def parts(
-        self, out: Path, identity: str, files: list[SourceFile], held_files: list[SourceFile], processes: int | None
+        self,
+        out: Path,
+        identity: str,
+        files: list[SourceFile],
+        held_files: list[SourceFile],
+        processes: int | None,
+        run: Callable | None,
     ) -> Iterator[None]:
-        """Clean the text into part files, kept while the block runs, where that is worth while or needed."""
+        """Clean the text into part files, kept while the block runs, where that is worth while or needed.
+
+        run: what runs the tasks (`CleanedText.make`); None: `processes` processes
+        """
         large = sum(file.size for file in [*files, *held_files]) > SMALL
         if processes is None:
             processes = len(os.sched_getaffinity(0)) if large else 1
-        if self.reading.plain and not self.reading.threshold and processes == 1 and not large:
+        if run is None and self.reading.plain and not self.reading.threshold and processes == 1 and not large:
             yield
             return
+        run = run or partial(in_processes, processes=processes)
         with ExitStack() as stack:
             try:
                 directory = stack.enter_context(kept_parts(out, identity))
@@ -197,7 +218,7 @@ class _Work:
                 raise FileExistsError(f"{out} was prepared by another process")
             for stage, chosen in (("rows", files), ("validation", held_files)):
                 self.staged[stage] = CleanedText(chosen, self.reading, directory, f"{stage}-")
-                self.staged[stage].make(processes, partial(self.progress, "cleaning"))
+                self.staged[stage].make(run, partial(self.progress, "cleaning"))
             self.staged["tokenizer"] = self.staged["rows"]
             yield
 
@@ -210,7 +231,7 @@ class _Work:
             "min_chars": self.reading.cleaning.min_chars,
             # A default has no entry, as in version 0.2.
             **({} if self.packing == "cut" else {"packing": self.packing}),
-            **_changed(self.reading),
+            **self.reading.settings(),
             "validation_share": self.validation_share,
             "shard_rows": self.shard_rows,
             "tokenizer": str(self.tokenizer) if trained else self.tokenizer.hash,
@@ -291,15 +312,6 @@ def _reading(documents: str, fields: Iterable[str], cleaning: Cleaning, threshol
     Cleaner(cleaning)
     fields = (fields,) if isinstance(fields, str) else tuple(fields)
     return Reading(documents, fields, cleaning, float(threshold))
-
-
-def _changed(reading: Reading) -> dict[str, object]:
-    """The settings of reading that are not the default's, by the recipe's names."""
-    default = Cleaning(min_chars=reading.cleaning.min_chars).as_dict()
-    rules = {name: value for name, value in reading.cleaning.as_dict().items() if value != default[name]}
-    fields = {} if reading.fields == FIELDS else {"field": list(reading.fields)}
-    near = {"near_duplicates": reading.threshold} if reading.threshold else {}
-    return {**fields, **rules, **near}
 
 
 def _scaled(written: int, total: int, report: Report) -> int:

@@ -20,17 +20,19 @@ import multiprocessing
 import os
 import shutil
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from multiprocessing.connection import wait
 from pathlib import Path
 
+from fastlm.data._extras import require
 from fastlm.data.cleaning import Cleaner, Cleaning, CleaningReport, tidied
 from fastlm.data.duplicates import Signatures, exact_digest, near_duplicates, signature
-from fastlm.data.sources import Part, Report, SourceFile, read_documents, split
+from fastlm.data.sources import FIELDS, Part, Report, SourceFile, read_documents, split
 from fastlm.storage import atomic_file
 
 PART_BYTES = (
@@ -54,6 +56,14 @@ class Reading:
     def plain(self) -> bool:
         """Whether nothing but length is asked for, which needs no `Cleaner`."""
         return self.cleaning == Cleaning(min_chars=self.cleaning.min_chars)
+
+    def settings(self) -> dict[str, object]:
+        """What is not the default, by the recipe's names: entries of a manifest."""
+        default = Cleaning(min_chars=self.cleaning.min_chars).as_dict()
+        rules = {name: value for name, value in self.cleaning.as_dict().items() if value != default[name]}
+        fields = {} if self.fields == FIELDS else {"field": list(self.fields)}
+        near = {"near_duplicates": self.threshold} if self.threshold else {}
+        return {**fields, **rules, **near}
 
 
 @dataclass(frozen=True)
@@ -133,12 +143,16 @@ class CleanedText:
             for index, (parts, size) in enumerate(_grouped(files, reading.documents))
         ]
 
-    def make(self, processes: int, progress: Callable[[int, int], None]) -> None:
-        """Make the part files that are missing. progress: called with the bytes done, and those in all."""
+    def make(self, run: Callable[[list[Task]], Iterator[Task]], progress: Callable[[int, int], None]) -> None:
+        """Make the part files that are missing.
+
+        run: yields each task when `clean` is done with it, as `in_processes`. progress: called with the bytes
+            done, and those in all.
+        """
         total = sum(task.size for task in self.tasks)
         missing = [task for task in self.tasks if not task.path.exists()]
         done = total - sum(task.size for task in missing)
-        for task in _run(missing, min(processes, len(missing))):
+        for task in run(missing) if missing else ():
             done += task.size
             progress(done, total)
 
@@ -190,6 +204,7 @@ def _grouped(files: Iterable[SourceFile], documents: str) -> Iterator[tuple[tupl
     """Parts one after another until they have PART_BYTES, and their bytes; a large file is split."""
     group, size = [], 0
     for file in files:
+        file = replace(file, path=file.path.absolute())  # another machine's process has another directory
         parts = split(file, PART_BYTES, documents)
         for part in parts:
             group.append(part)
@@ -201,9 +216,10 @@ def _grouped(files: Iterable[SourceFile], documents: str) -> Iterator[tuple[tupl
         yield tuple(group), size
 
 
-def _run(tasks: list[Task], processes: int) -> Iterator[Task]:
+def in_processes(tasks: list[Task], processes: int) -> Iterator[Task]:
     """Each task when it is done. New processes are spawned: a fork would copy locks that threads of ours hold."""
-    if processes <= 1:
+    processes = min(processes, len(tasks))
+    if processes == 1:
         yield from map(clean, tasks)
         return
     context = multiprocessing.get_context("spawn")
@@ -214,6 +230,39 @@ def _run(tasks: list[Task], processes: int) -> Iterator[Task]:
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def on_ray(tasks: list[Task], processes: int | None, address: str) -> Iterator[Task]:
+    """Each task when it is done, by the workers of a Ray cluster.
+
+    processes   tasks at a time; None: as many as the cluster has cores
+    address     of the cluster's head; "": one is started on this machine, and ended with the last task
+
+    ValueError where a worker's part file cannot be seen from here: the machines have to share the directory.
+    """
+    ray = require("ray")
+    started = not ray.is_initialized()
+    if started:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # what is reported is the user's decision
+        where = {"address": address} if address else {"address": "local", "num_cpus": processes}
+        ray.init(**where, log_to_driver=False, logging_level="ERROR")
+    try:
+        most = processes or int(ray.cluster_resources()["CPU"])
+        remote, left, running = ray.remote(clean), deque(tasks), []
+        while left or running:
+            while left and len(running) < most:
+                running.append(remote.remote(left.popleft()))
+            (done,), running = ray.wait(running, num_returns=1)
+            task = ray.get(done)
+            if not task.path.exists():
+                raise ValueError(
+                    f"out: expected a directory that all machines of the Ray cluster share, got {task.path.parent}, "
+                    f"in which the part of {task.parts[0].name} by a worker is not found"
+                )
+            yield task
+    finally:
+        if started:
+            ray.shutdown()
 
 
 def _end_with_parent() -> None:

@@ -254,10 +254,11 @@ class Data:
     validation: Dataset | None
 
 
-def prepare_for(
-    task: str, table: DataTable, paths, directory: Path, outputs: Iterable = (), processes: int | None = 1
-) -> Dataset:
-    """Prepare the text in `paths` as rows for `task`, as its table [data] says, with progress on the terminal."""
+def prepare_for(task: str, table: DataTable, paths, directory: Path, outputs: Iterable = (), **executor) -> Dataset:
+    """Prepare the text in `paths` as rows for `task`, as its table [data] says, with progress on the terminal.
+
+    executor: `processes`, `executor` and `ray_address` of `fastlm.data.prepare`
+    """
     return prepare_with_progress(
         paths,
         table.tokenizer,
@@ -271,7 +272,7 @@ def prepare_for(
         validation=table.validation or None,
         validation_share=table.validation_share,
         outputs=outputs,
-        processes=processes,
+        **executor,
     )
 
 
