@@ -3,15 +3,19 @@
 import gzip
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
 from fastlm.data import prepare, stages
 from fastlm.data.cleaning import Cleaning
+from fastlm.data.estimate import estimate
+from fastlm.data.sources import Report, find_files
 from fastlm.run.recipe import Recipe, load_recipe
 
 OPTIONS = {"row_tokens": 32, "documents": "line", "shard_rows": 10}
@@ -92,6 +96,39 @@ def test_executors_are_checked_and_ray_is_optional(corpus, tmp_path, monkeypatch
     with pytest.raises(ValueError, match=r"need the package ray; pip install fastlm\[ray\]"):
         prepare([corpus], "train:120", tmp_path / "out", executor="ray", **OPTIONS)
     assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
+
+
+def test_an_estimate_comes_first(tmp_path, monkeypatch):
+    lines = [f"Line {i} says that {i} times {i} is {i * i}, and nothing else." for i in range(2000)]
+    (tmp_path / "a.txt").write_text("\n".join(lines))
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    monkeypatch.setattr(stages, "PART_BYTES", 20_000)
+    monkeypatch.setattr("fastlm.data.preparation.SMALL", 100)
+    seen = []
+    options = {**OPTIONS, "progress": lambda stage, *_: seen.append(stage), "note": seen.append}
+    prepare([tmp_path / "a.txt"], "train:120", tmp_path / "out", **options)
+    (line,) = [text for text in seen if "MB" in text]
+    assert seen.index(line) < seen.index("cleaning")
+    assert re.fullmatch(
+        r"about 0.1 MB of text: cleaning takes about \d.\d minutes in one process; disk: about 0.2 MB of parts .* free",
+        line,
+    )
+    tasks = stages.CleanedText(
+        find_files([tmp_path / "a.txt", tmp_path / "b.txt.gz"], Report()),
+        stages.Reading("line", ("text",), Cleaning(filters=("c4",)), 0.8),
+        tmp_path,
+        "",
+    ).tasks
+    plain = stages.Reading("line", ("text",), Cleaning())
+    found, size = estimate(tasks), (tmp_path / "a.txt").stat().st_size
+    assert found.text == pytest.approx(size + 4 * (tmp_path / "b.txt.gz").stat().st_size, rel=0.01)
+    assert found.seconds > 0
+    parts = stages.CleanedText(find_files([tmp_path / "a.txt"], Report()), plain, tmp_path, "plain-")
+    parts.make(lambda missing: stages.in_processes(missing, 1), lambda done, total: None)
+    written = sum(task.path.stat().st_size for task in parts.tasks)
+    assert estimate(parts.tasks).parts == pytest.approx(written, rel=0.05)
+    assert replace(found, rows=1 << 60).line(tmp_path / "out", None).endswith("free, too few")
+    assert estimate([]) is None
 
 
 PREPARE = """

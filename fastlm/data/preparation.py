@@ -20,6 +20,7 @@ from fastlm.data._extras import require
 from fastlm.data.best_fit import best_fit_rows, sentence_ends
 from fastlm.data.cleaning import Cleaner, Cleaning, CleaningReport
 from fastlm.data.cleaning.cleaner import RULES_VERSION
+from fastlm.data.estimate import estimate
 from fastlm.data.layouts import MIN_PIECE, Layout, MaskedRows
 from fastlm.data.packing import encode_documents, lay_rows, pack
 from fastlm.data.shards import FORMAT, VERSION, Dataset, open_dataset, read_manifest, tokenizer_checksum, write_shard
@@ -68,6 +69,7 @@ def prepare(
     executor: str = "processes",
     ray_address: str = "",
     progress: Progress | None = None,
+    note: Callable[[str], None] = lambda line: None,
 ) -> Dataset:
     """Prepare the text in `paths` for training, into the directory `out`, and open it.
 
@@ -97,6 +99,8 @@ def prepare(
     progress    called as progress(stage, bytes done, bytes in all) now and then; the stages are "checksums",
                 "cleaning" (see below), "tokenizer" (two passes over the text, only where one is trained), "rows" and
                 "validation"
+
+    note        called with a line before part files are made: an estimate of disk and time (`fastlm.data.estimate`)
 
     With rules, near duplicates, several processes, Ray or more than 64 MiB of text, the cleaned text is first written
     in parts into a hidden directory beside `out`, as large as the text. A preparation that was killed continues with
@@ -135,7 +139,7 @@ def prepare(
         layout.check(tokenizer)
     progress = progress or (lambda stage, done, total: None)
 
-    work = _Work(layout, tokenizer, reading, packing, validation_share, shard_rows, progress)
+    work = _Work(layout, tokenizer, reading, packing, validation_share, shard_rows, progress, note)
     report, held_report = Report(), Report()
     files = find_files(paths, report, outputs=outputs)
     held_files = [] if validation is None else find_files(validation, held_report, outputs=outputs)
@@ -179,6 +183,7 @@ class _Work:
     validation_share: float
     shard_rows: int
     progress: Progress
+    note: Callable[[str], None]
     cleaned: CleaningReport = field(default_factory=CleaningReport)  # of the text that is trained on
     staged: dict[str, CleanedText] = field(default_factory=dict)  # by stage; empty where text is cleaned while packed
 
@@ -203,7 +208,7 @@ class _Work:
         run: what runs the tasks (`CleanedText.make`); None: `processes` processes
         """
         large = sum(file.size for file in [*files, *held_files]) > SMALL
-        if processes is None:
+        if processes is None and run is None:
             processes = len(os.sched_getaffinity(0)) if large else 1
         if run is None and self.reading.plain and not self.reading.threshold and processes == 1 and not large:
             yield
@@ -218,7 +223,10 @@ class _Work:
                 raise FileExistsError(f"{out} was prepared by another process")
             for stage, chosen in (("rows", files), ("validation", held_files)):
                 self.staged[stage] = CleanedText(chosen, self.reading, directory, f"{stage}-")
-                self.staged[stage].make(run, partial(self.progress, "cleaning"))
+            if expected := estimate([task for text in self.staged.values() for task in text.tasks]):
+                self.note(expected.line(out, processes))
+            for text in self.staged.values():
+                text.make(run, partial(self.progress, "cleaning"))
             self.staged["tokenizer"] = self.staged["rows"]
             yield
 

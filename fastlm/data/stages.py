@@ -68,11 +68,15 @@ class Reading:
 
 @dataclass(frozen=True)
 class Task:
-    """Parts of the source that one process reads, and the file `path` that it writes."""
+    """Parts of the source that one process reads, and the file `path` that it writes.
+
+    size    bytes of the source; packed: of these, in compressed files and Parquet files
+    """
 
     index: int
     parts: tuple[Part, ...]
     size: int
+    packed: int
     path: Path
     reading: Reading
 
@@ -139,8 +143,8 @@ class CleanedText:
     def __init__(self, files: Iterable[SourceFile], reading: Reading, directory: Path, prefix: str):
         self.reading = reading
         self.tasks = [
-            Task(index, parts, size, directory / f"{prefix}{index:06d}.jsonl", reading)
-            for index, (parts, size) in enumerate(_grouped(files, reading.documents))
+            Task(index, parts, size, packed, directory / f"{prefix}{index:06d}.jsonl", reading)
+            for index, (parts, size, packed) in enumerate(_grouped(files, reading.documents))
         ]
 
     def make(self, run: Callable[[list[Task]], Iterator[Task]], progress: Callable[[int, int], None]) -> None:
@@ -200,20 +204,21 @@ def _events(path: Path) -> Iterator[list]:
         yield from map(json.loads, file)
 
 
-def _grouped(files: Iterable[SourceFile], documents: str) -> Iterator[tuple[tuple[Part, ...], int]]:
-    """Parts one after another until they have PART_BYTES, and their bytes; a large file is split."""
-    group, size = [], 0
+def _grouped(files: Iterable[SourceFile], documents: str) -> Iterator[tuple[tuple[Part, ...], int, int]]:
+    """Parts one after another until they have PART_BYTES, with `Task.size` and `Task.packed`; a large file is split."""
+    group, size, packed = [], 0, 0
     for file in files:
         file = replace(file, path=file.path.absolute())  # another machine's process has another directory
         parts = split(file, PART_BYTES, documents)
         for part in parts:
             group.append(part)
             size += file.size // len(parts)
+            packed += file.size // len(parts) if file.compression or file.kind == "parquet" else 0
             if size >= PART_BYTES:
-                yield tuple(group), size
-                group, size = [], 0
+                yield tuple(group), size, packed
+                group, size, packed = [], 0, 0
     if group:
-        yield tuple(group), size
+        yield tuple(group), size, packed
 
 
 def in_processes(tasks: list[Task], processes: int) -> Iterator[Task]:
