@@ -83,6 +83,14 @@ def prepare(
     documents: Annotated[
         str | None, typer.Option(help="A document of a text file: file, line, blank. Default: file.")
     ] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(min=1, help="How many read and clean. Default: one a core, for more than 64 MiB of text."),
+    ] = None,
+    executor: Annotated[str, typer.Option(help="processes, or ray: the workers of a Ray cluster.")] = "processes",
+    ray_address: Annotated[
+        str, typer.Option(help="The cluster's head, as 10.0.0.1:6379. Default: one is started here.")
+    ] = "",
     validation: Annotated[str | None, typer.Option(help="Text to evaluate on, a path.")] = None,
     validation_share: Annotated[
         float | None, typer.Option(help="Share of the documents to hold out for evaluation instead.")
@@ -90,6 +98,7 @@ def prepare(
     settings: SetOption = None,
 ) -> None:
     """Clean and tokenize text, and pack it into rows that `pretrain` reads."""
+    from fastlm.data.contents import cleaning_lines
     from fastlm.run.directory import prepare_for
     from fastlm.run.recipe import Recipe, load_recipe
 
@@ -102,7 +111,9 @@ def prepare(
     }
     chosen = Recipe() if recipe is None else load_recipe(recipe)
     table = chosen.with_settings(settings or []).data_with(**{k: v for k, v in flags.items() if v is not None})
-    dataset = prepare_for(chosen.task, table, data, out)
+    dataset = prepare_for(
+        chosen.task, table, data, out, processes=processes, executor=executor, ray_address=ray_address
+    )
     report = dataset.manifest["report"]
     _say(
         f"{out}: {dataset.rows:,} rows of {dataset.row_tokens} tokens from {report['kept']:,} of {report['read']:,} "
@@ -115,6 +126,8 @@ def prepare(
         _say(f"  [UNK]: {unknown['tokens']:.2%} of the tokens, for {unknown['characters']:.2%} of the characters")
     for reason, entry in report["set_aside"].items():
         _say(f"  set aside: {entry['count']:,} {reason} (first: {entry['first'][0]})")
+    for line in cleaning_lines(dataset):
+        _say(line)
 
 
 @app.command()

@@ -15,6 +15,7 @@ _EXTRAS = {
     "lingua": ("language", "language filters by lingua"),
     "phonenumbers": ("privacy", "scrubbing phone numbers"),
     "stdnum": ("privacy", "scrubbing card numbers and IBANs"),
+    "ray": ("ray", "preparations with executor ray"),
     "datasets": ("datasets", "Hugging Face datasets by name"),
 }
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +12,8 @@ import numpy as np
 from fastlm.data.packing import PADDING_SAMPLE, Shard
 from fastlm.data.shards import Dataset
 from fastlm.data.tokenizer import Tokenizer
+
+_SHOWN = 60  # characters of a sample
 
 
 @dataclass
@@ -40,6 +44,17 @@ def contents(dataset: Dataset) -> Contents:
         filled = np.bincount(rows[real], weights=lengths[real], minlength=len(shard.tokens)).astype(np.int64)
         found.filled += np.bincount(filled, minlength=dataset.width + 1)
     return found
+
+
+def cleaning_lines(dataset: Dataset) -> Iterator[str]:
+    """What each rule of cleaning took, with a sample; nothing where the data was prepared without rules."""
+    for rule, taken in dataset.manifest.get("cleaning", {"rules": {}})["rules"].items():
+        sample, changed = taken["sample"], taken["documents"] - taken["dropped"]
+        yield (
+            f"  {rule}: {taken['dropped']:,} documents dropped, {changed:,} changed, {taken['characters']:,} "
+            f"characters; {sample['place']}: {json.dumps(sample['text'][:_SHOWN], ensure_ascii=False)}"
+            + (f" became {json.dumps(sample['became'][:_SHOWN], ensure_ascii=False)}" if "became" in sample else "")
+        )
 
 
 def _pieces(shard: Shard, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

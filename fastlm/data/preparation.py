@@ -8,20 +8,25 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from fastlm.data import cleaning
+from fastlm.data import cleaning, duplicates
 from fastlm.data._checks import integer
+from fastlm.data._extras import require
 from fastlm.data.best_fit import best_fit_rows, sentence_ends
+from fastlm.data.cleaning import Cleaner, Cleaning, CleaningReport
+from fastlm.data.cleaning.cleaner import RULES_VERSION
+from fastlm.data.estimate import estimate
 from fastlm.data.layouts import MIN_PIECE, Layout, MaskedRows
 from fastlm.data.packing import encode_documents, lay_rows, pack
 from fastlm.data.shards import FORMAT, VERSION, Dataset, open_dataset, read_manifest, tokenizer_checksum, write_shard
 from fastlm.data.sources import (
     DOCUMENTS,
+    FIELDS,
     MANIFEST,
     TOKENIZER,
     Report,
@@ -30,11 +35,13 @@ from fastlm.data.sources import (
     is_prepared,
     read_documents,
 )
+from fastlm.data.stages import SMALL, CleanedText, Reading, in_processes, kept_parts, on_ray
 from fastlm.data.tokenizer import LONGEST, Tokenizer, ToTrain, parse
 from fastlm.storage import NoSpace, atomic_directory, file_checksum, json_checksum, write_json
 
 _SHARD_TOKENS = 1 << 24  # 32 MiB of two-byte tokens in a shard: one is held in memory while preparing
 
+EXECUTORS = ("processes", "ray")
 PACKINGS = ("cut", "best_fit")
 _WARNED, _REFUSED = 0.05, 0.9  # shares of [UNK]
 
@@ -49,13 +56,20 @@ def prepare(
     row_tokens: int = 128,
     layout: Layout | None = None,
     documents: str = "file",
-    min_chars: int = 8,
+    min_chars: int | None = None,
+    cleaning: Cleaning | None = None,
+    near_duplicates: float = 0.0,
+    fields: Iterable[str] = FIELDS,
     packing: str = "cut",
     validation=None,
     validation_share: float = 0.0,
     shard_rows: int | None = None,
     outputs: Iterable = (),
+    processes: int | None = 1,
+    executor: str = "processes",
+    ray_address: str = "",
     progress: Progress | None = None,
+    note: Callable[[str], None] = lambda line: None,
 ) -> Dataset:
     """Prepare the text in `paths` for training, into the directory `out`, and open it.
 
@@ -65,7 +79,11 @@ def prepare(
     row_tokens  length of a row, at least 8: the longest piece of a document that the model sees
     layout      how documents lie in rows, a `fastlm.data.layouts.Layout`; default: MaskedRows(row_tokens)
     documents   what of a plain-text file is a document: "file", "line", or "blank" (between blank lines)
-    min_chars   a document of fewer characters is dropped
+    min_chars   a document of fewer characters is dropped; default: what `cleaning` says, 8
+    cleaning    further rules, a `fastlm.data.cleaning.Cleaning`; the manifest then has their report
+    near_duplicates  the similarity, from 0.5 to 1, from which a document is dropped as a near duplicate of an earlier
+                one (`fastlm.data.duplicates`); 0: only equal ones are dropped. Each of the text and `validation` alone
+    fields      of JSON lines and tables: the first of these that is there is the text
     packing     "cut": documents are cut where a row ends; "best_fit": one that fits into a row stays whole, others are
                 cut at sentence ends (`fastlm.data.best_fit`)
     validation  text to evaluate on, paths as `paths`; or
@@ -73,8 +91,20 @@ def prepare(
                 trained without them
     shard_rows  rows in a shard file; the default makes 32 MiB
     outputs     directories that the caller writes: not read where they lie inside one of `paths`
+    processes   how many read and clean; None: one for each core where there are more than 64 MiB of text. The result
+                is the same for any number. They are spawned: a script needs `if __name__ == "__main__":`
+    executor    "processes", or "ray" for the workers of a Ray cluster, on machines that share the directories of the
+                text and of `out`; `processes` is then how many parts are cleaned at a time, None: one for each core
+    ray_address of the cluster's head, as "10.0.0.1:6379"; "": a cluster is started on this machine
     progress    called as progress(stage, bytes done, bytes in all) now and then; the stages are "checksums",
-                "tokenizer" (two passes over the text, only where one is trained), "rows" and "validation"
+                "cleaning" (see below), "tokenizer" (two passes over the text, only where one is trained), "rows" and
+                "validation"
+
+    note        called with a line before part files are made: an estimate of disk and time (`fastlm.data.estimate`)
+
+    With rules, near duplicates, several processes, Ray or more than 64 MiB of text, the cleaned text is first written
+    in parts into a hidden directory beside `out`, as large as the text. A preparation that was killed continues with
+    the parts that are missing when it is called again; the directory is removed at the end.
 
     Where `out` already holds the same preparation (same text, settings and tokenizer), it is opened as it is;
     so it is where another process prepared the same meanwhile. ValueError where it holds anything else or cannot be
@@ -83,7 +113,15 @@ def prepare(
     """
     out = Path(out)
     layout = MaskedRows(integer("row_tokens", row_tokens, MIN_PIECE)) if layout is None else layout
-    min_chars = integer("min_chars", min_chars, 0)
+    cleaning = Cleaning() if cleaning is None else cleaning
+    if min_chars is not None:
+        cleaning = replace(cleaning, min_chars=integer("min_chars", min_chars, 0))
+    reading = _reading(documents, fields, cleaning, near_duplicates)
+    processes = None if processes is None else integer("processes", processes, 1)
+    if executor not in EXECUTORS or (ray_address and executor != "ray"):
+        raise ValueError(
+            f"executor: expected one of {', '.join(EXECUTORS)}, and ray where ray_address is given, got {executor!r}"
+        )
     if documents not in DOCUMENTS:
         raise ValueError(f"documents: expected one of {', '.join(DOCUMENTS)}, got {documents!r}")
     if packing not in PACKINGS:
@@ -101,20 +139,22 @@ def prepare(
         layout.check(tokenizer)
     progress = progress or (lambda stage, done, total: None)
 
-    work = _Work(layout, tokenizer, documents, min_chars, packing, validation_share, shard_rows, progress)
+    work = _Work(layout, tokenizer, reading, packing, validation_share, shard_rows, progress, note)
     report, held_report = Report(), Report()
     files = find_files(paths, report, outputs=outputs)
     held_files = [] if validation is None else find_files(validation, held_report, outputs=outputs)
     contents = _contents([*files, *held_files], progress)
-    identity = json_checksum([VERSION, cleaning.VERSION, work.settings(), len(files), contents])
+    identity = json_checksum([*work.versions(), work.settings(), len(files), contents])
     if os.path.exists(out) and not (out.is_dir() and not any(out.iterdir())):
         return _already(out, identity, work.settings())
+    # The rows written so far, scaled to all of the text; the tokenizer is small.
+    total = sum(file.size for file in files)
+    settings = work.settings()  # "train:8192", before there is a tokenizer
+    need = partial(_scaled, total=total, report=report)
     try:
-        # The rows written so far, scaled to all of the text; the tokenizer is small.
-        total = sum(file.size for file in files)
-        with _target(out, lambda written: int(written * total / max(1, report.bytes_read))) as partial:
-            settings = work.settings()  # "train:8192", before there is a tokenizer
-            parts = work.write(partial, files, held_files, report, held_report)
+        run = None if executor == "processes" else partial(on_ray, processes=processes, address=ray_address)
+        with work.parts(out, identity, files, held_files, processes, run), _target(out, need) as target:
+            entries = work.write(target, files, held_files, report, held_report)
             manifest = {
                 "format": FORMAT,
                 "version": VERSION,
@@ -122,10 +162,11 @@ def prepare(
                 "settings": settings,
                 "row_tokens": layout.row_tokens,
                 "width": layout.width,
-                **parts,
+                **entries,
                 "report": report.as_dict(),
+                **({} if reading.plain else {"cleaning": work.cleaned.as_dict()}),
             }
-            write_json(partial / MANIFEST, {**manifest, "checksum": json_checksum(manifest)})
+            write_json(target / MANIFEST, {**manifest, "checksum": json_checksum(manifest)})
     except FileExistsError:  # another process finished meanwhile
         return _already(out, identity, settings)
     return open_dataset(out)
@@ -137,23 +178,68 @@ class _Work:
 
     layout: Layout
     tokenizer: Tokenizer | ToTrain
-    documents: str
-    min_chars: int
+    reading: Reading
     packing: str
     validation_share: float
     shard_rows: int
     progress: Progress
+    note: Callable[[str], None]
+    cleaned: CleaningReport = field(default_factory=CleaningReport)  # of the text that is trained on
+    staged: dict[str, CleanedText] = field(default_factory=dict)  # by stage; empty where text is cleaned while packed
+
+    def versions(self) -> list[int]:
+        """Of the code that the rows depend on; that of rules only where there are any."""
+        rules = [] if self.reading.plain else [RULES_VERSION]
+        near = [duplicates.VERSION] if self.reading.threshold else []
+        return [VERSION, cleaning.VERSION, *rules, *near]
+
+    @contextmanager
+    def parts(
+        self,
+        out: Path,
+        identity: str,
+        files: list[SourceFile],
+        held_files: list[SourceFile],
+        processes: int | None,
+        run: Callable | None,
+    ) -> Iterator[None]:
+        """Clean the text into part files, kept while the block runs, where that is worth while or needed.
+
+        run: what runs the tasks (`CleanedText.make`); None: `processes` processes
+        """
+        large = sum(file.size for file in [*files, *held_files]) > SMALL
+        if processes is None and run is None:
+            processes = len(os.sched_getaffinity(0)) if large else 1
+        if run is None and self.reading.plain and not self.reading.threshold and processes == 1 and not large:
+            yield
+            return
+        run = run or partial(in_processes, processes=processes)
+        with ExitStack() as stack:
+            try:
+                directory = stack.enter_context(kept_parts(out, identity))
+            except OSError as error:
+                raise ValueError(f"out: expected a directory that can be written, got {out} ({error})") from error
+            if out.exists() and is_prepared(out):
+                raise FileExistsError(f"{out} was prepared by another process")
+            for stage, chosen in (("rows", files), ("validation", held_files)):
+                self.staged[stage] = CleanedText(chosen, self.reading, directory, f"{stage}-")
+            if expected := estimate([task for text in self.staged.values() for task in text.tasks]):
+                self.note(expected.line(out, processes))
+            for text in self.staged.values():
+                text.make(run, partial(self.progress, "cleaning"))
+            self.staged["tokenizer"] = self.staged["rows"]
+            yield
 
     def settings(self) -> dict[str, object]:
         """What the rows depend on, beside the text."""
         trained = isinstance(self.tokenizer, ToTrain)
         return {
             **self.layout.settings(),
-            "documents": self.documents,
-            "min_chars": self.min_chars,
-            **(
-                {} if self.packing == "cut" else {"packing": self.packing}
-            ),  # the default has no entry, as in version 0.2
+            "documents": self.reading.documents,
+            "min_chars": self.reading.cleaning.min_chars,
+            # A default has no entry, as in version 0.2.
+            **({} if self.packing == "cut" else {"packing": self.packing}),
+            **self.reading.settings(),
             "validation_share": self.validation_share,
             "shard_rows": self.shard_rows,
             "tokenizer": str(self.tokenizer) if trained else self.tokenizer.hash,
@@ -185,8 +271,12 @@ class _Work:
     def texts(self, stage: str, files: list[SourceFile], report: Report) -> Iterator[str]:
         """The cleaned documents of the files."""
         total = sum(file.size for file in files)
-        records = read_documents(files, self.documents, report)
-        for text in cleaning.clean_documents(records, report, self.min_chars):
+        if stage in self.staged:
+            texts = self.staged[stage].texts(report, self.cleaned if stage == "rows" else None)
+        else:
+            records = read_documents(files, self.reading.documents, report, fields=self.reading.fields)
+            texts = cleaning.clean_documents(records, report, self.reading.cleaning.min_chars)
+        for text in texts:
             self.progress(stage, report.bytes_read, total)
             yield text
         self.progress(stage, total, total)
@@ -219,6 +309,21 @@ class _Work:
             "fill": _fill(shards, self.layout),
             "shards": shards,
         }
+
+
+def _reading(documents: str, fields: Iterable[str], cleaning: Cleaning, threshold: float) -> Reading:
+    """The settings of reading, checked. ValueError for a wrong one, or where a rule's package is missing."""
+    if threshold:
+        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0.5 <= threshold <= 1:
+            raise ValueError(f"near_duplicates: expected 0, or a similarity from 0.5 to 1, got {threshold!r}")
+        require("rensa"), require("xxhash")
+    Cleaner(cleaning)
+    fields = (fields,) if isinstance(fields, str) else tuple(fields)
+    return Reading(documents, fields, cleaning, float(threshold))
+
+
+def _scaled(written: int, total: int, report: Report) -> int:
+    return int(written * total / max(1, report.bytes_read))
 
 
 def is_held_out(text: str, share: float) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from fastlm.data.batches import Batch, make_batch
-from fastlm.data.contents import Contents, contents, shown
+from fastlm.data.contents import Contents, cleaning_lines, contents, shown
 from fastlm.data.layouts import Corruption
 from fastlm.data.order import rows_at
 from fastlm.data.packing import PADDING_SAMPLE, PIECE_BITS
@@ -38,6 +38,7 @@ def report(dataset: Dataset, rows: int = 2) -> Iterator[str]:
     yield f"documents read: {cleaned['read']:,}, kept: {cleaned['kept']:,}"
     for reason, entry in cleaned["set_aside"].items():
         yield f"  set aside: {entry['count']:,} {reason} (first: {entry['first'][0]})"
+    yield from cleaning_lines(dataset)
     chosen = rows_at(np.arange(min(rows, dataset.rows)), dataset.rows, _SEED)[1]
     for row in chosen:
         yield f"row {row}:"

@@ -30,6 +30,7 @@ from fastlm.run.progress import prepare_with_progress
 from fastlm.run.recipe import FREE_KEYS, TABLES, Recipe
 from fastlm.storage import atomic_file, json_checksum, replace_json
 from fastlm.tasks import DataTable, find_task
+from fastlm.tasks._tables import split_names
 
 DATA = "data"
 WRITTEN = *RUN_FILES, "checkpoints", "summary.json", "loss.png", "hf", "cuda_graph.json"  # by a run, beside DATA
@@ -253,19 +254,25 @@ class Data:
     validation: Dataset | None
 
 
-def prepare_for(task: str, table: DataTable, paths, directory: Path, outputs: Iterable = ()) -> Dataset:
-    """Prepare the text in `paths` as rows for `task`, as its table [data] says, with progress on the terminal."""
+def prepare_for(task: str, table: DataTable, paths, directory: Path, outputs: Iterable = (), **executor) -> Dataset:
+    """Prepare the text in `paths` as rows for `task`, as its table [data] says, with progress on the terminal.
+
+    executor: `processes`, `executor` and `ray_address` of `fastlm.data.prepare`
+    """
     return prepare_with_progress(
         paths,
         table.tokenizer,
         directory,
         layout=find_task(task).layout(table),
         documents=table.documents,
-        min_chars=table.min_chars,
+        cleaning=table.cleaning(),
+        near_duplicates=table.near_duplicates,
+        fields=split_names(table.field),
         packing=table.packing,
         validation=table.validation or None,
         validation_share=table.validation_share,
         outputs=outputs,
+        **executor,
     )
 
 

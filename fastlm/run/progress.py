@@ -73,6 +73,7 @@ def duration(seconds: float) -> str:
 
 _STAGES = {
     "checksums": "reading",
+    "cleaning": "reading and cleaning",
     "tokenizer": "training the tokenizer",
     "rows": "packing rows",
     "validation": "packing held-out rows",
@@ -99,7 +100,7 @@ def prepare_with_progress(paths, tokenizer, out, **settings) -> Dataset:
         line.update(done, [f"{done / 1e6:.1f} of {total / 1e6:.1f} MB", *_pace(done, total, time.monotonic() - began)])
 
     try:
-        return prepare(paths, tokenizer, out, progress=show, **settings)
+        return prepare(paths, tokenizer, out, progress=show, note=lambda text: line.note(text), **settings)
     finally:
         if line is not None:
             line.__exit__()

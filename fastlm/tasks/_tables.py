@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from fastlm.data.cleaning import Cleaning
 from fastlm.settings import Table, key
 
 
@@ -14,6 +15,17 @@ class DataTable(Table):
     row_tokens: int = key(128, "length of a row of packed pieces", least=8)
     documents: str = key("file", "what of a plain-text file is a document", one_of=("file", "line", "blank"))
     min_chars: int = key(8, "a document of fewer characters is dropped", least=0)
+    field: str = key(
+        "text", "of JSON lines and tables: the name of the text; of several, by commas, the first there is"
+    )
+    repair: bool = key(False, "repair of encodings, by ftfy")
+    filters: str = key("", "gopher or c4 or both, by commas: rules that drop what is no English prose")
+    languages: str = key("", "codes as en,de: documents in others are dropped")
+    scrub: str = key("", "of email,ip,phone,card,iban: they are replaced by <EMAIL>, <IP> and so on")
+    phone_regions: str = key("US,GB", "where phone numbers without a country code are from, for scrub")
+    near_duplicates: float = key(
+        0.0, "similarity, 0.5 to 1, from which a document is dropped as a near duplicate; 0: none", least=0.0, most=1.0
+    )
     packing: str = key(
         "cut",
         "cut: documents are cut where a row ends; best_fit: one that fits stays whole, others are cut at sentence ends",
@@ -28,11 +40,30 @@ class DataTable(Table):
 
     def __post_init__(self):
         super().__post_init__()
+        if 0.0 < self.near_duplicates < 0.5:
+            raise ValueError(
+                f"data.near_duplicates: expected 0, or a similarity from 0.5 to 1, got {self.near_duplicates}"
+            )
+        try:
+            self.cleaning()
+        except ValueError as error:
+            raise ValueError(f"data.{error}") from error
         if self.validation and self.validation_share:
             raise ValueError(
                 f"data.validation_share: expected 0 with data.validation={self.validation!r}, got "
                 f"{self.validation_share}; set one of them"
             )
+
+    def cleaning(self) -> Cleaning:
+        """The rules of cleaning. ValueError for an unknown one."""
+        names = ("filters", "languages", "scrub", "phone_regions")
+        lists = {name: split_names(getattr(self, name)) for name in names}
+        return Cleaning(repair=self.repair, min_chars=self.min_chars, **lists)
+
+
+def split_names(text: str) -> tuple[str, ...]:
+    """("gopher", "c4") of "gopher, c4"."""
+    return tuple(name.strip() for name in text.split(",")) if text.strip() else ()
 
 
 @dataclass(frozen=True)

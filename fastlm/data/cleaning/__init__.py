@@ -10,6 +10,6 @@ parts merge into that of the whole. Duplicates depend on other documents: `fastl
 
 from fastlm.data.cleaning.cleaner import Cleaner, Cleaning
 from fastlm.data.cleaning.report import CleaningReport
-from fastlm.data.cleaning.tidy import VERSION, clean_documents, clean_text
+from fastlm.data.cleaning.tidy import VERSION, clean_documents, clean_text, tidied
 
-__all__ = ["VERSION", "Cleaner", "Cleaning", "CleaningReport", "clean_documents", "clean_text"]
+__all__ = ["VERSION", "Cleaner", "Cleaning", "CleaningReport", "clean_documents", "clean_text", "tidied"]

@@ -16,6 +16,7 @@ from fastlm.data.cleaning.tidy import STEPS
 from fastlm.data.scrub import KINDS, Scrubber
 
 FILTERS = ("c4", "gopher")
+RULES_VERSION = 1  # part of a preparation's identity: raise it when a rule gives another output for the same text
 DETECTORS = ("py3langid", "lingua")
 
 

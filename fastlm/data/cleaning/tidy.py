@@ -10,11 +10,11 @@ blank lines           they come one at a time, and none at either end
 
 from __future__ import annotations
 
-import hashlib
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 
+from fastlm.data.duplicates import exact_digest
 from fastlm.data.sources import Report
 
 VERSION = 1  # part of a preparation's identity: raise it when the same input gives another output
@@ -68,21 +68,28 @@ def clean_text(text: str) -> str:
     return text
 
 
-def clean_documents(records: Iterable[tuple[str, str]], report: Report, min_chars: int) -> Iterator[str]:
-    """The cleaned text of each (place, text) that is worth training on; the others are entered in the report: `empty`,
-    `too short`, `duplicate` (the cleaned text equals an earlier document's, by a 128-bit hash).
-
-    Memory: about 110 bytes for each distinct document, a 16-byte hash in a set.
-    """
-    seen = set()
+def tidied(records: Iterable[tuple[str, str]], report: Report, min_chars: int) -> Iterator[tuple[str, str]]:
+    """(place, cleaned text) of each (place, text); `empty` and `too short` ones are entered in the report."""
     for place, text in records:
         text = clean_text(text)
-        digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
         if not text.strip():
             report.reject("empty", place)
         elif len(text) < min_chars:
             report.reject("too short", place)
-        elif digest in seen:
+        else:
+            yield place, text
+
+
+def clean_documents(records: Iterable[tuple[str, str]], report: Report, min_chars: int) -> Iterator[str]:
+    """The cleaned text of each (place, text) that is worth training on; the others are entered in the report: as by
+    `tidied`, and `duplicate` (the cleaned text equals an earlier document's, by a 128-bit hash).
+
+    Memory: about 110 bytes for each distinct document, a 16-byte hash in a set.
+    """
+    seen = set()
+    for place, text in tidied(records, report, min_chars):
+        digest = exact_digest(text)
+        if digest in seen:
             report.reject("duplicate", place)
         else:
             seen.add(digest)

@@ -1,0 +1,84 @@
+"""What a large preparation will take, from a sample of its text: disk, and the time of cleaning."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastlm.data.cleaning import Cleaner, clean_text
+from fastlm.data.duplicates import signature
+from fastlm.data.sources import Report, read_documents
+from fastlm.data.stages import Task
+
+SAMPLED = 4  # tasks, spread over all
+SAMPLE_BYTES = 256 << 10  # of text of each: together under a second at 1.5 MB/s
+EXPANSION = 4  # bytes of text for one of a compressed file or a Parquet file: prose in gzip and zstd has 2.5 to 5
+TOKEN_BYTES = 4.0  # of text for a token of two bytes: English by a vocabulary of 8k to 50k has 3.8 to 4.6
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """text, parts, rows in bytes, the last two on disk; seconds of one process for cleaning."""
+
+    text: int
+    parts: int
+    rows: int
+    seconds: float
+
+    def line(self, out: Path, processes: int | None) -> str:
+        """One line, which says where the disk of `out` has too little room. processes: None where it is not known."""
+        place = out.absolute()
+        while not place.exists():
+            place = place.parent
+        free, need = shutil.disk_usage(place).free, self.parts + self.rows
+        minutes = f"{self.seconds / 60 / (processes or 1):,.1f} minutes"
+        where = {None: "divided by the cluster's cores", 1: "in one process"}.get(
+            processes, f"in {processes} processes"
+        )
+        return (
+            f"about {self.text / 1e6:,.1f} MB of text: cleaning takes about {minutes} {where}; disk: about "
+            f"{self.parts / 1e6:,.1f} MB of parts until the end and {self.rows / 1e6:,.1f} MB of rows, "
+            f"{free / 1e6:,.1f} MB are free" + (", too few" if need > free else "")
+        )
+
+
+def estimate(tasks: Sequence[Task]) -> Estimate | None:
+    """Of the tasks, scaled from some documents of four of them; None where these have no text."""
+    if not tasks:
+        return None
+    text = sum(_text_bytes(task) for task in tasks)
+    sampled = kept = 0
+    began = time.perf_counter()
+    for task in tasks[:: -(-len(tasks) // SAMPLED)]:
+        of_task, kept_of_task = _sample(task)
+        sampled, kept = sampled + of_task, kept + kept_of_task
+    if not sampled:
+        return None
+    seconds = time.perf_counter() - began
+    rows = text * (kept / sampled) / TOKEN_BYTES * 2
+    return Estimate(text, int(text * kept / sampled), int(rows), seconds * text / sampled)
+
+
+def _text_bytes(task: Task) -> int:
+    return task.size + (EXPANSION - 1) * task.packed
+
+
+def _sample(task: Task) -> tuple[int, int]:
+    """(bytes of text that were cleaned, bytes of part file that came of them)."""
+    reading, sampled, kept = task.reading, 0, []
+    cleaner = None if reading.plain else Cleaner(reading.cleaning)
+    for place, text in read_documents(task.parts, reading.documents, Report(), fields=reading.fields):
+        text = text[: SAMPLE_BYTES - sampled]  # at most: a character has a byte or more
+        sampled += len(text.encode("utf-8", "surrogatepass"))
+        became = clean_text(text) if cleaner is None else cleaner(text)[0]
+        if became:
+            kept.append((place, became))
+        if sampled >= SAMPLE_BYTES:
+            break
+    if reading.threshold:
+        signature(text for _, text in kept)
+    return sampled, sum(len(json.dumps(["text", *entries])) + 1 for entries in kept)

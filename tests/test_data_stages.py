@@ -1,0 +1,202 @@
+"""`prepare` with rules of cleaning, near duplicates and part files: the same bytes by any number of processes."""
+
+import gzip
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+
+from fastlm.data import prepare, stages
+from fastlm.data.cleaning import Cleaning
+from fastlm.data.estimate import estimate
+from fastlm.data.sources import Report, find_files
+from fastlm.run.recipe import Recipe, load_recipe
+
+OPTIONS = {"row_tokens": 32, "documents": "line", "shard_rows": 10}
+RULES = {"cleaning": Cleaning(repair=True, scrub=("email",)), "near_duplicates": 0.8}
+
+
+def files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    words = random.Random(0)
+    near = " ".join(f"word{words.randrange(10**6)}" for _ in range(60))
+    lines = [f"Line {i} has {words.random()}, and person{i}@example.org wrote it." for i in range(80)]
+    lines += [near + " first", near + " second", lines[3], lines[7], "short", "", "caf\u00c3\u00a9 au lait is good"]
+    (folder / "a.txt").write_text("\n".join(lines))
+    (folder / "b.jsonl").write_text('{"body": "One record of JSON, with a text."}\n{torn\n{"body": 3}\n')
+    (folder / "c.txt.gz").write_bytes(gzip.compress(("\n".join(lines[:9]) + "\nA new line, packed.").encode())[:-1])
+    (folder / "d.txt").write_bytes(b"\xff\xfe\nA good line after a bad one.\n")
+    return folder
+
+
+def test_part_files_give_the_bytes_of_a_stream(corpus, tmp_path, monkeypatch):
+    streamed = prepare([corpus], "train:120", tmp_path / "streamed", validation_share=0.1, **OPTIONS)
+    monkeypatch.setattr(stages, "PART_BYTES", 700)
+    monkeypatch.setattr("fastlm.data.preparation.SMALL", 100)
+    prepare([corpus], "train:120", tmp_path / "parts", validation_share=0.1, **OPTIONS)
+    assert files(tmp_path / "parts") == files(tmp_path / "streamed")
+    assert "cleaning" not in streamed.manifest
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "parts", "streamed"]
+
+
+def test_rules_are_reported_and_independent_of_processes(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "PART_BYTES", 700)
+    one = prepare([corpus], "train:120", tmp_path / "one", fields=["text", "body"], **RULES, **OPTIONS)
+    two = prepare([corpus], "train:120", tmp_path / "two", fields=["text", "body"], **RULES, **OPTIONS, processes=2)
+    assert files(one.directory) == files(two.directory)
+    report, rules = one.manifest["report"], one.manifest["cleaning"]["rules"]
+    assert rules["scrub: email"]["documents"] == 82  # the exact duplicates were scrubbed too
+    assert "<EMAIL>" in rules["scrub: email"]["sample"]["became"]
+    assert "@" not in json.dumps(rules)
+    assert rules["encoding repair"]["sample"]["became"].startswith("caf\u00e9")
+    assert rules["near duplicate"]["dropped"] == report["set_aside"]["near duplicate"]["count"] == 1
+    assert rules["near duplicate"]["sample"]["place"] == "corpus/a.txt:82"
+    assert rules["duplicate"]["dropped"] == report["set_aside"]["duplicate"]["count"] == 2
+    assert report["kept"] == one.manifest["cleaning"]["kept"] == one.documents
+    (damaged,) = [reason for reason in report["set_aside"] if "gzip" in reason]  # a file, not a record
+    others = [entry["count"] for reason, entry in report["set_aside"].items() if reason != damaged]
+    assert report["read"] == report["kept"] + sum(others)
+    settings = one.manifest["settings"]
+    assert settings["repair"] is True
+    assert settings["near_duplicates"] == 0.8
+    with pytest.raises(ValueError, match=r"data.near_duplicates is None, was 0.8"):
+        prepare([corpus], "train:120", one.directory, **OPTIONS)
+
+
+def test_the_recipe_names_the_rules():
+    table = Recipe().with_settings(["data.filters=gopher, c4", "data.scrub=email,ip", "data.repair=true"]).data
+    assert table.cleaning() == Cleaning(repair=True, filters=("gopher", "c4"), scrub=("email", "ip"))
+    assert load_recipe("bert-mini").data.cleaning() == Cleaning()
+    for wrong, message in (
+        ("data.filters=gofer", "data.filters: expected any of c4, gopher"),
+        ("data.near_duplicates=0.3", "data.near_duplicates: expected 0, or a similarity from 0.5"),
+        ("data.languages=en,", "data.languages: expected codes of two letters"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Recipe().with_settings([wrong])
+
+
+def test_executors_are_checked_and_ray_is_optional(corpus, tmp_path, monkeypatch):
+    for wrong in ({"executor": "rey"}, {"ray_address": "10.0.0.1:6379"}):
+        with pytest.raises(ValueError, match="executor: expected one of processes, ray, and ray where ray_address is"):
+            prepare([corpus], "train:120", tmp_path / "out", **wrong, **OPTIONS)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ValueError, match=r"need the package ray; pip install fastlm\[ray\]"):
+        prepare([corpus], "train:120", tmp_path / "out", executor="ray", **OPTIONS)
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
+
+
+def test_an_estimate_comes_first(tmp_path, monkeypatch):
+    lines = [f"Line {i} says that {i} times {i} is {i * i}, and nothing else." for i in range(2000)]
+    (tmp_path / "a.txt").write_text("\n".join(lines))
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    monkeypatch.setattr(stages, "PART_BYTES", 20_000)
+    monkeypatch.setattr("fastlm.data.preparation.SMALL", 100)
+    seen = []
+    options = {**OPTIONS, "progress": lambda stage, *_: seen.append(stage), "note": seen.append}
+    prepare([tmp_path / "a.txt"], "train:120", tmp_path / "out", **options)
+    (line,) = [text for text in seen if "MB" in text]
+    assert seen.index(line) < seen.index("cleaning")
+    assert re.fullmatch(
+        r"about 0.1 MB of text: cleaning takes about \d.\d minutes in one process; disk: about 0.2 MB of parts .* free",
+        line,
+    )
+    tasks = stages.CleanedText(
+        find_files([tmp_path / "a.txt", tmp_path / "b.txt.gz"], Report()),
+        stages.Reading("line", ("text",), Cleaning(filters=("c4",)), 0.8),
+        tmp_path,
+        "",
+    ).tasks
+    plain = stages.Reading("line", ("text",), Cleaning())
+    found, size = estimate(tasks), (tmp_path / "a.txt").stat().st_size
+    assert found.text == pytest.approx(size + 4 * (tmp_path / "b.txt.gz").stat().st_size, rel=0.01)
+    assert found.seconds > 0
+    parts = stages.CleanedText(find_files([tmp_path / "a.txt"], Report()), plain, tmp_path, "plain-")
+    parts.make(lambda missing: stages.in_processes(missing, 1), lambda done, total: None)
+    written = sum(task.path.stat().st_size for task in parts.tasks)
+    assert estimate(parts.tasks).parts == pytest.approx(written, rel=0.05)
+    assert replace(found, rows=1 << 60).line(tmp_path / "out", None).endswith("free, too few")
+    assert estimate([]) is None
+
+
+PREPARE = """
+import sys
+from fastlm.data import prepare, stages
+from fastlm.data.cleaning import Cleaning
+stages.PART_BYTES = 700
+if __name__ == "__main__":
+    prepare([sys.argv[1]], "train:120", sys.argv[2], row_tokens=32, documents="line", shard_rows=10,
+            cleaning=Cleaning(repair=True, scrub=("email",)), near_duplicates=0.8,
+            processes=int(sys.argv[3]), executor=sys.argv[4])
+"""
+
+
+def killed(corpus, out, after, processes, executor):
+    """Whether a preparation was killed after so many seconds, before it was done."""
+    child = subprocess.Popen([sys.executable, "-c", PREPARE, corpus, out, str(processes), executor])
+    try:
+        return child.wait(after) != 0
+    except subprocess.TimeoutExpired:
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        return True
+
+
+def test_a_killed_preparation_continues(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "PART_BYTES", 700)
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    prepare([corpus], "train:120", whole, **RULES, **OPTIONS)
+
+    class Killed(BaseException):
+        pass
+
+    made = []
+
+    def stop(task):
+        if len(made) == 4:
+            raise Killed
+        made.append(task.index)
+        return clean(task)
+
+    clean = stages.clean
+    monkeypatch.setattr(stages, "clean", stop)
+    with pytest.raises(Killed):
+        prepare([corpus], "train:120", out, **RULES, **OPTIONS)
+    (directory,) = tmp_path.glob(".out.parts-*")
+    (directory / ".rows-000004.jsonl.partial-0").write_text("half a pa")
+    assert len(list(directory.glob("*.jsonl"))) == 4
+    monkeypatch.setattr(stages, "clean", lambda task: made.append(task.index) or clean(task))
+    prepare([corpus], "train:120", out, **RULES, **OPTIONS)
+    assert sorted(made) == list(range(len(made))), "a finished part is not made again"
+    assert files(out) == files(whole)
+    assert not list(tmp_path.glob(".out.*"))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(("processes", "executor"), [(1, "processes"), (2, "processes"), (2, "ray")])
+def test_twenty_kills(corpus, tmp_path, monkeypatch, processes, executor):
+    if executor == "ray":
+        pytest.importorskip("ray")
+    monkeypatch.setattr(stages, "PART_BYTES", 700)
+    prepare([corpus], "train:120", tmp_path / "one", **RULES, **OPTIONS)
+    began = time.monotonic()
+    assert not killed(corpus, tmp_path / "whole", 300, processes, executor)
+    took, moments = time.monotonic() - began, random.Random(processes)
+    for _ in range(20):
+        killed(corpus, tmp_path / "out", moments.uniform(0, took), processes, executor)
+    assert not killed(corpus, tmp_path / "out", 300, processes, executor)
+    assert files(tmp_path / "out") == files(tmp_path / "whole") == files(tmp_path / "one")
+    assert not list(tmp_path.glob(".out.*"))
