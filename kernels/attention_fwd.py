@@ -25,7 +25,6 @@ from .attention_plan import (
     row_ptrs,
 )
 from .attention_tile import (
-    LN2,
     accumulate,
     add_bias,
     cap,
@@ -37,6 +36,7 @@ from .attention_tile import (
     scaled,
     settled,
 )
+from .exponential import LN2
 
 SMALLEST = tl.constexpr(2.0**-126)
 

@@ -10,10 +10,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .exponential import LN2, LOG2E, exp_float32
+from .exponential import LOG2E, exp_float32
 from .philox import INTERPRETED, dropout_key, philox4x32
-
-
 
 # ---- products
 

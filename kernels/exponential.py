@@ -33,7 +33,7 @@ def exp(x, FLOAT32: tl.constexpr):
 
 @triton.jit
 def log(x, FLOAT32: tl.constexpr):
-    """ln x. FLOAT32: for outputs in float32, of 0, 2^-126 <= x, or NaN; the series of atanh, error below 1e-7 of the value."""
+    """ln x. FLOAT32: of 0, 2^-126 <= x, or NaN; the series of atanh, error below 1e-7 of the value."""
     if FLOAT32:
         bits = x.to(tl.int32, bitcast=True)
         exponent = (bits - 0x3F2AAAAB) >> 23  # the rest lies in [2/3, 4/3)
@@ -49,7 +49,7 @@ def log(x, FLOAT32: tl.constexpr):
 
 @triton.jit
 def divide(x, y, FLOAT32: tl.constexpr):
-    """x / y, of the same shape. FLOAT32: for outputs in float32, rounded to the nearest, where tl's `/` is 2 units off."""
+    """x / y, of the same shape. FLOAT32: rounded to the nearest, where tl's `/` is 2 units off."""
     if FLOAT32:
         return tl.div_rn(x, y)
     else:
