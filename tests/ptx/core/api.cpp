@@ -164,8 +164,8 @@ API void* ptx_program(const i64* header, const i64* code, const i64* operands, c
 
 API void ptx_program_free(void* program) { delete static_cast<Program*>(program); }
 
-// config: grid x y z, block x y z, dynamic shared bytes, workers, most instructions, most findings, races, conflicts, Chip
-// buffers: device address, bytes, host address, address of the byte states or 0, writable, granule shift
+// config: grid x y z, block x y z, dynamic shared bytes, workers, most instructions, most findings, races, conflicts,
+// Chip buffers: device address, bytes, host address, address of the byte states or 0, writable, granule shift
 API void* ptx_launch(const void* program, const i64* config, const u8* params, u64 param_bytes, const i64* buffers,
                      const char* buffer_names, u64* counts, u64* conflicts) {
   Launch launch;

@@ -245,8 +245,8 @@ struct BarrierState {
 };
 
 // What the blocks of a launch share.
-// The arithmetic that PTX leaves open. EXACT: as close as can be. The others: approximations with the largest errors that
-// the ISA allows, all upwards, all downwards or scattered (ops_approximate.cpp), and mma's sums truncated
+// The arithmetic that PTX leaves open. EXACT: as close as can be. The others: approximations with the largest errors
+// that the ISA allows, all upwards, all downwards or scattered (ops_approximate.cpp), and mma's sums truncated
 // (ops_matrix.cpp).
 enum Chip : u32 { EXACT, HIGH, LOW, SCATTERED };
 

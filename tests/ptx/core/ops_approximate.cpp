@@ -1,8 +1,9 @@
-// The instructions that PTX calls approximate: rcp, sqrt, rsqrt, ex2, lg2, sin, cos, tanh and div, `.approx` or `.full`.
+// The instructions that PTX calls approximate: rcp, sqrt, rsqrt, ex2, lg2, sin, cos, tanh and div, `.approx` or
+// `.full`.
 //
 // They are computed in double and rounded once, closer than the hardware. A launch may ask for its errors instead
-// (Chip): every result is then as far from the exact one as the PTX ISA allows, upwards, downwards, or by an amount that
-// depends on the result's bits. The results that the ISA lists stay as they are: of zeros, infinities and NaN.
+// (Chip): every result is then as far from the exact one as the PTX ISA allows, upwards, downwards, or by an amount
+// that depends on the result's bits. The results that the ISA lists stay as they are: of zeros, infinities and NaN.
 #include "float.h"
 #include "register.h"
 

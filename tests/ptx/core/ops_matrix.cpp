@@ -87,9 +87,9 @@ float towards_zero(double x) {
 int exponent(float x) { return std::max(int(std::bit_cast<u32>(x) >> 23 & 255), 1) - 127; }
 
 // c plus the products of n pairs, at most eight, as a tensor core of sm_80 adds them: all exact products and c are
-// aligned to the largest exponent, cut after 24 bits below it, added, and cut to fp32. An exponent is the sum of those of
-// the factors. sm_90 keeps one more bit, and takes sixteen pairs at a time.
-// Fasi, Higham, Mikaitis, Pranesh 2021 (doi:10.7717/peerj-cs.330); Xie et al. 2025 (arXiv:2511.10909).
+// aligned to the largest exponent, cut after 24 bits below it, added, and cut to fp32. An exponent is the sum of those
+// of the factors. sm_90 keeps one more bit, and takes sixteen pairs at a time. Fasi, Higham, Mikaitis, Pranesh 2021
+// (doi:10.7717/peerj-cs.330); Xie et al. 2025 (arXiv:2511.10909).
 float truncated(const float* a, const float* b, int stride, int n, float c) {
   constexpr int BITS = 24;
   double terms[9] = {c}, plain = c;
