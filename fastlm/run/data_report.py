@@ -15,8 +15,8 @@ from fastlm.data.order import rows_at
 from fastlm.data.packing import PADDING_SAMPLE, PIECE_BITS
 from fastlm.data.shards import Dataset
 from fastlm.data.spans import choose
-from fastlm.ops import mlm_mask
 from fastlm.storage import atomic_file
+from fastlm.tasks.masked_lm import mask
 
 _SEED = 0  # of the order and of the masks that are shown
 _SHARES = 0.1, 0.5, 0.9
@@ -67,18 +67,9 @@ def _row(dataset: Dataset, row: int) -> Iterator[str]:
 
 def _masked(dataset: Dataset, batch: Batch) -> np.ndarray:
     """(T,) bool: what the model is to predict without seeing it, by the default rates; none of causal rows."""
-    tokenizer, masked = dataset.tokenizer, np.zeros(len(batch.input_ids), bool)
+    masked = np.zeros(len(batch.input_ids), bool)
     if dataset.layout == "masked":
-        found = mlm_mask(
-            batch.input_ids,
-            mask_token_id=tokenizer.mask_id,
-            vocab_size=tokenizer.vocab_size,
-            special_ids=tokenizer.special_ids,
-            seed=_SEED,
-            epoch=batch.epochs,
-            sample_ids=batch.sample_ids,
-            positions=batch.positions,
-        )
+        found = mask(batch, dataset.tokenizer, _SEED)
         masked = (found.labels != -100).numpy()
     elif dataset.layout == "span":
         settings = dataset.manifest["settings"]

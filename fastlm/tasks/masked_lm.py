@@ -14,9 +14,11 @@ import numpy as np
 import torch
 
 from fastlm import ops
-from fastlm.data import Dataset
+from fastlm.data import Dataset, Tokenizer
+from fastlm.data.batches import Batch
 from fastlm.data.order import rows_at
 from fastlm.models import Bert, Counts, Model
+from fastlm.ops.mlm_mask import MaskedTokens
 from fastlm.settings import Table, key
 from fastlm.tasks._tables import DataTable, TrainTable
 from fastlm.tasks._task import Micro, Task, real_pairs
@@ -45,6 +47,21 @@ class MaskedLMTrain(TrainTable):
     unigram_bias: bool = key(False, "the head's bias starts at the tokens' log frequencies, not at 0")
 
 
+def mask(batch: Batch, tokenizer: Tokenizer, seed: int, **rates) -> MaskedTokens:
+    """`ops.mlm_mask` of a batch. rates: of the op, where they are not its defaults."""
+    return ops.mlm_mask(
+        batch.input_ids,
+        mask_token_id=tokenizer.mask_id,
+        vocab_size=tokenizer.vocab_size,
+        special_ids=tokenizer.special_ids,
+        seed=seed,
+        epoch=batch.epochs,
+        sample_ids=batch.sample_ids,
+        positions=batch.positions,
+        **rates,
+    )
+
+
 class MaskedLM(Task):
     models = (Bert,)
     tables: ClassVar[dict[str, type[Table]]] = {"data": MaskedLMData, "train": MaskedLMTrain}
@@ -56,15 +73,10 @@ class MaskedLM(Task):
 
     def make_micro(self, batch, seed, rng, evaluation=False):
         data, tokenizer = MaskedLMData() if evaluation else self.recipe.data, self.dataset.tokenizer
-        masked = ops.mlm_mask(
-            batch.input_ids,
-            mask_token_id=tokenizer.mask_id,
-            vocab_size=tokenizer.vocab_size,
-            special_ids=tokenizer.special_ids,
-            seed=seed,
-            epoch=batch.epochs,
-            sample_ids=batch.sample_ids,
-            positions=batch.positions,
+        masked = mask(
+            batch,
+            tokenizer,
+            seed,
             mlm_probability=data.mlm_probability,
             mask_replace_prob=data.mask_replace_prob,
             random_replace_prob=data.random_replace_prob,
