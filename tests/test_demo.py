@@ -131,7 +131,7 @@ BERT = {"kind": "bert", "unigram_held_out_loss": 6.5, "held_out_loss": 6.14, "to
 )
 def test_what_the_demo_must_reach(module, found, good, tmp_path, monkeypatch):
     assert module.judge(found)[0] is good
-    steps = demo.LEAST_STEPS
+    steps = module.LEAST_STEPS
     few, many = {**found, "steps": steps - 1}, {**found, "steps": steps}
     assert demo.judge(few)[0]
     assert demo.judge(few)[1].startswith(f"Not judged, since {steps - 1} steps are fewer than {steps}: ")

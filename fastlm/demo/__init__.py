@@ -21,7 +21,6 @@ from fastlm.terminal import width_of, wrap
 
 CORPUS_BYTES = 5_000_000  # more than is read in three minutes on two cores
 HELD_OUT = 0.02  # share of the corpus's documents
-LEAST_STEPS = 600  # BERT's recipe is not judged on fewer
 KINDS = "bert", "gpt2", "t5"
 FOUND = "demo.json"  # what was measured on held-out text
 _CALIBRATION = 6  # steps
@@ -41,7 +40,7 @@ def demo(
     seconds: float,
     kind: str = "bert",
     recipe=None,
-    least_steps: int = LEAST_STEPS,
+    least_steps: int | None = None,
     corpus_bytes: int = CORPUS_BYTES,
     rounds: int = 5,
 ) -> dict:
@@ -49,6 +48,7 @@ def demo(
 
     kind     "bert", "gpt2" or "t5"
     recipe   default: `recipe_of(kind)`
+    least_steps   train these at least, however long they take; default: what the kind is judged on
 
     The summary of the run, and what was measured on held-out text; see `judge` for what that must have reached.
     SystemExit where a signal stopped it: 128 + its number.
@@ -74,7 +74,7 @@ def demo(
     dataset = prepare_for(recipe.task, recipe.data, corpus, out / DATA)
     if started is None:
         pace = _seconds_a_step(recipe, dataset)
-        steps = max(least_steps, round(seconds / pace))
+        steps = max(module.LEAST_STEPS if least_steps is None else least_steps, round(seconds / pace))
         say(f"A step takes {pace * 1e3:.0f} ms here: training {steps} steps, about {steps * pace / 60:.1f} minutes")
         recipe = recipe.with_values({"train.max_steps": steps, "train.warmup_steps": steps // 10})
     else:
@@ -104,10 +104,11 @@ def demo(
 
 
 def judge(summary: dict) -> tuple[bool, str]:
-    """(whether the demo did what it is for, the sentence that says so). Fewer than LEAST_STEPS steps are not judged."""
-    good, found = _module(summary["kind"]).judge(summary)
-    if summary["steps"] < LEAST_STEPS:
-        return True, f"Not judged, since {summary['steps']} steps are fewer than {LEAST_STEPS}: {found}"
+    """(whether the demo did what it is for, the sentence that says so). Too few steps are not judged."""
+    module = _module(summary["kind"])
+    good, found = module.judge(summary)
+    if summary["steps"] < module.LEAST_STEPS:
+        return True, f"Not judged, since {summary['steps']} steps are fewer than {module.LEAST_STEPS}: {found}"
     return good, f"The demo {'learned' if good else 'failed'}: {found}"
 
 

@@ -14,6 +14,7 @@ from fastlm.generate import Sampling, continue_tokens
 from fastlm.models import GPT2
 
 RECIPE, SENTENCES, WORDS, TOKENS = "gpt2-mini", 4, 5, 48
+LEAST_STEPS = 150  # the recipe is not judged on fewer; three minutes of two cores are more
 SHARE = 0.85  # of the bits a character of the tokens' frequencies: one that has learned no more ends at 1
 LOADED_BY = "AutoModelForCausalLM"
 _SAMPLING = Sampling(temperature=0.7, top_k=40, seed=0)
