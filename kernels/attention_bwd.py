@@ -31,7 +31,7 @@ from .attention_plan import (
 )
 from .attention_tile import (
     accumulate,
-    add_bias,
+    bias_of,
     cap,
     exp,
     head_bias,
@@ -209,7 +209,7 @@ def _dkdv(
             if HAS_BIAS:
                 single = plan.first.sequence == plan.last.sequence
                 least, most = plan.first.diagonal - (m0 + BLOCK_M - 1), plan.last.diagonal - m0
-                # Written out: by add_bias and columns, this kernel spills up to 80 bytes more on sm_120.
+                # Written out: by bias_of and columns, this kernel spills up to 80 bytes more on sm_120.
                 if single & ((most <= -far) | (least >= far_right)):
                     scores += tl.where(most <= -far, bias.left, bias.right)
                 else:
@@ -357,7 +357,7 @@ def _dq(
         if HAS_BIAS:
             single = plan.first.sequence == plan.last.sequence
             least, most = n0 - plan.last.diagonal, n0 + BLOCK_N - 1 - plan.first.diagonal
-            scores = add_bias(scores, bias, key[None, :], seen.diagonal[:, None], least, most, single)
+            scores += bias_of(bias, key[None, :], seen.diagonal[:, None], least, most, single)
         p = tl.where(visible, exp(scores - lse[:, None], FLOAT32), 0.0)
         dp = product(dout_tile, v_tile, PRECISION)
         if DROPOUT:

@@ -26,7 +26,7 @@ from .attention_plan import (
 )
 from .attention_tile import (
     accumulate,
-    add_bias,
+    bias_of,
     cap,
     exp,
     head_bias,
@@ -134,14 +134,17 @@ def _fwd(
         key, in_key, visible = columns(plan, seen, n0, features.mask_ptr, b * sk, BLOCK_N)
         in_tile = in_key[:, None] & in_col[None, :]
         k_tile = tl.load(k_ptrs + at * k.stride_m, mask=in_tile, other=0.0)
+        if HAS_BIAS:
+            # Before the products: with its branch between them, Triton 3.7.1 waits for v's tile apart from k's, and puts
+            # no fence.proxy.async between that wait and the wgmma that reads the tile.
+            single = plan.first.sequence == plan.last.sequence
+            least, most = n0 - plan.last.diagonal, n0 + BLOCK_N - 1 - plan.first.diagonal
+            near = bias_of(bias, key[None, :], seen.diagonal[:, None], least, most, single)
         scores, still = product(q_tile, k_tile, PRECISION), qk_scale
         if HAS_SOFTCAP:
             scores, still = cap(scores * qk_scale, features.softcap, FLOAT32), 1.0
         if HAS_BIAS:
-            scores, still = scores * still, 1.0
-            single = plan.first.sequence == plan.last.sequence
-            least, most = n0 - plan.last.diagonal, n0 + BLOCK_N - 1 - plan.first.diagonal
-            scores = add_bias(scores, bias, key[None, :], seen.diagonal[:, None], least, most, single)
+            scores, still = scores * still + near, 1.0
         scores = tl.where(visible, scores, float("-inf"))
         m_new = tl.maximum(m, tl.max(scores, axis=1) * still)
         shift = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen no key yet

@@ -226,10 +226,10 @@ def near_bias(bias_ptr, rel, far):
 
 
 @triton.jit
-def add_bias(scores, bias: Bias, to, origin, least, most, single):
-    """scores plus their bias, at rel = to - origin. single: of one sequence, with rel from `least` to `most`."""
+def bias_of(bias: Bias, to, origin, least, most, single):
+    """The bias at rel = to - origin. single: of one sequence, with rel from `least` to `most`."""
     if single & ((most <= -bias.far) | (least >= bias.far_right)):
-        scores += tl.where(most <= -bias.far, bias.left, bias.right)
+        near = tl.zeros_like(to - origin) + tl.where(most <= -bias.far, bias.left, bias.right)
     else:
-        scores += near_bias(bias.ptr, to - origin, bias.far)
-    return scores
+        near = near_bias(bias.ptr, to - origin, bias.far)
+    return near

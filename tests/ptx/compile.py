@@ -97,7 +97,7 @@ def _local_includes(path: Path, directories: tuple[Path, ...]) -> list[Path]:
 
 @dataclass(frozen=True)
 class CompiledTriton:
-    """A Triton kernel for sm_80: its PTX, and what its launch needs."""
+    """A Triton kernel: its PTX, and what its launch needs."""
 
     ptx: str
     entry: str
@@ -143,9 +143,15 @@ def ptx_pipeline():
 
 
 def compile_triton(
-    kernel, signature: dict[str, str], constexprs: dict[str, object], num_warps: int = 4, num_stages: int = 3, **options
+    kernel,
+    signature: dict[str, str],
+    constexprs: dict[str, object],
+    num_warps: int = 4,
+    num_stages: int = 3,
+    arch: int = ARCH,
+    **options,
 ) -> CompiledTriton:
-    """PTX of a @triton.jit function for sm_80.
+    """PTX of a @triton.jit function for sm_`arch`.
 
     signature: types of the other arguments by name, {"x_ptr": "*bf16", "n": "i32"}. Pointers are taken to be aligned to
     16 bytes, as a launch finds them; "i32:16" says that an integer is divisible by 16. options: debug=True, ...
@@ -167,7 +173,7 @@ def compile_triton(
             attributes[(k,)] = [["tt.divisibility", 16]]
     with ptx_pipeline():
         source = ASTSource(fn=kernel, signature=types, constexprs=constexprs, attrs=attributes)
-        target = GPUTarget("cuda", ARCH, 32)
+        target = GPUTarget("cuda", arch, 32)
         compiled = compile(source, target=target, options={"num_warps": num_warps, "num_stages": num_stages, **options})
     metadata = compiled.metadata
     return CompiledTriton(compiled.asm["ptx"], metadata.name, metadata.num_warps, metadata.shared)

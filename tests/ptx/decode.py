@@ -48,6 +48,7 @@ class Program:
     dynamic_align: int
     required_threads: tuple[int, ...] | None
     ordered: bool  # blocks meet through atomics or strong accesses: run in order
+    arch: int  # 80 for sm_80
 
 
 # opcode -> rule(decoder, instruction, modifiers), which returns the function that it calls, if any
@@ -416,6 +417,7 @@ class Decoder:
             self.dynamic_align,
             self.entry.required_threads,
             self.ordered,
+            int(re.match(r"sm_(\d+)|$", self.module.target)[1] or 80),
         )
 
     def place_variables(self) -> list[tuple[str, int, bytes, bool]]:

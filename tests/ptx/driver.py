@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ptx.compile import ARCH, ptx_pipeline
-from ptx.launch import SHARED_LIMIT, Report, load, run, uninitialised
+from ptx.launch import SHARED_LIMITS, Report, load, run, uninitialised
 
 
 @dataclass
@@ -28,14 +28,14 @@ class Launches:
 class _Driver:
     """What Triton's runtime asks of a device, answered by the interpreter."""
 
-    def __init__(self, launches: Launches, options: dict):
-        self.launches, self.options = launches, options
+    def __init__(self, launches: Launches, arch: int, options: dict):
+        self.launches, self.arch, self.options = launches, arch, options
         self.utils = self  # load_binary, get_device_properties
         self.launcher_cls = self.launcher
 
     # Triton keeps compiled kernels per device; this one is nobody else's.
     def get_current_device(self):
-        return "ptx"
+        return f"ptx{self.arch}"
 
     def get_current_stream(self, device):
         return 0
@@ -43,13 +43,18 @@ class _Driver:
     def get_current_target(self):
         from triton.backends.compiler import GPUTarget
 
-        return GPUTarget("cuda", ARCH, 32)
+        return GPUTarget("cuda", self.arch, 32)
 
     def get_active_torch_device(self):
         return torch.device("cpu")
 
     def get_device_properties(self, device):
-        return {"max_shared_mem": SHARED_LIMIT, "multiprocessor_count": 1, "warpSize": 32, "max_num_regs": 65536}
+        return {
+            "max_shared_mem": SHARED_LIMITS[self.arch],
+            "multiprocessor_count": 1,
+            "warpSize": 32,
+            "max_num_regs": 65536,
+        }
 
     def get_benchmarker(self):
         raise ValueError("autotuning needs a device: give the kernel one configuration")
@@ -113,18 +118,18 @@ def empty_is_unwritten():
 
 
 @contextlib.contextmanager
-def triton_on_ptx(**options):
+def triton_on_ptx(arch: int = ARCH, **options):
     """Every Triton kernel launched inside runs on the interpreter, over CPU tensors.
 
-    Compiled for sm_80 as Triton's own launcher would, specialisation included. options: those of `run`. Yields the
-    Launches. A fault raises from the launch.
+    Compiled for sm_`arch`, 80 or 90, as Triton's own launcher would, specialisation included. options: those of `run`.
+    Yields the Launches. A fault raises from the launch.
     """
     from triton.runtime.driver import driver
 
     launches = Launches()
     before = driver._active
     with ptx_pipeline(), empty_is_unwritten():
-        driver.set_active(_Driver(launches, options))
+        driver.set_active(_Driver(launches, arch, options))
         try:
             yield launches
         finally:

@@ -22,7 +22,7 @@ UNWRITTEN, WRITTEN, HOLE = 0, 1, 4  # core.h
 FILLING = np.array([0xC5, 0xFF], np.uint8)  # NaN in every floating-point type; no likely integer
 TENSORS = 0x5000_0000_0000  # device address of the first tensor
 ALIGNMENT = 512  # of an allocation, as torch's allocator gives it on a device
-SHARED_LIMIT = 163 * 1024  # of a block on sm_80
+SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024}  # of a block
 GRID_LIMIT, BLOCK_LIMIT = (2**31 - 1, 65535, 65535), (1024, 1024, 64)
 FLOATS = {"f16": np.float16, "f32": np.float32, "f64": np.float64}  # parameters that take any Python number
 
@@ -371,9 +371,10 @@ def run(
         raise ValueError(f"block: at most 1024 threads, got {block}")
     if program.required_threads and prod(program.required_threads) != threads:
         raise ValueError(f"block: {program.entry} requires {program.required_threads} threads, got {block}")
-    if program.static_shared + shared_bytes > SHARED_LIMIT:
+    limit = SHARED_LIMITS[90 if program.arch >= 90 else 80]
+    if program.static_shared + shared_bytes > limit:
         raise ValueError(
-            f"shared_bytes: {program.static_shared} static and {shared_bytes} dynamic: over sm_80's {SHARED_LIMIT}"
+            f"shared_bytes: {program.static_shared} static and {shared_bytes} dynamic: over sm_{program.arch}'s {limit}"
         )
     place = _Memory(identity=memory is not None)
     if memory is None:

@@ -488,6 +488,12 @@ def decode_isspacep(d, ins, m):
 
 @rule("membar", "fence")
 def decode_fence(d, ins, m):
+    if m.words[:2] == ["proxy", "async"]:
+        m.words = m.words[2:]
+        # Of .global alone it orders nothing that wgmma reads.
+        return d.emit(
+            "nop" if m.choose(("global", "shared::cta", "shared::cluster")) == "global" else "fence.proxy.async"
+        )
     if m.words and m.words[0] not in ("acq_rel", "sc", "acquire", "release", "cta", "gl", "gpu", "sys"):
         raise d.unknown()
     # Within a block barriers order, see docs/ptx.md: a fence of its scope publishes nothing to the others.
@@ -609,6 +615,39 @@ def decode_mma(d, ins, m):
     results = [d.result(token, type_) for token in tokens[0]]
     sources = [d.source(token, type_) for part in tokens[1:] for token in part]
     d.emit(handler, results, sources, imm=int(saturate), aux=[rows, *counts, to == "f16"])
+
+
+@rule("wgmma")
+def decode_wgmma(d, ins, m):
+    m.take("sync")
+    m.take("aligned")
+    if m.take("fence"):
+        return d.emit("wgmma.fence")
+    if m.take("commit_group"):
+        return d.emit("wgmma.commit_group")
+    if m.take("wait_group"):
+        return d.emit("wgmma.wait_group", imm=parse_integer(ins.operands[0]))
+    shape = m.choose({word for word in m.words if re.fullmatch(r"m64n\d+k\d+", word)})
+    if not m.take("mma_async") or shape is None or len(m.words) != 3:
+        raise d.unknown()
+    columns, depth = map(int, shape[4:].split("k"))
+    to, a, b = m.words
+    m.words = []
+    half = to == "f16"
+    if a != b or depth != {"bf16": 16, "f16": 16, "tf32": 8}.get(a) or (to != "f32" and not (half and a == "f16")):
+        raise d.unknown()
+    accumulators, factor, other, scale, *signs = ins.operands
+    results = [d.result(token, "b32") for token in d.vector(accumulators)]
+    across = [parse_integer(token) for token in signs[2:]]
+    negated = [parse_integer(token) == -1 for token in signs[:2]]
+    in_registers = factor.startswith("{")
+    fragments = [d.source(token, "b32") for token in d.vector(factor)] if in_registers else [d.source(factor, "u64")]
+    transposed = ([0] if in_registers else []) + across if across else [0, 0]
+    if len(results) * (4 if half else 2) != columns or len(transposed) != 2 or (in_registers and len(fragments) != 4):
+        raise d.unknown()
+    flags = in_registers | 2 * negated[0] | 4 * negated[1] | 8 * transposed[0] | 16 * transposed[1] | 32 * half
+    sources = [*fragments, d.source(other, "u64"), d.source(scale, "pred")]
+    d.emit(f"wgmma.mma_async.{a}", results, sources, aux=[columns, flags])
 
 
 @rule("movmatrix")

@@ -123,6 +123,10 @@ void Block::reset(u32 number) {
   for (auto [offset, bytes] : program.shared) memset(&shared_state[offset], UNWRITTEN, bytes);
   if (launch.dynamic_shared) memset(&shared_state[program.shared_bytes], UNWRITTEN, launch.dynamic_shared);
   if (shared_shadow.writer) shared_shadow.clear(shared.size());
+  if (program.products) {
+    reading.assign(shared.size() / 16 + 1, 0);
+    warpgroups.assign((warps.size() + 3) / 4, {});
+  }
   for (Warp& w : warps) {
     w.alive = w.initial;
     w.splits.assign(1, Split{w.initial, 0, Split::READY, 0, {}});
@@ -140,6 +144,13 @@ void Block::reset(u32 number) {
     w.lanes_known = 0;
     w.pairs_known.reset();
     w.turns = 0, w.carry = 0;
+    if (program.products) {
+      w.proxied.assign(warps.size(), 0);
+      w.products.clear();
+      w.products_group = w.products_issued = 0;
+      w.flying.assign(program.registers, 0);
+      w.stale.assign(program.registers, 0);
+    }
     for (const SpecialRegister& s : program.special) {
       for (u32 l = 0; l < LANES; ++l) {
         u32 value = special_value(s.name, launch, *this, w, l);

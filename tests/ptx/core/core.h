@@ -68,6 +68,7 @@ struct Handler {
   Run run = nullptr;
   Run taint = nullptr;  // nullptr: a result is undefined where any operand is
   Kind kind = Kind::PLAIN;
+  bool product = false;
 };
 
 struct Ins {
@@ -75,6 +76,7 @@ struct Ins {
   Run taint;
   Kind kind;
   bool guarded = false;
+  bool product = false;  // wgmma.mma_async, which alone may touch registers of products in flight
   Operand guard;
   u8 nd = 0, ns = 0;
   i64 imm = 0;                              // address offset, and other constants
@@ -100,6 +102,7 @@ struct Program {
   std::vector<SpecialRegister> special;
   std::vector<std::pair<u32, u32>> locals, shared;  // (offset, bytes) of the variables
   u32 shared_bytes = 0;                             // guard gaps included; dynamic shared memory follows
+  bool products = false;                            // it has wgmma
 };
 
 std::unordered_map<std::string, Handler>& handlers();
@@ -193,6 +196,13 @@ struct AsyncCopy {
   u32 bytes, source_bytes, pc;
 };
 
+// A wgmma.mma_async of a warp that no wait has completed.
+struct Product {
+  u32 pc, group;
+  std::vector<u32> written, read;  // registers: the accumulators, A's fragments
+  std::vector<u32> units;          // shared addresses of the 16-byte units of A and B
+};
+
 struct Warp {
   u32 id = 0, initial = 0, alive = 0;
   std::vector<Split> splits;
@@ -210,6 +220,13 @@ struct Warp {
   std::vector<u32> known;
   u32 lanes_known = 0;
   std::unique_ptr<std::array<std::array<u32, LANES>, LANES>> pairs_known;
+  // Of every warp, the time up to which its writes passed a fence.proxy.async that this warp knows of.
+  std::vector<u32> proxied;
+  std::vector<Product> products;
+  u32 products_group = 0;  // commit groups so far
+  u32 products_issued = 0;
+  std::vector<u8> flying;  // per register: products in flight that have it
+  std::vector<u8> stale;   // per register: written since the last wgmma.fence
   u32 turns = 0;  // steps taken while diverged
 
   template <class T = u32>
@@ -240,16 +257,27 @@ struct Warp {
 
 struct BarrierState {
   u32 expected = 0, arrived = 0, waiting = 0;
-  std::vector<u32> known;
+  std::vector<u32> known, proxied;
   u32 votes = 0, pc = 0;  // of bar.red
 };
 
-// What the blocks of a launch share.
 // The arithmetic that PTX leaves open. EXACT: as close as can be. The others: approximations with the largest errors
 // that the ISA allows, all upwards, all downwards or scattered (ops_approximate.cpp), and mma's sums truncated
 // (ops_matrix.cpp).
 enum Chip : u32 { EXACT, HIGH, LOW, SCATTERED };
 
+// What the warps of a warpgroup have to execute alike: a wgmma.mma_async and its matrices in shared memory.
+struct Issued {
+  u32 pc;
+  u64 a, b;
+  bool operator==(const Issued&) const = default;
+};
+struct Warpgroup {
+  std::vector<Issued> issued;  // from number `first` on
+  u32 first = 0;
+};
+
+// What the blocks of a launch share.
 struct Launch {
   const Program* program = nullptr;
   std::vector<Buffer> buffers;  // by address
@@ -280,6 +308,8 @@ struct Block {
   std::vector<Warp> warps;
   std::vector<u8> shared, shared_state;
   Shadow shared_shadow;
+  std::vector<u16> reading;  // per 16-byte unit of shared memory: products in flight that read it
+  std::vector<Warpgroup> warpgroups;
   std::array<BarrierState, 16> barriers;
   std::vector<u32> hints;  // the buffer that each instruction met last
   std::vector<u64> counts, conflicts;
@@ -322,6 +352,8 @@ struct Block {
   void warp_barrier(Warp& w, int current, const Ins& i);
   void release(u32 number);
   void deadlock();
+  void visit_registers(Warp& w, const Ins& i, u32 mask);
+  void finish_products();
 };
 
 // ---- values ----------------------------------------------------------------------------------------------------

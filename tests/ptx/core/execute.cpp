@@ -140,6 +140,7 @@ void Block::run(u32 number) {
       }
       if (any && !progress) deadlock();
     }
+    if (program.products) finish_products();
     for (; !held.empty(); held.pop_back()) add(held.back());
   } catch (const Stop&) {
   }
@@ -294,6 +295,7 @@ void Block::barrier(Warp& w, int current, const Ins& i) {
     b = {};
     b.expected = expected, b.pc = pc;
     b.known.assign(warps.size(), 0);
+    b.proxied = b.known;
   } else if (b.expected != expected) {
     find("divergence", w, lane,
          "barrier " + std::to_string(number) + " with a count of " + std::to_string(expected) + ", but $pc" +
@@ -302,6 +304,7 @@ void Block::barrier(Warp& w, int current, const Ins& i) {
   u32 now = tick();
   for (size_t k = 0; k < warps.size(); ++k) b.known[k] = std::max(b.known[k], w.known[k]);
   b.known[w.id] = now;
+  for (size_t k = 0; k < w.proxied.size(); ++k) b.proxied[k] = std::max(b.proxied[k], w.proxied[k]);
   // Lanes that do not exist have arrived with the first that does.
   b.arrived += u32(std::popcount(s.mask)) + (s.mask & 1 ? u32(LANES - std::popcount(w.initial)) : 0);
   if (b.arrived > b.expected) {
@@ -335,6 +338,7 @@ void Block::release(u32 number) {
         w.undef[d.reg] &= ~s.mask;
       }
       for (size_t k = 0; k < warps.size(); ++k) w.known[k] = std::max(w.known[k], b.known[k]);
+      for (size_t k = 0; k < w.proxied.size(); ++k) w.proxied[k] = std::max(w.proxied[k], b.proxied[k]);
       if ((s.mask & w.alive) == w.alive)
         w.lanes_known = now;
       else
@@ -367,6 +371,7 @@ void Block::step(Warp& w, int current) {
     }
   }
   ++counts[pc];
+  if (program.products && !i.product) visit_registers(w, i, mask);
   switch (i.kind) {
     case Kind::PLAIN: {
       u32 unset = 0;

@@ -97,6 +97,11 @@ bool Access::locate(Range& range, bool write, u32 alignment) const {
       if (a > block.shared.size() || bytes > block.shared.size() - a) {
         return fail("bounds", ": the block has " + std::to_string(block.shared.size()));
       }
+      if (write && !block.reading.empty()) {
+        for (u64 unit = a / 16; unit <= (a + bytes - 1) / 16; ++unit) {
+          if (block.reading[unit]) return fail("async", " that a wgmma is still reading: wait for its group first");
+        }
+      }
       range = {&block.shared[a], &block.shared_state[a], block.shared_shadow.writer ? &block.shared_shadow : nullptr, a,
                true};
       break;

@@ -5,17 +5,16 @@
 // g; C and D hold row g + 8 (r >> 1), column 2 t + (r & 1). One rule for every type.
 //
 // The order of the hardware's sum is not specified. Here: fp32, the products in the order of k after c, each exact
-// product added with one rounding. With any Chip but EXACT it is what studies of an A100 found: `truncated`.
+// product added with one rounding. With any Chip but EXACT it is what studies of an A100 found: matrix.h.
 #include <algorithm>
 
-#include "float.h"
+#include "matrix.h"
 #include "register.h"
 
 namespace ptx {
 
 namespace {
 
-struct Tf32 {};
 struct Signed8 {};
 struct Unsigned8 {};
 
@@ -30,15 +29,6 @@ constexpr int PER_REGISTER<Signed8> = 4;
 template <>
 constexpr int PER_REGISTER<Unsigned8> = 4;
 
-template <class T>
-float element(u32 word, int k) {
-  if constexpr (std::is_same_v<T, BF16>)
-    return std::bit_cast<float>(k ? word & 0xffff0000 : word << 16);
-  else if constexpr (std::is_same_v<T, F16>)
-    return to_float<F16>(u16(word >> (16 * k)));
-  else
-    return std::bit_cast<float>(word & ~0x1fffu);  // the hardware ignores the low bits
-}
 template <class T>
 i32 element8(u32 word, int k) {
   if constexpr (std::is_same_v<T, Signed8>)
@@ -75,35 +65,6 @@ void taint(Block& b, Warp& w, const Ins& i) {
   for (u32 k = 0; k < i.ns; ++k) any |= w.undef[i.ops[i.nd + k].reg];
   if (any) return taint_mma(b, w, i, ALL);
   for (u32 k = 0; k < i.nd; ++k) w.undef[i.ops[k].reg] = 0;
-}
-
-// The next of x towards 0 if its rounding went away from 0.
-float towards_zero(double x) {
-  const float y = float(x);
-  return std::isfinite(y) && std::fabs(y) > std::fabs(x) ? std::nextafter(y, 0.0f) : y;
-}
-
-// As std::ilogb; of subnormals what the format's least exponent is.
-int exponent(float x) { return std::max(int(std::bit_cast<u32>(x) >> 23 & 255), 1) - 127; }
-
-// c plus the products of n pairs, at most eight, as a tensor core of sm_80 adds them: all exact products and c are
-// aligned to the largest exponent, cut after 24 bits below it, added, and cut to fp32. An exponent is the sum of those
-// of the factors. sm_90 keeps one more bit, and takes sixteen pairs at a time. Fasi, Higham, Mikaitis, Pranesh 2021
-// (doi:10.7717/peerj-cs.330); Xie et al. 2025 (arXiv:2511.10909).
-float truncated(const float* a, const float* b, int stride, int n, float c) {
-  constexpr int BITS = 24;
-  double terms[9] = {c}, plain = c;
-  int top = c == 0 ? INT32_MIN : exponent(c);
-  for (int k = 0; k < n; ++k) {
-    const float x = a[k], y = b[k * stride];
-    plain += terms[k + 1] = double(x) * y;
-    if (terms[k + 1] != 0) top = std::max(top, exponent(x) + exponent(y));
-  }
-  if (!std::isfinite(plain) || top == INT32_MIN) return float(plain);
-  const double unit = std::ldexp(1.0, top - BITS), units = 1 / unit;
-  double sum = 0;
-  for (int k = 0; k <= n; ++k) sum += std::trunc(terms[k] * units);
-  return towards_zero(sum * unit);
 }
 
 // aux[0]: rows (16 or 8), aux[1..3]: registers of A, B, C; aux[4]: C and D are packed f16
@@ -148,7 +109,7 @@ void mma_float(Block& b, Warp& w, const Ins& i, u32) {
     constexpr int AT_ONCE = 4 * E;  // pairs
     for (int m = 0; m < rows; ++m) {
       for (int n = 0; n < 8; ++n) {
-        for (int k = 0; k < depth; k += AT_ONCE) D[m][n] = truncated(A[m] + k, B[k] + n, 8, AT_ONCE, D[m][n]);
+        for (int k = 0; k < depth; k += AT_ONCE) D[m][n] = truncated<AMPERE>(A[m] + k, B[k] + n, 8, AT_ONCE, D[m][n]);
       }
     }
   }

@@ -5,8 +5,8 @@
 
 namespace ptx {
 
-inline void add(const std::string& name, Run run, Kind kind = Kind::PLAIN, Run taint = nullptr) {
-  handlers()[name] = Handler{run, taint, kind};
+inline void add(const std::string& name, Run run, Kind kind = Kind::PLAIN, Run taint = nullptr, bool product = false) {
+  handlers()[name] = Handler{run, taint, kind, product};
 }
 
 void register_integer();
@@ -18,6 +18,7 @@ void register_convert();
 void register_memory();
 void register_warp();
 void register_matrix();
+void register_wgmma();
 void register_system();
 
 }  // namespace ptx
