@@ -135,8 +135,8 @@ def _fwd(
         in_tile = in_key[:, None] & in_col[None, :]
         k_tile = tl.load(k_ptrs + at * k.stride_m, mask=in_tile, other=0.0)
         if HAS_BIAS:
-            # Before the products: with its branch between them, Triton 3.7.1 waits for v's tile apart from k's, and puts
-            # no fence.proxy.async between that wait and the wgmma that reads the tile.
+            # Before the products. With its branch between them, Triton 3.7.1 waits for v's tile apart from k's, and
+            # leaves out the fence.proxy.async between that wait and the wgmma that reads the tile.
             single = plan.first.sequence == plan.last.sequence
             least, most = n0 - plan.last.diagonal, n0 + BLOCK_N - 1 - plan.first.diagonal
             near = bias_of(bias, key[None, :], seen.diagonal[:, None], least, most, single)

@@ -227,7 +227,7 @@ struct Warp {
   u32 products_issued = 0;
   std::vector<u8> flying;  // per register: products in flight that have it
   std::vector<u8> stale;   // per register: written since the last wgmma.fence
-  u32 turns = 0;  // steps taken while diverged
+  u32 turns = 0;           // steps taken while diverged
 
   template <class T = u32>
   T* at(const Operand& o) {

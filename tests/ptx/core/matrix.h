@@ -30,10 +30,10 @@ inline int exponent(float x) { return std::max(int(std::bit_cast<u32>(x) >> 23 &
 
 constexpr int AMPERE = 24, HOPPER = 25;  // bits kept below the largest
 
-// c plus the products of n pairs, at most sixteen, as a tensor core adds them: all exact products and c are aligned to the
-// largest exponent, cut after BITS bits below it, added, and cut to fp32. An exponent is the sum of those of the factors.
-// sm_80 takes eight pairs at a time; sm_90 keeps one more bit and takes sixteen. Fasi, Higham, Mikaitis, Pranesh 2021
-// (doi:10.7717/peerj-cs.330); Xie et al. 2025 (arXiv:2511.10909).
+// c plus the products of n pairs, at most sixteen, as a tensor core adds them: all exact products and c are aligned to
+// the largest exponent, cut after BITS bits below it, added, and cut to fp32. An exponent is the sum of those of the
+// factors. sm_80 takes eight pairs at a time; sm_90 keeps one more bit and takes sixteen. Fasi, Higham, Mikaitis,
+// Pranesh 2021 (doi:10.7717/peerj-cs.330); Xie et al. 2025 (arXiv:2511.10909).
 template <int BITS>
 float truncated(const float* a, const float* b, int stride, int n, float c) {
   double terms[17] = {c}, plain = c;

@@ -3,8 +3,8 @@
 // Every warp computes the sixteen rows that it owns. The values are computed when the instruction is issued; from then
 // until a wait for its group nothing else may touch its accumulators and A's registers or write A and B in shared
 // memory, and each of these is a finding ("async"). So are: an accumulator written after the last wgmma.fence, and a
-// tile that the generic proxy (st, stmatrix, cp.async) wrote without a fence.proxy.async in between. What is read counts as
-// read at the wait too, so a later write by another warp must be ordered after it.
+// tile that the generic proxy (st, stmatrix, cp.async) wrote without a fence.proxy.async in between. What is read
+// counts as read at the wait too, so a later write by another warp must be ordered after it.
 //
 // Fragments (PTX ISA, "Register Fragments for wgmma"): those of mma.sync, of warp w the rows from 16 (w mod 4) on; with
 // accumulators of 32 bits register r holds column 8 (r >> 2) + 2 t + (r & 1).
@@ -23,10 +23,10 @@ constexpr u32 UNIT = 16;  // bytes: what a swizzle moves
 constexpr u32 ROWS = 16, MOST_COLUMNS = 256, MOST_DEPTH = 16;
 
 // A matrix descriptor (PTX ISA, "Matrix-Descriptor Format"). Layouts, in units of 16 bytes, with W = 2, 4 or 8 units in
-// a row of a swizzled pattern: along K, a row has two units; rows are W apart and groups of eight `stride` apart. Across
-// (M or N is contiguous), W units are a row, rows of k are W apart, groups of eight k `stride` apart, and the next W
-// units `leading` away. Without swizzling eight rows of one unit are together; their groups are `stride` apart along K
-// and `leading` across, the two halves of K the other way round.
+// a row of a swizzled pattern: along K, a row has two units; rows are W apart and groups of eight `stride` apart.
+// Across (M or N is contiguous), W units are a row, rows of k are W apart, groups of eight k `stride` apart, and the
+// next W units `leading` away. Without swizzling eight rows of one unit are together; their groups are `stride` apart
+// along K and `leading` across, the two halves of K the other way round.
 struct Matrix {
   u32 start, leading, stride;
   u32 width;  // units in a row of the pattern; 1: not swizzled
