@@ -1,4 +1,4 @@
-"""wgmma on the interpreter: values and layouts, planted faults, and the OpCases compiled for sm_90.
+"""sm_90 on the interpreter: wgmma, mbarriers and bulk copies, planted faults, and the OpCases compiled for it.
 
 Every day a few variants are drawn by a seed, which a failure prints; `make test-all` has them all.
 """
@@ -140,6 +140,88 @@ def test_correct_twin_is_clean_and_a_wrong_swizzle_is_not_its_result():
 def test_a_block_of_fewer_warps_is_found():
     with pytest.raises(ptx.KernelFault, match=r"needs a warpgroup of four warps; the block has 2"):
         product("bf16", 8, 64, (1, False), (1, False), threads=64)
+
+
+# ---- mbarriers, bulk copies, tensor maps ---------------------------------------------------------------------------
+
+SOURCE = Path(__file__).parent / "ptx" / "sources" / "sm90.cu"
+# FAULT: (kind, what the finding says). Its line has the number in a comment.
+FAULTS = {
+    1: ("async", "a bulk copy is still writing"),  # the wrong phase
+    2: ("async", "without a fence.mbarrier_init"),
+    3: ("divergence", "misses 0 of 1 arrivals and 16 bytes"),  # expect_tx too large
+    4: ("async", "a bulk copy is still writing"),  # no wait
+    5: ("async", "1 arrivals at an mbarrier that misses 0 of the 1"),  # a tile is not waited for to be free
+    6: ("async", "no fence.proxy.async came in between"),
+    7: ("async", "the block ends while this copy reads its shared memory"),
+    8: ("divergence", "nothing completes"),  # two arrivals of each thread
+    9: ("async", "no mbarrier was initialised"),
+    10: ("race", "thread 0 initialised, and nothing orders the two"),
+    11: ("alignment", "not aligned to 128"),
+    12: ("async", "is still reading"),  # a store in no group
+}
+
+
+def twice(fault, box=(32, 8)):
+    if ptx.nvcc() is None:
+        pytest.skip("nvcc is not installed")
+    text = ptx.compile_cuda(SOURCE, (f"FAULT={fault}",), arch="90a")
+    x = torch.randn(43, 100, generator=torch.Generator().manual_seed(0))
+    y = ptx.uninitialised(torch.empty(43, 100))
+    ptx.run(text, "twice", 4, 160, [ptx.tensor_map(x, box, 128), ptx.tensor_map(y, box, 128), 6])
+    return x, y
+
+
+def test_a_pipeline_of_bulk_copies():
+    """Tiles over the edges of the tensors are filled with 0, and clipped."""
+    x, y = twice(0)
+    assert torch.equal(y, 2 * x)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_fault_of_a_bulk_copy_is_found(fault):
+    with pytest.raises(ptx.KernelFault) as caught:
+        twice(fault)
+    (finding,) = caught.value.findings
+    print(finding)
+    kind, message = FAULTS[fault]
+    assert finding.kind == kind
+    assert message in finding.message
+    line = SOURCE.read_text().splitlines()[int(re.findall(r"sm90\.cu:(\d+)", finding.location)[-1]) - 1]
+    assert str(fault) in line.partition("// fault")[2].split(), line
+
+
+def test_a_tile_of_another_size_leaves_the_phase_incomplete():
+    with pytest.raises(ptx.KernelFault, match="misses 0 of 1 arrivals and 128 bytes"):
+        twice(0, box=(32, 7))
+
+
+def test_a_bulk_copy_without_a_tensor_map():
+    if ptx.nvcc() is None:
+        pytest.skip("nvcc is not installed")
+    x, y = torch.randn(300), ptx.uninitialised(torch.empty(300))
+    text = ptx.compile_cuda(SOURCE, ("FAULT=0",), arch="90a")
+    ptx.run(text, "copied", 1, 32, [x, y[:296], 1184])
+    assert torch.equal(y[:296], x[:296])
+    with pytest.raises(ptx.KernelFault, match=r"alignment: .*1180 bytes.*not multiples of 16"):
+        ptx.run(text, "copied", 1, 32, [x, y[:296], 1180])
+
+
+@pytest.mark.parametrize(
+    ("tensor", "box", "swizzle", "message"),
+    [
+        (torch.zeros(4, 6), (6, 4), 0, "strides of a multiple of 16 bytes, got 24"),
+        (torch.zeros(4, 8), (8,), 0, "box: expected 2 sizes from 1 to 256"),
+        (torch.zeros(4, 8), (2, 4), 0, "box: expected rows of a multiple of 16 bytes, got 8"),
+        (torch.zeros(4, 64), (64, 4), 128, "box: expected rows of at most the 128 bytes of the swizzle, got 256"),
+        (torch.zeros(4, 8), (8, 4), 16, "swizzle: expected 0, 32, 64 or 128"),
+        (torch.zeros(8, 8)[:, 1:5], (4, 4), 0, "an address that is a multiple of 16"),
+        (torch.zeros(()), (), 0, "1 to 5 dimensions"),
+    ],
+)
+def test_a_tensor_map_has_the_drivers_limits(tensor, box, swizzle, message):
+    with pytest.raises(ValueError, match=message):
+        ptx.tensor_map(tensor, box, swizzle)
 
 
 # ---- layouts and types ---------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from ptx.decode import UnknownInstruction
 from ptx.driver import Launches, cuda_on_ptx, triton_on_ptx
 from ptx.launch import Finding, KernelFault, Report, load, run, uninitialised
 from ptx.parse import PtxError, parse
+from ptx.tensor_map import TensorMap, tensor_map
 
 __all__ = [
     "CompiledTriton",
@@ -18,6 +19,7 @@ __all__ = [
     "Launches",
     "PtxError",
     "Report",
+    "TensorMap",
     "UnknownInstruction",
     "compile_cuda",
     "compile_triton",
@@ -26,6 +28,7 @@ __all__ = [
     "nvcc",
     "parse",
     "run",
+    "tensor_map",
     "triton_on_ptx",
     "uninitialised",
 ]

@@ -17,6 +17,7 @@ import torch
 from ptx.decode import Program
 from ptx.parse import PtxError, parse
 from ptx.rules import decode
+from ptx.tensor_map import TensorMap
 
 UNWRITTEN, WRITTEN, HOLE = 0, 1, 4  # core.h
 FILLING = np.array([0xC5, 0xFF], np.uint8)  # NaN in every floating-point type; no likely integer
@@ -248,6 +249,8 @@ def _pack(program: Program, args, names: list[str], memory: _Memory) -> bytes:
             raise ValueError(f"{name}: expected a CPU tensor, got one on {value.device}")
         if isinstance(value, (torch.Tensor, np.ndarray)):
             data = memory.place(value, name).to_bytes(8, "little")
+        elif isinstance(value, TensorMap):
+            data = value.encode(memory.place(value.tensor, name))
         elif value is None:
             data = bytes(8)
         elif isinstance(value, np.generic):
@@ -354,7 +357,7 @@ def run(
 
     ptx: text, or what `load` made of it. grid, block: one to three integers.
     args: one value per parameter. NumPy arrays and CPU tensors are pointers, None is the null pointer; Python numbers
-    take the parameter's type; NumPy scalars and bytes (a struct) must have its size.
+    take the parameter's type, a TensorMap is one of 128 bytes; NumPy scalars and bytes (a struct) must have its size.
     shared_bytes: dynamic shared memory. max_instructions: of one block, in warp instructions, before it counts as hung.
     Blocks run on `workers` threads (all processors); in order on one where they meet through global atomics, and once
     more so if anything is found: neither results nor findings depend on it.

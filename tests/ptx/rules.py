@@ -431,6 +431,8 @@ def decode_atom(d, ins, m):
 def decode_cp(d, ins, m):
     if not m.take("async"):
         raise d.unknown()
+    if m.take("bulk"):
+        return decode_bulk(d, ins, m)
     if m.take("commit_group"):
         return d.emit("cp.async.commit_group")
     if m.take("wait_all"):
@@ -449,6 +451,82 @@ def decode_cp(d, ins, m):
         if size is None or size[3] != 8:  # eight bytes are a cache policy
             sources.append(d.source(ins.operands[3], "u32"))
     d.emit("cp.async", [], sources, imm=offset, aux=[0, parse_integer(ins.operands[2]), 0, 0, to_offset])
+
+
+def decode_bulk(d, ins, m):
+    if m.take("commit_group"):
+        return d.emit("cp.async.bulk.commit_group")
+    if m.take("wait_group"):
+        return d.emit("cp.async.bulk.wait_group", imm=parse_integer(ins.operands[0]), aux=[m.take("read")])
+    tensor = m.take("tensor")
+    rank = int(m.choose(("1d", "2d", "3d", "4d", "5d"))[0]) if tensor else 0
+    m.take("tile")
+    spaces = [word for word in m.words if word in ("global", "shared::cta", "shared::cluster")]
+    load = spaces[-1:] == ["global"]
+    m.take(*spaces)
+    if len(spaces) != 2 or not m.take("mbarrier::complete_tx::bytes" if load else "bulk_group"):
+        raise d.unknown()
+    operands = list(ins.operands)
+    if m.take("L2::cache_hint"):
+        operands.pop()
+
+    def tensor_map(token):
+        found = re.fullmatch(r"\[\s*([^,\s]+)\s*,\s*(\{[^}]*\})\s*\]", token)
+        if not found:
+            raise d.unknown(f"address {token}")
+        return f"[{found[1]}]", [d.source(part, "u32") for part in d.vector(found[2])]
+
+    there = operands.pop(1 if load else 0)
+    there, coordinates = tensor_map(there) if tensor else (there, [])
+    if len(coordinates) != rank:
+        raise d.unknown(f"{len(coordinates)} coordinates")
+    shared, at, _ = d.address(operands.pop(0))
+    world, offset, _ = d.address(there)
+    sources, offsets = [shared, world], [at, offset]
+    size = [] if tensor else [d.source(operands.pop(0), "u32")]
+    if load:
+        signal, at, _ = d.address(operands.pop(0))
+        sources, offsets = [*sources, signal], [*offsets, at]
+    if operands:
+        raise d.unknown(f"operand {operands[0]}")
+    d.emit("cp.async.bulk", [], [*sources, *size, *coordinates], aux=[load, rank, *offsets])
+
+
+@rule("mbarrier")
+def decode_mbarrier(d, ins, m):
+    type_ = m.take("b64")
+    m.take("shared", "shared::cta", "cta", "acquire", "release")
+    relaxed = m.take("relaxed")
+    kind = m.choose(("init", "inval", "arrive", "expect_tx", "try_wait", "test_wait"))
+    if kind is None or not type_:
+        raise d.unknown()
+    operands = list(ins.operands)
+    if kind in ("try_wait", "test_wait"):
+        parity = m.take("parity")
+        result, phase = d.result(operands[0], "pred"), d.source(operands[2], "u32" if parity else "u64")
+        base, offset, _ = d.address(operands[1])
+        return d.emit("mbarrier.wait", [result], [base, phase], imm=offset, aux=[parity | 2 * relaxed])
+    results = []
+    if kind == "arrive" and not operands[0].startswith("["):
+        state = operands.pop(0)
+        results = [] if state == "_" else [d.result(state, "b64")]
+    base, offset, _ = d.address(operands[0])
+    sources = [base, *(d.source(token, "u32") for token in operands[1:])]
+    if kind in ("init", "inval"):
+        return d.emit(f"mbarrier.{kind}", [], sources, imm=offset)
+    expects = kind == "expect_tx" or m.take("expect_tx")
+    if expects and len(sources) != 2:
+        raise d.unknown()
+    d.emit("mbarrier.arrive", results, sources, imm=offset, aux=[(kind == "arrive") | 2 * expects, relaxed])
+
+
+@rule("setmaxnreg")
+def decode_setmaxnreg(d, ins, m):
+    m.take("sync", "aligned", "u32")
+    count = parse_integer(ins.operands[0])
+    if not m.take("inc", "dec") or count is None or count % 8 or not 24 <= count <= 256:
+        raise d.unknown("a multiple of 8 from 24 to 256 registers is allowed")
+    d.emit("nop")
 
 
 @rule("ldmatrix", "stmatrix")
@@ -494,6 +572,9 @@ def decode_fence(d, ins, m):
         return d.emit(
             "nop" if m.choose(("global", "shared::cta", "shared::cluster")) == "global" else "fence.proxy.async"
         )
+    if m.take("mbarrier_init"):
+        m.take("release", "cluster")
+        return d.emit("fence.mbarrier_init")
     if m.words and m.words[0] not in ("acq_rel", "sc", "acquire", "release", "cta", "gl", "gpu", "sys"):
         raise d.unknown()
     # Within a block barriers order, see docs/ptx.md: a fence of its scope publishes nothing to the others.

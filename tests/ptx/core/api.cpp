@@ -34,6 +34,7 @@ void register_all() {
   register_warp();
   register_matrix();
   register_wgmma();
+  register_bulk();
   register_system();
 }
 
@@ -145,8 +146,8 @@ API void* ptx_program(const i64* header, const i64* code, const i64* operands, c
   for (i64 k = 0; k < header[0]; ++k, code += 15) {
     const Handler& h = used[size_t(code[0])];
     Ins i{};
-    i.run = h.run, i.taint = h.taint, i.kind = h.kind, i.product = h.product;
-    p->products |= h.product;
+    i.run = h.run, i.taint = h.taint, i.kind = h.kind, i.product = h.async_proxy && h.kind == Kind::CONVERGE;
+    p->async_proxy |= h.async_proxy;
     if (code[1]) i.guarded = true, i.guard = make_operand(operands + 5 * (code[1] - 1));
     i.nd = u8(code[3]), i.ns = u8(code[4]);
     first.push_back(p->operands.size());

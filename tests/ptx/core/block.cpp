@@ -119,11 +119,12 @@ void Block::reset(u32 number) {
   time = 1, fence_time = 0, touched = false, executed = 0;
   known.clear(), read_before_fence.clear(), printed.clear(), held.clear();
   barriers.fill({});
+  signals.clear(), bulk.clear(), events = 0;
   shared_state.assign(shared.size(), HOLE);
   for (auto [offset, bytes] : program.shared) memset(&shared_state[offset], UNWRITTEN, bytes);
   if (launch.dynamic_shared) memset(&shared_state[program.shared_bytes], UNWRITTEN, launch.dynamic_shared);
   if (shared_shadow.writer) shared_shadow.clear(shared.size());
-  if (program.products) {
+  if (program.async_proxy) {
     reading.assign(shared.size() / 16 + 1, 0);
     warpgroups.assign((warps.size() + 3) / 4, {});
   }
@@ -139,13 +140,13 @@ void Block::reset(u32 number) {
       for (size_t l = 0; l < LANES; ++l) memset(&w.local_state[l * program.local_bytes + offset], UNWRITTEN, bytes);
     }
     w.copies.clear();
-    w.group.fill(0);
-    w.known.assign(warps.size(), 0);
+    w.group.fill(0), w.bulk_group.fill(0);
+    w.known.assign(warps.size() + 1, 0);
     w.lanes_known = 0;
     w.pairs_known.reset();
     w.turns = 0, w.carry = 0;
-    if (program.products) {
-      w.proxied.assign(warps.size(), 0);
+    if (program.async_proxy) {
+      w.proxied.assign(warps.size() + 1, 0);
       w.products.clear();
       w.products_group = w.products_issued = 0;
       w.flying.assign(program.registers, 0);

@@ -68,7 +68,7 @@ struct Handler {
   Run run = nullptr;
   Run taint = nullptr;  // nullptr: a result is undefined where any operand is
   Kind kind = Kind::PLAIN;
-  bool product = false;
+  bool async_proxy = false;
 };
 
 struct Ins {
@@ -102,7 +102,7 @@ struct Program {
   std::vector<SpecialRegister> special;
   std::vector<std::pair<u32, u32>> locals, shared;  // (offset, bytes) of the variables
   u32 shared_bytes = 0;                             // guard gaps included; dynamic shared memory follows
-  bool products = false;                            // it has wgmma
+  bool async_proxy = false;                         // it has wgmma or bulk copies
 };
 
 std::unordered_map<std::string, Handler>& handlers();
@@ -121,8 +121,9 @@ struct Stop {};  // thrown when enough has been found
 
 // ---- memory ----------------------------------------------------------------------------------------------------
 
-// Per byte: was it written, and is what was written defined? PENDING: a cp.async has not been waited for.
-enum State : u8 { UNWRITTEN = 0, WRITTEN = 1, UNDEFINED = 2, HOLE = 4, PENDING = 0x80 };
+// Per byte: was it written, and is what was written defined? PENDING: a copy has not been waited for. SIGNAL: of an
+// mbarrier.
+enum State : u8 { UNWRITTEN = 0, WRITTEN = 1, UNDEFINED = 2, HOLE = 4, SIGNAL = 0x40, PENDING = 0x80 };
 
 // An access in a shadow: time (31 bits) | block (20) | thread (10) | strong in its block only | strong | read-only, or
 // written by a compare-and-swap. 0 is none.
@@ -203,6 +204,35 @@ struct Product {
   std::vector<u32> units;          // shared addresses of the 16-byte units of A and B
 };
 
+// An mbarrier. What orders: every arrival releases what its warp knows, a wait that succeeds acquires it.
+struct Signal {
+  u32 count = 0;        // arrivals of a phase
+  u32 missing = 0;      // of the phase under way
+  i64 bytes = 0;        // that copies still have to bring
+  u32 phase = 0;        // phases completed
+  Entry made = 0;       // by whom and when
+  bool fenced = false;  // visible to the async proxy
+  std::vector<u32> known, proxied, passed_known, passed_proxied;
+};
+
+// A part of a bulk copy: at most 16 bytes, which are zero where `global` is 0.
+struct Piece {
+  u32 shared;
+  u64 global;
+  u32 bytes;
+};
+
+// A cp.async.bulk, until what it signals is waited for.
+struct BulkCopy {
+  u32 warp, lane, pc;
+  bool load;   // from global memory to shared
+  u32 signal;  // a load's mbarrier
+  u32 group;   // a store's
+  bool read;   // a store that has read its shared memory, into `data`
+  std::vector<Piece> pieces;
+  std::vector<u8> data;
+};
+
 struct Warp {
   u32 id = 0, initial = 0, alive = 0;
   std::vector<Split> splits;
@@ -216,7 +246,9 @@ struct Warp {
   std::vector<u8> local, local_state;
   std::vector<AsyncCopy> copies;
   std::array<u32, LANES> group{};
+  std::array<u32, LANES> bulk_group{};
   // Time up to which this warp knows what the others did; up to which all its lanes know each other; pairs of lanes.
+  // The entry behind the last warp's is that of bulk copies.
   std::vector<u32> known;
   u32 lanes_known = 0;
   std::unique_ptr<std::array<std::array<u32, LANES>, LANES>> pairs_known;
@@ -310,6 +342,10 @@ struct Block {
   Shadow shared_shadow;
   std::vector<u16> reading;  // per 16-byte unit of shared memory: products in flight that read it
   std::vector<Warpgroup> warpgroups;
+  std::map<u32, Signal> signals;  // mbarriers by their address
+  std::vector<BulkCopy> bulk;
+  u64 events = 0;        // arrivals, completed phases, released barriers, exits
+  bool waiting = false;  // the instruction that ran found its mbarrier's phase incomplete
   std::array<BarrierState, 16> barriers;
   std::vector<u32> hints;  // the buffer that each instruction met last
   std::vector<u64> counts, conflicts;
@@ -352,8 +388,11 @@ struct Block {
   void warp_barrier(Warp& w, int current, const Ins& i);
   void release(u32 number);
   void deadlock();
+  void starve();
   void visit_registers(Warp& w, const Ins& i, u32 mask);
   void finish_products();
+  void finish_bulk();
+  bool is_bulk(u64 shared) const;  // a bulk copy is writing this byte of shared memory
 };
 
 // ---- values ----------------------------------------------------------------------------------------------------

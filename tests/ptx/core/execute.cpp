@@ -13,6 +13,7 @@ namespace {
 
 constexpr u32 QUANTUM = 1 << 14;      // instructions of a warp's turn
 constexpr u32 PATIENCE = 1 << 12;     // instructions before diverged lanes change their order
+constexpr u32 PATIENT_ROUNDS = 8;     // before waits for mbarriers count as endless
 constexpr u32 EVERYONE = 0xffff0000;  // a barrier's expected count: all threads of the block
 
 std::string lanes_text(u32 mask) {
@@ -109,12 +110,14 @@ int Block::choose(Warp& w) {
 // Runs a warp until it waits, ends, or has had its quantum. False if it could do nothing.
 bool Block::turn(Warp& w) {
   u32 steps = 0;
-  while (steps < QUANTUM && !w.splits.empty()) {
+  waiting = false;
+  while (steps < QUANTUM && !w.splits.empty() && !waiting) {
     int current = choose(w);
     if (current < 0) break;
     do {
       step(w, current);
       ++steps;
+      if (waiting) break;
     } while (w.splits.size() == 1 && w.splits[0].state == Split::READY && steps < QUANTUM && (current = 0, true));
   }
   executed += steps;
@@ -130,17 +133,23 @@ bool Block::turn(Warp& w) {
 void Block::run(u32 number) {
   reset(number);
   try {
+    u32 idle = 0;  // rounds in which every warp waited for an mbarrier, and nothing happened
     for (bool any = true; any;) {
-      bool progress = false;
+      bool progress = false, waits = true;
+      const u64 before = events;
       any = false;
       for (Warp& w : warps) {
         if (w.splits.empty()) continue;
         any = true;
-        progress |= turn(w);
+        bool ran = turn(w);
+        progress |= ran, waits &= !ran || waiting;
       }
       if (any && !progress) deadlock();
+      idle = any && waits && events == before ? idle + 1 : 0;
+      if (idle == PATIENT_ROUNDS) starve();
     }
-    if (program.products) finish_products();
+    if (program.async_proxy) finish_products();
+    finish_bulk();
     for (; !held.empty(); held.pop_back()) add(held.back());
   } catch (const Stop&) {
   }
@@ -195,6 +204,7 @@ void Block::leave(Warp& w, int current, u32 mask) {
     return;
   }
   w.alive &= ~mask;
+  ++events;
   w.splits.erase(w.splits.begin() + current);
 }
 
@@ -294,7 +304,7 @@ void Block::barrier(Warp& w, int current, const Ins& i) {
   if (b.arrived == 0) {
     b = {};
     b.expected = expected, b.pc = pc;
-    b.known.assign(warps.size(), 0);
+    b.known.assign(w.known.size(), 0);
     b.proxied = b.known;
   } else if (b.expected != expected) {
     find("divergence", w, lane,
@@ -302,7 +312,7 @@ void Block::barrier(Warp& w, int current, const Ins& i) {
              std::to_string(b.pc) + "$ counts " + std::to_string(b.expected));
   }
   u32 now = tick();
-  for (size_t k = 0; k < warps.size(); ++k) b.known[k] = std::max(b.known[k], w.known[k]);
+  for (size_t k = 0; k < w.known.size(); ++k) b.known[k] = std::max(b.known[k], w.known[k]);
   b.known[w.id] = now;
   for (size_t k = 0; k < w.proxied.size(); ++k) b.proxied[k] = std::max(b.proxied[k], w.proxied[k]);
   // Lanes that do not exist have arrived with the first that does.
@@ -337,7 +347,7 @@ void Block::release(u32 number) {
           *w.at(d) = (*w.at(d) & ~s.mask) | (result ? s.mask : 0);
         w.undef[d.reg] &= ~s.mask;
       }
-      for (size_t k = 0; k < warps.size(); ++k) w.known[k] = std::max(w.known[k], b.known[k]);
+      for (size_t k = 0; k < w.known.size(); ++k) w.known[k] = std::max(w.known[k], b.known[k]);
       for (size_t k = 0; k < w.proxied.size(); ++k) w.proxied[k] = std::max(w.proxied[k], b.proxied[k]);
       if ((s.mask & w.alive) == w.alive)
         w.lanes_known = now;
@@ -348,6 +358,7 @@ void Block::release(u32 number) {
     }
   }
   b = {};
+  ++events;
 }
 
 void Block::step(Warp& w, int current) {
@@ -371,7 +382,7 @@ void Block::step(Warp& w, int current) {
     }
   }
   ++counts[pc];
-  if (program.products && !i.product) visit_registers(w, i, mask);
+  if (program.async_proxy && !i.product) visit_registers(w, i, mask);
   switch (i.kind) {
     case Kind::PLAIN: {
       u32 unset = 0;

@@ -24,7 +24,7 @@ bool ordered(const Block& b, const Warp& w, int lane, Entry e) {
 
 std::string thread_name(const Block& b, Entry e) {
   u32 block = block_of(e), thread = thread_of(e);
-  std::string name = "thread " + std::to_string(thread);
+  std::string name = thread / LANES == b.warps.size() ? "a bulk copy" : "thread " + std::to_string(thread);
   return block == (b.id & 0xfffff) ? name : name + " of block " + std::to_string(block);
 }
 
@@ -99,7 +99,8 @@ bool Access::locate(Range& range, bool write, u32 alignment) const {
       }
       if (write && !block.reading.empty()) {
         for (u64 unit = a / 16; unit <= (a + bytes - 1) / 16; ++unit) {
-          if (block.reading[unit]) return fail("async", " that a wgmma is still reading: wait for its group first");
+          if (block.reading[unit])
+            return fail("async", " that a wgmma or a bulk copy is still reading: wait for its group first");
         }
       }
       range = {&block.shared[a], &block.shared_state[a], block.shared_shadow.writer ? &block.shared_shadow : nullptr, a,
@@ -123,11 +124,11 @@ bool Access::locate(Range& range, bool write, u32 alignment) const {
     u8 any = 0;
     for (u32 k = 0; k < bytes; ++k) any |= range.state[k];
     if (any & HOLE) return fail("bounds", at == GLOBAL ? ": not part of the tensor" : ": outside every variable");
+    if (any & SIGNAL) return fail("async", ", where an mbarrier is");
     if (any & PENDING) {
-      block.find(
-          "async", warp, lane,
-          (write ? "writes " : "reads ") + where() + " that a cp.async is still writing: wait for its group first");
-      return false;
+      return fail("async", block.is_bulk(range.offset)
+                               ? " that a bulk copy is still writing: wait for its mbarrier first"
+                               : " that a cp.async is still writing: wait for its group first");
     }
   }
   return true;
@@ -294,6 +295,21 @@ bool Access::store(const u8* in, u32 undefined, u32 alignment) const {
   memcpy(range.data, in, bytes);
   if (range.state) {
     for (u32 k = 0; k < bytes; ++k) range.state[k] = undefined >> k & 1 ? UNDEFINED : WRITTEN;
+  }
+  return true;
+}
+
+bool Access::check_proxy() const {
+  const auto& writers = block.shared_shadow.writer;
+  for (u32 k = 0; writers && k < bytes; ++k) {
+    Entry e = writers[address + k];
+    if (!e || thread_of(e) / LANES == block.warps.size()) continue;
+    if (time_of(e) < warp.proxied[thread_of(e) / LANES]) continue;
+    block.find("async", warp, lane,
+               "uses " + where() + " through the async proxy, but thread " + std::to_string(thread_of(e)) +
+                   " wrote it and no fence.proxy.async came in between",
+               -1, block.shared_shadow.writer_pc[address + k]);
+    return false;
   }
   return true;
 }

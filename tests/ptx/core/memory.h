@@ -45,6 +45,8 @@ struct Access {
   void check_read(const Range& range) const;
   void check_write(const Range& range, const u8* in, u32 undefined) const;
   void acquire_release(u64 key) const;
+  // For the async proxy: False, after a finding, where another proxy's write has no fence.proxy.async after it.
+  bool check_proxy() const;
   std::string where() const;
 };
 
@@ -52,6 +54,8 @@ inline u64 address_of(Warp& w, const Operand& o, int lane) {
   return o.width == 8 ? get<u64>(w.at(o), lane) : get<u32>(w.at(o), lane);
 }
 
+// mbarriers that this warp knows of become visible to bulk copies.
+void fence_signals(Block& b, Warp& w, const Ins& i, u32 mask);
 void complete_copies(Block& b, Warp& w, u32 mask, u32 pending_groups, bool uncommitted);
 
 }  // namespace ptx

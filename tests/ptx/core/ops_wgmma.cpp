@@ -73,17 +73,7 @@ class Reader {
     if (!access.load(out, bits, UNIT)) return false;
     undefined |= bits != 0;
     product.units.push_back(address);
-    const auto& writers = b.shared_shadow.writer;
-    for (u32 k = 0; writers && k < UNIT; ++k) {
-      Entry e = writers[address + k];
-      if (!e || time_of(e) < w.proxied[thread_of(e) / LANES]) continue;
-      b.find("async", w, 0,
-             "reads " + access.where() + " through the async proxy, but thread " + std::to_string(thread_of(e)) +
-                 " wrote it and no fence.proxy.async came in between",
-             -1, b.shared_shadow.writer_pc[address + k]);
-      return false;
-    }
-    return true;
+    return access.check_proxy();
   }
 
  public:
@@ -273,8 +263,9 @@ void wait_products(Block& b, Warp& w, const Ins& i, u32) {
 }
 
 // What the warp knows to be written is from here on visible to the async proxy.
-void fence_proxy(Block& b, Warp& w, const Ins&, u32 mask) {
+void fence_proxy(Block& b, Warp& w, const Ins& i, u32 mask) {
   if (w.proxied.empty()) return;
+  fence_signals(b, w, i, mask);
   for (size_t k = 0; k < w.proxied.size(); ++k) w.proxied[k] = std::max(w.proxied[k], w.known[k]);
   const u32 now = b.tick();
   w.proxied[w.id] = (mask & w.alive) == w.alive ? now : std::max(w.proxied[w.id], w.lanes_known);

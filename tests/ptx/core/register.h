@@ -5,8 +5,9 @@
 
 namespace ptx {
 
-inline void add(const std::string& name, Run run, Kind kind = Kind::PLAIN, Run taint = nullptr, bool product = false) {
-  handlers()[name] = Handler{run, taint, kind, product};
+inline void add(const std::string& name, Run run, Kind kind = Kind::PLAIN, Run taint = nullptr,
+                bool async_proxy = false) {
+  handlers()[name] = Handler{run, taint, kind, async_proxy};
 }
 
 void register_integer();
@@ -19,6 +20,7 @@ void register_memory();
 void register_warp();
 void register_matrix();
 void register_wgmma();
+void register_bulk();
 void register_system();
 
 }  // namespace ptx
