@@ -135,6 +135,7 @@ class Decoder:
     ordered: bool = False
 
     def __post_init__(self):
+        self.arch = int(re.match(r"sm_(\d+)|$", self.module.target)[1] or 80)
         self.words = self.predicates = 0
         self.register_table: dict[tuple, tuple] = {}
         self.cache: dict[tuple, tuple] = {}
@@ -164,6 +165,10 @@ class Decoder:
         return UnknownInstruction(
             f"the PTX interpreter does not know `{ins.text}`{where} (line {ins.line} of the PTX){reason}"
         )
+
+    def needs(self, arch: int) -> None:
+        if self.arch < arch:
+            raise self.unknown(f"it needs sm_{arch}, and the module is for sm_{self.arch}")
 
     def emit(self, handler, results=(), sources=(), imm=0, aux=(), target=0, table=None) -> None:
         if handler not in self.handlers:
@@ -417,7 +422,7 @@ class Decoder:
             self.dynamic_align,
             self.entry.required_threads,
             self.ordered,
-            int(re.match(r"sm_(\d+)|$", self.module.target)[1] or 80),
+            self.arch,
         )
 
     def place_variables(self) -> list[tuple[str, int, bytes, bool]]:

@@ -454,6 +454,7 @@ def decode_cp(d, ins, m):
 
 
 def decode_bulk(d, ins, m):
+    d.needs(90)
     if m.take("commit_group"):
         return d.emit("cp.async.bulk.commit_group")
     if m.take("wait_group"):
@@ -567,6 +568,7 @@ def decode_isspacep(d, ins, m):
 @rule("membar", "fence")
 def decode_fence(d, ins, m):
     if m.words[:2] == ["proxy", "async"]:
+        d.needs(90)
         m.words = m.words[2:]
         # Of .global alone it orders nothing that wgmma reads.
         return d.emit(
@@ -700,6 +702,7 @@ def decode_mma(d, ins, m):
 
 @rule("wgmma")
 def decode_wgmma(d, ins, m):
+    d.needs(90)
     m.take("sync")
     m.take("aligned")
     if m.take("fence"):
