@@ -221,7 +221,13 @@ def attention_bwd(dout, dlse, q, k, v, out, lse, dq, dk, dv, dtable, options: Op
     delta = torch.empty_like(lse)
     inputs = (*map(_rows, (q, k, v, dout)), lse, delta)
     sequence = torch.empty(sq, dtype=torch.int32, device=q.device) if packed and threshold else None
-    _launch_delta(out, inputs[3], dlse, delta, sequence, options.cu_seqlens_q, numbers, batch)
+    c = _config("dq", q, threshold)
+    tiles = triton.cdiv(sq, c.block_m)
+    far = q.new_empty(heads, batch * tiles, 2, dtype=torch.float32) if dtable is not None else None
+    # First: it leaves delta and sequence for the others.
+    bwd._dq[(tiles * heads * batch,)](
+        *inputs, out, dlse, sequence, dq, far, features, tiles=tiles, **numbers, **_blocks(c), PARTS=parts
+    )
     if k.numel():
         c = _config("dkdv", q, threshold)
         tiles = triton.cdiv(sk, c.block_n)
@@ -237,22 +243,9 @@ def attention_bwd(dout, dlse, q, k, v, out, lse, dq, dk, dv, dtable, options: Op
             **numbers,
             **_blocks(c),
         )
-    c = _config("dq", q, threshold)
-    tiles = triton.cdiv(sq, c.block_m)
-    far = q.new_empty(heads, batch * tiles, 2, dtype=torch.float32) if dtable is not None else None
-    bwd._dq[(tiles * heads * batch,)](*inputs, dq, far, features, tiles=tiles, **numbers, **_blocks(c), PARTS=parts)
     if dtable is not None:
         longest = (options.max_seqlen_q, options.max_seqlen_k) if packed else (sq, sk)
         _launch_dtable(inputs, features, numbers, options, longest, far, dtable)
-
-
-def _launch_delta(out, dout, dlse, delta, sequence, cu_seqlens_q, numbers, batch):
-    block_m = 16 if out.dtype == torch.float32 else max(16, 4096 // numbers["BLOCK_D"])
-    tiles = triton.cdiv(numbers["sq"], block_m)
-    shared = {name: numbers[name] for name in ("sequences", "sq", "heads", "D", "BLOCK_D")}
-    bwd._delta[(tiles * numbers["heads"] * batch,)](
-        out, dout, dlse, delta, sequence, cu_seqlens_q, tiles=tiles, BLOCK_M=block_m, num_warps=4, **shared
-    )
 
 
 def _launch_dtable(inputs, features, numbers, options, longest, far, dtable):

@@ -17,7 +17,6 @@ from .attention_plan import (
     Sight,
     columns,
     counted,
-    find_sequence,
     general_block,
     general_count,
     in_no_sequence,
@@ -45,41 +44,18 @@ from .attention_tile import (
 )
 
 
-@triton.jit(do_not_specialize=PLAIN_NUMBERS)
-def _delta(
-    out_ptr,
-    dout: Rows,
-    dlse_ptr,
-    delta_ptr,
-    sequence_ptr,
-    cu_q_ptr,
-    sequences,
-    sq,
-    heads,
-    tiles,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
-    """delta (b, h, sq) = dout·out - dlse. sequence_ptr: None, or the sequence of each packed row, int32 (sq,)."""
-    tile, head, b = program(tiles, heads)
-    row, col = tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    in_row = row < sq
-    mask = in_row[:, None] & (col < D)[None, :]
-    out = tl.load(out_ptr + ((b * sq + row) * heads + head)[:, None] * D + col[None, :], mask=mask, other=0.0)
-    dout_tile = tl.load(row_ptrs(dout, b, head, row, col), mask=mask, other=0.0)
+@triton.jit
+def _delta(out, dout, dlse_ptr, at, in_row):
+    """delta (M,) = dout·out - dlse, of tiles (M, D) of out and dout; at: of the rows in dlse, which may be None."""
     if out.dtype == tl.float32:  # summed in the order of dout·v: ds is small where out is close to one v
-        products = product(dout_tile, out, "ieee")
-        i = tl.arange(0, BLOCK_M)
+        products = product(dout, out, "ieee")
+        i = tl.arange(0, out.shape[0])
         delta = tl.sum(tl.where(i[:, None] == i[None, :], products, 0.0), axis=1)
     else:
-        delta = tl.sum(out.to(tl.float32) * dout_tile.to(tl.float32), axis=1)
-    at = (b * heads + head) * sq + row
+        delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), axis=1)
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + at, mask=in_row, other=0.0)
-    tl.store(delta_ptr + at, delta, mask=in_row)
-    if sequence_ptr is not None and head == 0:
-        tl.store(sequence_ptr + row, find_sequence(cu_q_ptr, row, 0, sequences - 1), mask=in_row)
+    return delta
 
 
 @triton.jit(do_not_specialize=PLAIN_NUMBERS)
@@ -254,6 +230,9 @@ def _dq(
     dout: Rows,
     lse_ptr,
     delta_ptr,
+    out_ptr,
+    dlse_ptr,
+    sequence_ptr,
     dq_ptr,
     far_ptr,
     features: Features,
@@ -276,8 +255,9 @@ def _dq(
     PRECISION: tl.constexpr,
     PARTS: tl.constexpr = 1,
 ):
-    """dq like out, or one of PARTS in each row.
+    """dq like out, or one of PARTS in each row; and for `_dkdv`, which runs later, delta (b, h, sq) = dout·out - dlse.
 
+    sequence_ptr: None, or the sequence of each packed row, int32 (sq,), for `_dkdv` too.
     far_ptr (heads, b tiles, 2), or None: the sums of ds at rel <= -far and at rel >= far_right.
 
     A tile of queries finds its keys as in the forward pass; a row whose lse is -inf sees none.
@@ -298,8 +278,12 @@ def _dq(
     dout_tile = tl.load(row_ptrs(dout, b, head, row, col), mask=stored, other=0.0)
     rows = (b * heads + head) * sq
     lse = tl.load(lse_ptr + rows + row, mask=in_row, other=0.0)
-    delta = tl.load(delta_ptr + rows + row, mask=in_row, other=0.0)
+    out = tl.load(out_ptr + ((b * sq + row) * heads + head)[:, None] * D + col[None, :], mask=stored, other=0.0)
+    delta = _delta(out, dout_tile, dlse_ptr, rows + row, in_row)
+    tl.store(delta_ptr + rows + row, delta, mask=in_row)
     plan, seen = plan_of_queries(features, sequences, sq, sk, b, row, m0, left, right, far, far_right, BLOCK_N)
+    if sequence_ptr is not None and head == 0:
+        tl.store(sequence_ptr + row, seen.sequence, mask=in_row)
     if HAS_BIAS:
         bias = head_bias(features.bias_ptr, head, far, far_right)
     if DROPOUT:

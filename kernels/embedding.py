@@ -1,9 +1,10 @@
 """embedding in Triton: gathered rows summed, normalised and dropped in one pass. The maths: fastlm/ops/embedding.py.
 
-The gradient of a table is a sum over the tokens of each id, in the order of the tokens, without atomics. Tokens are
-sorted by id, stably, and a program adds CHUNK consecutive ones, run by run. A run that ends inside its chunk goes to
-the table; a run that is cut goes to scratch, and `_join` adds its parts. A table of few rows, token types, has only
-long runs: there each program sums its share of the tokens for every row, and partial sums are added.
+The gradient of a table is a sum over the tokens of each id, in the order of the tokens, without atomics. The rows of
+all tables are numbered one after the other, and one stable sort orders the pairs of row and token of all. A program
+adds CHUNK consecutive pairs, run by run. A run that ends inside its chunk goes to its table; a run that is cut goes to
+scratch, and `_join` adds its parts. A table of few rows, token types, has only long runs: there each program sums its
+share of the tokens for every row, and partial sums are added.
 
 Up to three sums read the gradient of the sum of rows, dh. It is written once in the dtype of the tables, as eager
 PyTorch does, and read so; the sums are in float32.
@@ -206,20 +207,62 @@ def _bwd(
 
 
 class TableGradient(NamedTuple):
-    """The gradient (rows, cols), contiguous, of a table; row `skip` is left out, that of padding_idx."""
+    """The gradient (rows, cols), contiguous, of a table; row `skip` is left out, that of padding_idx.
+
+    first: the key of row 0 in the sort. ids_ptr: as of Lookup; None: token modulo period.
+    """
 
     ptr: tl.tensor
     rows: tl.tensor
-    cols: tl.tensor
     skip: tl.tensor
+    first: tl.tensor
+    ids_ptr: tl.tensor
+    period: tl.tensor
+
+
+NO_TABLE = TableGradient(None, None, None, None, None, None)  # None in each field, as in Lookup
 
 
 @triton.jit
-def _store_row(table: TableGradient, row, col, value):
-    """A row of the gradient, unless it is left out or outside the table."""
+def _store_keys(key_ptr, table: TableGradient, token, tokens, keys):
+    """The keys of the tokens in a table; for an id outside of it `keys`, which no row has."""
+    if table.ids_ptr is not None:
+        row = tl.load(table.ids_ptr + token, mask=token < tokens, other=0)
+    else:
+        row = (token % table.period).to(tl.int64)
+    key = tl.where((row >= 0) & (row < table.rows), row + table.first, keys)
+    tl.store(key_ptr + token, key.to(tl.int32), mask=token < tokens)
+
+
+@triton.jit
+def _keys(
+    key_ptr, first: TableGradient, second: TableGradient, third: TableGradient, tokens, keys, BLOCK: tl.constexpr
+):
+    """key (tables, tokens): `first` of the table and the row in it."""
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    _store_keys(key_ptr, first, token, tokens, keys)
+    if second.ptr is not None:
+        _store_keys(key_ptr + tokens, second, token, tokens, keys)
+    if third.ptr is not None:
+        _store_keys(key_ptr + 2 * tokens, third, token, tokens, keys)
+
+
+@triton.jit
+def _store_in(table: TableGradient, key, col, cols, value):
+    row = key - table.first
     inside = (row >= 0) & (row < table.rows) & (row != table.skip)
-    at = table.ptr + row * table.cols + col
-    tl.store(at, value.to(table.ptr.dtype.element_ty), mask=(col < table.cols) & inside)
+    at = table.ptr + tl.cast(row, tl.int64) * cols + col
+    tl.store(at, value.to(table.ptr.dtype.element_ty), mask=(col < cols) & inside)
+
+
+@triton.jit
+def _store_row(first: TableGradient, second: TableGradient, third: TableGradient, key, col, cols, value):
+    """A row of the gradient that `key` belongs to, unless it is left out."""
+    _store_in(first, key, col, cols, value)
+    if second.ptr is not None:
+        _store_in(second, key, col, cols, value)
+    if third.ptr is not None:
+        _store_in(third, key, col, cols, value)
 
 
 @triton.jit
@@ -227,73 +270,79 @@ def _runs(
     dh: Matrix,
     sorted_ptr,
     order_ptr,
-    table: TableGradient,
+    first: TableGradient,
+    second: TableGradient,
+    third: TableGradient,
     scratch_ptr,
+    pairs,
     tokens,
+    cols,
     CHUNK: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Sums of the runs of one id in a chunk. scratch (chunks, 2, cols): the run that came in, the run that goes on."""
-    cols = table.cols
+    """Sums of the runs of one key in a chunk. scratch (chunks, 2, cols): the run that came in, the run that goes on."""
     chunk = tl.program_id(0)
     start = chunk * CHUNK
-    end = tl.minimum(start + CHUNK, tokens)
+    end = tl.minimum(start + CHUNK, pairs)
     col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     head_ptr = scratch_ptr + chunk.to(tl.int64) * 2 * cols
-    row = tl.load(sorted_ptr + start)
-    came_in = ((start > 0) & (tl.load(sorted_ptr + start - 1, mask=start > 0, other=0) == row)).to(tl.int32)
+    key = tl.load(sorted_ptr + start)
+    came_in = ((start > 0) & (tl.load(sorted_ptr + start - 1, mask=start > 0, other=0) == key)).to(tl.int32)
     total = tl.zeros((BLOCK_N,), tl.float32)
     for k in tl.range(start, end, num_stages=4):  # three rows of dh are on their way while one is added
         here = tl.load(sorted_ptr + k)
-        if here != row:
+        if here != key:
             if came_in != 0:
                 tl.store(head_ptr + col, total, mask=col < cols)
             else:
-                _store_row(table, row, col, total)
+                _store_row(first, second, third, key, col, cols, total)
             came_in = came_in * 0
-            row = here
+            key = here
             total = tl.zeros((BLOCK_N,), tl.float32)
-        token = tl.load(order_ptr + k)
+        token = tl.load(order_ptr + k)  # of up to three tables; % would take 70 instructions a row
+        token -= tl.where(token >= tokens, tl.where(token >= 2 * tokens, 2 * tokens, tokens), 0)
         total += tl.load(dh.ptr + token * dh.stride + col, mask=col < cols, other=0.0).to(tl.float32)
-    goes_on = (end < tokens) & (tl.load(sorted_ptr + end, mask=end < tokens, other=0) == row)
+    goes_on = (end < pairs) & (tl.load(sorted_ptr + end, mask=end < pairs, other=0) == key)
     if came_in != 0:
         tl.store(head_ptr + col, total, mask=col < cols)
     elif goes_on:
         tl.store(head_ptr + cols + col, total, mask=col < cols)
     else:
-        _store_row(table, row, col, total)
+        _store_row(first, second, third, key, col, cols, total)
 
 
 @triton.jit
 def _join(
     sorted_ptr,
-    table: TableGradient,
+    first: TableGradient,
+    second: TableGradient,
+    third: TableGradient,
     scratch_ptr,
-    tokens,
+    pairs,
+    cols,
     CHUNK: tl.constexpr,
     JOIN: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """The sum of the run that begins in a chunk and goes on beyond it."""
-    cols = table.cols
     chunk, chunks = tl.program_id(0), tl.num_programs(0)
     start, end = chunk * CHUNK, (chunk + 1) * CHUNK
     col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    if end < tokens:
-        row = tl.load(sorted_ptr + end - 1)
-        begins = (start == 0) | (tl.load(sorted_ptr + start - 1, mask=start > 0, other=0) != row)
-        if (tl.load(sorted_ptr + end) == row) & begins:
+    if end < pairs:
+        key = tl.load(sorted_ptr + end - 1)
+        begins = (start == 0) | (tl.load(sorted_ptr + start - 1, mask=start > 0, other=0) != key)
+        if (tl.load(sorted_ptr + end) == key) & begins:
             mine = scratch_ptr + (chunk.to(tl.int64) * 2 + 1) * cols + col
             total = tl.load(mine, mask=col < cols, other=0.0)
             part = chunk + 1 + tl.arange(0, JOIN)
-            same = (part < chunks) & (tl.load(sorted_ptr + part * CHUNK, mask=part < chunks, other=row - 1) == row)
+            same = (part < chunks) & (tl.load(sorted_ptr + part * CHUNK, mask=part < chunks, other=-1) == key)
             while tl.max(same.to(tl.int32), axis=0) != 0:
                 offset = part.to(tl.int64)[:, None] * 2 * cols + col[None, :]
                 heads = tl.load(scratch_ptr + offset, mask=same[:, None] & (col < cols)[None, :], other=0.0)
                 total += tl.sum(heads, axis=0)
                 part += JOIN
-                same = (part < chunks) & (tl.load(sorted_ptr + part * CHUNK, mask=part < chunks, other=row - 1) == row)
-            _store_row(table, row, col, total)
+                same = (part < chunks) & (tl.load(sorted_ptr + part * CHUNK, mask=part < chunks, other=-1) == key)
+            _store_row(first, second, third, key, col, cols, total)
 
 
 @triton.jit
@@ -381,37 +430,59 @@ def embedding_bwd(
         )
         if weight is not None:
             sum_partials(partial, dweight, dbias)
+    long = []
     for k, (gradient, table_ids) in enumerate(zip(gradients, ids)):
-        if gradient is not None:
-            _table_gradient(dh, table_ids, period if k == 1 else 1, gradient, padding_idx if k == 0 else -1)
+        if gradient is None:
+            continue
+        # Without ids positions count the columns, and every token is of type 0.
+        table = gradient, table_ids, period if k == 1 else 1, padding_idx if k == 0 else -1
+        if gradient.shape[0] <= FEW and (table_ids is not None or table[2] == 1):
+            _few_gradient(dh, *table)
+        else:
+            long.append(table)
+    if long:
+        _table_gradients(dh, long)
 
 
-def _table_gradient(dh, ids, period, out, skip):
-    """out[row] = Σ dh over the tokens of id `row`; `ids` None: token modulo period. Row `skip` is 0."""
-    (tokens, cols), rows = dh.shape, out.shape[0]
+def _columns(cols: int) -> tuple[int, int]:
+    """(columns of a program, programs for a row) of the sums."""
     block_n = min(1024, max(16, triton.next_power_of_2(cols)))
-    columns = triton.cdiv(cols, block_n)
-    if rows <= FEW and (ids is not None or period == 1):
-        block_m = max(1, TILE // block_n)
-        count = min(triton.cdiv(tokens, block_m), max(1, resident(4, FEW_REGISTERS, dh.device) // columns))
-        partial = dh.new_empty(1, count, rows * cols, dtype=torch.float32)
-        shape = {"ROWS": rows, "BLOCK_M": block_m, "BLOCK_N": block_n, "maxnreg": FEW_REGISTERS}
-        _few_rows[(count, columns)](matrix(dh), ids, partial, tokens, cols, **shape, num_warps=4)
-        sum_partials(partial, out.view(-1))
-        if 0 <= skip < rows:
-            out[skip].zero_()
-        return
-    here = torch.arange(tokens, device=dh.device)
-    if ids is None:  # by columns of a (tokens / period, period) matrix
-        order, ids = here.view(-1, period).t().reshape(-1), here // (tokens // period)
-    else:
-        ids, order = torch.sort(ids, stable=True)
-    out.zero_()
-    chunks = triton.cdiv(tokens, CHUNK)
+    return block_n, triton.cdiv(cols, block_n)
+
+
+def _few_gradient(dh, out, ids, period, skip):
+    """out[row] = Σ dh over the tokens of id `row`; `ids` None: all tokens are of id 0. Row `skip` is 0."""
+    (tokens, cols), rows, (block_n, columns) = dh.shape, out.shape[0], _columns(dh.shape[1])
+    block_m = max(1, TILE // block_n)
+    count = min(triton.cdiv(tokens, block_m), max(1, resident(4, FEW_REGISTERS, dh.device) // columns))
+    partial = dh.new_empty(1, count, rows * cols, dtype=torch.float32)
+    shape = {"ROWS": rows, "BLOCK_M": block_m, "BLOCK_N": block_n, "maxnreg": FEW_REGISTERS}
+    _few_rows[(count, columns)](matrix(dh), ids, partial, tokens, cols, **shape, num_warps=4)
+    sum_partials(partial, out.view(-1))
+    if 0 <= skip < rows:
+        out[skip].zero_()
+
+
+def _table_gradients(dh, tables):
+    """For each (out, ids, period, skip): out[row] = Σ dh over the tokens of id `row`; `ids` None: token modulo period.
+    Row `skip` is 0."""
+    (tokens, cols), (block_n, columns) = dh.shape, _columns(dh.shape[1])
+    gradients, keys = [NO_TABLE] * 3, 0
+    for k, (out, ids, period, skip) in enumerate(tables):
+        out.zero_()
+        gradients[k] = TableGradient(out, out.shape[0], skip, keys, ids, period)
+        keys += out.shape[0]
+    pairs = len(tables) * tokens
+    # int32: a radix sort makes half of the passes that the ids' int64 would take, and one for all tables.
+    key = torch.empty(pairs, dtype=torch.int32, device=dh.device)
+    _keys[(triton.cdiv(tokens, 1024),)](key, *gradients, tokens, keys, BLOCK=1024, num_warps=4)
+    key, order = torch.sort(key, stable=True)
+    chunks = triton.cdiv(pairs, CHUNK)
     scratch = dh.new_empty(chunks, 2, cols, dtype=torch.float32)
-    table = TableGradient(out, rows, cols, skip)
-    _runs[(chunks, columns)](matrix(dh), ids, order, table, scratch, tokens, CHUNK=CHUNK, BLOCK_N=block_n, num_warps=4)
+    _runs[(chunks, columns)](
+        *(matrix(dh), key, order, *gradients, scratch, pairs, tokens, cols), CHUNK=CHUNK, BLOCK_N=block_n, num_warps=4
+    )
     join_n = min(128, block_n)  # with JOIN rows of it, 32 elements a thread
     _join[(chunks, triton.cdiv(cols, join_n))](
-        ids, table, scratch, tokens, CHUNK=CHUNK, JOIN=JOIN, BLOCK_N=join_n, num_warps=4
+        *(key, *gradients, scratch, pairs, cols), CHUNK=CHUNK, JOIN=JOIN, BLOCK_N=join_n, num_warps=4
     )

@@ -9,7 +9,7 @@ gradients.
 An argument that is None is absent: mean_ptr for rms_norm, residual, w_ptr, b_ptr, h_ptr where h equals x, dropout.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -151,10 +151,12 @@ def _bwd(
     rows,
     cols,
     HAS_B: tl.constexpr,
+    SUM_DX: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    """partial (HAS_B + SUM_DX + 1, programs, cols): of dw, db and Σ dx, each if it is there."""
     program, count = tl.program_id(0), tl.num_programs(0)
     col = tl.arange(0, BLOCK_N)
     in_col = col < cols
@@ -163,6 +165,8 @@ def _bwd(
         dw = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if HAS_B:
         db = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if SUM_DX:
+        sum_dx = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if dropout is not None:
         k0, k1 = dropout_key(dropout.rng_ptr, dropout.site)
     for tile in tl.range(program, tl.cdiv(rows, BLOCK_M), count, num_stages=STAGES):
@@ -190,10 +194,16 @@ def _bwd(
         if dropout is not None:
             d = drop_rows(d, dropout, k0, k1, row, tl.arange(0, BLOCK_N // 4))
             tl.store(dx_ptr + out, d.to(dx_ptr.dtype.element_ty), mask=mask)
+        if SUM_DX:
+            sum_dx += d
     if w_ptr is not None:
         tl.store(partial_ptr + program * cols + col, tl.sum(dw, axis=0), mask=in_col)
+        partial_ptr += count * cols
     if HAS_B:
-        tl.store(partial_ptr + (count + program) * cols + col, tl.sum(db, axis=0), mask=in_col)
+        tl.store(partial_ptr + program * cols + col, tl.sum(db, axis=0), mask=in_col)
+        partial_ptr += count * cols
+    if SUM_DX:
+        tl.store(partial_ptr + program * cols + col, tl.sum(sum_dx, axis=0), mask=in_col)
 
 
 # ---- rows in blocks
@@ -382,21 +392,26 @@ def _looped(c: Config, h: torch.Tensor) -> dict[str, int]:
     return {**tile, "num_warps": c.num_warps, "maxnreg": c.registers()}
 
 
-def layer_norm_bwd(dy, dh, h, weight, mean, rstd, dresidual, dx, dweight, dbias, *, threshold, scale, rng, site, rms):
-    """Fills dresidual, dx (where threshold > 0), dweight (None: no weight) and dbias (None: not wanted)."""
+def layer_norm_bwd(
+    dy, dh, h, weight, mean, rstd, dresidual, dx, dweight, dbias, sum_dx, *, threshold, scale, rng, site, rms
+):
+    """Fills dresidual, dx (where threshold > 0), dweight (None: no weight), and dbias and sum_dx (None: not wanted)."""
     rows, cols = h.shape
     if rows == 0:
-        for out in (dweight, dbias):
+        for out in (dweight, dbias, sum_dx):
             if out is not None:
                 out.zero_()
         return
     assert (weight is None) == (dweight is None)
     has_dbias = dbias is not None
     c = config(cols, backward=True)
+    summed = sum_dx is not None and c.block_m > 1
+    if summed:  # a third sum: half of the elements a thread, or it spills
+        c = replace(c, block_m=c.block_m // 2)
     columns = triton.cdiv(cols, WEIGHTS_TILE.block_n)
     count = max(1, programs(rows, WEIGHTS_TILE, h.device) // columns) if c.long else programs(rows, c, h.device)
-    sums = weight is not None or has_dbias
-    partial = h.new_empty(2 if has_dbias else 1, count, cols, dtype=torch.float32) if sums else None
+    sums = [out for out in (dweight, dbias, sum_dx if summed else None) if out is not None]
+    partial = h.new_empty(len(sums), count, cols, dtype=torch.float32) if sums else None
     mean = None if rms else mean
     inputs = matrix(dy), matrix(dh), matrix(h), weight, mean, rstd
     dropout = dropout_argument(rng, site, threshold, scale)
@@ -407,6 +422,9 @@ def layer_norm_bwd(dy, dh, h, weight, mean, rstd, dresidual, dx, dweight, dbias,
             launch = _looped(WEIGHTS_TILE, h)
             _weights_long[(columns, count)](inputs[0], inputs[2], mean, rstd, partial, rows, cols, **has, **launch)
     else:
-        _bwd[(count,)](*inputs, dresidual, dx, partial, dropout, rows, cols, HAS_B=has_dbias, **_looped(c, h))
+        has = {"HAS_B": has_dbias, "SUM_DX": summed}
+        _bwd[(count,)](*inputs, dresidual, dx, partial, dropout, rows, cols, **has, **_looped(c, h))
     if sums:
-        sum_partials(partial, dweight, dbias)
+        sum_partials(partial, *sums)
+    if sum_dx is not None and not summed:  # rows of more than 2048 leave no registers
+        torch.sum(dresidual if dx is None else dx, 0, dtype=torch.float32, out=sum_dx)

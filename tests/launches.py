@@ -40,8 +40,6 @@ _KIND = {name: kind for kind, names in KINDS.items() for name in names}
 _NOTHING = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_", "set_", "is_pinned"}
 # What makes the host wait for the device, or a copy between them.
 SYNCS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "item"}
-# Kernels of cub's stable radix sort of int64 with an index for each: a histogram, a scan, and a pass for each 8 bits.
-_SORT = 10
 
 
 def _multi_tensor(lists) -> int:
@@ -56,8 +54,10 @@ def _launches(func, args, out) -> int:
     space, _, name = func._schema.name.partition("::")
     if space == "prim" or name in _NOTHING or func.is_view or name == "detach" or name in SYNCS:
         return 0
-    if name == "sort":
-        return _SORT
+    if (
+        name == "sort"
+    ):  # cub's stable radix sort with an index for each: a histogram, a scan, and a pass for each 8 bits
+        return 2 + args[0].element_size()
     if name.startswith(("_foreach", "_fused")):
         lists = [a for a in args if isinstance(a, (list, tuple)) and a and isinstance(a[0], torch.Tensor)]
         if name == "_fused_adamw_":  # steps are read beside, not a list of the kernel's

@@ -8,6 +8,7 @@ from fastlm import models
 from fastlm.models import Counts
 from fastlm.nn import linear as linears
 from fastlm.nn.linear import Linear, LowWeights, linear
+from fastlm.ops import layer_norm
 from fastlm.ops._heads import split_heads
 from fastlm.tasks import Micro, TrainTable
 from fastlm.train.optimizer import make_optimizer, train_step
@@ -45,6 +46,24 @@ def test_keep_adds_the_residuals_gradient(autocast):
     assert torch.equal(got[0], expected[0])
     assert torch.equal(torch.autograd.grad(kept, inputs[0], other, retain_graph=True)[0], other)
     assert torch.equal(torch.autograd.grad(y, inputs[0], dy)[0], torch.mm(dy, inputs[1].bfloat16()))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_constant_bias_gets_its_gradient_from_the_norm(autocast):
+    """The bits of a bias whose gradient the layer sums, on a CPU; and the layer sums none."""
+    (x, w, b), dy = parameters(torch.float32 if autocast else torch.bfloat16)
+    residual, weight = torch.randn(40, 96).bfloat16(), torch.randn(96, requires_grad=True)
+    results = []
+    for constant in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            h = linear(x, w, b, constant_bias=constant)
+            rng = torch.tensor([1, 2])
+            y = layer_norm(h, weight, residual=residual, dropout_p=0.2, rng=rng, x_bias=b if constant else None)
+        results.append([y, *torch.autograd.grad(y, (x, w, b, weight), dy)])
+        assert h.grad_fn is not None
+        assert any(node.variable is b for node, _ in h.grad_fn.next_functions if hasattr(node, "variable")) != constant
+    for ours, theirs in zip(*results):
+        assert torch.equal(ours, theirs)
 
 
 def test_what_torch_runs(monkeypatch):

@@ -253,9 +253,9 @@ def _kernel(compiled: Compiled) -> model.Kernel:
 
 # Matrix products of an attention kernel, of which the textbook counts two forward and five backward.
 _PRODUCTS = {"_fwd": 2, "_dkdv": 4, "_dq": 3}
-# Of the op's bytes, where a pass has several kernels that move many. Backward of attention has eight tensors: delta
-# reads two, dkdv moves six and dq five. Of long rows' norms the weights' gradients read two of three again.
-_SHARES = {"_delta": 1 / 4, "_dkdv": 3 / 4, "_dq": 5 / 8, "_bwd_long": 1.0, "_weights_long": 2 / 3}
+# Of the op's bytes, where a pass has several kernels that move many. Backward of attention has eight tensors, of which
+# dkdv and dq each move six. Of long rows' norms the weights' gradients read two of three again.
+_SHARES = {"_dkdv": 3 / 4, "_dq": 3 / 4, "_bwd_long": 1.0, "_weights_long": 2 / 3}
 
 
 def _lengths(variant: Variant) -> tuple[list[int], bool]:

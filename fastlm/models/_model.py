@@ -188,11 +188,14 @@ def tied(word: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool]:
     return *_Tied.apply(word), True
 
 
-def add_norm(norm, x, delta, *, dropout_p, rng, site):
-    """(norm(x'), x') with x' = x + dropout(delta), in one pass. With delta None, x' = x."""
+def add_norm(norm, x, delta, **options):
+    """(norm(x'), x') with x' = x + dropout(delta), in one pass. With delta None, x' = x.
+
+    options: dropout_p, rng and site; x_bias of an LN.
+    """
     if delta is None:
         return norm(x, return_residual=True)
-    return norm(delta, x, dropout_p=dropout_p, rng=rng, site=site, return_residual=True)
+    return norm(delta, x, **options, return_residual=True)
 
 
 def as_stream(x: torch.Tensor) -> torch.Tensor:

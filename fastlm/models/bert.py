@@ -175,9 +175,10 @@ class Layer(torch.nn.Module):
         attended = attended.flatten(-2)
         if index is not None:
             attended, x = (t.flatten(0, -2).index_select(0, index) for t in (attended, x))
-        x = self.norm1(self.out(attended), x, dropout_p=dropout_p, rng=rng, site=self.site + 1)
-        delta, x = self.mlp(x, keep=True)
-        return self.norm2(delta, x, dropout_p=dropout_p, rng=rng, site=self.site + 2)
+        delta, drop = self.out(attended, constant_bias=True), {"dropout_p": dropout_p, "rng": rng}
+        x = self.norm1(delta, x, **drop, site=self.site + 1, x_bias=self.out.bias)
+        delta, x = self.mlp(x, keep=True, constant_bias=True)
+        return self.norm2(delta, x, **drop, site=self.site + 2, x_bias=self.mlp.linear2.bias)
 
 
 class MaskedLMHead(torch.nn.Module):

@@ -116,8 +116,9 @@ class Layer(torch.nn.Module):
         attended = ops.attention(
             q, k, v, causal=True, dropout_p=attention_dropout_p, rng=rng, site=self.site + 1, **sequences
         )
-        delta = self.out(attended.flatten(-2))
-        h, x = add_norm(self.norm2, x, delta, dropout_p=dropout_p, rng=rng, site=self.site + 2)
+        delta = self.out(attended.flatten(-2), constant_bias=True)
+        drop = {"dropout_p": dropout_p, "rng": rng, "site": self.site + 2}
+        h, x = add_norm(self.norm2, x, delta, **drop, x_bias=self.out.bias)
         return x, self.mlp(h)
 
 

@@ -6,7 +6,8 @@ Under autocast torch casts W and b in every forward, and their gradients back in
 layers with biases. Here `LowWeights` casts all weights of a model once a step, in one call, and on a GPU the matrix
 product writes dW in float32 itself, which also saves its rounding to bfloat16. db is summed in float32.
 
-Where x is also added to the residual, `keep` makes backward add both gradients of x in the matrix product.
+Where x is also added to the residual, `keep` makes backward add both gradients of x in the matrix product. Where y goes
+to a LayerNorm, `constant_bias` leaves db to it: `x_bias` of `fastlm.ops.layer_norm` sums it where dy is computed.
 """
 
 from __future__ import annotations
@@ -103,11 +104,22 @@ class _Linear(torch.autograd.Function):
         return dx, dw, db, None, None, None
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, keep: bool = False):
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    keep: bool = False,
+    constant_bias: bool = False,
+):
     """F.linear: x (..., in), weight (out, in), bias (out,) -> (..., out). Autocast casts as it casts F.linear's.
 
     keep: returns (y, x), where the x is for the residual: backward adds its gradient to that of the product.
+    constant_bias: bias gets no gradient here; the layer_norm that y goes to has it as `x_bias`.
     """
+    given = bias
+    if constant_bias and bias is not None:
+        bias = bias.detach()
     device = device_type(x)
     low = torch.is_autocast_enabled(device)
     plain = not torch.is_grad_enabled() or torch.compiler.is_compiling() or not (low or (keep and device == "cuda"))
@@ -116,11 +128,11 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         return (y, x) if keep else y
     dtype = torch.get_autocast_dtype(device) if low else torch.promote_types(x.dtype, weight.dtype)
     x = x.to(dtype)
-    return _Linear.apply(x, weight, bias, _low(weight, dtype), _low(bias, dtype), keep)
+    return _Linear.apply(x, weight, bias, _low(weight, dtype), _low(given, dtype), keep)
 
 
 class Linear(torch.nn.Linear):
-    """torch.nn.Linear (arguments, state_dict, defaults) on `linear`, whose `keep` its forward takes."""
+    """torch.nn.Linear (arguments, state_dict, defaults) on `linear`, whose options its forward takes."""
 
-    def forward(self, x: torch.Tensor, *, keep: bool = False):
-        return linear(x, self.weight, self.bias, keep=keep)
+    def forward(self, x: torch.Tensor, *, keep: bool = False, constant_bias: bool = False):
+        return linear(x, self.weight, self.bias, keep=keep, constant_bias=constant_bias)

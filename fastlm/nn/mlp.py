@@ -50,17 +50,19 @@ class MLP(torch.nn.Module):
         self.linear2 = Linear(hidden_features, out_features or in_features, bias=bias, **factory)
         self.dropout = Dropout(dropout, site=site)
 
-    def forward(self, x: torch.Tensor, rng: torch.Tensor | None = None, *, keep: bool = False):
+    def forward(
+        self, x: torch.Tensor, rng: torch.Tensor | None = None, *, keep: bool = False, constant_bias: bool = False
+    ):
         """x (..., in_features) -> (..., out_features). rng: of the dropout; see `fastlm.nn.Dropout`.
 
-        keep: returns (y, x), where the x is for the residual; see `fastlm.nn.linear.linear`.
+        keep: returns (y, x), where the x is for the residual; constant_bias: of linear2. See `fastlm.nn.linear.linear`.
         """
         if self.activation == "gelu":  # which adds the bias
             h = linear(x, self.linear1.weight, keep=keep)
         else:
             h = self.linear1(x, keep=keep)
         h, x = h if keep else (h, x)
-        y = self.linear2(self._activated(h, rng))
+        y = self.linear2(self._activated(h, rng), constant_bias=constant_bias)
         return (y, x) if keep else y
 
     def _activated(self, h, rng):

@@ -53,12 +53,15 @@ class LayerNorm(torch.nn.LayerNorm):
         rng: torch.Tensor | None = None,
         site: int = 0,
         return_residual: bool = False,
+        x_bias: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """LN(h) with h = residual + dropout(input), shaped like input; with `return_residual`, (LN(h), h).
 
         dropout_p is applied as given: the caller passes 0 in evaluation. The rest as in `fastlm.ops.layer_norm`.
         """
         options = {"dropout_p": dropout_p, "rng": rng, "site": site, "return_residual": return_residual}
+        if x_bias is not None:
+            options["x_bias"] = x_bias.flatten()
         return _norm(self, ops.layer_norm, (self.weight, self.bias), input, self.eps, residual, options)
 
 

@@ -28,6 +28,14 @@ def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
+def _add_rows(total, g, first: bool) -> None:
+    """total (V,) float32 += Σ g over the rows of g (n, V), or = for the first."""
+    if first:
+        torch.sum(g, 0, dtype=torch.float32, out=total)
+    else:
+        total += g.sum(0, dtype=torch.float32)
+
+
 def _add_weight_gradient(dweight, dbias, g, x, wanted: Wanted, first: bool) -> None:
     """dweight (V, D) += gᵀ x and dbias (V,) += Σ g, both float32, for dlogits g (n, V) and hidden x (n, D)."""
     beta = 0.0 if first else 1.0
@@ -35,7 +43,7 @@ def _add_weight_gradient(dweight, dbias, g, x, wanted: Wanted, first: bool) -> N
         if wanted.dweight:
             torch.addmm(dweight, g.t(), x, beta=beta, out_dtype=torch.float32, out=dweight)
         if wanted.dbias:
-            dbias += g.sum(0, dtype=torch.float32)
+            _add_rows(dbias, g, first)
         return
     x, width = x.float(), g.shape[1] if g.dtype == torch.float32 else WIDENED
     for column in range(0, g.shape[1], width):
@@ -45,7 +53,7 @@ def _add_weight_gradient(dweight, dbias, g, x, wanted: Wanted, first: bool) -> N
             dw = dweight[columns]
             torch.addmm(dw, wide.t(), x, beta=beta, out=dw)
         if wanted.dbias:
-            dbias[columns] += wide.sum(0)
+            _add_rows(dbias[columns], wide, first)
 
 
 @torch.no_grad()  # products with out=
@@ -69,9 +77,10 @@ def _chunks(inputs: Inputs, losses: Losses, dloss, wanted: Wanted, row_bytes: in
     buffer = h.new_empty(step, classes)
     dhidden = h.new_empty(h.shape if wanted.dhidden else 0)
     dweight = w.new_empty(w.shape if wanted.dweight else 0, dtype=torch.float32)
-    dbias = w.new_zeros(classes if wanted.dbias else 0, dtype=torch.float32)
+    dbias = w.new_empty(classes if wanted.dbias else 0, dtype=torch.float32)
     if rows == 0:
         dweight.zero_()
+        dbias.zero_()
     with torch.autocast(h.device.type, enabled=False):  # autocast would make the float32 products bfloat16
         for begin in range(0, rows, max(1, step)):
             chunk = slice(begin, begin + step)

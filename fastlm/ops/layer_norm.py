@@ -8,7 +8,7 @@ over the last dimension, statistics in float32. h is rounded to its dtype first,
 
 Backward, with x̂ = (h - mean) rstd and g = dy * weight:
     dh = rstd (g - mean(g) - x̂ mean(g x̂)) + (gradient of the returned h);   rms_norm has no mean(g)
-    dresidual = dh;   dx = dropout mask * dh;   dweight = Σ dy x̂;   dbias = Σ dy
+    dresidual = dh;   dx = dropout mask * dh;   dweight = Σ dy x̂;   dbias = Σ dy;   dx_bias = Σ dx
 Saved: h (x if there is neither residual nor dropout), rstd, (rows,) float32, and mean, (2, rows) float32: the rounded
 mean m, and the offset o = mean((h - m) rstd), what its rounding lost. Both passes take x̂ = (h - m) rstd - o. At a mean
 of 100, m alone is wrong by up to 4e-6 or, for a row with a standard deviation of 1e-3, y by 4e-3.
@@ -44,9 +44,16 @@ def normalize(h, weight, bias, eps):
     return F.layer_norm(h.to(wide), shape, weight, bias, eps).to(h.dtype)
 
 
-def layer_norm_reference(x, weight=None, bias=None, *, eps=1e-5, residual=None, dropout_p=0.0, rng=None, site=0):
+def _with_gradient_of(x, x_bias):
+    """x, which contains x_bias as a constant, with a gradient to it."""
+    return x if x_bias is None else x + (x_bias - x_bias.detach()).to(x.dtype)
+
+
+def layer_norm_reference(
+    x, weight=None, bias=None, *, eps=1e-5, residual=None, dropout_p=0.0, rng=None, site=0, x_bias=None
+):
     """(y, h) in plain differentiable torch, in the dtype of its inputs. Arguments as of `layer_norm`."""
-    h = _random.dropout_rows(x, dropout_p, rng, site)
+    h = _random.dropout_rows(_with_gradient_of(x, x_bias), dropout_p, rng, site)
     h = h if residual is None else residual + h
     return normalize(h, weight, bias, eps), h
 
@@ -66,6 +73,7 @@ class Args(NamedTuple):
     residual: torch.Tensor | None  # like x
     weight: torch.Tensor | None  # (cols,)
     bias: torch.Tensor | None  # (cols,)
+    x_bias: torch.Tensor | None  # (cols,), in x already; read for its gradient alone
     eps: float
     dropout_p: float
     rng: torch.Tensor | None
@@ -74,13 +82,13 @@ class Args(NamedTuple):
 
     @property
     def keeps_h(self) -> bool:
-        """Whether h differs from x."""
-        return self.residual is not None or self.dropout_p > 0.0
+        """Whether h differs from x, or a gradient through it does, which x_bias has a part in."""
+        return self.residual is not None or self.dropout_p > 0.0 or self.x_bias is not None
 
 
 class Outputs(NamedTuple):
     y: torch.Tensor  # like x
-    h: torch.Tensor  # like x; empty if it would equal x
+    h: torch.Tensor  # like x; empty unless keeps_h
     mean: torch.Tensor  # (2, rows) float32, means and offsets; empty for rms
     rstd: torch.Tensor  # (rows,) float32
 
@@ -101,6 +109,7 @@ class BackwardArgs(NamedTuple):
     dh: torch.Tensor | None  # like h: the gradient of the returned h
     saved: Saved
     has_bias: bool
+    sum_dx: bool
 
 
 class Gradients(NamedTuple):
@@ -108,6 +117,7 @@ class Gradients(NamedTuple):
     dx: torch.Tensor  # like h; empty without dropout, where it equals dresidual
     dweight: torch.Tensor  # (cols,) in weight's dtype; empty without a weight
     dbias: torch.Tensor  # (cols,) float32; empty without a bias
+    sum_dx: torch.Tensor  # (cols,) float32: Σ dx over rows; empty if it is not needed
 
 
 def empty_forward(args: Args) -> Outputs:
@@ -129,7 +139,15 @@ def empty_backward(args: BackwardArgs) -> Gradients:
         dx=torch.empty_like(dresidual) if args.saved.dropout_p > 0.0 else h.new_empty(0),
         dweight=h.new_empty(0) if weight is None else weight.new_empty(cols),
         dbias=h.new_empty(cols if args.has_bias else 0, dtype=torch.float32),
+        sum_dx=h.new_empty(cols if args.sum_dx else 0, dtype=torch.float32),
     )
+
+
+def add_rows(args: BackwardArgs, out: Gradients) -> None:
+    """Fills sum_dx from dx, for kernels that do not."""
+    if args.sum_dx:
+        dx = out.dx if args.saved.dropout_p > 0.0 else out.dresidual
+        torch.sum(dx.flatten(0, -2) if dx.dim() > 1 else dx[None], 0, dtype=torch.float32, out=out.sum_dx)
 
 
 def _save(args: Args, outputs) -> Saved:
@@ -141,13 +159,14 @@ def _save(args: Args, outputs) -> Saved:
 def _backward(saved: Saved, needs: Args, backend, dy, dh, _dmean, _drstd):
     if dy is None:  # only h was used
         dy = torch.zeros_like(saved.h)
-    args = BackwardArgs(dy, dh, saved, has_bias=needs.bias)
-    dresidual, dx, dweight, dbias = _registry.call("layer_norm_bwd", args, backend)
+    args = BackwardArgs(dy, dh, saved, has_bias=needs.bias, sum_dx=needs.x_bias)
+    dresidual, dx, dweight, dbias, sum_dx = _registry.call("layer_norm_bwd", args, backend)
     return {
         "x": dx if saved.dropout_p > 0.0 else dresidual,
         "residual": dresidual if needs.residual else None,
         "weight": dweight if needs.weight else None,
         "bias": dbias if needs.bias else None,  # autograd casts it to bias's dtype
+        "x_bias": sum_dx if needs.x_bias else None,
     }
 
 
@@ -162,7 +181,7 @@ _registry.differentiable("layer_norm_fwd", _save, _backward, constant=("mean", "
 # ---- public
 
 
-def _norm(op, x, weight, bias, eps, residual, dropout_p, rng, site, return_residual, backend):
+def _norm(op, x, weight, bias, eps, residual, dropout_p, rng, site, return_residual, backend, x_bias=None):
     _checks.is_float("x", x)
     device, cols = x.device, x.shape[-1:]
     if not cols or cols[0] == 0:
@@ -171,6 +190,8 @@ def _norm(op, x, weight, bias, eps, residual, dropout_p, rng, site, return_resid
         _checks.is_float("weight", weight, device=device, shape=cols)
     if bias is not None:
         _checks.is_float("bias", bias, device=device, shape=cols)
+    if x_bias is not None:
+        _checks.is_float("x_bias", x_bias, device=device, shape=cols)
     if residual is not None:
         _checks.is_float("residual", residual, device=device, shape=x.shape)
     _checks.probability("dropout_p", dropout_p)
@@ -191,14 +212,17 @@ def _norm(op, x, weight, bias, eps, residual, dropout_p, rng, site, return_resid
         if op == "rms_norm":
             y, h = rms_norm_reference(x, weight, **arguments)
         else:
-            y, h = layer_norm_reference(x, weight, bias, **arguments)
+            y, h = layer_norm_reference(x, weight, bias, x_bias=x_bias, **arguments)
     else:
-        args = Args(x, residual, weight, bias, eps, dropout_p, rng, site, rms=op == "rms_norm")
+        args = Args(x, residual, weight, bias, x_bias, eps, dropout_p, rng, site, rms=op == "rms_norm")
         if backend == "apex":
+            args = args._replace(x=_with_gradient_of(x, x_bias))
             y, h = _registry.column("layer_norm", backend).layer_norm(args)
             return (y, h) if return_residual else y
         y, h, _, _ = _registry.call("layer_norm_fwd", args, backend)
-        h = x if residual is None and not dropout_p else h  # Dynamo of torch 2.10 reads no property of a NamedTuple
+        h = (
+            x if residual is None and x_bias is None and not dropout_p else h
+        )  # Dynamo of torch 2.10 reads no property of a NamedTuple
     return (y, h) if return_residual else y
 
 
@@ -213,6 +237,7 @@ def layer_norm(
     rng: torch.Tensor | None = None,
     site: int = 0,
     return_residual: bool = False,
+    x_bias: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """y = LN(h) * weight + bias with h = residual + dropout(x), over the last dimension.
@@ -227,12 +252,15 @@ def layer_norm(
         rng: int64 (2,), (seed, step), on x's device; None draws from torch's generator. See fastlm.ops._random.
         site: number of this call site; it makes the dropouts of one step differ.
         return_residual: return (y, h); a gradient through h is included.
+        x_bias: (cols,), or None: the bias of the linear layer that made x, where that layer added it as a constant. It
+            is in x already, and y does not depend on it again; its gradient, Σ dx over the rows, is summed where
+            backward computes dx, in place of another pass over it (`fastlm.nn.linear.linear`, `constant_bias`).
         backend: "auto", "reference", "cpu", "triton", "cuda", "apex" (if installed; no dropout).
 
     Returns y, like x (float32 under CUDA autocast, as F.layer_norm); with `return_residual`, (y, h).
     Raises ValueError for a wrong shape, dtype or device, and for a named backend that cannot run.
     """
-    return _norm("layer_norm", x, weight, bias, eps, residual, dropout_p, rng, site, return_residual, backend)
+    return _norm("layer_norm", x, weight, bias, eps, residual, dropout_p, rng, site, return_residual, backend, x_bias)
 
 
 def rms_norm(

@@ -7,7 +7,7 @@ import torch
 from fastlm import _native
 from fastlm.ops import _random
 from fastlm.ops._shapes import as_float, as_rows, row_stride
-from fastlm.ops.layer_norm import Args, BackwardArgs, Gradients, Outputs, empty_backward, empty_forward
+from fastlm.ops.layer_norm import Args, BackwardArgs, Gradients, Outputs, add_rows, empty_backward, empty_forward
 
 
 def layer_norm_fwd(args: Args) -> Outputs:
@@ -62,6 +62,5 @@ def layer_norm_bwd(args: BackwardArgs) -> Gradients:
         dtype=_native.DTYPE_CODES[h.dtype],
         threads=_native.threads(),
     )
-    if weight is None:
-        return out
-    return Gradients(out.dresidual, out.dx, dweight.to(saved.weight.dtype), out.dbias)
+    add_rows(args, out)
+    return out if weight is None else out._replace(dweight=dweight.to(saved.weight.dtype))

@@ -7,7 +7,7 @@ import torch
 from fastlm import _native
 from fastlm.ops import _random
 from fastlm.ops._shapes import as_rows, row_stride
-from fastlm.ops.layer_norm import Args, BackwardArgs, Gradients, Outputs, empty_backward, empty_forward
+from fastlm.ops.layer_norm import Args, BackwardArgs, Gradients, Outputs, add_rows, empty_backward, empty_forward
 
 
 def _parameter(weight, x):
@@ -50,7 +50,7 @@ def layer_norm_bwd(args: BackwardArgs) -> Gradients:
     saved, out = args.saved, empty_backward(args)
     rows, cols = saved.rstd.numel(), saved.h.shape[-1]
     if rows == 0:
-        return out._replace(dweight=out.dweight.zero_(), dbias=out.dbias.zero_())
+        return out._replace(dweight=out.dweight.zero_(), dbias=out.dbias.zero_(), sum_dx=out.sum_dx.zero_())
     dy, dh, h = as_rows(args.dy), as_rows(args.dh), as_rows(saved.h)
     weight, weight_is_float = _parameter(saved.weight, h)
     dweight = None
@@ -84,4 +84,5 @@ def layer_norm_bwd(args: BackwardArgs) -> Gradients:
     )
     if dweight is not None and dweight is not out.dweight:
         out.dweight.copy_(dweight)
+    add_rows(args, out)
     return out

@@ -41,6 +41,7 @@ def layer_norm_bwd(args: BackwardArgs) -> Gradients:
         out.dx.view(rows) if saved.dropout_p > 0.0 else None,
         None if saved.weight is None else out.dweight,
         out.dbias if args.has_bias else None,
+        out.sum_dx if args.sum_dx else None,
         **_random.row_dropout(saved.dropout_p, saved.rng, saved.site)._asdict(),
         rms=saved.rms,
     )

@@ -8,8 +8,9 @@ from fastlm import ops
 from fastlm.testing.cases._case import OpCase, Variant, draw_rng
 
 
-def _make_norm(generator, rows, cols, weight=1, bias=1, residual=0, offset=0):
-    """offset: the mean of each row of h; the standard deviation is 1e-5 of it, so the rounding of the mean matters."""
+def _make_norm(generator, rows, cols, weight=1, bias=1, residual=0, offset=0, x_bias=0):
+    """x_bias: 1: given. offset: the mean of each row of h; the standard deviation is 1e-5 of it, so the rounding of the
+    mean matters."""
 
     def randn(*size):
         return torch.randn(*size, generator=generator, dtype=torch.float64)
@@ -25,6 +26,7 @@ def _make_norm(generator, rows, cols, weight=1, bias=1, residual=0, offset=0):
         "x": x,
         "weight": randn(cols) if weight else None,
         **({"bias": randn(cols)} if bias else {}),
+        **({"x_bias": randn(cols)} if x_bias else {}),
         "residual": kept,
         "rng": draw_rng(generator),
     }
@@ -40,13 +42,15 @@ def _norm_bytes(shape, options, itemsize, backward):
 
 _NORM_TESTS = (
     Variant({"rows": 5, "cols": 33}),
-    Variant({"rows": 0, "cols": 8}),
+    Variant({"rows": 0, "cols": 8, "x_bias": 1}),
     Variant({"rows": 3, "cols": 1}),
-    Variant({"rows": 70, "cols": 768, "residual": 1}, float32=("weight", "bias")),
-    Variant({"rows": 9, "cols": 50, "residual": 1}, {"dropout_p": 0.1, "site": 7}),
+    Variant({"rows": 70, "cols": 768, "residual": 1, "x_bias": 1}, float32=("weight", "bias")),
+    Variant({"rows": 9, "cols": 50, "residual": 1, "x_bias": 1}, {"dropout_p": 0.1, "site": 7}),
     Variant({"rows": 4, "cols": 5}, {"dropout_p": 1.0}),
-    Variant({"rows": 2, "cols": 4099, "weight": 0, "bias": 0}, {"eps": 1e-12}),
-    Variant({"rows": 3, "cols": 16411, "residual": 1}, {"dropout_p": 0.1}),  # longer than a GPU's registers hold
+    Variant({"rows": 2, "cols": 4099, "weight": 0, "bias": 0, "x_bias": 1}, {"eps": 1e-12}),
+    Variant(
+        {"rows": 3, "cols": 16411, "residual": 1, "x_bias": 1}, {"dropout_p": 0.1}
+    ),  # longer than a GPU's registers hold
     Variant({"rows": 3, "cols": 16411, "offset": 1000}),
     Variant({"rows": 70, "cols": 768, "offset": 1000}),
     Variant({"rows": 9, "cols": 50, "residual": 1, "offset": -100}, {"dropout_p": 0.1, "site": 7}),
@@ -69,24 +73,28 @@ _NORM_CUDA = tuple(
         (8192, 1, 0.0),
     )
 )
-_NORM_PRODUCTION = tuple(
-    Variant({"rows": 16, "cols": cols, "residual": residual}, {"dropout_p": p} if p else {}, ("weight", "bias"))
-    for cols, residual, p in (
-        (256, 1, 0.1),
-        (512, 1, 0.1),
-        (768, 0, 0.0),
-        (768, 1, 0.1),
-        (1024, 0, 0.0),
-        (1024, 1, 0.1),
-        (4096, 1, 0.0),
-        (8192, 1, 0.0),
-        (16384, 1, 0.0),
-    )
+_NORM_PRODUCTION = (
+    *(
+        Variant({"rows": 16, "cols": cols, "residual": residual}, {"dropout_p": p} if p else {}, ("weight", "bias"))
+        for cols, residual, p in (
+            (256, 1, 0.1),
+            (512, 1, 0.1),
+            (768, 0, 0.0),
+            (768, 1, 0.1),
+            (1024, 0, 0.0),
+            (1024, 1, 0.1),
+            (4096, 1, 0.0),
+            (8192, 1, 0.0),
+            (16384, 1, 0.0),
+        )
+    ),
+    Variant({"rows": 16, "cols": 768, "residual": 1, "x_bias": 1}, {"dropout_p": 0.1}, ("weight", "bias")),  # BERT
 )
 
 
 def _without_bias(variants):
-    return tuple(dataclasses.replace(v, shape={**v.shape, "bias": 0}) for v in variants)
+    shapes = ({name: n for name, n in v.shape.items() if name != "x_bias"} for v in variants)
+    return tuple(dataclasses.replace(v, shape={**shape, "bias": 0}) for v, shape in zip(variants, shapes))
 
 
 def _return_residual(function):
@@ -103,7 +111,7 @@ LAYER_NORM = OpCase(
     function=_return_residual(ops.layer_norm),
     reference=ops.layer_norm_reference,
     make=_make_norm,
-    gradients=("x", "weight", "bias", "residual"),
+    gradients=("x", "weight", "bias", "residual", "x_bias"),
     tests=_NORM_TESTS,
     benchmarks=_NORM_BENCHMARKS,
     benchmarks_cuda=_NORM_CUDA,
@@ -116,6 +124,7 @@ LAYER_NORM = OpCase(
         ({"weight": _ROW[:7]}, "weight: expected shape (8,), got (7,)"),
         ({"bias": _ROW.int()}, "bias: expected a floating-point tensor"),
         ({"residual": _X[:3]}, "residual: expected shape (4, 8), got (3, 8)"),
+        ({"x_bias": _ROW[:7]}, "x_bias: expected shape (8,), got (7,)"),
         ({"dropout_p": 1.5}, "dropout_p: expected a probability in [0, 1], got 1.5"),
         ({"dropout_p": 0.5, "rng": _RNG[:1]}, "rng: expected shape (2,), got (1,)"),
     ),
@@ -129,7 +138,7 @@ RMS_NORM = dataclasses.replace(
     tests=_without_bias(_NORM_TESTS),
     benchmarks=_without_bias(_NORM_BENCHMARKS),
     benchmarks_cuda=_without_bias(_NORM_CUDA),
-    production=_without_bias(v for v in _NORM_PRODUCTION if v.shape["cols"] in (512, 1024, 4096)),
+    production=_without_bias([v for v in _NORM_PRODUCTION if v.shape["cols"] in (512, 1024, 4096)]),
     gradcheck=_without_bias(LAYER_NORM.gradcheck),
     accepted={"x": _X, "weight": _ROW},
     refused=(
