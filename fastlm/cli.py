@@ -45,7 +45,7 @@ app = typer.Typer(
 _SEVERAL = ("--data", "--set")
 
 DataOption = Annotated[
-    list[str], typer.Option("--data", metavar="PATH...", help="Text files and directories, or one `prepare` output.")
+    list[str], typer.Option("--data", metavar="PATH...", help="Text files and directories, or `prepare` outputs.")
 ]
 SetOption = Annotated[
     list[str] | None,

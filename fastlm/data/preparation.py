@@ -23,7 +23,16 @@ from fastlm.data.cleaning.cleaner import RULES_VERSION
 from fastlm.data.estimate import estimate
 from fastlm.data.layouts import MIN_PIECE, Layout, MaskedRows
 from fastlm.data.packing import encode_documents, lay_rows, pack
-from fastlm.data.shards import FORMAT, VERSION, Dataset, open_dataset, read_manifest, tokenizer_checksum, write_shard
+from fastlm.data.shards import (
+    FORMAT,
+    VERSION,
+    Dataset,
+    open_dataset,
+    read_manifest,
+    token_entropy,
+    tokenizer_checksum,
+    write_shard,
+)
 from fastlm.data.sources import (
     DOCUMENTS,
     FIELDS,
@@ -305,7 +314,7 @@ class _Work:
             "unknown": counts.unknown(),
             "text_bytes": counts.bytes,
             "text_tokens": int(counts.tokens.sum()),
-            "unigram_entropy": counts.entropy(self.tokenizer.special_ids),
+            "unigram_entropy": token_entropy(counts.tokens, self.tokenizer.special_ids),
             "fill": _fill(shards, self.layout),
             "shards": shards,
         }
@@ -492,9 +501,3 @@ class _Counts:
             else:
                 report.kept -= 1
                 report.reject("no tokens", f"kept document {self.documents}")
-
-    def entropy(self, special_ids: Iterable[int]) -> float:
-        """-sum p ln p over the tokens that are not special, in nats: 0 where there are none."""
-        counts = np.delete(self.tokens, list(special_ids))
-        p = counts[counts > 0] / max(counts.sum(), 1)
-        return float(-(p * np.log(p)).sum())
