@@ -26,6 +26,7 @@ from fastlm.data.mixture import Joined, parse_weights
 from fastlm.data.preparation import OtherPreparation, setting_differences
 from fastlm.data.shards import read_manifest
 from fastlm.data.sources import RUN_FILES
+from fastlm.data.tokenizer import parse
 from fastlm.run.checkpoint import Checkpoint, load_newest, read_checkpoint
 from fastlm.run.progress import prepare_with_progress
 from fastlm.run.recipe import FREE_KEYS, TABLES, Recipe
@@ -264,7 +265,7 @@ def prepare_for(task: str, table: DataTable, paths, directory: Path, outputs: It
     """
     return prepare_with_progress(
         paths,
-        table.tokenizer,
+        parse(table.tokenizer, table.tokenizer_sample),
         directory,
         layout=find_task(task).layout(table),
         documents=table.documents,

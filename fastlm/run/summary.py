@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fastlm.data.contents import counted
 from fastlm.run.progress import duration
 from fastlm.terminal import wrap
 
@@ -59,7 +60,7 @@ _TOLD = {
 def mix_text(mix: list[dict]) -> str:
     """What `Mixture.report` says, as text."""
     return "; ".join(
-        f"{part['data']} {part['weight']:.4g}: {part['rows']:,} rows, about {part['tokens']:,} tokens, "
+        f"{part['data']} {part['weight']:.4g}: {counted(part['rows'], 'row')}, about {part['tokens']:,} tokens, "
         f"{part['epochs']:.2f} epochs"
         for part in mix
     )

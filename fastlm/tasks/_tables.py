@@ -7,12 +7,19 @@ from typing import ClassVar
 
 from fastlm.data.cleaning import Cleaning
 from fastlm.data.mixture import parse_weights
+from fastlm.data.tokenizer import LARGEST_SAMPLE, SAMPLE
 from fastlm.settings import Table, key
 
 
 @dataclass(frozen=True)
 class DataTable(Table):
     tokenizer: str = key("train:8192", "train:N, wordpiece:N, bpe:N or chars to train one, or a tokenizer's directory")
+    tokenizer_sample: int = key(
+        SAMPLE,
+        "most bytes of the text that a tokenizer is trained on, chosen by a hash",
+        least=1 << 16,
+        most=LARGEST_SAMPLE,
+    )
     row_tokens: int = key(128, "length of a row of packed pieces", least=8)
     documents: str = key("file", "what of a plain-text file is a document", one_of=("file", "line", "blank"))
     min_chars: int = key(8, "a document of fewer characters is dropped", least=0)

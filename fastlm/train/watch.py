@@ -10,6 +10,7 @@ import torch
 
 from fastlm.chip import chip_name, find_peak
 from fastlm.data import Mixture
+from fastlm.data.contents import counted
 from fastlm.models import Model
 from fastlm.run.pace import Pace, due
 from fastlm.run.progress import ProgressLine, duration
@@ -61,7 +62,7 @@ class Watch:
         recipe, dataset, parameters = self.recipe, self.task.dataset, sum(p.numel() for p in model.parameters())
         self.note(
             f"{recipe.name}: {parameters / 1e6:.3g} M parameters on {chip_name(self.world.device)} in "
-            f"{recipe.train.dtype}; {dataset.rows:,} rows of {dataset.row_tokens} tokens, "
+            f"{recipe.train.dtype}; {counted(dataset.rows, 'row')} of {dataset.row_tokens} tokens, "
             f"{' and '.join(f'{x:.0%}' for x in dataset.fill)} full, vocabulary {dataset.tokenizer.vocab_size:,}\n"
             f"MFU = 3 · forward FLOPs of matrix products on real tokens / (seconds · peak); peak: {self.peak}\n"
             f"memory of a step: {memory}"
