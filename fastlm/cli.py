@@ -45,7 +45,10 @@ app = typer.Typer(
 _SEVERAL = ("--data", "--set")
 
 DataOption = Annotated[
-    list[str], typer.Option("--data", metavar="PATH...", help="Text files and directories, or one `prepare` output.")
+    list[str],
+    typer.Option(
+        "--data", metavar="PATH...", help="Text: files, directories, globs, -, hf:NAME; or `prepare` outputs."
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,
@@ -98,7 +101,7 @@ def prepare(
     settings: SetOption = None,
 ) -> None:
     """Clean and tokenize text, and pack it into rows that `pretrain` reads."""
-    from fastlm.data.contents import cleaning_lines
+    from fastlm.data.contents import cleaning_lines, counted
     from fastlm.run.directory import prepare_for
     from fastlm.run.recipe import Recipe, load_recipe
 
@@ -116,12 +119,12 @@ def prepare(
     )
     report = dataset.manifest["report"]
     _say(
-        f"{out}: {dataset.rows:,} rows of {dataset.row_tokens} tokens from {report['kept']:,} of {report['read']:,} "
-        f"documents, {' and '.join(f'{share:.0%}' for share in dataset.fill)} full; vocabulary "
-        f"{dataset.tokenizer.vocab_size:,}, unigram entropy {dataset.unigram_entropy:.3f} nats"
+        f"{out}: {counted(dataset.rows, 'row')} of {dataset.row_tokens} tokens from {report['kept']:,} of "
+        f"{counted(report['read'], 'document')}, {' and '.join(f'{share:.0%}' for share in dataset.fill)} full; "
+        f"vocabulary {dataset.tokenizer.vocab_size:,}, unigram entropy {dataset.unigram_entropy:.3f} nats"
     )
-    if held := dataset.manifest["validation"]["rows"]:
-        _say(f"  held out: {held:,} rows of {dataset.manifest['validation']['documents']:,} documents")
+    if (held := dataset.manifest["validation"])["rows"]:
+        _say(f"  held out: {counted(held['rows'], 'row')} of {counted(held['documents'], 'document')}")
     if unknown := dataset.manifest.get("unknown"):  # older preparations did not count it
         _say(f"  [UNK]: {unknown['tokens']:.2%} of the tokens, for {unknown['characters']:.2%} of the characters")
     for reason, entry in report["set_aside"].items():
@@ -333,18 +336,23 @@ def _say(text: str, stream=None) -> None:
 def _repeat_options(arguments: list[str]) -> list[str]:
     """`--data a b` as `--data a --data b`, which is what click knows. ValueError where no value follows."""
     out, several = [], None
-    for argument, after in zip(arguments, [*arguments[1:], "-"]):
-        if argument.startswith("-"):
+    for argument, after in zip(arguments, [*arguments[1:], "--"]):
+        if _is_option(argument):
             several = argument if argument in _SEVERAL else None
             if several is None:
                 out.append(argument)
-            elif after.startswith("-"):
+            elif _is_option(after):
                 raise ValueError(f"{argument}: expected one value or more, got none")
         elif several is not None:
             out += [several, argument]
         else:
             out.append(argument)
     return out
+
+
+def _is_option(argument: str) -> bool:
+    """Not so standard input: "-", "-.jsonl", "-.csv.gz"."""
+    return argument.startswith("-") and argument != "-" and not argument.startswith("-.")
 
 
 def main() -> None:

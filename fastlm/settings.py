@@ -16,11 +16,14 @@ _WORDS = {"bool": "true or false", "int": "an integer", "float": "a number", "st
 _HOLDS = {"at least": operator.ge, "more than": operator.gt, "at most": operator.le, "less than": operator.lt}
 
 
-def key(default, doc: str, *, least=None, above=None, most=None, below=None, one_of: tuple = ()):
-    """A field with its default, its meaning, and the values that it may have."""
+def key(default, doc: str, *, least=None, above=None, most=None, below=None, one_of: tuple = (), several: bool = False):
+    """A field with its default, its meaning, and the values that it may have.
+
+    several: a string of values by commas, which may also be given as a list, or as one number
+    """
     bounds = {"at least": least, "more than": above, "at most": most, "less than": below}
     bounds = {words: bound for words, bound in bounds.items() if bound is not None}
-    return field(default=default, metadata={"doc": doc, "bounds": bounds, "one_of": one_of})
+    return field(default=default, metadata={"doc": doc, "bounds": bounds, "one_of": one_of, "several": several})
 
 
 def meaning(of: Field) -> str:
@@ -32,6 +35,8 @@ def typed(name: str, value, of: Field):
     kind, _, alternative = of.type.partition(" | ")
     if value is None and alternative == "None":
         return None
+    if of.metadata.get("several") and type(value) in (list, int, float):
+        value = ",".join(map(str, value if type(value) is list else [value]))
     if kind == "float" and type(value) is int:
         return float(value)
     if kind == "int" and type(value) is float and value.is_integer():

@@ -1,5 +1,7 @@
 """Rows by best fit: no token is lost, and a document is cut only where it is longer than a row."""
 
+import itertools
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastlm.data import best_fit, open_dataset, prepare
+from fastlm.data import Dataset, best_fit, open_dataset, prepare
+from fastlm.data.batches import make_batch
 from fastlm.data.best_fit import best_fit_rows, cuts, sentence_ends
 from fastlm.data.layouts import CausalRows, MaskedRows, SpanRows
-from fastlm.data.packing import PIECE_BITS, lay_rows
+from fastlm.data.packing import PADDING_SAMPLE, PIECE_BITS, lay_rows, pack
 from fastlm.data.tokenizer import Tokenizer
 
 TEXT = [
@@ -30,7 +33,7 @@ SPECIALS = SimpleNamespace(bos_id=1, eos_id=1)
 )
 def test_every_token_exactly_once_and_no_piece_crosses_a_row(lengths, row_tokens, kind, open_rows, seed):
     rng = np.random.default_rng(seed)
-    layout = kind(row_tokens)
+    layout = kind(max(row_tokens, 9) if kind is SpanRows else row_tokens)
     documents = [layout.document(rng.integers(3, 50, length), SPECIALS) for length in lengths]
     ends = rng.random(50) < 0.2
     with pytest.MonkeyPatch.context() as patch:
@@ -55,6 +58,47 @@ def test_every_token_exactly_once_and_no_piece_crosses_a_row(lengths, row_tokens
         assert [pieces[sample].next for sample in samples[:-1]] == [int(pieces[s].ids[0]) for s in samples[1:]]
         assert pieces[samples[-1]].next == 2
         assert len(samples) == 1 or len(ids) > longest
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    lengths=st.lists(st.integers(1, 60) | st.integers(1, 12), min_size=1, max_size=12),
+    row_tokens=st.sampled_from([9, 12, 31]),  # 9: the least for span rows
+    kind=st.sampled_from([MaskedRows, CausalRows, SpanRows]),
+    lay=st.sampled_from([lay_rows, partial(best_fit_rows, ends=np.arange(70) % 5 == 0)]),
+    seed=st.integers(0, 2**64 - 1),
+)
+def test_an_epoch_of_batches_has_every_token_once(lengths, row_tokens, kind, lay, seed):
+    """Both packings of the three layouts, through shards and the order: a batch of one row holds its pieces whole."""
+    tokenizer = SimpleNamespace(vocab_size=70, pad_id=0, cls_id=1, sep_id=2, bos_id=1, eos_id=2)
+    documents = [np.arange(length) + 3 for length in lengths]
+    dataset = object.__new__(Dataset)  # of shards in memory
+    dataset._shards = list(pack(documents, tokenizer, layout := kind(row_tokens), 3, lay))
+    dataset._first = np.cumsum([0] + [len(shard.tokens) for shard in dataset._shards])
+    dataset.rows, dataset.width, dataset.layout = int(dataset._first[-1]), layout.width, layout.name
+    dataset.max_pieces = max(int(np.diff(shard.offsets).max()) for shard in dataset._shards)
+    pieces = {}
+    for epoch, row in zip(*dataset.order(np.arange(dataset.rows), seed)):
+        assert epoch == 0
+        batch = make_batch(dataset, np.array([epoch]), np.array([row]))
+        starts = batch.cu_seqlens[: batch.pieces + 1].tolist()
+        assert (starts[0], starts[-1]) == (0, layout.width)
+        for start, end in itertools.pairwise(starts):
+            (sample,) = set(batch.sample_ids[start:end].tolist())
+            assert batch.positions[start:end].tolist() == list(range(end - start))
+            ids = batch.input_ids[start:end].tolist()
+            if sample == PADDING_SAMPLE:
+                assert set(ids) <= {0}
+                continue
+            assert sample not in pieces
+            if kind is MaskedRows:
+                assert (ids[0], ids[-1]) == (1, 2)
+                ids = ids[1:-1]
+            pieces[sample] = ids
+    for ordinal, document in enumerate(documents):
+        begin = [1] if kind is CausalRows else []
+        found = [id for sample in sorted(pieces) if sample >> PIECE_BITS == ordinal for id in pieces[sample]]
+        assert found == [*begin, *document.tolist()]
 
 
 def test_a_long_document_is_cut_after_a_sentence_of_the_final_quarter():

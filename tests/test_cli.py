@@ -84,6 +84,9 @@ def test_several_values_after_one_option():
     assert cli._repeat_options(["--set", "a=1", "b=2", "--resume", "never"]) == (
         ["--set", "a=1", "--set", "b=2", "--resume", "never"]
     )
+    assert cli._repeat_options(["prepare", "--data", "-", "-.jsonl.gz", "--out", "o"]) == (
+        ["prepare", "--data", "-", "--data", "-.jsonl.gz", "--out", "o"]
+    )
     assert cli._repeat_options(["fill-mask", "--model", "m", "a b"]) == ["fill-mask", "--model", "m", "a b"]
 
 

@@ -13,9 +13,10 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastlm.data import prepare
 from fastlm.data.cleaning import Cleaner, Cleaning
 from fastlm.data.duplicates import exact_digest, signature
-from fastlm.data.sources import Report, find_files, read_documents, reading, split
+from fastlm.data.sources import Report, find_files, hub, read_documents, reading, split
 
 TEXTS = ["one", "two\nlines", 'with "quotes", commas\tand tabs', "", "últim – 五"]
 
@@ -200,6 +201,76 @@ def test_a_dataset_by_name_is_resumed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match=r"need the package datasets; pip install fastlm\[datasets\]"):
         read(["hf:other"], spool=tmp_path)
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory):
+    """The library itself; with its caches in a directory of the test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        library = pytest.importorskip("datasets", reason="the package datasets, of the extra of that name")
+        library.disable_progress_bars()
+        yield library
+
+
+def test_what_the_library_saves(datasets, tmp_path):
+    rows = [{"n": i, "text": f"text {i}"} for i in range(9)]
+    whole = datasets.Dataset.from_list(rows)
+    whole.save_to_disk(tmp_path / "one", num_shards=2)
+    datasets.DatasetDict(train=whole.select([7, 2]), test=whole).save_to_disk(tmp_path / "splits")
+    whole.shuffle(seed=1).select(range(3)).save_to_disk(tmp_path / "chosen")
+    assert read([tmp_path / "one"])[0] == [
+        (f"one/data-{i // 5:05d}-of-00002.arrow:{i % 5 + 1}", f"text {i}") for i in range(9)
+    ]
+    found, report = read([tmp_path / "splits"])
+    assert [text for _, text in found] == ["text 7", "text 2"]
+    assert set(report.set_aside) == {"split other than train of a saved dataset"}
+    expected = datasets.load_from_disk(tmp_path / "chosen")["text"]
+    assert [text for _, text in read([tmp_path / "chosen"])[0]] == list(expected)
+
+
+def test_the_library_streams_and_resumes(datasets, tmp_path, monkeypatch):
+    """From a directory of two files, which it reads without a network as it would a name; killed after two shards."""
+    (tmp_path / "source").mkdir()
+    texts = [f"text {i} of a dataset" for i in range(25)]
+    for name, part in (("a.jsonl", texts[:12]), ("b.jsonl", texts[12:])):
+        (tmp_path / "source" / name).write_bytes(jsonl_bytes(part))
+    monkeypatch.setattr("fastlm.data.sources.hub.SHARD_ROWS", 4)
+    replace_json, states = hub.replace_json, []
+
+    def killed(path, state):
+        states.append(state)
+        if len(states) == 3:
+            raise KeyboardInterrupt
+        replace_json(path, state)
+
+    monkeypatch.setattr(hub, "replace_json", killed)
+    name = f"hf:{tmp_path / 'source'}?split=train"
+    with pytest.raises(KeyboardInterrupt):
+        read([name], spool=tmp_path / "spool")
+    monkeypatch.setattr(hub, "replace_json", replace_json)
+    noted = []
+    found, _ = read([name], spool=tmp_path / "spool", note=noted.append)
+    assert [text for _, text in found] == texts
+    assert noted == [f"{name} is written into {tmp_path / 'spool'} first"]
+    monkeypatch.setattr(datasets, "load_dataset", None)  # it is not asked again
+    assert read([name], spool=tmp_path / "spool")[0] == found
+
+
+def test_standard_input_and_a_dataset_by_name_are_prepared(tmp_path, monkeypatch):
+    texts = [f"a text with the number {i}" for i in range(30)]
+    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(jsonl_bytes(texts))))
+    fake = types.SimpleNamespace(load_dataset=lambda *_, **__: Rows(texts, 99))
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    one = prepare(["-.jsonl"], "train:60", tmp_path / "one", row_tokens=16)
+    two = prepare(["hf:owner/name"], "train:60", tmp_path / "two", fields="body", row_tokens=16)
+    assert one.accepted == two.accepted
+    assert one.documents == 30
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    again = prepare(["hf:owner/name"], "train:60", tmp_path / "two", fields="body", row_tokens=16)
+    assert again.accepted == two.accepted
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".one.sources", ".two.sources", "one", "two"]
 
 
 @pytest.mark.parametrize(("package", "name"), [("pyarrow", "a.parquet"), ("zstandard", "a.txt.zst")])

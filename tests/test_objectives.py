@@ -123,8 +123,10 @@ def test_lengths_are_those_of_t5():
     corruption=st.sampled_from(CORRUPTIONS),
 )
 def test_span_rows_fit_both_sides(lengths, row_tokens, target_tokens, corruption):
-    layout = SpanRows(row_tokens, target_tokens, corruption)
-    if layout.fits((0, 0)) < layout.least():
+    try:
+        layout = SpanRows(row_tokens, target_tokens, corruption)
+    except ValueError:
+        assert corruption.lengths(8)[0] > row_tokens or corruption.lengths(8)[1] > (target_tokens or row_tokens)
         return
     documents = [np.arange(length) for length in lengths]
     seen = dict.fromkeys(range(len(lengths)), 0)
@@ -139,6 +141,16 @@ def test_span_rows_fit_both_sides(lengths, row_tokens, target_tokens, corruption
             )
             seen[piece.sample >> 24] += len(piece.ids)
     assert list(seen.values()) == lengths
+
+
+def test_span_rows_that_hold_no_piece_are_refused():
+    """They were laid without end."""
+    for row_tokens, target_tokens, held in ((8, 0, 7), (64, 2, 1)):
+        with pytest.raises(
+            ValueError, match=rf"row_tokens: expected rows that hold a piece of 8 .* hold one of {held};"
+        ):
+            SpanRows(row_tokens, target_tokens)
+    assert SpanRows(9).fits((0, 0)) == 8
 
 
 # ---- spans

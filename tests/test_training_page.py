@@ -84,7 +84,7 @@ def test_commands_of_one_process(folder, monkeypatch, capfd, request):
         run = folder / "runs" / "gpt2" / "metrics.jsonl"
         if run.exists():
             assert finished.setdefault("gpt2", run.read_bytes()) == run.read_bytes(), "it was finished"
-    leaves_what_the_page_says(folder, ["bert", "gpt2", "t5", "from-rows", "mine", "held", "muon", "more"])
+    leaves_what_the_page_says(folder, ["bert", "gpt2", "t5", "from-rows", "mine", "held", "muon", "more", "mix"])
 
 
 @pytest.mark.long
@@ -105,7 +105,7 @@ def test_all_commands_as_printed(folder):
     )
     assert done.returncode == 0, done.stderr
     leaves_what_the_page_says(
-        folder, ["bert", "gpt2", "t5", "from-rows", "mine", "held", "muon", "more", "two", "shards"]
+        folder, ["bert", "gpt2", "t5", "from-rows", "mine", "held", "muon", "more", "mix", "two", "shards"]
     )
     newest = folder / "runs" / "shards" / "checkpoints" / "step-00000008"
     assert (newest / "model-00001-of-00002.safetensors").is_file()

@@ -293,10 +293,10 @@ def test_rows_of_a_batch(data):
     dataset = open_dataset(data)
     rows = dataset.rows
     _, places = rows_at(range(3 * 8, 4 * 8), rows, 5)
-    assert batch_rows(3, 8, rows, 5) == f"epoch 0: rows {', '.join(map(str, places))}"
+    assert batch_rows(3, 8, dataset, 5) == f"epoch 0: rows {', '.join(map(str, places))}"
     ids = Batches(dataset, batch_rows=8, seed=5).at(3).input_ids.reshape(8, -1)
     assert torch.equal(ids[2], torch.from_numpy(dataset.gather(places[2:3])[0][0].astype("int64")))
-    across = batch_rows(0, rows + 2, rows, 5)  # one batch of an epoch and two rows of the next
+    across = batch_rows(0, rows + 2, dataset, 5)  # one batch of an epoch and two rows of the next
     first, second = across.split("; ")
     assert first.startswith("epoch 0: rows ")
     assert first.endswith(f" and {rows - 8} more")
@@ -322,7 +322,7 @@ def test_spikes_of_a_run(data, tmp_path, monkeypatch, said):
     spiking(monkeypatch, 30, 31, 40)
     assert pretrain(recipe, data, tmp_path / "run").summary["loss_spikes"] == 3
     notes = [note for note in said[1] if "spike" in note]
-    rows = batch_rows(29, 8, open_dataset(data).rows, 0)
+    rows = batch_rows(29, 8, open_dataset(data), 0)
     assert len(notes) == 2
     assert re.fullmatch(
         rf"step 30: loss spike, 3\d\.\d+ where the median .* is \d\.\d+; gradient norm \S+; trained on {rows}",

@@ -10,6 +10,7 @@ DataCollatorForLanguageModeling is for Transformers' Trainer.
 
 from fastlm.data.batches import Batch, Batches
 from fastlm.data.corpus import python_documentation
+from fastlm.data.mixture import Mixture
 from fastlm.data.preparation import prepare
 from fastlm.data.shards import Dataset, open_dataset
 from fastlm.data.sources import is_prepared
@@ -20,6 +21,7 @@ __all__ = [
     "Batches",
     "DataCollatorForLanguageModeling",
     "Dataset",
+    "Mixture",
     "Tokenizer",
     "is_prepared",
     "open_dataset",

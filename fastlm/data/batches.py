@@ -1,6 +1,6 @@
 """Batches of packed rows: a pure function of (seed, step, global batch size).
 
-Global row g = step·B + j goes through `fastlm.data.order`; micro-batch m of M takes rows j in [m·B/M, (m+1)·B/M). So
+Global row g = step·B + j goes through `Dataset.order`; micro-batch m of M takes rows j in [m·B/M, (m+1)·B/M). So
 neither accumulation, nor the number of ranks, nor a resume changes what is trained on.
 """
 
@@ -13,7 +13,7 @@ import torch
 
 from fastlm.data._checks import integer
 from fastlm.data.layouts import NO_NEXT
-from fastlm.data.order import rows_at
+from fastlm.data.mixture import Joined, Mixture
 from fastlm.data.packing import PADDING_SAMPLE
 from fastlm.data.shards import Dataset, ragged
 
@@ -51,12 +51,12 @@ class Batch:
 class Batches:
     """The batches of `dataset`, `batch_rows` rows each, in the order that `seed` gives."""
 
-    def __init__(self, dataset: Dataset, *, batch_rows: int, seed: int):
+    def __init__(self, dataset: Dataset | Mixture, *, batch_rows: int, seed: int):
         self.dataset = dataset
         self.batch_rows = integer("batch_rows", batch_rows, 1)
         self.seed = integer("seed", seed, -(2**63), 2**64 - 1)  # signed or not, it is 64 bits
-        # Epochs stay below 2^32 and global row numbers below 2^63, in the window after the last batch too.
-        self._last_step = (min(dataset.rows << 32, 2**63) - _WINDOW) // self.batch_rows - 1
+        # In the window after the last batch too.
+        self._last_step = (dataset.endless_rows - _WINDOW) // self.batch_rows - 1
         self._window = 0, np.empty(0, np.int64), np.empty(0, np.int64)
 
     def at(self, step: int, micro: int = 0, micro_count: int = 1) -> Batch:
@@ -77,13 +77,13 @@ class Batches:
         """(epoch, row), (count,) int64 each, of the global rows from `first` on."""
         start, epoch, row = self._window
         if not start <= first <= first + count <= start + len(row):
-            epoch, row = rows_at(np.arange(first, first + max(count, _WINDOW)), self.dataset.rows, self.seed)
+            epoch, row = self.dataset.order(np.arange(first, first + max(count, _WINDOW)), self.seed)
             self._window = start, epoch, row = first, epoch, row  # one assignment, so that threads may share us
         at = slice(first - start, first - start + count)
         return epoch[at], row[at]
 
 
-def make_batch(data: Dataset, epoch: np.ndarray, row: np.ndarray) -> Batch:
+def make_batch(data: Dataset | Joined, epoch: np.ndarray, row: np.ndarray) -> Batch:
     """The batch of the rows numbered `row` (k,), seen in the epochs `epoch` (k,)."""
     cells, counts, pieces = data.gather(row)
     total = cells.size

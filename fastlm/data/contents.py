@@ -46,14 +46,21 @@ def contents(dataset: Dataset) -> Contents:
     return found
 
 
+def counted(number: int, what: str) -> str:
+    """1 document, 2,345 documents."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def cleaning_lines(dataset: Dataset) -> Iterator[str]:
     """What each rule of cleaning took, with a sample; nothing where the data was prepared without rules."""
     for rule, taken in dataset.manifest.get("cleaning", {"rules": {}})["rules"].items():
         sample, changed = taken["sample"], taken["documents"] - taken["dropped"]
+        text = json.dumps(sample["text"][:_SHOWN], ensure_ascii=False)
+        became = json.dumps(sample["became"][:_SHOWN], ensure_ascii=False) if "became" in sample else None
         yield (
-            f"  {rule}: {taken['dropped']:,} documents dropped, {changed:,} changed, {taken['characters']:,} "
-            f"characters; {sample['place']}: {json.dumps(sample['text'][:_SHOWN], ensure_ascii=False)}"
-            + (f" became {json.dumps(sample['became'][:_SHOWN], ensure_ascii=False)}" if "became" in sample else "")
+            f"  {rule}: {counted(taken['dropped'], 'document')} dropped, {changed:,} changed, "
+            f"{counted(taken['characters'], 'character')}; {sample['place']}: {text}"
+            + (f" became {became}" if became else "")
         )
 
 

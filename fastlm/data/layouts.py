@@ -144,6 +144,8 @@ class SpanRows(Layout):
 
     target_tokens   0: those of the longest piece that fits, 114 for 512
     sentinels       the most spans that a piece may lose
+
+    ValueError where no useful piece fits: a document would never end.
     """
 
     name = "span"
@@ -159,6 +161,13 @@ class SpanRows(Layout):
         self.corruption = corruption
         self._tables = _span_tables(row_tokens, corruption, sentinels)
         self.target_tokens = target_tokens or int(self._tables[1][-1])
+        longest = self.fits((0, 0))
+        if longest < self.least():
+            raise ValueError(
+                f"row_tokens: expected rows that hold a piece of {self.least()} tokens of text, got {row_tokens} tokens "
+                f"for the encoder and {self.target_tokens} for the decoder, which hold one of {max(longest, 0)}; set "
+                "longer data.row_tokens or data.target_tokens"
+            )
 
     @property
     def width(self):

@@ -4,7 +4,7 @@ A permutation of n rows is a twelve-round Feistel network over b bits, restricte
 
     b = max(2, bits(n - 1)) rounded up to even,   h = b / 2,   i = L·2^h + R
     for r = 0..11:   (L, R) <- (R,  L XOR (r0 AND (2^h - 1))),   r0 the first word of
-                     Philox4x32-10(counter = (R, r, epoch, 0), key(seed, order))
+                     Philox4x32-10(counter = (R, r, epoch, source), key(seed, order))
     repeat while i >= n
 
 Each round is invertible whatever the round function, so the network permutes [0, 2^b); walking a cycle until it comes
@@ -12,6 +12,7 @@ back below n permutes [0, n). 2^b is at most 4n, so a walk is short.
 Sources: Luby and Rackoff, 1988 (the network); Black and Rogaway, "Ciphers with arbitrary finite domains", 2002.
 
 Row g of the endless stream is row perm(g mod n) of epoch g div n: a batch may cross epochs, a resume is a seek.
+`source` is 0 but for the later ones of several (`fastlm.data.mixture`).
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ ROUNDS = 12
 MAX_ROWS = 2**62  # i must fit an int64, and a half of it a Philox word
 
 
-def perm(i, n: int, epoch, seed: int) -> np.ndarray:
+def perm(i, n: int, epoch, seed: int, source: int = 0) -> np.ndarray:
     """Where the order of `epoch` puts place `i` of `n`: int64, of the shape that `i` and `epoch` broadcast to.
 
     i       integer or integer array in [0, n)
     epoch   integer or integer array in [0, 2^32)
+    source  each has orders of its own
     """
     n = integer("n", n, 1, MAX_ROWS)
     i, epoch = np.broadcast_arrays(np.asarray(i, dtype=np.int64), np.asarray(epoch, dtype=np.int64))
@@ -43,24 +45,24 @@ def perm(i, n: int, epoch, seed: int) -> np.ndarray:
     half = (bits + 1) // 2
     walking = np.arange(i.size)
     while walking.size:
-        i[walking] = _network(i[walking], half, epoch[walking], seed)
+        i[walking] = _network(i[walking], half, epoch[walking], seed, source)
         walking = walking[i[walking] >= n]
     return i.reshape(shape)
 
 
-def _network(i: np.ndarray, half: int, epoch: np.ndarray, seed: int) -> np.ndarray:
+def _network(i: np.ndarray, half: int, epoch: np.ndarray, seed: int, source: int) -> np.ndarray:
     """One pass of the network over [0, 2^(2·half)); i, epoch and the result (m,) int64."""
     k0, k1 = key(seed, ORDER_DOMAIN)
     low = (1 << half) - 1
     left, right = i >> half, i & low
     for r in range(ROUNDS):
-        word = philox4x32(right, r, epoch, 0, k0, k1)[0]
+        word = philox4x32(right, r, epoch, source, k0, k1)[0]
         left, right = right, left ^ (word & low)
     return (left << half) | right
 
 
-def rows_at(g, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def rows_at(g, n: int, seed: int, source: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """(epoch, row), both int64 of g's shape, of the global row numbers `g`, integers of at least 0."""
     g = np.asarray(g, dtype=np.int64)
     epoch, place = g // n, g % n
-    return epoch, perm(place, n, epoch, seed)
+    return epoch, perm(place, n, epoch, seed, source)

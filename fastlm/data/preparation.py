@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +22,16 @@ from fastlm.data.cleaning.cleaner import RULES_VERSION
 from fastlm.data.estimate import estimate
 from fastlm.data.layouts import MIN_PIECE, Layout, MaskedRows
 from fastlm.data.packing import encode_documents, lay_rows, pack
-from fastlm.data.shards import FORMAT, VERSION, Dataset, open_dataset, read_manifest, tokenizer_checksum, write_shard
+from fastlm.data.shards import (
+    FORMAT,
+    VERSION,
+    Dataset,
+    open_dataset,
+    read_manifest,
+    token_entropy,
+    tokenizer_checksum,
+    write_shard,
+)
 from fastlm.data.sources import (
     DOCUMENTS,
     FIELDS,
@@ -35,8 +43,9 @@ from fastlm.data.sources import (
     is_prepared,
     read_documents,
 )
+from fastlm.data.spool import Sample, Spool
 from fastlm.data.stages import SMALL, CleanedText, Reading, in_processes, kept_parts, on_ray
-from fastlm.data.tokenizer import LONGEST, Tokenizer, ToTrain, parse
+from fastlm.data.tokenizer import LONGEST, SAMPLE, Tokenizer, ToTrain, parse
 from fastlm.storage import NoSpace, atomic_directory, file_checksum, json_checksum, write_json
 
 _SHARD_TOKENS = 1 << 24  # 32 MiB of two-byte tokens in a shard: one is held in memory while preparing
@@ -75,7 +84,7 @@ def prepare(
 
     paths       files and directories; see `fastlm.data.sources`
     tokenizer   "train:8192" to train one of that size on this text (see `Tokenizer.train`), "wordpiece:8192",
-                "bpe:8192", "chars", a directory to load, or a `Tokenizer`
+                "bpe:8192", "chars", a directory to load, a `Tokenizer`, or what `fastlm.data.tokenizer.parse` returns
     row_tokens  length of a row, at least 8: the longest piece of a document that the model sees
     layout      how documents lie in rows, a `fastlm.data.layouts.Layout`; default: MaskedRows(row_tokens)
     documents   what of a plain-text file is a document: "file", "line", or "blank" (between blank lines)
@@ -97,14 +106,14 @@ def prepare(
                 text and of `out`; `processes` is then how many parts are cleaned at a time, None: one for each core
     ray_address of the cluster's head, as "10.0.0.1:6379"; "": a cluster is started on this machine
     progress    called as progress(stage, bytes done, bytes in all) now and then; the stages are "checksums",
-                "cleaning" (see below), "tokenizer" (two passes over the text, only where one is trained), "rows" and
-                "validation"
-
-    note        called with a line before part files are made: an estimate of disk and time (`fastlm.data.estimate`)
+                "cleaning" (see below), "tokenizer" (only where one is trained), "rows" and "validation"
+    note        called with a line before part files are made, an estimate of disk and time (`fastlm.data.estimate`),
+                with one before a tokenizer is trained, the size of its sample, and before a source is written as files
 
     With rules, near duplicates, several processes, Ray or more than 64 MiB of text, the cleaned text is first written
     in parts into a hidden directory beside `out`, as large as the text. A preparation that was killed continues with
-    the parts that are missing when it is called again; the directory is removed at the end.
+    the parts that are missing when it is called again; the directory is removed at the end. Standard input and datasets
+    by name are written into `.NAME.sources` beside `out`; it stays, so that a second call need not download again.
 
     Where `out` already holds the same preparation (same text, settings and tokenizer), it is opened as it is;
     so it is where another process prepared the same meanwhile. ValueError where it holds anything else or cannot be
@@ -141,8 +150,10 @@ def prepare(
 
     work = _Work(layout, tokenizer, reading, packing, validation_share, shard_rows, progress, note)
     report, held_report = Report(), Report()
-    files = find_files(paths, report, outputs=outputs)
-    held_files = [] if validation is None else find_files(validation, held_report, outputs=outputs)
+    spool = out.absolute().with_name(f".{out.name}.sources")
+    find = partial(find_files, outputs=outputs, note=note)
+    files = find(paths, report, spool=spool)
+    held_files = [] if validation is None else find(validation, held_report, spool=spool / "validation")
     contents = _contents([*files, *held_files], progress)
     identity = json_checksum([*work.versions(), work.settings(), len(files), contents])
     if os.path.exists(out) and not (out.is_dir() and not any(out.iterdir())):
@@ -243,21 +254,27 @@ class _Work:
             "validation_share": self.validation_share,
             "shard_rows": self.shard_rows,
             "tokenizer": str(self.tokenizer) if trained else self.tokenizer.hash,
+            **({"tokenizer_sample": self.tokenizer.sample} if trained and self.tokenizer.sample != SAMPLE else {}),
         }
 
     def write(
         self, out: Path, files: list[SourceFile], held_files: list[SourceFile], report: Report, held_report: Report
     ) -> dict:
         """Write the tokenizer, the rows and the held-out rows into `out`; their entries in the manifest."""
+        trained_on = {}
         if isinstance(self.tokenizer, ToTrain):
-            self.tokenizer = self.tokenizer.train(lambda: self.seen(files), self.layout.name)
+            with Sample(out / "sample.jsonl", self.tokenizer.sample) as sample:
+                sample.add(self.seen(files))
+                self.note(f"the tokenizer is trained on {sample}")
+                self.tokenizer = self.tokenizer.train(sample.texts, self.layout.name)
+            trained_on = {"trained_on": {"bytes": sample.size, "of": sample.total}}
             self.layout.check(self.tokenizer)
         self.tokenizer.save(out / TOKENIZER)
-        with _Spool(out / "held-out.jsonl") as spool:
+        with Spool(out / "held-out.jsonl") as spool:
             trained = self.rows(out, "", spool.take(self.texts("rows", files, report), self.held_out), report)
             if not trained["rows"]:
                 raise _nothing_left(files, report, spool.count)
-            held = self.texts("validation", held_files, held_report) if held_files else spool.texts()
+            held = self.texts("validation", held_files, held_report) if held_files else spool.entries()
             validation = self.rows(out, "validation-", held, held_report)
         if (held_files or self.validation_share) and not validation["rows"]:
             raise _nothing_held(self.validation_share, held_files, held_report, trained["documents"])
@@ -265,6 +282,7 @@ class _Work:
             "hash": self.tokenizer.hash,
             "vocab_size": self.tokenizer.vocab_size,
             "checksum": tokenizer_checksum(out),
+            **trained_on,
         }
         return {"tokenizer": tokenizer, **trained, "validation": validation}
 
@@ -305,7 +323,7 @@ class _Work:
             "unknown": counts.unknown(),
             "text_bytes": counts.bytes,
             "text_tokens": int(counts.tokens.sum()),
-            "unigram_entropy": counts.entropy(self.tokenizer.special_ids),
+            "unigram_entropy": token_entropy(counts.tokens, self.tokenizer.special_ids),
             "fill": _fill(shards, self.layout),
             "shards": shards,
         }
@@ -357,34 +375,6 @@ def _nothing_held(share: float, held_files: list[SourceFile], report: Report, do
         f"validation_share: none of the {documents} documents falls into a share of {share:g}; give a larger share, "
         'set documents to "blank" or "line", or name a file with validation'
     )
-
-
-class _Spool:
-    """Documents put aside in a temporary file while the others pass, so that the text is read and cleaned once."""
-
-    def __init__(self, path: Path):
-        self.path, self.count = path, 0
-
-    def __enter__(self) -> _Spool:
-        self._file = open(self.path, "w+", encoding="utf-8")
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._file.close()
-        self.path.unlink()
-
-    def take(self, texts: Iterable[str], chosen: Callable[[str], bool]) -> Iterator[str]:
-        """The texts that are not chosen."""
-        for text in texts:
-            if chosen(text):
-                self.count += 1
-                self._file.write(json.dumps(text) + "\n")
-            else:
-                yield text
-
-    def texts(self) -> Iterator[str]:
-        self._file.seek(0)
-        return (json.loads(line) for line in self._file)
 
 
 class OtherPreparation(ValueError):
@@ -492,9 +482,3 @@ class _Counts:
             else:
                 report.kept -= 1
                 report.reject("no tokens", f"kept document {self.documents}")
-
-    def entropy(self, special_ids: Iterable[int]) -> float:
-        """-sum p ln p over the tokens that are not special, in nats: 0 where there are none."""
-        counts = np.delete(self.tokens, list(special_ids))
-        p = counts[counts > 0] / max(counts.sum(), 1)
-        return float(-(p * np.log(p)).sum())

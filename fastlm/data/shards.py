@@ -15,11 +15,12 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
+from fastlm.data.order import rows_at
 from fastlm.data.packing import Shard
 from fastlm.data.sources import MANIFEST, TOKENIZER
 from fastlm.data.tokenizer import Tokenizer
@@ -117,6 +118,20 @@ class Dataset:
         self.rows = int(self._first[-1])
         self.max_pieces = max(int(np.diff(shard.offsets).max()) for shard in self._shards)
 
+    @property
+    def sources(self) -> tuple[Dataset, ...]:
+        """Itself alone: `fastlm.data.mixture` has several."""
+        return (self,)
+
+    @property
+    def endless_rows(self) -> int:
+        """Global rows that the order has: epochs stay below 2^32 and global row numbers below 2^63."""
+        return min(self.rows << 32, 2**63)
+
+    def order(self, g, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """(epoch, row), both int64 of g's shape, of the global row numbers `g`; see `fastlm.data.order`."""
+        return rows_at(g, self.rows, seed)
+
     def shards(self) -> Iterator[Shard]:
         """The accepted shards in the rows' order, memory-mapped."""
         return iter(self._shards)
@@ -136,6 +151,13 @@ class Dataset:
         for shard, at, local in places:
             pieces[ragged(ends[at] - counts[at], counts[at])] = shard.pieces[ragged(shard.offsets[local], counts[at])]
         return tokens, counts, pieces
+
+
+def token_entropy(counts: np.ndarray, special_ids: Iterable[int]) -> float:
+    """-sum p ln p over the tokens that are not special, in nats: 0 where there are none. counts: (vocab_size,) int64"""
+    counts = np.delete(counts, list(special_ids))
+    p = counts[counts > 0] / max(counts.sum(), 1)
+    return float(-(p * np.log(p)).sum())
 
 
 def ragged(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:

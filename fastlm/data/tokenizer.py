@@ -33,6 +33,9 @@ _CHUNK_CHARS = 1 << 15  # a long text is normalised in cuts of about this length
 LONGEST = 100  # characters of a word; a longer one is [UNK] whole, as in BERT
 # What the trainer's memory grows with: characters of distinct words, at 120 bytes each. English has 1 M in 100 MB.
 _DISTINCT = 4_000_000
+# Bytes of the text that a tokenizer is trained on. A word takes a byte at least, so that its count fits 31 bits.
+SAMPLE, LARGEST_SAMPLE = 1 << 28, (1 << 31) - 1
+_WORD = re.compile(r"\s*(\S+)")
 # What may be a word that is too long: a run without white space, ASCII or general punctuation, or Chinese characters.
 _CHINESE = r"\u3400-\u9fff\uf900-\ufaff\U00020000-\U0002fa1f"
 _LONG = re.compile(rf"[^\s!-/:-@\[-`{{-~\u2000-\u206f\u3000-\u303f{_CHINESE}]{{{LONGEST + 1},}}")
@@ -141,15 +144,17 @@ class Tokenizer:
         purpose  "masked", "causal" or "span": the special tokens are BERT's, GPT-2's or T5's
 
         The result depends on the texts alone. WordPiece: [PAD] [UNK] [CLS] [SEP] [MASK] have the ids 0 to 4.
-        WordPiece learns nothing from words of more than 100 characters, which it could not encode either, nor, with a
-        warning, from words that are first seen after four million characters of distinct ones: 600 MB at most.
+        WordPiece learns nothing from words of more than 100 characters, which it could not encode either. Both learn
+        nothing, with a warning, from words that are first seen after four million characters of distinct ones: 600 MB
+        at most.
         """
         kind = kind or _USUAL[purpose]
         if kind == "chars":
             return cls(*train_characters(texts, purpose))
         vocab_size = integer("vocab_size", vocab_size, _SMALLEST, _LARGEST)
         if kind == "bpe":
-            return cls(*train_bpe(lambda: (chunk for text in texts() for chunk in chunks(text)), vocab_size, purpose))
+            cuts = (chunk for text in texts() for chunk in chunks(text))
+            return cls(*train_bpe(_bounded(cuts), vocab_size, purpose))
         if purpose != "masked":
             raise ValueError(f"tokenizer: expected bpe or chars for {purpose} rows, got wordpiece, which loses spaces")
         return cls._train_wordpiece(texts, vocab_size)
@@ -175,7 +180,7 @@ class Tokenizer:
             special_tokens=[*_BERT.values(), *letters, *inner],
             show_progress=False,
         )
-        draft.train_from_iterator(_words_to_learn(texts()), trainer)
+        draft.train_from_iterator(_bounded(_words_to_learn(texts())), trainer)
         vocab = json.loads(draft.to_str())["model"]["vocab"]
         config = {**_BERT, "tokenizer_class": "BertTokenizer", "do_lower_case": True}
         return cls(_wordpiece(vocab, config), config)
@@ -243,7 +248,7 @@ def chunks(text: str) -> Iterator[str]:
 
 
 def _words_to_learn(texts: Iterable[str]) -> Iterator[str]:
-    """The texts in chunks, without words that are too long, and without new ones after _DISTINCT characters."""
+    """The texts in chunks, without words that are too long for WordPiece."""
     # Not the rules of the tokenizer that is trained: it is locked meanwhile.
     rules = _wordpiece({token: id for id, token in enumerate(_BERT.values())}, _BERT)
 
@@ -251,20 +256,22 @@ def _words_to_learn(texts: Iterable[str]) -> Iterator[str]:
         words = rules.pre_tokenizer.pre_tokenize_str(rules.normalizer.normalize_str(run[0]))
         return " ".join(word for word, _ in words if len(word) <= LONGEST)
 
+    return (_LONG.sub(short, chunk) for text in texts for chunk in chunks(text))
+
+
+def _bounded(chunks: Iterable[str]) -> Iterator[str]:
+    """The chunks without words, and the white space before them, that are new after _DISTINCT characters."""
     known, room, left_out = set(), _DISTINCT, 0
-    for text in texts:
-        for chunk in chunks(text):
-            chunk = _LONG.sub(short, chunk)
-            words = chunk.split()
-            new = set(words) - known
-            room -= sum(map(len, new))
-            if room >= 0:
-                known |= new
-                yield chunk
-            else:
-                room = -1  # a later chunk with fewer new words would be learned otherwise
-                left_out += len(new)
-                yield " ".join(word for word in words if word in known)
+    for chunk in chunks:
+        new = set(chunk.split()) - known
+        room -= sum(map(len, new))
+        if room >= 0:
+            known |= new
+            yield chunk
+        else:
+            room = -1  # a later chunk with fewer new words would be learned otherwise
+            left_out += len(new)
+            yield "".join(word[0] for word in _WORD.finditer(chunk) if word[1] not in new)
     if left_out:
         warnings.warn(
             f"tokenizer: it learns from the first {len(known):,} distinct words of the text, "
@@ -312,10 +319,14 @@ def _wordpiece(vocab: dict[str, int], config: dict) -> tokenizers.Tokenizer:
 
 @dataclass(frozen=True)
 class ToTrain:
-    """A tokenizer that is to be trained: a kind, or None for the purpose's usual one, and a size, None for "chars"."""
+    """A tokenizer that is to be trained: a kind, or None for the purpose's usual one, and a size, None for "chars".
+
+    sample: the most bytes of text that it is trained on (`fastlm.data.spool.Sample`)
+    """
 
     kind: str | None
     size: int | None
+    sample: int = SAMPLE
 
     def train(self, texts: Callable[[], Iterable[str]], purpose: str) -> Tokenizer:
         return Tokenizer.train(texts, self.size, self.kind, purpose)
@@ -324,17 +335,20 @@ class ToTrain:
         return "chars" if self.kind == "chars" else f"{self.kind or 'train'}:{self.size}"
 
 
-def parse(tokenizer) -> Tokenizer | ToTrain:
+def parse(tokenizer, sample: int = SAMPLE) -> Tokenizer | ToTrain:
     """What a `tokenizer` argument says: a `Tokenizer`, given or loaded from a directory, or one to train.
 
     "train:8192" (the purpose's usual kind), "wordpiece:8192", "bpe:8192", "chars".
+
+    sample: of `ToTrain`, from 2^16 to 2^31 - 1
     """
-    if isinstance(tokenizer, Tokenizer):
+    if isinstance(tokenizer, (Tokenizer, ToTrain)):
         return tokenizer
+    sample = integer("tokenizer_sample", sample, 1 << 16, LARGEST_SAMPLE)
     if not isinstance(tokenizer, (str, os.PathLike)) or not os.fspath(tokenizer):
         raise ValueError(f"tokenizer: expected `train:8192`, a tokenizer's directory or a Tokenizer, got {tokenizer!r}")
     if str(tokenizer) == "chars":
-        return ToTrain("chars", None)
+        return ToTrain("chars", None, sample)
     kind, colon, size = str(tokenizer).partition(":")
     if kind not in ("train", "wordpiece", "bpe") or not colon:
         return Tokenizer.load(tokenizer)
@@ -342,4 +356,4 @@ def parse(tokenizer) -> Tokenizer | ToTrain:
         raise ValueError(
             f"tokenizer: expected {kind}:N, as {kind}:8192, with N from {_SMALLEST} to {_LARGEST}; got {tokenizer!r}"
         )
-    return ToTrain(None if kind == "train" else kind, int(size))
+    return ToTrain(None if kind == "train" else kind, int(size), sample)

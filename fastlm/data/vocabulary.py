@@ -37,7 +37,7 @@ SPECIAL: dict[str, dict[str, str]] = {
 Texts = Callable[[], Iterable[str]]
 
 
-def train_bpe(texts: Texts, vocab_size: int, purpose: str) -> tuple[tokenizers.Tokenizer, dict]:
+def train_bpe(texts: Iterable[str], vocab_size: int, purpose: str) -> tuple[tokenizers.Tokenizer, dict]:
     """(backend, tokenizer_config.json) of a byte-level BPE (Radford et al. 2019) of at most `vocab_size` tokens.
 
     The 256 bytes and the special tokens are always in it.
@@ -61,7 +61,7 @@ def train_bpe(texts: Texts, vocab_size: int, purpose: str) -> tuple[tokenizers.T
         special_tokens=special,
         show_progress=False,
     )
-    backend.train_from_iterator(texts(), trainer)
+    backend.train_from_iterator(texts, trainer)
     backend.decoder = decoders.ByteLevel()
     return _finish(backend, roles, purpose)
 

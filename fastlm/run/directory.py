@@ -21,10 +21,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastlm.data import Dataset, is_prepared, open_dataset
+from fastlm.data import Dataset, Mixture, is_prepared, open_dataset
+from fastlm.data.mixture import Joined, parse_weights
 from fastlm.data.preparation import OtherPreparation, setting_differences
 from fastlm.data.shards import read_manifest
 from fastlm.data.sources import RUN_FILES
+from fastlm.data.tokenizer import parse
 from fastlm.run.checkpoint import Checkpoint, load_newest, read_checkpoint
 from fastlm.run.progress import prepare_with_progress
 from fastlm.run.recipe import FREE_KEYS, TABLES, Recipe
@@ -217,8 +219,10 @@ _OTHER_DATA = (
 )
 
 
-def data_state(dataset: Dataset) -> dict:
+def data_state(dataset: Dataset | Mixture) -> dict:
     """What a checkpoint stores of the data: enough to find it changed, and to say what of it."""
+    if isinstance(dataset, Mixture):
+        return {"sources": [data_state(source) for source in dataset.sources]}
     manifest = dataset.manifest
     return {
         "manifest": json_checksum(manifest),
@@ -250,8 +254,8 @@ _TEXT = {"documents": "documents", "bytes": "text_bytes"}
 class Data:
     """The rows that a run trains on, and those of held-out text, None without."""
 
-    train: Dataset
-    validation: Dataset | None
+    train: Dataset | Mixture
+    validation: Dataset | Joined | None
 
 
 def prepare_for(task: str, table: DataTable, paths, directory: Path, outputs: Iterable = (), **executor) -> Dataset:
@@ -261,7 +265,7 @@ def prepare_for(task: str, table: DataTable, paths, directory: Path, outputs: It
     """
     return prepare_with_progress(
         paths,
-        table.tokenizer,
+        parse(table.tokenizer, table.tokenizer_sample),
         directory,
         layout=find_task(task).layout(table),
         documents=table.documents,
@@ -277,28 +281,69 @@ def prepare_for(task: str, table: DataTable, paths, directory: Path, outputs: It
 
 
 def open_data(recipe: Recipe, data, out: Path, start: Checkpoint | None) -> Data:
-    """The data of the run in `out`: prepared already, or text that is prepared into OUT/data.
+    """The data of the run in `out`: prepared already, in one directory or several, or text that is prepared into
+    OUT/data.
 
     ValueError where its rows are not the recipe's, or it is not what `start` was trained on.
     """
     paths = [data] if isinstance(data, (str, os.PathLike)) else list(data)
-    table, prepared = recipe.data, [path for path in paths if is_prepared(path)]
-    layout = find_task(recipe.task).layout(table)
-    if prepared and len(paths) > 1:
-        raise ValueError(f"data: {prepared[0]} is prepared and stands alone; expected one such directory, or text")
-    if prepared:
-        directory = Path(prepared[0])
-    else:
-        directory = out / DATA
-        try:
-            prepare_for(recipe.task, table, paths, directory, outputs=[out])
-        except OtherPreparation as error:
+    text = [path for path in paths if not is_prepared(path)]
+    given, stored = " ".join(map(str, paths)), None if start is None else start.state["data"]
+    if recipe.data.weights or len(text) < len(paths):
+        if text:
             raise ValueError(
-                _OTHER_DATA.format(directory=" ".join(map(str, paths)), differences="; ".join(error.differences))
-            ) from error
-    if start is not None and (differences := data_differences(read_manifest(directory), start.state["data"])):
+                f"data: expected text alone, or prepared directories alone, which data.weights mixes; got {given}, of "
+                f"which {text[0]} is text; prepare that with `fastlm prepare`, and the tokenizer of the others"
+            )
+        if recipe.data.weights or len(paths) > 1:
+            return _open_mix(recipe, list(map(Path, paths)), stored)
+        return _open_one(recipe, Path(paths[0]), stored)
+    try:
+        prepare_for(recipe.task, recipe.data, paths, out / DATA, outputs=[out])
+    except OtherPreparation as error:
+        raise ValueError(_OTHER_DATA.format(directory=given, differences="; ".join(error.differences))) from error
+    return _open_one(recipe, out / DATA, stored)
+
+
+def _open_mix(recipe: Recipe, directories: list[Path], stored: dict | None) -> Data:
+    """Several prepared datasets. Their held-out text is joined: each row of it is evaluated once.
+
+    stored: the `data_state` of the checkpoint that the run continues
+    """
+    if not recipe.data.weights:
+        raise ValueError(
+            f"data.weights: expected {len(directories)} numbers by commas, one for each of "
+            f"{' '.join(map(str, directories))}, got none; {','.join('1' * len(directories))} mixes equal parts"
+        )
+    try:
+        weights = parse_weights(recipe.data.weights, directories)
+    except ValueError as error:
+        raise ValueError(f"data.{error}") from error
+    states = [None] * len(weights) if stored is None else stored.get("sources", [stored])
+    if len(states) != len(weights):
+        raise _other_sources(directories, len(states))
+    opened = [_open_one(recipe, directory, state) for directory, state in zip(directories, states)]
+    held = [data.validation for data in opened if data.validation is not None]
+    mixture = Mixture((data.train for data in opened), recipe.data.weights)
+    return Data(mixture, Joined(held) if held else None)
+
+
+def _other_sources(directories: list[Path], before: int) -> ValueError:
+    return ValueError(
+        _OTHER_DATA.format(
+            directory=" ".join(map(str, directories)), differences=f"sources are {len(directories)}, were {before}"
+        )
+    )
+
+
+def _open_one(recipe: Recipe, directory: Path, stored: dict | None) -> Data:
+    """The prepared data in `directory`. stored: the `data_state` of the checkpoint that the run continues"""
+    table, layout = recipe.data, find_task(recipe.task).layout(recipe.data)
+    if stored is not None and "sources" in stored:
+        raise _other_sources([directory], len(stored["sources"]))
+    if stored is not None and (differences := data_differences(read_manifest(directory), stored)):
         raise ValueError(_OTHER_DATA.format(directory=directory, differences="; ".join(differences)))
-    dataset = open_dataset(directory, None if start is None else start.state["data"]["accepted"])
+    dataset = open_dataset(directory, None if stored is None else stored["accepted"])
     if dataset.layout != layout.name:
         raise ValueError(
             f"data: {directory} was prepared with {dataset.layout} rows, task {recipe.task} needs {layout.name} ones; "

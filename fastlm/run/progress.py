@@ -99,8 +99,11 @@ def prepare_with_progress(paths, tokenizer, out, **settings) -> Dataset:
             stage, line, began = name, ProgressLine(_STAGES.get(name, name), total).__enter__(), time.monotonic()
         line.update(done, [f"{done / 1e6:.1f} of {total / 1e6:.1f} MB", *_pace(done, total, time.monotonic() - began)])
 
+    def note(text: str) -> None:  # before the first stage there is no line
+        (line or ProgressLine("", 0)).note(text)
+
     try:
-        return prepare(paths, tokenizer, out, progress=show, note=lambda text: line.note(text), **settings)
+        return prepare(paths, tokenizer, out, progress=show, note=note, **settings)
     finally:
         if line is not None:
             line.__exit__()

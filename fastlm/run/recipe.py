@@ -44,6 +44,7 @@ FREE_KEYS = {
 # Keys of preparation: a run on data that is prepared takes the data as it is.
 PREPARATION_KEYS = {
     "data.tokenizer",
+    "data.tokenizer_sample",
     "data.documents",
     "data.min_chars",
     "data.field",

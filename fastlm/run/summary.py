@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fastlm.data.contents import counted
 from fastlm.run.progress import duration
 from fastlm.terminal import wrap
 
@@ -36,6 +37,8 @@ def _entries(summary: dict, model: Path):
         more = (name for name in summary if name.startswith("val_") and name not in known)
         yield "held-out loss", ", ".join([held, *(f"{n[4:].replace('_', ' ')} {summary[n]:.3f}" for n in more)])
     yield "tokens", f"{summary['tokens']:,} in {summary['steps']:,} steps"
+    if get("mix"):
+        yield "mix", mix_text(summary["mix"])
     low = " (the peak was measured on a busy machine: `fastlm info` measures again)" if (get("mfu") or 0.0) > 1 else ""
     yield "speed", f"{summary['tokens_per_s']:,.0f} tokens/s, MFU {percent(get('mfu'))}{low}"
     other = get("other_seconds") or 0.0
@@ -52,6 +55,15 @@ _TOLD = {
     "loss_spikes": "steps with a loss spike",
     "dropped_predictions": "selected tokens not predicted",
 }
+
+
+def mix_text(mix: list[dict]) -> str:
+    """What `Mixture.report` says, as text."""
+    return "; ".join(
+        f"{part['data']} {part['weight']:.4g}: {counted(part['rows'], 'row')}, about {part['tokens']:,} tokens, "
+        f"{part['epochs']:.2f} epochs"
+        for part in mix
+    )
 
 
 def percent(mfu: float | None) -> str:

@@ -6,23 +6,33 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fastlm.data.cleaning import Cleaning
+from fastlm.data.mixture import parse_weights
+from fastlm.data.tokenizer import LARGEST_SAMPLE, SAMPLE
 from fastlm.settings import Table, key
 
 
 @dataclass(frozen=True)
 class DataTable(Table):
     tokenizer: str = key("train:8192", "train:N, wordpiece:N, bpe:N or chars to train one, or a tokenizer's directory")
+    tokenizer_sample: int = key(
+        SAMPLE,
+        "most bytes of the text that a tokenizer is trained on, chosen by a hash",
+        least=1 << 16,
+        most=LARGEST_SAMPLE,
+    )
     row_tokens: int = key(128, "length of a row of packed pieces", least=8)
     documents: str = key("file", "what of a plain-text file is a document", one_of=("file", "line", "blank"))
     min_chars: int = key(8, "a document of fewer characters is dropped", least=0)
     field: str = key(
-        "text", "of JSON lines and tables: the name of the text; of several, by commas, the first there is"
+        "text",
+        "of JSON lines and tables: the name of the text; of several, by commas, the first there is",
+        several=True,
     )
     repair: bool = key(False, "repair of encodings, by ftfy")
-    filters: str = key("", "gopher or c4 or both, by commas: rules that drop what is no English prose")
-    languages: str = key("", "codes as en,de: documents in others are dropped")
-    scrub: str = key("", "of email,ip,phone,card,iban: they are replaced by <EMAIL>, <IP> and so on")
-    phone_regions: str = key("US,GB", "where phone numbers without a country code are from, for scrub")
+    filters: str = key("", "gopher or c4 or both, by commas: rules that drop what is no English prose", several=True)
+    languages: str = key("", "codes as en,de: documents in others are dropped", several=True)
+    scrub: str = key("", "of email,ip,phone,card,iban: they are replaced by <EMAIL>, <IP> and so on", several=True)
+    phone_regions: str = key("US,GB", "where phone numbers without a country code are from, for scrub", several=True)
     near_duplicates: float = key(
         0.0, "similarity, 0.5 to 1, from which a document is dropped as a near duplicate; 0: none", least=0.0, most=1.0
     )
@@ -30,6 +40,11 @@ class DataTable(Table):
         "cut",
         "cut: documents are cut where a row ends; best_fit: one that fits stays whole, others are cut at sentence ends",
         one_of=("cut", "best_fit"),
+    )
+    weights: str = key(
+        "",
+        "of several prepared --data directories, by commas: their shares of the rows; each has epochs of its own",
+        several=True,
     )
     validation: str = key("", "text to evaluate on, a path; it is not trained on")
     validation_share: float = key(
@@ -48,6 +63,11 @@ class DataTable(Table):
             self.cleaning()
         except ValueError as error:
             raise ValueError(f"data.{error}") from error
+        if self.weights:
+            try:
+                parse_weights(self.weights)
+            except ValueError as error:
+                raise ValueError(f"data.{error}") from error
         if self.validation and self.validation_share:
             raise ValueError(
                 f"data.validation_share: expected 0 with data.validation={self.validation!r}, got "

@@ -10,9 +10,10 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from fastlm.data import Batch, Batches, Dataset, Tokenizer
+from fastlm.data import Batch, Batches, Dataset, Mixture, Tokenizer
 from fastlm.data.batches import make_batch
 from fastlm.data.layouts import Layout, MaskedRows
+from fastlm.data.mixture import Joined
 from fastlm.data.order import rows_at
 from fastlm.data.packing import PADDING_SAMPLE
 from fastlm.models import Counts, Model
@@ -59,7 +60,13 @@ class Task:
     models: ClassVar[tuple[type[Model], ...]]
     tables: ClassVar[dict[str, type[Table]]] = {"data": DataTable, "train": TrainTable}
 
-    def __init__(self, recipe, dataset: Dataset, device: torch.device, validation: Dataset | None = None):
+    def __init__(
+        self,
+        recipe,
+        dataset: Dataset | Mixture,
+        device: torch.device,
+        validation: Dataset | Joined | None = None,
+    ):
         self.recipe, self.dataset, self.device, self.validation = recipe, dataset, device, validation
         self.batches = Batches(dataset, batch_rows=recipe.batch_rows, seed=recipe.train.seed)
 

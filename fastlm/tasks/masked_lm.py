@@ -14,16 +14,14 @@ import numpy as np
 import torch
 
 from fastlm import ops
-from fastlm.data import Dataset, Tokenizer
+from fastlm.data import Dataset, Mixture, Tokenizer
 from fastlm.data.batches import Batch
-from fastlm.data.order import rows_at
+from fastlm.data.mixture import token_counts
 from fastlm.models import Bert, Counts, Model
 from fastlm.ops.mlm_mask import MaskedTokens
 from fastlm.settings import Table, key
 from fastlm.tasks._tables import DataTable, TrainTable
 from fastlm.tasks._task import Micro, Task, real_pairs
-
-_COUNTED_ROWS = 1 << 14  # two million tokens at 128 a row
 
 
 @dataclass(frozen=True)
@@ -110,14 +108,12 @@ class MaskedLM(Task):
         return torch.from_numpy(self.dataset.tokenizer.word_starts())
 
 
-def log_frequencies(dataset: Dataset, seed: int) -> torch.Tensor:
+def log_frequencies(dataset: Dataset | Mixture, seed: int) -> torch.Tensor:
     """(vocab_size,) float32: log of each token's share of the text, special ones aside, half a token added to each.
 
     Counted on the rows that training sees first, which are a random sample.
     """
-    rows = rows_at(np.arange(min(_COUNTED_ROWS, dataset.rows)), dataset.rows, seed)[1]
-    tokens, _, _ = dataset.gather(rows)
-    counts = np.bincount(tokens.ravel(), minlength=dataset.tokenizer.vocab_size)
+    counts = token_counts(dataset, seed)
     counts[list(dataset.tokenizer.special_ids)] = 0
     shares = (counts + 0.5) / (counts + 0.5).sum()
     return torch.from_numpy(np.log(shares)).float()

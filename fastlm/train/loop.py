@@ -25,6 +25,7 @@ from rich.console import Console
 
 import fastlm
 from fastlm.chip import chip_name, parse_device
+from fastlm.data import Mixture
 from fastlm.models import Counts, Model
 from fastlm.models._size import TRAINED, check_memory
 from fastlm.run import directory as runs
@@ -78,8 +79,8 @@ class Result:
 def pretrain(recipe: Recipe, data, out, *, device: str = "cpu", resume: str = "auto", init=None, log=()) -> Result:
     """Train the recipe's model on `data`, and write everything into the directory `out`.
 
-    data     what `fastlm.data.prepare` wrote, with rows of recipe.data.row_tokens; or text, a path or several, which
-             is prepared into OUT/data first
+    data     what `fastlm.data.prepare` wrote, with rows of recipe.data.row_tokens; several of these, mixed as
+             recipe.data.weights says; or text, a path or several, which is prepared into OUT/data first
     device   "cpu", "cuda", "cuda:1"
     resume   "auto": continue from the newest checkpoint in `out`, if there is one; "never": `out` must hold no run;
              a checkpoint's or a run's directory: start a new run in `out` from there; given again, continue that one
@@ -114,7 +115,7 @@ def pretrain(recipe: Recipe, data, out, *, device: str = "cpu", resume: str = "a
         world.agree(
             {
                 "the step to start from": 0 if start.checkpoint is None else start.checkpoint.step,
-                "data": json_checksum([data.train.manifest, data.train.accepted]),
+                "data": json_checksum(runs.data_state(data.train)),
             },
             f"expected {out} and the data to be the same on all machines: put them into a file system that all share",
         )
@@ -401,6 +402,7 @@ class _Run:
             **{name: value for name, value in evaluated.items() if name.startswith("val_")},
             **self.task.metrics(),
             "tokens": counters.tokens,
+            **self._mix(),
             "seconds": round(counters.seconds, 3),
             "other_seconds": round(counters.other_seconds, 3),
             "tokens_per_s": round(counters.tokens / counters.seconds, 1),
@@ -426,6 +428,12 @@ class _Run:
                 shutil.rmtree(model)
         replace_json(self.out / runs.SUMMARY, summary, what="the summary", kept=RERUN)
         return summary
+
+    def _mix(self) -> dict[str, object]:
+        """The summary's entry of the sources, where there are several."""
+        if not isinstance(self.dataset, Mixture):
+            return {}
+        return {"mix": self.dataset.report(self.counters.step * self.recipe.batch_rows)}
 
 
 def versions() -> dict[str, str]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from fastlm.data.order import rows_at
+from fastlm.data import Dataset, Mixture
 
 WINDOW = 100  # losses that a loss is compared with
 _LEAST = 20  # of them, before which nothing is a spike
@@ -50,15 +50,22 @@ class Spikes:
         return found
 
 
-def batch_rows(step: int, rows: int, total: int, seed: int) -> str:
+def batch_rows(step: int, rows: int, dataset: Dataset | Mixture, seed: int) -> str:
     """The rows of the global batch of `step` (from 0), for a person to look at: "epoch 2: rows 17, 4, ...".
 
-    rows: in a batch; total: in the dataset
+    rows: in a batch. Of a mixture, each source's are by its own numbers: "rows/wiki: epoch 2: rows 17, 4".
     """
-    epochs, places = rows_at(np.arange(step * rows, (step + 1) * rows), total, seed)
+    epochs, chosen = dataset.order(np.arange(step * rows, (step + 1) * rows), seed)
+    if not isinstance(dataset, Mixture):
+        return _named(epochs, chosen)
+    parts = dataset.split(chosen)
+    return "; ".join(f"{dataset.sources[source].directory}: {_named(epochs[at], local)}" for source, at, local in parts)
+
+
+def _named(epochs: np.ndarray, rows: np.ndarray) -> str:
     parts = []
     for epoch in np.unique(epochs):
-        these = places[epochs == epoch].tolist()
+        these = rows[epochs == epoch].tolist()
         more = f" and {len(these) - _NAMED} more" if len(these) > _NAMED else ""
         parts.append(f"epoch {epoch}: rows {', '.join(map(str, these[:_NAMED]))}{more}")
     return "; ".join(parts)

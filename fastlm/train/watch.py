@@ -9,11 +9,13 @@ from dataclasses import dataclass
 import torch
 
 from fastlm.chip import chip_name, find_peak
+from fastlm.data import Mixture
+from fastlm.data.contents import counted
 from fastlm.models import Model
 from fastlm.run.pace import Pace, due
 from fastlm.run.progress import ProgressLine, duration
 from fastlm.run.recipe import Recipe
-from fastlm.run.summary import percent
+from fastlm.run.summary import mix_text, percent
 from fastlm.tasks import Task
 from fastlm.train.optimizer import parameter_groups
 from fastlm.train.parallel import World
@@ -60,12 +62,17 @@ class Watch:
         recipe, dataset, parameters = self.recipe, self.task.dataset, sum(p.numel() for p in model.parameters())
         self.note(
             f"{recipe.name}: {parameters / 1e6:.3g} M parameters on {chip_name(self.world.device)} in "
-            f"{recipe.train.dtype}; {dataset.rows:,} rows of {dataset.row_tokens} tokens, "
+            f"{recipe.train.dtype}; {counted(dataset.rows, 'row')} of {dataset.row_tokens} tokens, "
             f"{' and '.join(f'{x:.0%}' for x in dataset.fill)} full, vocabulary {dataset.tokenizer.vocab_size:,}\n"
             f"MFU = 3 · forward FLOPs of matrix products on real tokens / (seconds · peak); peak: {self.peak}\n"
             f"memory of a step: {memory}"
         )
         self.note("; ".join(map(str, parameter_groups(model, recipe.train))))
+        if isinstance(dataset, Mixture):
+            planned = mix_text(dataset.report(recipe.train.max_steps * recipe.batch_rows))
+            self.note(f"mix of {recipe.train.max_steps} steps: {planned}")
+            if self.counters.step:
+                self.note(f"mix until now: {mix_text(dataset.report(self.counters.step * recipe.batch_rows))}")
         if self.counters.step:
             self.note(f"resumed after step {self.counters.step} of {recipe.train.max_steps}")
 
@@ -103,7 +110,7 @@ class Watch:
         self.counters.spikes += 1
         median, first = found
         if first:
-            rows = batch_rows(step - 1, self.recipe.batch_rows, self.task.dataset.rows, self.recipe.train.seed)
+            rows = batch_rows(step - 1, self.recipe.batch_rows, self.task.dataset, self.recipe.train.seed)
             self.note(
                 f"step {step}: loss spike, {loss:.3f} where the median of the steps before is {median:.3f}; gradient "
                 f"norm {norm:.3g}; trained on {rows}"

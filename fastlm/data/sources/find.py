@@ -33,13 +33,21 @@ def _is_run(path) -> bool:
     return all(os.path.isfile(os.path.join(path, name)) for name in RUN_FILES)
 
 
-def find_files(paths: Iterable, report: Report, *, outputs: Iterable = (), spool=None) -> list[SourceFile]:
+def find_files(
+    paths: Iterable,
+    report: Report,
+    *,
+    outputs: Iterable = (),
+    spool=None,
+    note: Callable[[str], None] = lambda line: None,
+) -> list[SourceFile]:
     """The files that `paths` name, in the order given; a directory's in the order of its paths, a glob's sorted.
 
     paths     files, directories, globs ("corpus/**/*.jsonl.gz"), directories that `datasets` saved; "-", "-.jsonl" and
               so on for standard input; "hf:owner/name?split=train" for a dataset by name (`fastlm.data.sources.hub`)
     outputs   directories that the caller writes: skipped inside a directory, whatever they hold by now
     spool     a directory where standard input and datasets by name are written as files first
+    note      called with a line before each of these
 
     What is skipped inside a directory has an entry in the report, unless it is hidden. ValueError for a missing path,
     an empty list, a table of another kind, or a directory that `prepare`, a run or the caller writes.
@@ -51,6 +59,8 @@ def find_files(paths: Iterable, report: Report, *, outputs: Iterable = (), spool
         if not isinstance(given, (str, os.PathLike)) or not os.fspath(given):
             raise ValueError(f"data: expected the path of a file or a directory of text, got {given!r}")
         if is_stream(given):
+            if spool is not None:
+                note(f"{given} is written into {spool} first")
             files += materialise(given, spool)
             continue
         matches = glob.glob(os.fspath(given), recursive=True) if _is_glob(given) else [given]
