@@ -25,13 +25,13 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("backend", ["reference"])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_it_is_attention_over_the_valid_keys(name, backend):
     """One sequence at a time, for queries fewer and more than the keys, and the same from packed queries."""
     options = {**OPTIONS[name], "return_lse": True}
     k, v, lengths = caches()
-    for queries in (1, 3):
+    for queries in (1, 3, 20):  # few rows, and tiles of them
         q = randn(4, queries, HEADS, D)
         out, lse = ops.attention(q, k, v, cache_seqlens=lengths, backend=backend, **options)
         for b, n in enumerate(LENGTHS):
