@@ -1,7 +1,7 @@
 """attention in Triton: configurations and launchers. The maths: fastlm/ops/attention.py.
 
-The kernels: attention_fwd.py, attention_bwd.py and attention_bias.py. They share attention_plan.py and
-attention_tile.py.
+The kernels: attention_fwd.py, attention_bwd.py, attention_bias.py and attention_cache.py. They share attention_plan.py
+and attention_tile.py.
 """
 
 import itertools
@@ -14,9 +14,10 @@ import triton
 
 from . import attention_bias as bias_kernels
 from . import attention_bwd as bwd
+from . import attention_cache as cache_kernels
 from . import attention_fwd as fwd
 from .attention_plan import Features, Rows
-from .device import architecture, multiprocessors
+from .device import architecture, multiprocessors, stages
 from .tuning import choose
 
 
@@ -55,7 +56,7 @@ _FLOAT32 = {64: Config(32, 32, 8, 1), 128: Config(32, 32, 8, 1), 256: Config(16,
 
 
 def config(kernel: str, block_d: int, itemsize: int, dropout: bool) -> Config:
-    """kernel: "fwd", "dkdv", "dq" or "dtable"."""
+    """kernel: "fwd", "dkdv", "dq", "dtable" or "cache"."""
     shape = block_d, itemsize, architecture(), int(dropout)
     return choose(f"attention_{kernel}", shape, lambda: _rule(kernel, *shape), lambda: _others(kernel, itemsize))
 
@@ -64,6 +65,9 @@ def _rule(kernel: str, block_d: int, itemsize: int, arch: int, dropout: int) -> 
     if kernel == "dtable":  # the largest that 99 KB hold: larger tiles leave fewer diagonals of tiles near
         return Config(64, 64, 8, 1) if block_d * itemsize <= 256 else Config(32, 32, 8, 1)
     width = max(64, block_d)
+    if kernel == "cache":  # rows of a decode step; not measured
+        block_n = min(64, 16384 // (width * itemsize))
+        return Config(16, block_n, 4, stages(block_n * width * itemsize))
     if itemsize == 4:
         return _FLOAT32[width]
     if arch // 10 not in (9, 10):
@@ -72,8 +76,9 @@ def _rule(kernel: str, block_d: int, itemsize: int, arch: int, dropout: int) -> 
 
 
 def _others(kernel: str, itemsize: int) -> list[Config]:
-    sizes, stages = ((32, 64), (1, 2)) if itemsize == 4 else ((32, 64, 128), (1, 2, 3, 4))
-    every = [Config(*fields) for fields in itertools.product(sizes, sizes, (4, 8), stages)]
+    sizes, depths = ((32, 64), (1, 2)) if itemsize == 4 else ((32, 64, 128), (1, 2, 3, 4))
+    sizes_m = (16,) if kernel == "cache" else sizes
+    every = [Config(*fields) for fields in itertools.product(sizes_m, sizes, (4, 8), depths)]
     return [c for c in every if kernel != "dtable" or c.block_m == c.block_n]
 
 
@@ -129,7 +134,7 @@ class Options(NamedTuple):
             self.cu_seqlens_q,
             self.cu_seqlens_k,
             self.key_mask,
-            _expand(self, dtype),
+            _expand(self.table, self.starts, self.bidirectional, dtype),
             self.rng if self.threshold else None,
             self.scale,
             self.dropout_scale,
@@ -167,19 +172,18 @@ def _unit(dtype: torch.dtype) -> float:
     return 1.0 if dtype == torch.float32 else math.log2(math.e)
 
 
-def _expand(options: Options, dtype: torch.dtype) -> torch.Tensor | None:
+def _expand(table: torch.Tensor | None, starts: tuple[int, ...], bidirectional: bool, dtype: torch.dtype):
     """(heads, 2 starts[-1] + 1) float32: what the kernels add, by relative position; None without a table.
 
     In the unit of the scores.
     """
-    table, starts = options.table, options.starts
     if table is None:
         return None
     heads, far, unit = table.shape[1], starts[-1], _unit(dtype)
     width = 2 * far + 1
     bias = table.new_empty(heads, width, dtype=torch.float32)
     bias_kernels._expand_bias[(heads, triton.cdiv(width, 256))](
-        table, bias, heads, far, unit, STARTS=starts, BIDIRECTIONAL=options.bidirectional, BLOCK=256
+        table, bias, heads, far, unit, STARTS=starts, BIDIRECTIONAL=bidirectional, BLOCK=256
     )
     return bias
 
@@ -201,6 +205,106 @@ def attention_fwd(q, k, v, out, lse, options: Options) -> None:
     fwd._fwd[(tiles * q.shape[-2] * _batch(q),)](
         _rows(q), _rows(k), _rows(v), out, lse, features, tiles=tiles, **numbers, **_blocks(c)
     )
+
+
+class CacheOptions(NamedTuple):
+    """What attention_cache takes beside the tensors; the names mean what they mean in Options."""
+
+    cache_seqlens: torch.Tensor
+    cu_seqlens_q: torch.Tensor | None
+    max_seqlen_q: int
+    table: torch.Tensor | None
+    starts: tuple[int, ...]
+    bidirectional: bool
+    left: int
+    right: int
+    scale: float
+    softcap: float
+
+
+_MOST_SPLITS = 128
+
+
+def _splits(programs: int, sk: int, block_n: int, device: torch.device) -> int:
+    """Programs that divide the keys of a tile: four programs a multiprocessor in all, two blocks of keys for each."""
+    return max(1, min(4 * multiprocessors(device) // max(programs, 1), sk // (2 * block_n), _MOST_SPLITS))
+
+
+def attention_cache(q, k, v, out, lse, options: CacheOptions) -> None:
+    """Fills out and lse as attention_fwd does; k and v (B, S_max, Hkv, D): any strides with a unit last one."""
+    packed = options.cu_seqlens_q is not None
+    if packed:  # for rows of no sequence, and where cu_seqlens are wrong
+        out.fill_(math.nan)
+        lse.fill_(math.nan)
+    if q.numel() == 0:
+        return
+    (sequences, sk, kv_heads, d), sq, heads = k.shape, q.shape[-3], q.shape[-2]
+    group, block_d = heads // kv_heads, _block_d(d)
+    longest = min(options.max_seqlen_q, sq) if packed else sq
+    c = _config("cache", q, 0)
+    block_m = c.block_m if longest * group <= c.block_m else max(32, c.block_m)
+    tiles = triton.cdiv(longest * group, block_m)
+    programs = sequences * kv_heads * tiles
+    splits, rows = _splits(programs, sk, c.block_n, q.device), q.numel() // d
+    parts = cache_kernels.Parts(None, None, None)
+    if splits > 1:
+        sums = q.new_empty(2, splits, rows, dtype=torch.float32)
+        if packed:
+            sums.fill_(math.nan)
+        parts = cache_kernels.Parts(q.new_empty(splits, rows, d, dtype=torch.float32), *sums.unbind(0))
+    far = options.starts[-1] if options.starts else 1
+    cache = cache_kernels.Cache(
+        options.cache_seqlens,
+        options.cu_seqlens_q,
+        _expand(options.table, options.starts, options.bidirectional, q.dtype),
+        options.scale,
+        options.softcap * _unit(q.dtype) if options.softcap > 0.0 else None,
+    )
+    cache_kernels._cache[(programs * splits,)](
+        _rows(q),
+        _rows(k),
+        _rows(v),
+        out,
+        lse,
+        parts,
+        cache,
+        sequences=sequences,
+        sq=sq,
+        sk=sk,
+        longest=longest,
+        heads=heads,
+        group=group,
+        tiles=tiles,
+        splits=splits,
+        left=_limit(options.left),
+        right=_limit(options.right),
+        far=far,
+        far_right=far if options.bidirectional else 0,
+        rows=rows,
+        D=d,
+        BLOCK_D=block_d,
+        BLOCK_M=block_m,
+        BLOCK_N=c.block_n,
+        PRECISION=_precision(q.dtype),
+        num_warps=c.num_warps,
+        num_stages=c.num_stages,
+    )
+    if splits > 1:
+        float32 = q.dtype == torch.float32
+        cache_kernels._cache_sum[(rows,)](
+            parts,
+            out,
+            lse,
+            sq,
+            heads,
+            splits,
+            rows,
+            D=d,
+            BLOCK_D=block_d,
+            MOST=_MOST_SPLITS,
+            FLOAT32=float32,
+            num_warps=4,
+        )
 
 
 def attention_bwd(dout, dlse, q, k, v, out, lse, dq, dk, dv, dtable, options: Options, parts: int = 1) -> None:

@@ -14,6 +14,7 @@ FASTLM_FIELDS(fastlm::cpu::Attention) {
   FIELD(v_stride);
   FIELD(cu_q);
   FIELD(cu_k);
+  FIELD(lengths_k);
   FIELD(key_mask);
   FIELD(table);
   FIELD(starts);
@@ -51,6 +52,7 @@ FASTLM_FIELDS(fastlm::cpu::AttentionBackward) {
 namespace fastlm::cpu {
 
 FASTLM_BIND(attention_fwd, "args", "out", "lse", "dtype", "threads");
+FASTLM_BIND(attention_cache, "args", "out", "lse", "dtype", "threads");
 FASTLM_BIND(attention_bwd, "args", "grads", "dtype", "threads");
 
 }  // namespace fastlm::cpu

@@ -13,7 +13,8 @@ struct Strides {
 // The arguments that forward and backward share. The maths: fastlm/ops/attention.py.
 // q (.., sq, heads, d); k, v (.., sk, kv_heads, d), kv_heads divides heads.
 // cu_q, cu_k (batch + 1,): packed sequences; sq and sk are then not read. Null: every sequence has sq and sk rows.
-// key_mask (batch, sk), 1 = real, or null; never with cu_k.
+// lengths_k (batch,): sequence b has the first lengths_k[b] of its sk keys; null: all. Never with cu_k.
+// key_mask (batch, sk), 1 = real, or null; never with cu_k or lengths_k.
 // table (buckets, heads) or null; starts (one_way,): the smallest distance of each bucket of one direction.
 // left, right: the window around a query's position, aligned bottom-right; -1: no limit.
 // softcap c > 0: scores c tanh(score/c), before the bias; 0: none.
@@ -21,7 +22,7 @@ struct Strides {
 struct Attention {
   const void *q, *k, *v;
   Strides q_stride, k_stride, v_stride;
-  const int32_t *cu_q, *cu_k;
+  const int32_t *cu_q, *cu_k, *lengths_k;
   const uint8_t* key_mask;
   const float* table;
   const int32_t* starts;
@@ -39,6 +40,10 @@ struct Attention {
 
 // out like q, contiguous; lse float32.
 void attention_fwd(const Attention& args, void* out, float* lse, DType dtype, int threads);
+
+// The same for k and v (batch, sk, kv_heads, d) that are caches, with lengths_k; no dropout. For a few queries, which
+// memory bounds, it splits the keys.
+void attention_cache(const Attention& args, void* out, float* lse, DType dtype, int threads);
 
 // out, dout, dq like q; dk, dv like k; dlse like lse, or null. dout has the strides dout_stride; all others are
 // contiguous.

@@ -178,7 +178,7 @@ void backward_task(const Attention& a, const AttentionBackward& g, const Sequenc
   if (g.dtable) {
     float* dtable = g.dtable_partial + s.b * a.buckets() * a.heads + head;
     for (int64_t bucket = 0; bucket < a.buckets(); ++bucket) dtable[bucket * a.heads] = 0.0f;
-    for (int64_t t = 0; t < s.sq + s.sk - 1; ++t) dtable[bucket_of(a, s, t) * a.heads] += x.dbias[t];
+    for (int64_t t = 0; t < s.sq + s.sk - 1; ++t) dtable[bucket_at(a, s, t) * a.heads] += x.dbias[t];
   }
 }
 

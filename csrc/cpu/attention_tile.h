@@ -32,7 +32,7 @@ struct Sequence {
     row_q = a.cu_q ? a.cu_q[b] : b * a.sq;
     row_k = a.cu_k ? a.cu_k[b] : b * a.sk;
     sq = a.cu_q ? a.cu_q[b + 1] - row_q : a.sq;
-    sk = a.cu_k ? a.cu_k[b + 1] - row_k : a.sk;
+    sk = a.cu_k ? a.cu_k[b + 1] - row_k : a.lengths_k ? a.lengths_k[b] : a.sk;
     first = 0, last = sk, offset = sk - sq;
     if (a.key_mask) {
       const uint8_t* real = a.key_mask + b * sk;
@@ -60,7 +60,8 @@ inline int64_t longest(const int32_t* cu, int64_t batch, int64_t rows) {
 inline int worthwhile(const Attention& a, int threads) {
   int64_t pairs = 0;
   for (int64_t b = 0; b < a.batch; ++b) {
-    pairs += (a.cu_q ? a.cu_q[b + 1] - a.cu_q[b] : a.sq) * (a.cu_k ? a.cu_k[b + 1] - a.cu_k[b] : a.sk);
+    const int64_t sk = a.cu_k ? a.cu_k[b + 1] - a.cu_k[b] : a.lengths_k ? a.lengths_k[b] : a.sk;
+    pairs += (a.cu_q ? a.cu_q[b + 1] - a.cu_q[b] : a.sq) * sk;
   }
   return int(std::clamp<int64_t>(pairs * a.heads * a.d >> 18, 1, std::max(threads, 1)));
 }
@@ -96,8 +97,8 @@ FASTLM_CLONES void write_rows(const float* src, int64_t ld, int64_t rows, int64_
 
 // dst (cols, ld_dst) = srcᵀ (rows, ld_src); rows and cols are multiples of 4. The compiler turns the 4 x 4 blocks into
 // shuffles: 0.9 us for 64 x 64; the plain loop takes 2.5.
-FASTLM_CLONES static void transpose(const float* src, int64_t ld_src, int64_t rows, int64_t cols, float* dst,
-                                    int64_t ld_dst) {
+[[maybe_unused]] FASTLM_CLONES static void transpose(const float* src, int64_t ld_src, int64_t rows, int64_t cols,
+                                                     float* dst, int64_t ld_dst) {
   for (int64_t c = 0; c < cols; c += 4) {
     for (int64_t r = 0; r < rows; r += 4) {
       float t[4][4];
@@ -119,15 +120,18 @@ FASTLM_CLONES static void transpose(const float* src, int64_t ld_src, int64_t ro
 // of scores read neighbouring elements. QUERIES zeros follow, for lanes past the last query.
 inline int64_t bias_size(const Sequence& s) { return s.sq + s.sk + QUERIES; }
 
-inline int64_t bucket_of(const Attention& a, const Sequence& s, int64_t element) {
-  const int64_t relative = s.sk - 1 - element - s.offset;  // key minus query
+inline int64_t bucket_of(const Attention& a, int64_t relative) {  // key minus query
   const int64_t distance = a.bidirectional ? std::abs(relative) : std::max<int64_t>(0, -relative);
   const int64_t bucket = std::upper_bound(a.starts, a.starts + a.one_way, distance) - a.starts - 1;
   return bucket + (a.bidirectional && relative > 0 ? a.one_way : 0);
 }
 
+inline int64_t bucket_at(const Attention& a, const Sequence& s, int64_t element) {
+  return bucket_of(a, s.sk - 1 - element - s.offset);
+}
+
 inline void expand_bias(const Attention& a, const Sequence& s, int64_t head, float* bias) {
-  for (int64_t t = 0; t < s.sq + s.sk - 1; ++t) bias[t] = a.table[bucket_of(a, s, t) * a.heads + head];
+  for (int64_t t = 0; t < s.sq + s.sk - 1; ++t) bias[t] = a.table[bucket_at(a, s, t) * a.heads + head];
   std::fill(bias + std::max<int64_t>(0, s.sq + s.sk - 1), bias + bias_size(s), 0.0f);
 }
 

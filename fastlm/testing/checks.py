@@ -165,7 +165,8 @@ def compiles(case: OpCase, variant: Variant, dtype: torch.dtype, device: str, ba
 def cuda_graph(case: OpCase, variant: Variant, dtype: torch.dtype, backend: str):
     """Forward and backward are captured in one CUDA graph, and its replay on other inputs gives eager's bits."""
     inputs = case.inputs(variant, 0, dtype, "cuda")
-    leaves = [inputs[name] for name in case.gradients if inputs.get(name) is not None]
+    given = [inputs[name] for name in case.gradients if inputs.get(name) is not None]
+    leaves = [value for value in given if value.requires_grad]
     first = [out for out in case.run(case.function, variant, inputs, backend=backend) if out.requires_grad]
     cotangents = [torch.randn_like(out) for out in first]
     del first  # with it the leaves' ends of the graph, which belong to the stream that they were made on

@@ -188,7 +188,14 @@ def adapt_attention(inputs, options, biased=True):
     inputs, options = dict(inputs), dict(options)
     if "window_size" in options:
         raise Unsupported("windows are not written here")
-    cu_seqlens = inputs.pop("cu_seqlens_q", None)
+    cu_seqlens, lengths = inputs.pop("cu_seqlens_q", None), inputs.pop("cache_seqlens", None)
+    if lengths is not None:
+        if options.get("causal") or cu_seqlens is not None or inputs["table"] is not None:
+            raise Unsupported("against a cache, only queries that see all keys are written here")
+        most = int(lengths.max())
+        inputs["k"], inputs["v"] = inputs["k"][:, :most], inputs["v"][:, :most]
+        if int(lengths.min()) < most:
+            inputs["key_mask"] = torch.arange(most, device=lengths.device) < lengths[:, None]
     for name in ("rng", "cu_seqlens_k", "max_seqlen_k"):
         inputs.pop(name, None)
     real = None

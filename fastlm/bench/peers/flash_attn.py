@@ -34,14 +34,18 @@ def _cross_entropy(logits, target, loss: Loss):
 def _attention(q, k, v, *, site=0, **options):
     """options: dropout_p, softmax_scale, causal, window_size and packed lengths, by the library's own names."""
     library = import_module("flash_attn")
+    if "cache_seqlens" in options:
+        return library.flash_attn_with_kvcache(q, k, v, **options)
     function = library.flash_attn_varlen_func if "cu_seqlens_q" in options else library.flash_attn_func
     return function(q, k, v, **options)
 
 
 def _adapt_attention(inputs, options):
-    """Packed rows as they are."""
+    """Packed rows and caches as they are."""
     inputs = dict(inputs)
     refuse(key_mask=inputs.pop("key_mask"), relative_bias=inputs.pop("table"))
+    if "cache_seqlens" in inputs:
+        refuse(cu_seqlens_q=inputs.get("cu_seqlens_q"))
     inputs.pop("rng")
     return inputs, options, None
 

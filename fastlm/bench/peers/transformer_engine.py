@@ -87,7 +87,11 @@ def _attention(q, k, v, *, bias=None, causal=False, dropout_p=0.0, softmax_scale
 def _adapt_attention(inputs, options):
     """Packed rows as they are, T5's table as a bias."""
     inputs, options = dict(inputs), dict(options)
-    refuse(key_mask=inputs.pop("key_mask"), window_size="window_size" in options)
+    refuse(
+        key_mask=inputs.pop("key_mask"),
+        window_size="window_size" in options,
+        cache_seqlens=inputs.get("cache_seqlens"),
+    )
     inputs.pop("rng")
     bias = relative_bias(inputs, options)
     if bias is not None and "cu_seqlens_q" in inputs:

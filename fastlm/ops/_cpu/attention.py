@@ -1,4 +1,4 @@
-"""attention on a CPU: csrc/cpu/attention_fwd.cpp, attention_bwd.cpp."""
+"""attention on a CPU: csrc/cpu/attention_fwd.cpp, attention_bwd.cpp, attention_cache.cpp."""
 
 from __future__ import annotations
 
@@ -6,21 +6,13 @@ import torch
 
 from fastlm import _native
 from fastlm.ops import _random
+from fastlm.ops._attention_checks import check_cached, check_cu_seqlens
 from fastlm.ops._shapes import as_float, contiguous, sequence_strides, unit_stride
-from fastlm.ops.attention import (
-    Args,
-    BackwardArgs,
-    Gradients,
-    Outputs,
-    check_cu_seqlens,
-    empty_backward,
-    empty_forward,
-)
+from fastlm.ops.attention import Args, BackwardArgs, CacheArgs, Gradients, Outputs, empty_backward, empty_forward
 
 
-def _shared(args: Args, lse: torch.Tensor) -> dict:
-    """The keyword arguments that forward and backward share."""
-    check_cu_seqlens(args)
+def _every(args: Args | CacheArgs, lse: torch.Tensor) -> dict:
+    """The keyword arguments that all of the kernels share."""
     q, k, v, starts = unit_stride(args.q), unit_stride(args.k), unit_stride(args.v), args.starts
     return {
         "q": q,
@@ -30,8 +22,6 @@ def _shared(args: Args, lse: torch.Tensor) -> dict:
         "k_stride": sequence_strides(k),
         "v_stride": sequence_strides(v),
         "cu_q": contiguous(args.cu_seqlens_q),
-        "cu_k": contiguous(args.cu_seqlens_k),
-        "key_mask": contiguous(args.key_mask),
         "table": as_float(args.table),
         "starts": torch.tensor(starts, dtype=torch.int32) if starts else None,
         "one_way": len(starts),
@@ -41,14 +31,25 @@ def _shared(args: Args, lse: torch.Tensor) -> dict:
         "kv_heads": k.shape[-2],
         "d": q.shape[-1],
         "sq": 0 if args.packed else q.shape[1],
-        "sk": 0 if args.packed else k.shape[1],
+        "sk": k.shape[1] if k.dim() == 4 else 0,
         "left": args.window_left,
         "right": args.window_right,
         "scale": args.softmax_scale,
         "softcap": args.softcap,
-        "dropout": _random.attention_dropout(args.dropout_p, args.rng, args.site),
         "lse_sequence": 0 if args.packed else lse.stride(0),
         "lse_head": lse.stride(-2),
+    }
+
+
+def _shared(args: Args, lse: torch.Tensor) -> dict:
+    """The keyword arguments that forward and backward share."""
+    check_cu_seqlens(args)
+    return {
+        **_every(args, lse),
+        "cu_k": contiguous(args.cu_seqlens_k),
+        "lengths_k": None,
+        "key_mask": contiguous(args.key_mask),
+        "dropout": _random.attention_dropout(args.dropout_p, args.rng, args.site),
     }
 
 
@@ -56,6 +57,23 @@ def attention_fwd(args: Args) -> Outputs:
     outputs = empty_forward(args)
     _native.cpu().attention_fwd(
         **_shared(args, outputs.lse),
+        out=outputs.out,
+        lse=outputs.lse,
+        dtype=_native.DTYPE_CODES[args.q.dtype],
+        threads=_native.threads(),
+    )
+    return outputs
+
+
+def attention_cache(args: CacheArgs) -> Outputs:
+    check_cached(args)
+    outputs = empty_forward(args)
+    _native.cpu().attention_cache(
+        **_every(args, outputs.lse),
+        cu_k=None,
+        lengths_k=args.cache_seqlens.contiguous(),
+        key_mask=None,
+        dropout=_random.attention_dropout(0.0, None, 0),
         out=outputs.out,
         lse=outputs.lse,
         dtype=_native.DTYPE_CODES[args.q.dtype],

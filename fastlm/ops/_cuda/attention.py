@@ -1,19 +1,22 @@
-"""attention on CUDA: csrc/cuda/attention_fwd.cu, attention_bwd.cu."""
+"""attention on CUDA: csrc/cuda/attention_fwd.cu, attention_bwd.cu, attention_cache.cu."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 
 from fastlm import _native
 from fastlm.ops import _random
+from fastlm.ops._attention_checks import check_cached
 from fastlm.ops._shapes import as_float, contiguous, sequence_strides, unit_stride
-from fastlm.ops.attention import Args, BackwardArgs, Gradients, Outputs, empty_backward, empty_forward
+from fastlm.ops.attention import Args, BackwardArgs, CacheArgs, Gradients, Outputs, empty_backward, empty_forward
 
 _NO_LIMIT = 2**30  # of a window: longer than any sequence, and its sums with an index fit 32 bits
 
 
-def limit(q, softcap=False, bias=False, **features) -> str | None:
-    if softcap and bias:
+def limit(q, softcap=False, bias=False, cached=False, **features) -> str | None:
+    if softcap and bias and not cached:
         return "its kernels take softcap or relative_bias, not both"
     return None if q.shape[-1] <= 256 else f"its kernels take head dimensions up to 256, not {q.shape[-1]}"
 
@@ -24,7 +27,7 @@ def _rows(x: torch.Tensor) -> tuple:
     return x, *sequence_strides(x)
 
 
-def _bias(args: Args, place: _native.Place) -> torch.Tensor | None:
+def _bias(args: Args | CacheArgs, place: _native.Place) -> torch.Tensor | None:
     """(heads, 2 far + 1): the table by relative position, far = starts[-1]; None without a table."""
     if args.table is None:
         return None
@@ -42,16 +45,14 @@ def _bias(args: Args, place: _native.Place) -> torch.Tensor | None:
     return bias
 
 
-def _shared(args: Args, place: _native.Place) -> dict:
-    """The keyword arguments that forward and backward share."""
+def _every(args: Args | CacheArgs, place: _native.Place) -> dict:
+    """The keyword arguments that all of the kernels share."""
     q, k, far = args.q, args.k, args.starts[-1] if args.starts else 0
     return {
         "q": _rows(q),
         "k": _rows(k),
         "v": _rows(args.v),
         "cu_q": contiguous(args.cu_seqlens_q),
-        "cu_k": contiguous(args.cu_seqlens_k),
-        "key_mask": contiguous(args.key_mask),
         "bias": _bias(args, place),
         "sequences": args.cu_seqlens_q.numel() - 1 if args.packed else q.shape[0],
         "heads": q.shape[-2],
@@ -65,6 +66,15 @@ def _shared(args: Args, place: _native.Place) -> dict:
         "far_right": far if args.bidirectional else 0,
         "scale": args.softmax_scale,
         "softcap": args.softcap,
+    }
+
+
+def _shared(args: Args, place: _native.Place) -> dict:
+    """The keyword arguments that forward and backward share."""
+    return {
+        **_every(args, place),
+        "cu_k": contiguous(args.cu_seqlens_k),
+        "key_mask": contiguous(args.key_mask),
         "dropout": _random.attention_dropout(args.dropout_p, args.rng, args.site),
     }
 
@@ -79,6 +89,45 @@ def attention_fwd(args: Args) -> Outputs:
         out=outputs.out,
         lse=outputs.lse,
         dtype=_native.DTYPE_CODES[args.q.dtype],
+        place=place,
+    )
+    return outputs
+
+
+def attention_cache(args: CacheArgs) -> Outputs:
+    check_cached(args)
+    outputs, q, k = empty_forward(args), args.q, args.k
+    if args.packed:  # for rows of no sequence, and where cu_seqlens are wrong
+        for x in outputs:
+            x.fill_(math.nan)
+    if outputs.out.numel() == 0:
+        return outputs
+    module, place = _native.cuda(), _native.cuda_place(q)
+    longest = min(args.max_seqlen_q, q.shape[0]) if args.packed else q.shape[1]
+    splits = module.attention_cache_splits(
+        sequences=k.shape[0],
+        kv_heads=k.shape[2],
+        rows=longest * (q.shape[-2] // k.shape[2]),
+        sk=k.shape[1],
+        place=place,
+    )
+    parts = maxima = sums = None
+    if splits > 1:
+        rows = q.numel() // q.shape[-1]
+        parts = q.new_empty(splits, rows, q.shape[-1], dtype=torch.float32)
+        both = q.new_empty(2, splits, rows, dtype=torch.float32)
+        maxima, sums = (both.fill_(math.nan) if args.packed else both).unbind(0)
+    module.attention_cache(
+        **_every(args, place),
+        lengths=args.cache_seqlens.contiguous(),
+        longest=longest,
+        splits=splits,
+        out=outputs.out,
+        lse=outputs.lse,
+        parts=parts,
+        maxima=maxima,
+        sums=sums,
+        dtype=_native.DTYPE_CODES[q.dtype],
         place=place,
     )
     return outputs

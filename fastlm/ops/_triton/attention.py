@@ -1,4 +1,4 @@
-"""attention on Triton: kernels/attention.py, attention_fwd.py, attention_bwd.py."""
+"""attention on Triton: kernels/attention.py, attention_fwd.py, attention_bwd.py, attention_cache.py."""
 
 from __future__ import annotations
 
@@ -8,16 +8,9 @@ import torch
 
 from fastlm.kernels import attention as kernels
 from fastlm.ops import _random
-from fastlm.ops._shapes import contiguous
-from fastlm.ops.attention import (
-    Args,
-    BackwardArgs,
-    Gradients,
-    Outputs,
-    check_cu_seqlens,
-    empty_backward,
-    empty_forward,
-)
+from fastlm.ops._attention_checks import check_cached, check_cu_seqlens
+from fastlm.ops._shapes import contiguous, unit_stride
+from fastlm.ops.attention import Args, BackwardArgs, CacheArgs, Gradients, Outputs, empty_backward, empty_forward
 
 # Triton reads the variable when it defines a kernel, so when this module imports the kernels.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -69,6 +62,27 @@ def _options(args: Args) -> kernels.Options:
 def attention_fwd(args: Args) -> Outputs:
     options, outputs = _options(args), empty_forward(args)
     kernels.attention_fwd(_aligned(args.q), _aligned(args.k), _aligned(args.v), outputs.out, outputs.lse, options)
+    return outputs
+
+
+def attention_cache(args: CacheArgs) -> Outputs:
+    """k and v are taken as they are: a copy of a cache would cost more than loads of two bytes."""
+    check_cached(args)
+    outputs = empty_forward(args)
+    options = kernels.CacheOptions(
+        cache_seqlens=args.cache_seqlens.contiguous(),
+        cu_seqlens_q=contiguous(args.cu_seqlens_q),
+        max_seqlen_q=args.max_seqlen_q,
+        table=contiguous(args.table),
+        starts=args.starts,
+        bidirectional=args.bidirectional,
+        left=args.window_left,
+        right=args.window_right,
+        scale=args.softmax_scale,
+        softcap=args.softcap,
+    )
+    q, k, v = _aligned(args.q), unit_stride(args.k), unit_stride(args.v)
+    kernels.attention_cache(q, k, v, outputs.out, outputs.lse, options)
     return outputs
 
 

@@ -20,14 +20,21 @@ class Variant:
     """One shape of an op, with the options of the call (keyword arguments that are not tensors).
 
     float32: names of inputs that stay float32 whatever the dtype (parameters of a bfloat16 model, say).
+    inference: the call refuses inputs that require a gradient, so none does.
     """
 
     shape: dict[str, int]
     options: dict[str, object] = field(default_factory=dict)
     float32: tuple[str, ...] = ()
+    inference: bool = False
 
     def words(self) -> set[str]:
-        """Names of its dimensions and options, their values where those are words, and what stays float32."""
+        """Names of its dimensions and options, their values where those are words, and what stays float32.
+
+        "inference" alone of a variant without a backward, which stands for no other's.
+        """
+        if self.inference:
+            return {"inference"}
         named = {**self.shape, **self.options}
         return {*named, *(f"{k}={v}" for k, v in named.items() if isinstance(v, str)), *self.float32}
 
@@ -98,7 +105,7 @@ class OpCase:
             if isinstance(value, torch.Tensor):
                 if value.dtype == torch.float64:
                     value = value.to(torch.float32 if name in variant.float32 else dtype)
-                value = value.to(device).requires_grad_(name in self.gradients)
+                value = value.to(device).requires_grad_(name in self.gradients and not variant.inference)
             out[name] = value
         return out
 
@@ -125,7 +132,8 @@ class OpCase:
     def run_backward(self, inputs: Inputs, outputs, seed: int) -> dict[str, torch.Tensor]:
         """Gradients of Σ <output, fixed random cotangent>, by input name; an input that is not used has none."""
         outputs = [out for out in outputs if out.requires_grad]
-        wanted = {name: inputs[name] for name in self.gradients if inputs.get(name) is not None}
+        given = {name: inputs[name] for name in self.gradients if inputs.get(name) is not None}
+        wanted = {name: value for name, value in given.items() if value.requires_grad}
         if not wanted:
             return {}
         generator = torch.Generator().manual_seed(seed)

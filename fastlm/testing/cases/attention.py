@@ -13,10 +13,13 @@ def _cu_seqlens(lengths):
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
 
 
-def _make(generator, b=0, s=0, h=1, d=8, kv=0, sk=-1, lengths=(), lengths_k=(), padding="", buckets=0, offset=0):
+def _make(
+    generator, b=0, s=0, h=1, d=8, kv=0, sk=-1, lengths=(), lengths_k=(), cache=(), padding="", buckets=0, offset=0
+):
     """b sequences of s queries and sk keys (default s), h heads, kv of them for keys and values (default h).
 
     lengths: packed input with these sequences (lengths_k: of the keys).
+    cache: k and v are caches of sk rows, with so many keys of each sequence; of b sequences, or of packed ones.
     padding: a key_mask with padding on the "left", the "right", or on "both" sides, where also the last sequence has
     no key at all; "holes": any key may be masked.
     buckets: a bias table. offset: added to all scores, by the first feature of q and k.
@@ -28,6 +31,7 @@ def _make(generator, b=0, s=0, h=1, d=8, kv=0, sk=-1, lengths=(), lengths_k=(), 
     kv, sk = kv or h, s if sk < 0 else sk
     lengths_k = lengths_k or lengths
     rows_q, rows_k = ((sum(lengths),), (sum(lengths_k),)) if lengths else ((b, s), (b, sk))
+    rows_k = (len(cache), sk) if cache else rows_k
     key_mask = None
     if padding == "holes":
         key_mask = torch.rand(b, sk, generator=generator) < 0.5
@@ -38,16 +42,11 @@ def _make(generator, b=0, s=0, h=1, d=8, kv=0, sk=-1, lengths=(), lengths_k=(), 
         key_mask = (torch.arange(sk) >= first) & (torch.arange(sk) < last)
         if padding == "both":
             key_mask[-1] = False
-    packed = (
-        {
-            "cu_seqlens_q": _cu_seqlens(lengths),
-            "cu_seqlens_k": _cu_seqlens(lengths_k),
-            "max_seqlen_q": max(lengths),
-            "max_seqlen_k": max(lengths_k),
-        }
-        if lengths
-        else {}
-    )
+    packed = {"cu_seqlens_q": _cu_seqlens(lengths), "max_seqlen_q": max(lengths)} if lengths else {}
+    if cache:
+        packed["cache_seqlens"] = torch.tensor(cache, dtype=torch.int32)
+    elif lengths:
+        packed |= {"cu_seqlens_k": _cu_seqlens(lengths_k), "max_seqlen_k": max(lengths_k)}
     q, k = randn(*rows_q, h, d), randn(*rows_k, kv, d)
     if offset:  # the default softmax_scale is 1/sqrt(d)
         q[..., 0], k[..., 0] = abs(offset) ** 0.5 * d**0.25, math.copysign(abs(offset) ** 0.5 * d**0.25, offset)
@@ -80,8 +79,10 @@ def _return_lse(function):
 
 
 def _pairs(shape, options):
-    """Query-key pairs that the textbook counts: all of a sequence's, half of them where causal."""
+    """Query-key pairs that the textbook counts: all of a sequence's, half of them where causal; all of a cache's."""
     lengths = shape.get("lengths") or (shape["s"],) * shape["b"]
+    if "cache" in shape:
+        return sum(q * k for q, k in zip(lengths, shape["cache"]))
     lengths_k = shape.get("lengths_k") or (shape.get("sk", shape["s"]),) * shape["b"] if "b" in shape else lengths
     return sum(q * k for q, k in zip(lengths, lengths_k)) / (2 if options.get("causal") else 1)
 
@@ -94,6 +95,7 @@ def _flops(shape, options, backward):
 def _bytes(shape, options, itemsize, backward):
     lengths = shape.get("lengths") or (shape["s"],) * shape["b"]
     keys = sum(shape.get("lengths_k") or lengths) if "b" not in shape else shape["b"] * shape.get("sk", shape["s"])
+    keys = sum(shape.get("cache", ())) or keys
     queries, h, d = sum(lengths), shape["h"], shape["d"]
     tensors = 2 * queries * h + 2 * keys * shape.get("kv", h)  # q, out; k, v
     if backward:  # q, out, dout, dq; k, v, dk, dv
@@ -118,6 +120,12 @@ _TESTS = (
     Variant({"b": 2, "s": 40, "sk": 70, "h": 1, "d": 33, "offset": -100}, {"dropout_p": 0.1}),
     Variant({"h": 4, "kv": 1, "d": 16, "lengths": (5, 0, 70, 1, 0)}, {"dropout_p": 0.1}),
     Variant({"h": 2, "d": 16, "lengths": (3, 70, 0, 9), "lengths_k": (65, 7, 4, 0)}, {"causal": True}),
+    Variant(
+        {"h": 4, "kv": 2, "d": 16, "lengths": (1, 0, 9, 2), "cache": (40, 7, 70, 0), "sk": 72, "buckets": 8},
+        {"causal": True, "bidirectional": False, "max_distance": 20, "window_size": (30, -1), "softcap": 2.0},
+        inference=True,
+    ),
+    Variant({"b": 2, "s": 1, "h": 4, "kv": 1, "d": 16, "cache": (300, 0), "sk": 320}, {"causal": True}, inference=True),
     Variant({"b": 2, "s": 150, "h": 2, "d": 16, "buckets": 32}, {"max_distance": 50, "softmax_scale": 0.5}, ("table",)),
     Variant(
         {"h": 2, "d": 16, "lengths": (70, 0, 30), "buckets": 8},
@@ -137,6 +145,9 @@ _PRODUCTION = (
     Variant({"h": 12, "d": 64, "lengths": (16,)}, {"causal": True}),
     Variant({"h": 8, "d": 64, "lengths": (16,), "buckets": 32}, {"softmax_scale": 1.0, "dropout_p": 0.1}),
     Variant({"h": 32, "kv": 8, "d": 128, "lengths": (16,)}, {"causal": True}),
+    # Decode steps of GPT-2, and of twelve heads on two key heads, whose keys are split.
+    Variant({"b": 1, "s": 1, "h": 12, "d": 64, "cache": (16,), "sk": 1024}, inference=True),
+    Variant({"b": 1, "s": 1, "h": 12, "kv": 2, "d": 128, "cache": (16,), "sk": 1024}, inference=True),
 )
 
 _BENCHMARKS = (
@@ -145,6 +156,8 @@ _BENCHMARKS = (
     Variant({"h": 12, "d": 64, "lengths": _LENGTHS}, {"dropout_p": 0.1}),
     Variant({"b": 4, "s": 1024, "h": 12, "d": 64}, {"causal": True}),
     Variant({"b": 8, "s": 512, "h": 8, "d": 64, "buckets": 32}, {"softmax_scale": 1.0}),
+    Variant({"b": 1, "s": 1, "h": 12, "d": 64, "cache": (1024,), "sk": 1088}, inference=True),
+    Variant({"b": 8, "s": 1, "h": 12, "d": 64, "cache": (4096,) * 8, "sk": 4160}, inference=True),
 )
 
 # BERT-base packed and as it is, GPT-2, T5-base; BERT-large; a decoder of 4096, and long rows. Of these few heads, since
@@ -159,6 +172,8 @@ _CUDA = (
     Variant({"b": 1, "s": 16384, "h": 4, "d": 64}),
     Variant({"b": 1, "s": 4096, "h": 32, "kv": 8, "d": 128}, {"causal": True}),
     Variant({"b": 32, "s": 512, "h": 16, "d": 64}, {"dropout_p": 0.1}),
+    Variant({"b": 1, "s": 1, "h": 32, "kv": 8, "d": 128, "cache": (8192,), "sk": 16384}, inference=True),
+    Variant({"b": 32, "s": 1, "h": 12, "d": 64, "cache": (1024,) * 32, "sk": 1088}, inference=True),
 )
 
 _Q = torch.ones(1, 4, 2, 16)
