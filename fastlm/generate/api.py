@@ -16,6 +16,8 @@ from fastlm.generate.settings import Settings
 from fastlm.generate.text import Decodes
 from fastlm.models import GPT2, T5
 
+FAMILIES = (GPT2, T5)
+
 
 @dataclass(frozen=True)
 class Generated:
@@ -115,10 +117,27 @@ def _inference(model):
         model.train(training)
 
 
+def check_prompt(config, ids: list[int], place: str) -> None:
+    """ValueError for a prompt that a model of this configuration does not continue."""
+    if not ids:
+        raise ValueError(f"input_ids: expected at least one token in every prompt, got none in {place}")
+    if not 0 <= min(ids) <= max(ids) < config.vocab_size:
+        raise ValueError(
+            f"input_ids: expected ids from 0 to {config.vocab_size - 1}, the model's, got {min(ids)} to {max(ids)} in "
+            f"{place}"
+        )
+    if config.length is not None and len(ids) > config.longest[1]:
+        name, longest = config.longest
+        raise ValueError(
+            f"input_ids: expected at most {longest} tokens, the model's {name}, got {len(ids)} in {place}; leave out "
+            "its beginning"
+        )
+
+
 def _request(
     model, input_ids, *, attention_mask=None, tokenizer: Decodes | None = None, rows=None, **options
 ) -> Request:
-    if not isinstance(model, (GPT2, T5)):
+    if not isinstance(model, FAMILIES):
         raise ValueError(f"model: expected a fastlm.models.GPT2 or T5, got a {type(model).__name__}")
     unknown = sorted(options.keys() - Settings.__dataclass_fields__.keys())
     if unknown:
@@ -130,22 +149,10 @@ def _request(
     vocab = min(config.vocab_size, getattr(tokenizer, "vocab_size", None) or config.vocab_size)
     limits = []
     for row, ids in enumerate(prompts):
-        if not ids:
-            raise ValueError(f"input_ids: expected at least one token in every prompt, got none in prompt {row}")
-        if not 0 <= min(ids) <= max(ids) < config.vocab_size:
-            raise ValueError(
-                f"input_ids: expected ids from 0 to {config.vocab_size - 1}, the model's, got {min(ids)} to {max(ids)} "
-                f"in prompt {row}"
-            )
+        check_prompt(config, ids, f"prompt {row}")
         limit = settings.max_new_tokens
         if config.length is not None:
-            name, longest = config.longest
-            if len(ids) > longest:
-                raise ValueError(
-                    f"input_ids: expected at most {longest} tokens, the model's {name}, got {len(ids)} in prompt "
-                    f"{row}; leave out its beginning"
-                )
-            limit = min(limit, longest - len(ids) + 1)  # the last new token is never read
+            limit = min(limit, config.longest[1] - len(ids) + 1)  # the last new token is never read
         limits.append(limit)
     ends = settings.ends(config.eos_token_id)
     if not all(0 <= id < config.vocab_size for id in ends):
