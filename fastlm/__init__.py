@@ -9,7 +9,7 @@ import importlib
 
 __version__ = "0.2.0"
 _FUNCTIONS = {"patch": "fastlm.hf", "unpatch": "fastlm.hf"}
-__all__ = ["__version__", "data", "hf", "models", "nn", "ops", "patch", "train", "unpatch"]
+__all__ = ["__version__", "data", "generate", "hf", "models", "nn", "ops", "patch", "train", "unpatch"]
 
 
 def __getattr__(name):

@@ -1,5 +1,6 @@
 """Whole models that compute on packed sequences, and read and write checkpoints in Transformers' layout."""
 
+from fastlm.models._cache import Cache, Generative
 from fastlm.models._config import Config
 from fastlm.models._model import Counts, Model
 from fastlm.models.bert import Bert, BertConfig
@@ -21,9 +22,11 @@ __all__ = [
     "BertForSequenceClassification",
     "BertForTokenClassification",
     "BertModel",
+    "Cache",
     "Config",
     "Counts",
     "GPT2Config",
+    "Generative",
     "Model",
     "T5Config",
 ]

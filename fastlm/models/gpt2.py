@@ -13,6 +13,7 @@ residual x is bfloat16; the statistics of every LN are float32.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,9 +22,10 @@ import torch.nn.functional as F
 
 from fastlm import nn, ops
 from fastlm.models import _checkpoint, _inputs
+from fastlm.models._cache import Cache, Generative
 from fastlm.models._checkpoint import Transposed
 from fastlm.models._config import GELUS, Config
-from fastlm.models._model import Counts, Model, add_norm, as_stream, tied
+from fastlm.models._model import Counts, add_norm, as_stream, tied
 from fastlm.nn.linear import Linear
 from fastlm.ops import _checks
 from fastlm.ops._heads import split_heads
@@ -105,23 +107,21 @@ class Layer(torch.nn.Module):
         inner = config.n_inner or 4 * size
         self.mlp = nn.MLP(size, inner, approximate=approximate, bias=config.bias, **factory)
 
-    def forward(self, x, delta, sequences, *, rng):
+    def forward(self, x, delta, sequences, attend=ops.attention, *, rng):
         """(x, delta) -> (x, delta), each (..., n_embd), packed or padded. The delta of the first layer is None.
 
-        `sequences` holds the arguments of ops.attention that divide the tokens into sequences.
+        sequences: the arguments of ops.attention that divide the tokens into sequences. attend: it, or a cache's.
         """
         attention_dropout_p, dropout_p = (self.attention_dropout_p, self.dropout_p) if self.training else (0.0, 0.0)
         h, x = add_norm(self.norm1, x, delta, dropout_p=dropout_p, rng=rng, site=self.site)
         q, k, v = split_heads(self.qkv(h), self.heads)
-        attended = ops.attention(
-            q, k, v, causal=True, dropout_p=attention_dropout_p, rng=rng, site=self.site + 1, **sequences
-        )
+        attended = attend(q, k, v, causal=True, dropout_p=attention_dropout_p, rng=rng, site=self.site + 1, **sequences)
         delta = self.out(attended.flatten(-2))
         h, x = add_norm(self.norm2, x, delta, dropout_p=dropout_p, rng=rng, site=self.site + 2)
         return x, self.mlp(h)
 
 
-class GPT2(Model):
+class GPT2(Generative):
     """GPT-2 with its language-model head. Parameters start as `GPT2Config` says."""
 
     config_class = GPT2Config
@@ -206,6 +206,17 @@ class GPT2(Model):
             return F.linear(x, head)
         return ops.linear_cross_entropy(x, head, targets, reduction=reduction)
 
+    def new_cache(self, capacity: int, length: int) -> Cache:
+        c = self.config
+        return Cache(
+            c.n_layer, capacity, length, c.n_head, c.n_embd // c.n_head, device=self.word.device, dtype=self.word.dtype
+        )
+
+    def append(self, ids, cache: Cache, cu_seqlens=None, max_seqlen: int | None = None) -> torch.Tensor:
+        given = cache.place(ids, cu_seqlens, max_seqlen)
+        x = self._decode(given, cache.positions, None, self.word, cache=cache)
+        return F.linear(cache.last(x), self.word)
+
     @staticmethod
     def _targets(given: _inputs.Sequences, labels, shift_labels) -> torch.Tensor | None:
         """What each token predicts, like the ids."""
@@ -238,7 +249,9 @@ class GPT2(Model):
             longest=self.config.longest,
         )
 
-    def _decode(self, given: _inputs.Sequences, positions, rng, word, sparse=False) -> torch.Tensor:
+    def _decode(
+        self, given: _inputs.Sequences, positions, rng, word, sparse=False, cache: Cache | None = None
+    ) -> torch.Tensor:
         config, drops = self.config, float(self.training)
         positions = given.positions() if positions is None else positions
         embedded = ops.embedding(
@@ -251,8 +264,9 @@ class GPT2(Model):
             sparse=sparse,
         )
         x, delta, sequences = as_stream(embedded), None, given.attend()
-        for layer in self.layers:
-            x, delta = self.run(layer, x, delta, sequences, rng=rng)
+        for i, layer in enumerate(self.layers):
+            attend = ops.attention if cache is None else functools.partial(cache.attend, i)
+            x, delta = self.run(layer, x, delta, sequences, attend, rng=rng)
         site = 1 + 3 * len(self.layers)
         return self.norm(delta, x, dropout_p=drops * config.resid_pdrop, rng=rng, site=site)
 

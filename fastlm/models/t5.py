@@ -17,6 +17,7 @@ parameters) the residual x is bfloat16; the statistics of every norm are float32
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -25,8 +26,9 @@ import torch.nn.functional as F
 
 from fastlm import nn, ops
 from fastlm.models import _checkpoint, _inputs
+from fastlm.models._cache import Cache, Generative
 from fastlm.models._config import Config
-from fastlm.models._model import Counts, Model, add_norm, as_stream, tied
+from fastlm.models._model import Counts, add_norm, as_stream, tied
 from fastlm.nn.linear import Linear
 from fastlm.ops import IGNORE_INDEX, _checks
 from fastlm.ops._heads import split_heads
@@ -117,11 +119,11 @@ class SelfAttention(torch.nn.Module):
         self.qkv = Linear(config.d_model, 3 * inner, bias=False, **factory)
         self.out = Linear(inner, config.d_model, bias=False, **factory)
 
-    def forward(self, x, table, sequences, rng):
-        """x (..., d_model); table (buckets, heads); sequences: arguments of ops.attention."""
+    def forward(self, x, table, sequences, rng, attend=ops.attention):
+        """x (..., d_model); table (buckets, heads); sequences: arguments of ops.attention. attend: it, or a cache's."""
         q, k, v = split_heads(self.qkv(x), self.heads)
         bias = ops.RelativeBias(table, bidirectional=not self.decoder, max_distance=self.max_distance)
-        attended = ops.attention(
+        attended = attend(
             q,
             k,
             v,
@@ -147,10 +149,14 @@ class CrossAttention(torch.nn.Module):
         self.kv = Linear(config.d_model, 2 * inner, bias=False, **factory)
         self.out = Linear(inner, config.d_model, bias=False, **factory)
 
-    def forward(self, x, source, sequences, rng):
-        """x (..., d_model) of the decoder; source (..., d_model) of the encoder; sequences: of both."""
+    def keys(self, source):
+        """k and v (..., heads, d_kv) of the encoder's result (..., d_model)."""
+        return self.kv(source).unflatten(-1, (2, self.heads, -1)).unbind(-3)
+
+    def forward(self, x, keys, sequences, rng):
+        """x (..., d_model) of the decoder; keys: k and v of the encoder's result; sequences: of both."""
         q = self.q(x).unflatten(-1, (self.heads, -1))
-        k, v = self.kv(source).unflatten(-1, (2, self.heads, -1)).unbind(-3)
+        k, v = keys
         attended = ops.attention(
             q,
             k,
@@ -189,14 +195,18 @@ class Layer(torch.nn.Module):
             **factory,
         )
 
-    def forward(self, x, delta, table, sequences, source=None, cross_sequences=None, *, rng):
-        """(x, delta) -> (x, delta), each (..., d_model), packed or padded. The delta of the first layer is None."""
+    def forward(self, x, delta, table, sequences, source=None, cross_sequences=None, cached=None, *, rng):
+        """(x, delta) -> (x, delta), each (..., d_model), packed or padded. The delta of the first layer is None.
+
+        cached: in place of `source`, (attend, keys): a cache's attention, and k and v of the encoder's result.
+        """
+        attend, keys = cached or (ops.attention, None)
         dropout = {"dropout_p": self.dropout_p if self.training else 0.0, "rng": rng}
         h, x = add_norm(self.norm1, x, delta, **dropout, site=self.site)
-        delta = self.attention(h, table, sequences, rng)
+        delta = self.attention(h, table, sequences, rng, attend)
         if self.cross is not None:
             h, x = add_norm(self.norm_cross, x, delta, **dropout, site=self.site + 2)
-            delta = self.cross(h, source, cross_sequences, rng)
+            delta = self.cross(h, keys or self.cross.keys(source), cross_sequences, rng)
         h, x = add_norm(self.norm2, x, delta, **dropout, site=self.site + 4)
         return x, self.mlp(h, rng)
 
@@ -215,16 +225,17 @@ class Stack(torch.nn.Module):
         self.norm = nn.RMSNorm(config.d_model, eps=config.layer_norm_epsilon, **factory, keep_dtype=True)
         self.dropout = nn.Dropout(config.dropout_rate, site=self.last + 1)
 
-    def forward(self, ids, word, run, sequences, source=None, cross_sequences=None, *, rng, sparse=False):
+    def forward(self, ids, word, run, sequences, source=None, cross_sequences=None, cache=None, *, rng, sparse=False):
         """(..., d_model) for ids (...). run: Model.run. word, sparse: as in ops.embedding."""
         dropout = {"dropout_p": self.dropout_p if self.training else 0.0, "rng": rng}
         x, delta = as_stream(ops.embedding(ids, word, **dropout, site=self.site, sparse=sparse)), None
-        for layer in self.layers:
-            x, delta = run(layer, x, delta, self.relative, sequences, source, cross_sequences, rng=rng)
+        for i, layer in enumerate(self.layers):
+            cached = None if cache is None else (functools.partial(cache.attend, i), cache.cross[i])
+            x, delta = run(layer, x, delta, self.relative, sequences, source, cross_sequences, cached, rng=rng)
         return self.dropout(self.norm(delta, x, **dropout, site=self.last), rng)
 
 
-class T5(Model):
+class T5(Generative):
     """T5 with its language-model head. Parameters start as `T5Config` says."""
 
     config_class = T5Config
@@ -327,13 +338,38 @@ class T5(Model):
         x = self.decoder(
             target.ids, word, self.run, target.attend(), source, target.attend(given), rng=rng, sparse=sparse
         )
-        if self.config.scale_decoder_outputs:
-            x = x * self.config.d_model**-0.5
+        x = self._scaled(x)
         if labels is None:
             return F.linear(x, head)
         if target.real is not None:
             labels = torch.where(target.real, labels, IGNORE_INDEX)
         return ops.linear_cross_entropy(x, head, labels, reduction=reduction)
+
+    def _scaled(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.config.d_model**-0.5 if self.config.scale_decoder_outputs else x
+
+    def new_cache(self, capacity: int, length: int) -> Cache:
+        c = self.config
+        return Cache(
+            c.num_decoder_layers, capacity, length, c.num_heads, c.d_kv, device=self.word.device, dtype=self.word.dtype
+        )
+
+    def read(self, cache: Cache, input_ids: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int) -> None:
+        """Encodes the texts, packed as in `forward`, and keeps their keys and values for a row of the cache each."""
+        given = self._sequences(input_ids, cu_seqlens, max_seqlen, None)
+        source = self._encode(given, None, self.word)
+        cache.cross = tuple(layer.cross.keys(source) for layer in self.decoder.layers)
+        cache.source, cache.rows = given, cu_seqlens.shape[0] - 1
+
+    def append(self, ids, cache: Cache, cu_seqlens=None, max_seqlen: int | None = None) -> torch.Tensor:
+        """As `Generative.append`, of the decoder, after `read`: one token a row, the first decoder_start_token_id."""
+        if cu_seqlens is not None:
+            raise ValueError("cu_seqlens: expected None, one token a row, got a tensor; append the tokens one by one")
+        given = cache.place(ids, None, None)
+        x = self.decoder(
+            given.ids, self.word, self.run, given.attend(), cross_sequences=cache.across(), cache=cache, rng=None
+        )
+        return F.linear(self._scaled(x), self.word if self.head is None else self.head)
 
     def flops(self, counts: Counts) -> float:
         c = self.config

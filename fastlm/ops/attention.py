@@ -21,7 +21,6 @@ the relative position bias: Raffel et al. 2020 (arXiv:1910.10683); softcap: Gemm
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import NamedTuple
 
@@ -30,6 +29,7 @@ import torch
 from fastlm.ops import _checks, _random, _registry
 from fastlm.ops._args import SymInt
 from fastlm.ops._attention_auto import PREFER
+from fastlm.ops._attention_checks import check_cached, check_cu_seqlens, check_inputs
 from fastlm.ops._autocast import autocast
 from fastlm.ops._heads import side_by_side
 from fastlm.ops._relative_bias import RelativeBias, bucket_starts, relative_buckets
@@ -44,7 +44,7 @@ __all__ = ["RelativeBias", "attention", "attention_reference"]
 def visible_keys(sq, sk, lengths_q, lengths_k, key_mask, window_size, device):
     """(mask, relative): which keys each query sees, bool, and key minus query; broadcastable to (B, Sq, Sk)."""
     offset = (sk if lengths_k is None else lengths_k) - (sq if lengths_q is None else lengths_q)
-    if lengths_q is not None:
+    if isinstance(offset, torch.Tensor):
         offset = offset[:, None, None]
     relative = torch.arange(sk, device=device) - torch.arange(sq, device=device)[:, None] - offset
     mask = torch.ones_like(relative, dtype=torch.bool)
@@ -80,6 +80,11 @@ def _attend(q, k, v, mask, bias, keep, scale, softcap, dropout_p):
     return (p.to(v.dtype) @ v).transpose(1, 2), lse
 
 
+def _are_wrong(cu_seqlens, total):
+    """Whether offsets fall or leave the `total` rows."""
+    return (cu_seqlens.diff() < 0).any() | (cu_seqlens[0] < 0) | (cu_seqlens[-1] > total)
+
+
 def attention_reference(
     q,
     k,
@@ -98,28 +103,29 @@ def attention_reference(
     rng=None,
     site=0,
     softcap=0.0,
+    cache_seqlens=None,
 ):
     """(out, lse) in plain differentiable torch: products in the inputs' dtype, softmax in at least float32.
 
     Arguments as of `attention`; packed input is padded first.
     """
-    packed = cu_seqlens_q is not None
+    packed, cached = cu_seqlens_q is not None, cache_seqlens is not None
     lengths_q = lengths_k = None
     if packed:
+        cu_seqlens_q = cu_seqlens_q.long()  # no difference overflows
+        total, lengths_q, wrong = q.shape[0], cu_seqlens_q.diff(), _are_wrong(cu_seqlens_q, q.shape[0])
+        q = gather_padded(q, *padded_rows(cu_seqlens_q, max_seqlen_q))
+    if cached:
+        lengths_k, max_seqlen_k = cache_seqlens.long(), k.shape[1]
+        key_mask = torch.arange(k.shape[1], device=k.device) < lengths_k[:, None]
+    elif packed:
         if cu_seqlens_k is None:
             cu_seqlens_k, max_seqlen_k = cu_seqlens_q, max_seqlen_q
-        cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.long(), cu_seqlens_k.long()  # no difference overflows
-        total, lengths_q, lengths_k = q.shape[0], cu_seqlens_q.diff(), cu_seqlens_k.diff()
-        wrong = (lengths_q < 0).any() | (lengths_k < 0).any() | (cu_seqlens_q[0] < 0) | (cu_seqlens_k[0] < 0)
-        wrong = wrong | (cu_seqlens_q[-1] > total) | (cu_seqlens_k[-1] > k.shape[0])
-        rows_q, real_q = padded_rows(cu_seqlens_q, max_seqlen_q)
+        cu_seqlens_k = cu_seqlens_k.long()
+        lengths_k, wrong = cu_seqlens_k.diff(), wrong | _are_wrong(cu_seqlens_k, k.shape[0])
         rows_k, key_mask = padded_rows(cu_seqlens_k, max_seqlen_k)
-        q, k, v = (
-            gather_padded(q, rows_q, real_q),
-            gather_padded(k, rows_k, key_mask),
-            gather_padded(v, rows_k, key_mask),
-        )
-    elif key_mask is not None:  # a NaN in a masked row would spread: 0·NaN is NaN
+        k, v = gather_padded(k, rows_k, key_mask), gather_padded(v, rows_k, key_mask)
+    if key_mask is not None and (cached or not packed):  # a NaN in a masked row would spread: 0·NaN is NaN
         k, v = (torch.where(key_mask[..., None, None], x, 0) for x in (k, v))
 
     (batch, sq, heads, _), sk = q.shape, k.shape[1]
@@ -141,10 +147,14 @@ def attention_reference(
         # Wrong cu_seqlens and max_seqlen raise on the CPU alone. Here a row of no sequence, and a sequence longer than
         # max_seqlen, are NaN; all rows are if cu_seqlens fall or leave the tensors.
         lost = (position < 0) | (position >= lengths_q[sequence]) | wrong
-        lost = lost | ((lengths_q > max_seqlen_q) | (lengths_k > max_seqlen_k))[sequence]
+        too_long = (lengths_q > max_seqlen_q) | (lengths_k > max_seqlen_k) | (lengths_k < 0)
+        lost = lost | too_long[sequence]
         position = position.clamp(0, max_seqlen_q - 1)
         out = torch.where(lost[:, None, None], torch.nan, out[sequence, position])
         lse = torch.where(lost[:, None], torch.nan, lse.transpose(1, 2)[sequence, position]).transpose(0, 1)
+    elif cached:
+        lost = ((lengths_k < 0) | (lengths_k > max_seqlen_k))[:, None, None]
+        out, lse = torch.where(lost[..., None], torch.nan, out), torch.where(lost, torch.nan, lse)
     return out, lse
 
 
@@ -178,9 +188,39 @@ class Args(NamedTuple):
     @property
     def starts(self) -> tuple[int, ...]:
         """The smallest distance of each bucket of one direction; empty without a table."""
-        if self.table is None:
-            return ()
-        return bucket_starts(self.table.shape[0], self.bidirectional, self.max_distance)
+        return _starts(self)
+
+
+class CacheArgs(NamedTuple):
+    """Of queries against a cache: sequence b's keys are the first cache_seqlens[b] rows of k[b] and v[b]."""
+
+    q: torch.Tensor  # (B, Sq, H, D), packed (Tq, H, D)
+    k: torch.Tensor  # (B, S_max, Hkv, D)
+    v: torch.Tensor  # like k
+    cache_seqlens: torch.Tensor  # (B,) int32
+    cu_seqlens_q: torch.Tensor | None  # (B + 1,) int32: packed
+    table: torch.Tensor | None  # (buckets, H)
+    max_seqlen_q: SymInt  # read where packed
+    window_left: int
+    window_right: int
+    softmax_scale: float
+    bidirectional: bool  # of the table
+    max_distance: int
+    softcap: float  # 0: none
+
+    @property
+    def packed(self) -> bool:
+        return self.cu_seqlens_q is not None
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        return _starts(self)
+
+
+def _starts(args: Args | CacheArgs) -> tuple[int, ...]:
+    if args.table is None:
+        return ()
+    return bucket_starts(args.table.shape[0], args.bidirectional, args.max_distance)
 
 
 class Outputs(NamedTuple):
@@ -211,7 +251,7 @@ class Gradients(NamedTuple):
     dtable: torch.Tensor  # (buckets, H) float32; empty without table_gradient
 
 
-def empty_forward(args: Args) -> Outputs:
+def empty_forward(args: Args | CacheArgs) -> Outputs:
     q = args.q
     rows = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -258,141 +298,21 @@ _registry.page(
 )
 _registry.define("attention_fwd", Args, empty_forward)
 _registry.define("attention_bwd", BackwardArgs, empty_backward)
+_registry.define("attention_cache", CacheArgs, empty_forward)
 _registry.differentiable("attention_fwd", _save, _backward)
-
-
-# ---- checks
-
-
-def check_cu_seqlens(args: Args) -> None:
-    """Raises a ValueError unless cu_seqlens start at 0, never fall, end at the number of tokens and respect max_seqlen.
-
-    On the CPU only: reading the values from a device would stall.
-    """
-    if not args.packed or args.q.device.type != "cpu":
-        return
-    for name, x, cu, limit in (
-        ("_q", args.q, args.cu_seqlens_q, args.max_seqlen_q),
-        ("_k", args.k, args.cu_seqlens_k, args.max_seqlen_k),
-    ):
-        total, cu = x.shape[0], cu.tolist()
-        lengths = [end - start for start, end in itertools.pairwise(cu)]
-        if cu[0] != 0 or cu[-1] != total or min(lengths, default=0) < 0:
-            raise ValueError(
-                f"cu_seqlens{name}: expected to start at 0, never to fall, and to end at the number of tokens {total}, "
-                f"got {cu}"
-            )
-        if max(lengths, default=0) > limit:
-            raise ValueError(f"max_seqlen{name}: expected at least the longest sequence's {max(lengths)}, got {limit}")
-
-
-def _check_packed(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, key_mask):
-    if key_mask is not None:
-        raise ValueError("key_mask: packed input has no padding to mask; leave it out, or leave out cu_seqlens_q")
-    for name, x, cu, limit in (("_q", q, cu_seqlens_q, max_seqlen_q), ("_k", k, cu_seqlens_k, max_seqlen_k)):
-        _checks.is_tensor(f"cu_seqlens{name}", cu, device=q.device, dtypes=(torch.int32,), shape=(None,))
-        if cu.shape[0] == 0 or cu.shape[0] != cu_seqlens_q.shape[0]:
-            raise ValueError(
-                f"cu_seqlens{name}: expected one more entry than there are sequences, as many for keys as for queries, "
-                f"got shape {tuple(cu.shape)}"
-            )
-        if cu.shape[0] == 1 and x.shape[0] > 0:  # the only wrong values that the shape reveals
-            raise ValueError(f"cu_seqlens{name}: expected a sequence for {x.shape[0]} tokens, got one entry")
-        if not isinstance(limit, (int, torch.SymInt)) or limit < 0:
-            raise ValueError(
-                f"max_seqlen{name}: expected with cu_seqlens{name}, an integer no sequence is longer than "
-                f"(reading it from the device would stall), got {limit!r}"
-            )
-
-
-def _check_relative_bias(relative_bias, q):
-    if not isinstance(relative_bias, RelativeBias):
-        raise ValueError(f"relative_bias: expected a RelativeBias, got {type(relative_bias).__name__}")
-    table, least = relative_bias.table, 4 if relative_bias.bidirectional else 2
-    _checks.is_float("relative_bias.table", table)
-    _checks.is_tensor("relative_bias.table", table, device=q.device, shape=(None, q.shape[-2]))
-    if table.shape[0] < least or (relative_bias.bidirectional and table.shape[0] % 2):
-        raise ValueError(
-            f"relative_bias.table: expected at least {least} buckets, an even number where bidirectional, "
-            f"got {table.shape[0]}"
-        )
-    exact = table.shape[0] // (4 if relative_bias.bidirectional else 2)
-    if relative_bias.max_distance <= exact:
-        raise ValueError(
-            f"relative_bias.max_distance: expected more than {exact}, the distances with a bucket each, "
-            f"got {relative_bias.max_distance}"
-        )
-
-
-def _check_inputs(
-    q,
-    k,
-    v,
-    window_size,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    max_seqlen_q,
-    max_seqlen_k,
-    key_mask,
-    relative_bias,
-    dropout_p,
-    rng,
-    site,
-    softcap,
-):
-    packed = cu_seqlens_q is not None
-    _checks.is_float("q", q)
-    if q.dim() != (3 if packed else 4):
-        want = "(T, H, D) with cu_seqlens_q" if packed else "(B, S, H, D), or (T, H, D) with cu_seqlens_q"
-        raise ValueError(f"q: expected shape {want}, got {tuple(q.shape)}")
-    heads, d = q.shape[-2:]
-    if heads == 0 or d == 0:
-        raise ValueError(f"q: expected at least one head and one dimension, got shape {tuple(q.shape)}")
-    shape_k = (None, None, d) if packed else (q.shape[0], None, None, d)
-    _checks.is_tensor("k", k, device=q.device, shape=shape_k)
-    _checks.is_tensor("v", v, device=q.device, shape=tuple(k.shape))
-    if k.shape[-2] == 0 or heads % k.shape[-2]:
-        raise ValueError(f"k: expected a number of heads that divides q's {heads}, got {k.shape[-2]}")
-    if len(window_size) != 2 or min(window_size) < -1:
-        raise ValueError(f"window_size: expected (left, right), each -1 (no limit) or more, got {window_size}")
-    if packed:
-        _check_packed(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, key_mask)
-    elif cu_seqlens_k is not None or max_seqlen_q is not None or max_seqlen_k is not None:
-        raise ValueError("cu_seqlens_q: expected with cu_seqlens_k, max_seqlen_q or max_seqlen_k, got None")
-    if key_mask is not None:
-        _checks.is_tensor("key_mask", key_mask, device=q.device, dtypes=(torch.bool,), shape=tuple(k.shape[:2]))
-    if relative_bias is not None:
-        _check_relative_bias(relative_bias, q)
-    _checks.probability("dropout_p", dropout_p)
-    _random.attention_threshold(dropout_p)
-    _checks.is_rng(rng, site, q.device)
-    if softcap != 0.0:
-        _checks.softcap(softcap, "0")
 
 
 # ---- public
 
 
-def _run_reference(args: Args, relative_bias: RelativeBias | None):
+def _run_reference(args: Args | CacheArgs, relative_bias: RelativeBias | None):
     if not torch.compiler.is_compiling():
-        check_cu_seqlens(args)
-    return attention_reference(
-        args.q,
-        args.k,
-        args.v,
-        window_size=(args.window_left, args.window_right),
-        softmax_scale=args.softmax_scale,
-        cu_seqlens_q=args.cu_seqlens_q,
-        cu_seqlens_k=args.cu_seqlens_k,
-        max_seqlen_q=args.max_seqlen_q,
-        max_seqlen_k=args.max_seqlen_k,
-        key_mask=args.key_mask,
-        relative_bias=relative_bias,
-        dropout_p=args.dropout_p,
-        rng=args.rng,
-        site=args.site,
-        softcap=args.softcap,
-    )
+        (check_cached if isinstance(args, CacheArgs) else check_cu_seqlens)(args)
+    options = dict(zip(args._fields, args))
+    for name in ("table", "bidirectional", "max_distance"):  # as relative_bias
+        del options[name]
+    window = options.pop("window_left"), options.pop("window_right")
+    return attention_reference(**options, window_size=window, relative_bias=relative_bias)
 
 
 def attention(
@@ -413,6 +333,7 @@ def attention(
     rng: torch.Tensor | None = None,
     site: int = 0,
     softcap: float = 0.0,
+    cache_seqlens: torch.Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -439,6 +360,12 @@ def attention(
         site: number of this call site; it makes the dropouts of one step differ.
         softcap: c > 0 turns scaled scores into c·tanh(score/c), before bias and mask, as in flash-attn; Gemma 2 has 50.
             0: none. Not on "sdpa"; on "cuda" not with relative_bias.
+        cache_seqlens: int32 (B,): k and v are preallocated caches (B, S_max, Hkv, D), and the keys of sequence b are
+            the first cache_seqlens[b] rows of k[b] and v[b]; the queries' own keys are already among them. What the
+            other rows hold has no effect. Queries are aligned to the last keys: Sk above is cache_seqlens[b]. q may be
+            packed (with cu_seqlens_q of B sequences); k and v have no cu_seqlens. For inference: no dropout, no
+            key_mask, and no input that needs a gradient. Values are checked on the CPU only; on a device, one outside
+            [0, S_max] makes its sequence's results NaN. Nothing synchronises, and a CUDA graph may capture the call.
         return_lse: return (out, lse); a gradient through lse is included.
         backend: "auto", "reference", "cpu", "triton" or "cuda" (D up to 256), "sdpa", "flash_attn" (where installed).
 
@@ -446,11 +373,11 @@ def attention(
     (H, Tq), float32 (float64 for float64 input). A query with no keys returns 0 and lse -inf, and has zero gradients.
     Raises ValueError for a wrong shape, dtype, device or value, and for a named backend that cannot run.
     """
-    packed = cu_seqlens_q is not None
-    if packed and cu_seqlens_k is None:
+    packed, cached = cu_seqlens_q is not None, cache_seqlens is not None
+    if packed and cu_seqlens_k is None and not cached:
         cu_seqlens_k, max_seqlen_k = cu_seqlens_q, max_seqlen_q
     lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
-    _check_inputs(q, k, v, window_size, *lengths, key_mask, relative_bias, dropout_p, rng, site, softcap)
+    check_inputs(q, k, v, window_size, *lengths, key_mask, relative_bias, dropout_p, rng, site, softcap, cache_seqlens)
 
     q_dtype = q.dtype
     q, k, v = autocast("attention", q, k, v)
@@ -461,40 +388,48 @@ def attention(
         backend,
         q,
         packed=packed,
+        cached=cached,
         dropout=dropout_p > 0.0,
         softcap=softcap > 0.0,
         bias=biased,
         key_mask=key_mask is not None,
         return_lse=return_lse,
-        masked=key_mask is not None or max(window_size) >= 0 or (causal and q.shape[-3] != k.shape[-3]),
+        masked=cached or key_mask is not None or max(window_size) >= 0 or (causal and q.shape[-3] != k.shape[-3]),
         gradient=torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
         bias_gradient=biased and relative_bias.table.requires_grad and torch.is_grad_enabled(),
     )
-    args = Args(
-        q=q,
-        k=k,
-        v=v,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        key_mask=key_mask,
-        table=relative_bias.table if biased else None,
-        rng=_random.draw_rng(rng, dropout_p, q.device),
-        max_seqlen_q=max_seqlen_q or 0,
-        max_seqlen_k=max_seqlen_k or 0,
+    both = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "cu_seqlens_q": cu_seqlens_q,
+        "table": relative_bias.table if biased else None,
+        "max_seqlen_q": max_seqlen_q or 0,
         # 2^31 is longer than any sequence; the kernels' sums of it and an index do not overflow.
-        window_left=min(window_size[0], 2**31),
-        window_right=0 if causal else min(window_size[1], 2**31),
-        softmax_scale=1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale,
-        bidirectional=bool(relative_bias.bidirectional) if biased else True,
-        max_distance=relative_bias.max_distance if biased else 0,
-        dropout_p=dropout_p,
-        site=site,
-        softcap=softcap,
-    )
+        "window_left": min(window_size[0], 2**31),
+        "window_right": 0 if causal else min(window_size[1], 2**31),
+        "softmax_scale": 1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale,
+        "bidirectional": bool(relative_bias.bidirectional) if biased else True,
+        "max_distance": relative_bias.max_distance if biased else 0,
+        "softcap": softcap,
+    }
+    args: Args | CacheArgs
+    if cached:
+        args = CacheArgs(cache_seqlens=cache_seqlens, **both)
+    else:
+        args = Args(
+            cu_seqlens_k=cu_seqlens_k,
+            key_mask=key_mask,
+            rng=_random.draw_rng(rng, dropout_p, q.device),
+            max_seqlen_k=max_seqlen_k or 0,
+            dropout_p=dropout_p,
+            site=site,
+            **both,
+        )
     if backend in ("sdpa", "flash_attn"):
         return _registry.column("attention", backend).attention(args)
     if backend == "reference":
         out, lse = _run_reference(args, relative_bias)
     else:
-        out, lse = _registry.call("attention_fwd", args, backend)
+        out, lse = _registry.call("attention_cache" if cached else "attention_fwd", args, backend)
     return (out, lse) if return_lse else out

@@ -6,16 +6,13 @@ import torch
 
 from fastlm import _native
 from fastlm.ops import _random
+from fastlm.ops._attention_checks import check_cu_seqlens
 from fastlm.ops._shapes import as_float, contiguous, sequence_strides, unit_stride
-from fastlm.ops.attention import (
-    Args,
-    BackwardArgs,
-    Gradients,
-    Outputs,
-    check_cu_seqlens,
-    empty_backward,
-    empty_forward,
-)
+from fastlm.ops.attention import Args, BackwardArgs, Gradients, Outputs, empty_backward, empty_forward
+
+
+def limit(q, cached=False, **features) -> str | None:
+    return "it has no kernel for cache_seqlens" if cached else None
 
 
 def _shared(args: Args, lse: torch.Tensor) -> dict:

@@ -12,7 +12,9 @@ from fastlm.ops.attention import Args, BackwardArgs, Gradients, Outputs, empty_b
 _NO_LIMIT = 2**30  # of a window: longer than any sequence, and its sums with an index fit 32 bits
 
 
-def limit(q, softcap=False, bias=False, **features) -> str | None:
+def limit(q, softcap=False, bias=False, cached=False, **features) -> str | None:
+    if cached:
+        return "it has no kernel for cache_seqlens"
     if softcap and bias:
         return "its kernels take softcap or relative_bias, not both"
     return None if q.shape[-1] <= 256 else f"its kernels take head dimensions up to 256, not {q.shape[-1]}"

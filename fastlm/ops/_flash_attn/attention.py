@@ -13,7 +13,9 @@ import torch
 from fastlm.ops.attention import Args
 
 
-def limit(q, *, dropout=False, return_lse=False, bias=False, key_mask=False, **features):
+def limit(q, *, cached=False, dropout=False, return_lse=False, bias=False, key_mask=False, **features):
+    if cached:
+        return "its function with a cache is not called; fastlm's kernels take cache_seqlens"
     if dropout:
         return "flash-attn draws other dropout bits than fastlm's rng and site say"
     if key_mask:

@@ -38,7 +38,11 @@ from fastlm.ops.attention import Args, visible_keys
 _ORDER = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-def limit(q, *, packed=False, dropout=False, return_lse=False, bias_gradient=False, softcap=False, **features):
+def limit(
+    q, *, cached=False, packed=False, dropout=False, return_lse=False, bias_gradient=False, softcap=False, **features
+):
+    if cached:
+        return "it takes no cache_seqlens"
     if packed:
         return "it takes padded input, not cu_seqlens"
     if dropout:

@@ -8,22 +8,17 @@ import torch
 
 from fastlm.kernels import attention as kernels
 from fastlm.ops import _random
+from fastlm.ops._attention_checks import check_cu_seqlens
 from fastlm.ops._shapes import contiguous
-from fastlm.ops.attention import (
-    Args,
-    BackwardArgs,
-    Gradients,
-    Outputs,
-    check_cu_seqlens,
-    empty_backward,
-    empty_forward,
-)
+from fastlm.ops.attention import Args, BackwardArgs, Gradients, Outputs, empty_backward, empty_forward
 
 # Triton reads the variable when it defines a kernel, so when this module imports the kernels.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def limit(q, **features) -> str | None:
+def limit(q, cached=False, **features) -> str | None:
+    if cached:
+        return "it has no kernel for cache_seqlens"
     if _INTERPRETED and q.dtype == torch.bfloat16:
         return (
             "Triton's interpreter holds bfloat16 as 16-bit integers, and its tl.dot multiplies these; "
