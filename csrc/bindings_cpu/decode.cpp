@@ -25,6 +25,8 @@ FASTLM_FIELDS(fastlm::cpu::DecodeStep) {
   FIELD(words);
   FIELD(positions);
   FIELD(distance_bias);
+  FIELD(vocab);
+  FIELD(most_positions);
   FIELD(distances);
   FIELD(softmax_scale);
   FIELD(eps);

@@ -4,6 +4,9 @@
 #include "decode.h"
 
 #include <algorithm>
+#include <limits>
+#include <stdexcept>
+#include <string>
 
 #include "gelu.h"
 #include "norm.h"
@@ -217,12 +220,24 @@ struct Step {
   }
 };
 
+void check(const DecodeStep& a, int64_t b) {
+  const auto refuse = [&](const char* name, const char* expected, int64_t most, int64_t got) {
+    if (got >= 0 && got < most) return;
+    throw std::invalid_argument(std::string(name) + ": expected " + expected + std::to_string(most) + ", got " +
+                                std::to_string(got) + " in row " + std::to_string(b));
+  };
+  refuse("ids", "token ids from 0 and below vocab_size=", a.vocab, a.tokens[b]);
+  refuse("cache", "fewer tokens in a row than its length ", a.capacity, a.lengths[b]);
+  if (a.positions) refuse("cache", "fewer tokens in a row than n_positions=", a.most_positions, a.lengths[b]);
+}
+
 }  // namespace
 
 void decode_step(const std::vector<DecodeLayer>& layers, const DecodeStep& a, int threads) {
   const int64_t inner = a.heads * a.d;
   int64_t keys = 0, hidden = 0;
   for (int64_t b = 0; b < a.batch; ++b) {
+    check(a, b);
     keys = std::max<int64_t>({keys, a.lengths[b] + 1, a.cross_lengths ? a.cross_lengths[b] : 0});
   }
   for (const DecodeLayer& layer : layers) hidden = std::max(hidden, layer.linear2.cols);

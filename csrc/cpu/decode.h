@@ -33,11 +33,11 @@ struct DecodeLayer {
 
 enum class DecodeActivation : int { relu = 0, gelu = 1, gelu_tanh = 2 };
 
-// tokens (batch,) of a table of words (vocab, width), which lie next to each other.
+// tokens (batch,), rows of the table `words` (vocab, width).
 // lengths (batch,): the tokens of each row before this one: its position, and where its key and value go. Row b has the
 // tokens from b capacity on of a layer's cache.
 // cross_starts, cross_lengths (batch,): the first token of each row in the encoder's keys, and how many.
-// positions: (n, width) or null. distance_bias (heads, distances): what is added to the score of a key so many tokens
+// positions: (most_positions, width) or null. distance_bias (heads, distances): what is added to the score of a key so many tokens
 // behind, the last for all farther ones; or null.
 // gated: linear1 has twice the rows, the activated half first.
 // logits (batch, head.rows) = head (output_scale norm(x)).
@@ -46,7 +46,7 @@ struct DecodeStep {
   const int32_t *lengths, *cross_starts, *cross_lengths;
   int64_t batch, capacity, width, heads, d;
   const float *words, *positions, *distance_bias;
-  int64_t distances;
+  int64_t vocab, most_positions, distances;
   float softmax_scale, eps, output_scale;
   bool rms, gated;
   DecodeActivation activation;
@@ -56,7 +56,8 @@ struct DecodeStep {
 };
 
 // Appends each token's keys and values to the layers' caches, and sets the logits. Sums are float32. The bits of a row
-// depend neither on the other rows nor on the number of threads.
+// depend neither on the other rows nor on the number of threads. std::invalid_argument for a token outside of the
+// vocabulary, and for a row that has no room or no position left.
 void decode_step(const std::vector<DecodeLayer>& layers, const DecodeStep& step, int threads);
 
 }  // namespace fastlm::cpu
