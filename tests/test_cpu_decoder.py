@@ -19,6 +19,7 @@ STEPS = 4
 PROMPTS = (5, 1, 9)
 SIZES = {
     "gpt2": {"n_embd": 48, "n_layer": 2, "n_head": 3, "n_positions": 32},
+    "gpt2-wide": {"n_embd": 64, "n_layer": 1, "n_head": 2, "n_positions": 32, "n_inner": 128},
     "gpt2-erf": {"n_embd": 40, "n_layer": 1, "n_head": 2, "n_positions": 32, "n_inner": 72, "bias": False}
     | {"activation_function": "gelu"},
     "t5": {"d_model": 48, "d_kv": 20, "d_ff": 72, "num_layers": 1, "num_decoder_layers": 2, "num_heads": 3}

@@ -7,6 +7,7 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "gelu.h"
 #include "norm.h"
@@ -108,13 +109,17 @@ FASTLM_CLONES void attend(const float* q, const float* k, const float* v, int64_
   for (int64_t c = 0; c < d; ++c) out[c] *= inverse;
 }
 
-// What the threads share, and one thread's own scratch.
+// One thread's view of a step.
 struct Step {
   const DecodeStep& a;
-  int64_t inner, keys;               // heads d; the most keys that a row attends to
-  float *x, *q, *attended, *hidden;  // (batch, width), (batch, inner) twice, (batch, linear2.cols)
   Team& team;
-  float *normed, *sums, *gates, *scores;  // (batch, width), (batch, MOST_ROWS) twice, (keys,)
+  int64_t inner;  // heads d
+
+  // Of all threads: (batch, width), (batch, inner) twice, (batch, linear2.cols).
+  float *x = nullptr, *q = nullptr, *attended = nullptr, *hidden = nullptr;
+  // Of this one: (batch, width), (batch, MOST_ROWS) twice, the scores of a head, and for `prepare`.
+  float *normed = nullptr, *sums = nullptr, *gates = nullptr, *scores = nullptr;
+  char* columns = nullptr;
 
   void embed() const {
     team.phase(a.batch, [&](int64_t b) {
@@ -130,15 +135,16 @@ struct Step {
   // Calls f(first, rows) for pieces of m's rows, with rows [first, first + rows) of m times `from` in `sums`.
   template <class F>
   void product(const Matrix& m, const float* from, F f) const {
+    const Operand x = prepare(m, from, m.cols, a.batch, columns);
     team.phase(pieces(m.rows, m), [&](int64_t i) {
       const int64_t first = i * piece_rows(m), rows = std::min(piece_rows(m), m.rows - first);
-      times(m, first, rows, from, sums);
+      times(m, first, rows, x, sums);
       f(first, rows);
     });
   }
 
-  void times(const Matrix& m, int64_t first, int64_t rows, const float* from, float* to) const {
-    rows_times(m, first, first + rows, from, m.cols, a.batch, to, MOST_ROWS);
+  void times(const Matrix& m, int64_t first, int64_t rows, const Operand& x, float* to) const {
+    rows_times(m, first, first + rows, x, to, MOST_ROWS);
     finish(m, first, rows, a.batch, to);
   }
 
@@ -194,10 +200,11 @@ struct Step {
     const Matrix& m = layer.linear1;
     const int64_t cols = layer.linear2.cols;
     norm(layer.norm2);
+    const Operand x = prepare(m, normed, m.cols, a.batch, columns);
     team.phase(pieces(cols, m), [&](int64_t i) {
       const int64_t first = i * piece_rows(m), rows = std::min(piece_rows(m), cols - first);
-      times(m, first, rows, normed, sums);
-      if (a.gated) times(m, cols + first, rows, normed, gates);
+      times(m, first, rows, x, sums);
+      if (a.gated) times(m, cols + first, rows, x, gates);
       for (int64_t b = 0; b < a.batch; ++b) {
         activate(a.activation, sums + b * MOST_ROWS, a.gated ? gates + b * MOST_ROWS : nullptr, rows,
                  hidden + b * cols + first);
@@ -242,40 +249,41 @@ void decode_step(const std::vector<DecodeLayer>& layers, const DecodeStep& a, in
   }
   for (const DecodeLayer& layer : layers) hidden = std::max(hidden, layer.linear2.cols);
 
+  int64_t operand = operand_bytes(a.head, a.batch);
+  for (const DecodeLayer& l : layers) {
+    for (const Matrix* m : {&l.qkv, &l.out, &l.cross_q, &l.cross_out, &l.linear1, &l.linear2}) {
+      if (m->data) operand = std::max(operand, operand_bytes(*m, a.batch));
+    }
+  }
+
   // Each part begins at a cache line of its own.
   const auto lines = [](int64_t n) { return (n + 15) / 16 * 16; };
-  const int64_t shared[] = {lines(a.batch * a.width), lines(a.batch * inner), lines(a.batch * inner),
-                            lines(a.batch * hidden)};
-  const int64_t own[] = {lines(a.batch * a.width), a.batch * MOST_ROWS, a.batch * MOST_ROWS, lines(keys)};
-  const int64_t own_size = own[0] + own[1] + own[2] + own[3];
-  const auto memory = scratch<float>(shared[0] + shared[1] + shared[2] + shared[3] + threads * own_size);
-  float *const x = memory.get(), *const q = x + shared[0], *const attended = q + shared[1],
-               *const wide = attended + shared[2], *const rest = wide + shared[3];
+  const int64_t x = lines(a.batch * a.width), heads = lines(a.batch * inner), wide = lines(a.batch * hidden);
+  const int64_t sums = a.batch * MOST_ROWS, scores = lines(keys), columns = lines((operand + 3) / 4);
+  const int64_t shared = x + 2 * heads + wide, own = x + 2 * sums + scores + columns;
+  const auto memory = scratch<float>(shared + threads * own);
   Team::run(threads, [&](Team& team, int thread) {
-    float* const mine = rest + thread * own_size;
-    Step{a,
-         inner,
-         keys,
-         x,
-         q,
-         attended,
-         wide,
-         team,
-         mine,
-         mine + own[0],
-         mine + own[0] + own[1],
-         mine + own[0] + own[1] + own[2]}
-        .run(layers);
+    float* at = memory.get();
+    const auto take = [&](int64_t n) { return std::exchange(at, at + n); };
+    Step step{a, team, inner};
+    step.x = take(x), step.q = take(heads), step.attended = take(heads), step.hidden = take(wide);
+    at = memory.get() + shared + thread * own;
+    step.normed = take(x), step.sums = take(sums), step.gates = take(sums), step.scores = take(scores);
+    step.columns = reinterpret_cast<char*>(take(columns));
+    step.run(layers);
   });
 }
 
 void matvec(const Matrix& m, const float* x, int64_t batch, float* y, int threads) {
+  const int64_t bytes = operand_bytes(m, batch);
   const auto memory = scratch<float>(threads * batch * MOST_ROWS);
+  const auto columns = scratch<char>(threads * bytes);
   Team::run(threads, [&](Team& team, int thread) {
     float* const sums = memory.get() + thread * batch * MOST_ROWS;
+    const Operand operand = prepare(m, x, m.cols, batch, columns.get() + thread * bytes);
     team.phase(pieces(m.rows, m), [&](int64_t i) {
       const int64_t first = i * piece_rows(m), rows = std::min(piece_rows(m), m.rows - first);
-      rows_times(m, first, first + rows, x, m.cols, batch, sums, MOST_ROWS);
+      rows_times(m, first, first + rows, operand, sums, MOST_ROWS);
       finish(m, first, rows, batch, sums);
       for (int64_t b = 0; b < batch; ++b) std::copy_n(sums + b * MOST_ROWS, rows, y + b * m.rows + first);
     });

@@ -37,10 +37,9 @@ enum class DecodeActivation : int { relu = 0, gelu = 1, gelu_tanh = 2 };
 // lengths (batch,): the tokens of each row before this one: its position, and where its key and value go. Row b has the
 // tokens from b capacity on of a layer's cache.
 // cross_starts, cross_lengths (batch,): the first token of each row in the encoder's keys, and how many.
-// positions: (most_positions, width) or null. distance_bias (heads, distances): what is added to the score of a key so many tokens
-// behind, the last for all farther ones; or null.
-// gated: linear1 has twice the rows, the activated half first.
-// logits (batch, head.rows) = head (output_scale norm(x)).
+// positions: (most_positions, width) or null. distance_bias (heads, distances): what is added to the score of a key so
+// many tokens behind, the last for all farther ones; or null. gated: linear1 has twice the rows, the activated half
+// first. logits (batch, head.rows) = head (output_scale norm(x)).
 struct DecodeStep {
   const int64_t* tokens;
   const int32_t *lengths, *cross_starts, *cross_lengths;

@@ -6,12 +6,17 @@
 #include <algorithm>
 #include <cstring>
 
+#include "amx.h"
 #include "parallel.h"
 #include "simd.h"
 
 namespace fastlm::cpu {
 namespace {
 
+// Bytes between a load and its prefetch, which is in the order of memory: the rows of a block are too short, and too
+// many on a page, for the machine's own prefetch. One core, int8, 768 columns: 12 GB/s, 5 without, and 15 of a plain
+// read.
+constexpr int64_t AHEAD = 4096;
 constexpr int64_t kGroup = 8;  // rows: what one block reads is in the first-level cache for further rows of x
 
 template <int LANES>
@@ -94,6 +99,8 @@ FASTLM_INLINE void sum_block(const char* w, int64_t row_bytes, int64_t cols, con
   const int64_t n = cols / W::PARTS;
   int64_t c = 0;
   for (; c + L <= n; c += L) {
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) __builtin_prefetch(w + AHEAD + (c * ROWS + r * L) * 4);
     Float part[ROWS][W::PARTS];
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) W::template load<L>(w + r * row_bytes + c * 4, part[r]);
@@ -202,9 +209,20 @@ const Kernels& kernels() {
 
 }  // namespace
 
-void rows_times(const Matrix& m, int64_t begin, int64_t end, const float* x, int64_t ldx, int64_t batch, float* sums,
-                int64_t ld) {
-  kernels().times[int(m.form)](m, begin, end, x, ldx, batch, sums, ld);
+int64_t operand_bytes(const Matrix& m, int64_t batch) { return amx_takes(m) ? amx_bytes(m, batch) : 0; }
+
+Operand prepare(const Matrix& m, const float* x, int64_t ld, int64_t batch, char* memory) {
+  if (!amx_takes(m)) return {x, ld, batch, nullptr};
+  amx_columns(m, x, ld, batch, memory);
+  return {x, ld, batch, memory};
+}
+
+void rows_times(const Matrix& m, int64_t begin, int64_t end, const Operand& x, float* sums, int64_t ld) {
+  if (x.columns) {
+    amx_times(m, begin, end, x.columns, x.batch, sums, ld);
+  } else {
+    kernels().times[int(m.form)](m, begin, end, x.x, x.ld, x.batch, sums, ld);
+  }
 }
 
 int64_t read_memory(const void* data, int64_t bytes, int threads) {

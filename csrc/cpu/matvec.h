@@ -25,11 +25,21 @@ struct Matrix {
   int64_t row_bytes() const { return cols * (form == WeightForm::f32 ? 4 : form == WeightForm::bf16 ? 2 : 1); }
 };
 
-// sums (batch, ld) = x (batch, ldx) times rows [begin, end) of the matrix, before its scale and bias; the first column
-// of sums belongs to row `begin`. Every weight is read from memory once. A sum does not depend on the range, nor on the
-// other rows of x. Runs on the calling thread.
-void rows_times(const Matrix& m, int64_t begin, int64_t end, const float* x, int64_t ldx, int64_t batch, float* sums,
-                int64_t ld);
+// Rows of x (batch, ld), as the products with one matrix read them: in place, or as the columns of amx.h in `columns`.
+struct Operand {
+  const float* x;
+  int64_t ld, batch;
+  const char* columns;  // or null
+};
+
+// Bytes of scratch, 64-byte aligned, that `prepare` needs for `batch` rows of x and this matrix.
+int64_t operand_bytes(const Matrix& m, int64_t batch);
+Operand prepare(const Matrix& m, const float* x, int64_t ld, int64_t batch, char* memory);
+
+// sums (batch, ld) = x times rows [begin, end) of the matrix, before its scale and bias; the first column of sums
+// belongs to row `begin`. Every weight is read from memory once. A sum does not depend on the range, nor on the other
+// rows of x. Runs on the calling thread.
+void rows_times(const Matrix& m, int64_t begin, int64_t end, const Operand& x, float* sums, int64_t ld);
 
 // y (batch, rows) = x (batch, cols) mᵀ with scale and bias, on `threads` threads.
 void matvec(const Matrix& m, const float* x, int64_t batch, float* y, int threads);
