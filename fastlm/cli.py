@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import sys
@@ -250,6 +251,73 @@ def fill_mask(
 
 
 @app.command()
+def generate(
+    model: Annotated[Path, typer.Option(help="A GPT-2's or T5's directory, as OUT/hf.")],
+    prompt: Annotated[str | None, typer.Option(help="Text to continue (GPT-2), or to answer (T5).")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", metavar="PATH...", help='Files of prompts instead: a line each, or JSONL\'s "prompt".'),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON lines to write, one a prompt.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0: the most probable token; else tokens are drawn.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Draw from so many likeliest tokens. 0: from all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens with this probability. 1: all.")] = 1.0,
+    num_beams: Annotated[int, typer.Option(help="Beam search with so many. 1: none.")] = 1,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer; again for more.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 8,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; else a GPU where there is one.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE...", help="Any setting of generation, as repetition_penalty=1.2."),
+    ] = None,
+) -> None:
+    """Write text: a prompt's as it comes, or answers to the prompts of a file. Speed goes to standard error."""
+    from fastlm.run.recipe import parse_settings
+
+    if (prompt is None) == (not data):
+        raise ValueError(
+            "--prompt: expected this, or --data with a file of prompts, got " + ("both" if data else "none")
+        )
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"--dtype: expected float32, bfloat16 or float16, got {dtype!r}")
+
+    import torch
+
+    from fastlm.chip import parse_device
+    from fastlm.generate import files
+
+    _threads.for_work()
+    device = parse_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    prompts = files.read_prompts(data) if data else [files.Prompt(prompt, "--prompt")]
+    writer = files.Writer.load(model, device=device, dtype=getattr(torch, dtype))
+    options = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "num_beams": num_beams,
+        "stop": stop or (),
+        "seed": seed,
+        **parse_settings(settings or []),
+    }
+    speed = files.Speed()
+    if not (data or out or as_json) and options["num_beams"] == 1:
+        for piece in writer.pieces(prompts[0], speed, **options):
+            print(piece, end="", flush=True)
+        print()
+    else:
+        with out.open("w", encoding="utf-8") if out else contextlib.nullcontext(sys.stdout) as target:
+            for asked, answer in writer.answers(prompts, batch, speed, **options):
+                text = asked.text + answer.text if writer.continues else answer.text
+                print(files.as_json(asked, answer) if out or as_json else text, file=target, flush=True)
+    _say(str(speed), sys.stderr)
+
+
+@app.command()
 def demo(
     kind: Annotated[str, typer.Argument(help="bert, gpt2 or t5.")] = "bert",
     out: Annotated[Path | None, typer.Option(help="Directory to write. Default: runs/demo-KIND.")] = None,
@@ -332,13 +400,17 @@ def _say(text: str, stream=None) -> None:
 
 def _repeat_options(arguments: list[str]) -> list[str]:
     """`--data a b` as `--data a --data b`, which is what click knows. ValueError where no value follows."""
+
+    def is_option(argument: str) -> bool:
+        return argument.startswith("-") and argument != "-" and not argument.startswith("-.")  # standard input
+
     out, several = [], None
-    for argument, after in zip(arguments, [*arguments[1:], "-"]):
-        if argument.startswith("-"):
+    for argument, after in zip(arguments, [*arguments[1:], "--"]):
+        if is_option(argument):
             several = argument if argument in _SEVERAL else None
             if several is None:
                 out.append(argument)
-            elif after.startswith("-"):
+            elif is_option(after):
                 raise ValueError(f"{argument}: expected one value or more, got none")
         elif several is not None:
             out += [several, argument]

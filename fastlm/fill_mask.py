@@ -34,12 +34,7 @@ def fill_mask(directory, text: str, *, top: int = 5) -> list[list[Candidate]]:
     model = Bert.from_pretrained(directory).eval()
     tokenizer = Tokenizer.load(directory)
     tokenizer.check("masked")
-    vocab_size = model.config.vocab_size  # may be rounded up beyond the tokenizer's, not the other way round
-    if tokenizer.vocab_size > vocab_size:
-        raise ValueError(
-            f"model: expected a tokenizer of at most the model's {vocab_size} tokens in {directory}, got one of "
-            f"{tokenizer.vocab_size}; put the model's own there"
-        )
+    tokenizer.check_size(model.config.vocab_size, directory)
     ids = tokenizer.encode(text)
     places = [place for place, id in enumerate(ids) if id == tokenizer.mask_id]
     mask = tokenizer.decode([tokenizer.mask_id], skip_special_tokens=False)

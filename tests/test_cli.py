@@ -84,6 +84,11 @@ def test_several_values_after_one_option():
     assert cli._repeat_options(["--set", "a=1", "b=2", "--resume", "never"]) == (
         ["--set", "a=1", "--set", "b=2", "--resume", "never"]
     )
+    assert cli._repeat_options(["prepare", "--data", "-", "-.jsonl", "-h"]) == (
+        ["prepare", "--data", "-", "--data", "-.jsonl", "-h"]
+    )
+    with pytest.raises(ValueError, match="--data: expected one value or more, got none"):
+        cli._repeat_options(["prepare", "--data"])
     assert cli._repeat_options(["fill-mask", "--model", "m", "a b"]) == ["fill-mask", "--model", "m", "a b"]
 
 
@@ -269,7 +274,7 @@ def test_messages_break_between_words(monkeypatch, fastlm, tmp_path):
 def test_unknown_commands(name, hint, fastlm):
     status, out, err = fastlm(name, "bert-mini")
     assert (status, out) == (2, "")
-    names = "info, prepare, data, pretrain, recipe, fill-mask, demo, profile, tune"
+    names = "info, prepare, data, pretrain, recipe, fill-mask, generate, demo, profile, tune"
     assert err.startswith(f"error: command: expected one of {names}")
     assert f"got '{name}'; {hint}" in err
     assert "mean tune" not in err
@@ -301,7 +306,7 @@ def test_help_names_the_commands_and_imports_no_torch():
     code = "import sys, fastlm.cli as c; sys.argv = ['fastlm', '--help']\n"
     code += "try: c.main()\nexcept SystemExit: print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert all(name in done.stdout for name in ("info", "prepare", "pretrain", "recipe", "fill-mask"))
+    assert all(name in done.stdout for name in ("info", "prepare", "pretrain", "recipe", "fill-mask", "generate"))
     assert done.stdout.rstrip().endswith("False")
 
 

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from recorded_graph import Recorded
 from training import corpus, small
 
 from fastlm.data import open_dataset, prepare
@@ -18,32 +19,6 @@ from fastlm.train.parallel import World
 
 DROPOUT = {"model__hidden_dropout_prob": 0.1, "model__attention_probs_dropout_prob": 0.1}
 DEVICE = World(0, 1, torch.device("cuda"))
-
-
-class Recorded:
-    """As CudaGraph, on a CPU: `replay` writes into the tensors that `capture` returned. times: what `seconds` says."""
-
-    times = (2.0, 1.0)
-
-    def __init__(self):
-        self.replays, self.warmed, self._times = 0, 0, iter(self.times)
-
-    def warm(self, function):
-        self.warmed += 1
-        function()
-
-    def capture(self, function):
-        self.function, self.static = function, function()
-        return self.static
-
-    def replay(self):
-        self.replays += 1
-        for static, new in zip(self.static, self.function(), strict=True):
-            static.copy_(new)
-
-    def seconds(self, function):
-        function()
-        return next(self._times)
 
 
 @pytest.fixture(autouse=True)

@@ -42,9 +42,9 @@ FLOORS = {
     "run": MODELS | {"tasks", "terminal"},
     "train": RUN | {"cuda_graph"},
     "fill_mask": MODELS,
-    "generate": MODELS,
+    "generate": MODELS | {"cuda_graph"},
     "demo": RUN | {"train", "fill_mask", "generate", "bench", "terminal"},
-    "cli": RUN | {"train", "fill_mask", "bench", "demo", "info", "terminal"},
+    "cli": RUN | {"train", "fill_mask", "generate", "bench", "demo", "info", "terminal"},
     "__main__": {"cli"},
     "__init__": set(),
 }

@@ -10,14 +10,14 @@ import torch
 
 from fastlm.data.batches import make_batch
 from fastlm.demo._ngrams import Trigrams, before
-from fastlm.generate import Sampling, continue_tokens
+from fastlm.generate import generate
 from fastlm.models import GPT2
 
 RECIPE, SENTENCES, WORDS, TOKENS = "gpt2-mini", 4, 5, 48
 LEAST_STEPS = 150  # the recipe is not judged on fewer; three minutes of two cores are more
 SHARE = 0.85  # of the bits a character of the tokens' frequencies: one that has learned no more ends at 1
 LOADED_BY = "AutoModelForCausalLM"
-_SAMPLING = Sampling(temperature=0.7, top_k=40, seed=0)
+_SAMPLING = {"temperature": 0.7, "top_k": 40, "seed": 0}
 _ROWS = 256  # at a time
 
 
@@ -25,22 +25,19 @@ def show(model_directory, task, sentences, say) -> None:
     """Print a continuation of the first words of each sentence."""
     model, tokenizer = GPT2.from_pretrained(model_directory), task.dataset.tokenizer
     begin = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+    longest = min(task.recipe.data.row_tokens, model.config.n_positions)  # later positions are untrained
     say(
-        f"The first words of held-out sentences, and what the model continues them with\n(temperature "
-        f"{_SAMPLING.temperature}, the {_SAMPLING.top_k} likeliest tokens, seed {_SAMPLING.seed}):\n"
+        "The first words of held-out sentences, and what the model continues them with\n(temperature "
+        f"{_SAMPLING['temperature']}, the {_SAMPLING['top_k']} likeliest tokens, seed {_SAMPLING['seed']}):\n"
     )
     for sentence in sentences:
         prompt = " ".join(sentence.split(" ")[:WORDS])
-        ids = [begin, *tokenizer.encode_batch([prompt])[0]]
-        written = continue_tokens(
-            model,
-            ids,
-            TOKENS,
-            sampling=_SAMPLING,
-            stop={tokenizer.eos_id},
-            longest=min(task.recipe.data.row_tokens, model.config.n_positions),
+        ids = [begin, *tokenizer.encode_batch([prompt])[0]][-longest:]
+        most = min(TOKENS, longest - len(ids) + 1)
+        (written,) = generate(
+            model, [ids], tokenizer=tokenizer, max_new_tokens=most, eos_token_id=tokenizer.eos_id, **_SAMPLING
         )
-        text = f"{prompt} ▸{tokenizer.decode(written)}"
+        text = f"{prompt} ▸{written.text}"
         say(textwrap.fill(text, 76, initial_indent="  ", subsequent_indent="    ") + "\n", markup=False)
 
 

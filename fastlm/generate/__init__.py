@@ -1,6 +1,8 @@
-"""Text from a model: `continue_tokens` for GPT-2, `fill_spans` for T5."""
+"""Text from GPT-2 and T5: `generate`, `stream` for its tokens as they come, and `fill_spans` for T5's sentinels."""
 
-from fastlm.generate.sampling import Sampling, continue_tokens, sample
+from fastlm.generate.api import Generated, generate, stream
+from fastlm.generate.loop import Token
+from fastlm.generate.settings import Settings
 from fastlm.generate.spans import fill_spans
 
-__all__ = ["Sampling", "continue_tokens", "fill_spans", "sample"]
+__all__ = ["Generated", "Settings", "Token", "fill_spans", "generate", "stream"]

@@ -1,85 +1,70 @@
-"""Sampling from a language model, a token at a time. The whole window is computed anew for each."""
+"""A token for each row, from logits: filters, and a draw that depends on seed, row and position alone.
+
+With p the softmax of the logits over the temperature:
+    top_k    p = 0 where p is below the k-th largest
+    top_p    p = 0 below the last token, from the largest on, before which the others sum to less than top_p
+    min_p    p = 0 where p is below min_p times the largest
+    u        48 bits of Philox(counter = (position, 0, row low, row high), key(seed, text)), as a fraction of 2^48
+    token    the first, by id, at which the sum of p exceeds u times the sum of all
+
+Sources: top_p: Holtzman et al. 2019 (arXiv:1904.09751); min_p: Nguyen et al. 2024 (arXiv:2407.01082).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-
+import numpy as np
 import torch
 
-from fastlm.models import GPT2
+from fastlm import philox
+from fastlm.generate.settings import Settings
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How a token is drawn from logits. ValueError for a value out of range.
+def uniforms(seed: int, rows: torch.Tensor, first: torch.Tensor, count: int) -> torch.Tensor:
+    """(B, count) float64 in [0, 1): what is drawn for the rows at the positions from `first` on.
 
-    temperature   the logits are divided by it; 0: always the most probable token
-    top_k         only so many of the most probable tokens are drawn; 0: all
-    seed          of the draws: the same model, ids and seed give the same tokens
+    rows, first: (B,) int64, the numbers of the rows, and positions from 0 on
     """
-
-    temperature: float = 0.8
-    top_k: int = 40
-    seed: int = 0
-
-    def __post_init__(self):
-        if not 0.0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature: expected 0 or a positive number, got {self.temperature!r}")
-        if not isinstance(self.top_k, int) or self.top_k < 0:
-            raise ValueError(f"top_k: expected 0, for all tokens, or a positive integer, got {self.top_k!r}")
-
-    def generator(self) -> torch.Generator:
-        return torch.Generator().manual_seed(self.seed)
+    position = first[:, None] + torch.arange(count, device=first.device)
+    low, high = rows[:, None] & 0xFFFFFFFF, (rows[:, None] >> 32) & 0xFFFFFFFF
+    r0, r1, _, _ = philox.philox4x32(position, 0, low, high, *philox.key(seed, philox.TEXT_DOMAIN))
+    return ((r0 << 16) | (r1 >> 16)).double() * 2.0**-48
 
 
-def sample(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """A token id, drawn from `logits` (vocab_size,) as `sampling` says. The draw runs on the CPU in float64."""
-    logits = logits.detach().double().cpu()
-    if not sampling.temperature:
-        return int(logits.argmax())
-    kept = min(sampling.top_k or len(logits), len(logits))
-    best, ids = logits.topk(kept)
-    chances = ((best - best[0]) / sampling.temperature).softmax(-1)
-    return int(ids[torch.multinomial(chances, 1, generator=generator)])
+def penalise(scores: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
+    """scores (B, V) with the repetition penalty for the tokens `seen` (B, V), bool."""
+    return torch.where(seen, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
 
 
-@torch.inference_mode()
-def continue_tokens(
-    model: GPT2,
-    ids: Sequence[int],
-    tokens: int,
-    *,
-    sampling: Sampling = Sampling(),
-    stop: Collection[int] = (),
-    longest: int | None = None,
-) -> list[int]:
-    """At most `tokens` token ids that continue `ids`; it ends before the first one in `stop`.
+def chances(scores: torch.Tensor, settings: Settings) -> torch.Tensor:
+    """(B, V) float32: what each token's chance is proportional to, 0 for those that the filters leave out.
 
-    longest: how many of the latest tokens the model reads, at most and by default its n_positions. Training on rows of
-        fewer tokens leaves the later positions untrained: pass data.row_tokens then.
-
-    ValueError where `ids` is empty, or where an argument is out of range.
+    scores: logits (B, V), float32, -inf for a token that is out of the question
     """
-    limit = model.config.n_positions
-    longest = limit if longest is None else longest
-    if not 1 <= longest <= limit:
-        raise ValueError(f"longest: expected from 1 to the model's n_positions={limit}, got {longest!r}")
-    if not len(ids):
-        raise ValueError("ids: expected at least one token to continue, got none; begin with the tokenizer's bos_id")
-    if tokens < 0:
-        raise ValueError(f"tokens: expected 0 or more, got {tokens!r}")
-    generator, device, training = sampling.generator(), model.word.device, model.training
-    text = list(map(int, ids))
-    start = len(text)
-    model.eval()
-    try:
-        while len(text) < start + tokens:
-            window = torch.tensor([text[-longest:]], device=device)
-            token = sample(model(window)[0, -1], sampling, generator)
-            if token in stop:
-                break
-            text.append(token)
-    finally:
-        model.train(training)
-    return text[start:]
+    best = scores.max(-1, keepdim=True).values
+    scores = (scores - best) / settings.temperature
+    if 0 < settings.top_k < scores.shape[-1]:
+        least = scores.topk(settings.top_k).values[:, -1:]
+        scores = torch.where(scores < least, -torch.inf, scores)
+    p = scores.softmax(-1)
+    if settings.top_p < 1.0:
+        falling = _falling(p)
+        before = falling.cumsum(-1, dtype=torch.float64) - falling
+        kept = (before < settings.top_p).sum(-1, keepdim=True).clamp(min=1)  # none, where p is NaN
+        p = torch.where(p < falling.gather(-1, kept - 1), 0.0, p)
+    if settings.min_p > 0.0:
+        p = torch.where(p < settings.min_p * p.max(-1, keepdim=True).values, 0.0, p)
+    return p
+
+
+def draw(p: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """(B,) int64: a token of each row by its chances p (B, V), at u (B,) of their sum; V - 1 where p has a NaN."""
+    sums = p.cumsum(-1, dtype=torch.float64)
+    at = torch.searchsorted(sums, u[:, None] * sums[:, -1:], right=True)
+    return at.squeeze(-1).clamp(max=p.shape[-1] - 1)
+
+
+def _falling(p: torch.Tensor) -> torch.Tensor:
+    """Each row from its largest value to its smallest."""
+    if p.device.type == "cpu":  # 1.6 ms for 8 rows of 50,257; torch's sort, with indices, takes 160
+        return torch.from_numpy(np.sort(p.numpy(), -1)).flip(-1)
+    return p.sort(-1, descending=True).values

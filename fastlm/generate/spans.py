@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
+from fastlm.generate.api import generate
 from fastlm.models import T5
 
 
-@torch.inference_mode()
 def fill_spans(
     model: T5, ids: Sequence[int], sentinels: Sequence[int], eos_id: int, *, tokens: int = 32
 ) -> list[list[int]]:
@@ -25,20 +23,10 @@ def fill_spans(
     asked = [order[id] for id in ids if id in order]
     if not asked or asked != list(range(len(asked))):
         raise ValueError(f"ids: expected the sentinels 0, 1, ... in this order, got {asked}; number them from 0")
-    device, training = model.word.device, model.training
-    source = torch.tensor([list(ids)], device=device)
-    written = [model.config.decoder_start_token_id]
-    model.eval()
-    try:
-        while len(written) <= tokens:
-            token = int(model(source, torch.tensor([written], device=device))[0, -1].argmax())
-            if token == eos_id or order.get(token, 0) >= len(asked):
-                break
-            written.append(token)
-    finally:
-        model.train(training)
+    ends = (eos_id, *sentinels[len(asked) :])
+    (written,) = generate(model, [list(ids)], max_new_tokens=tokens, eos_token_id=ends)
     spans, current = [[] for _ in asked], None
-    for token in written[1:]:
+    for token in written.ids:
         if token in order:
             current = order[token]
         elif current is not None:

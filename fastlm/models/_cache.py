@@ -23,8 +23,8 @@ class Cache:
     """
 
     def __init__(self, layers: int, capacity: int, length: int, heads: int, d: int, *, device, dtype) -> None:
-        self.k = torch.zeros(layers, capacity, length, heads, d, device=device, dtype=dtype)
-        self.v = torch.zeros_like(self.k)
+        self.k = torch.empty(layers, capacity, length, heads, d, device=device, dtype=dtype)
+        self.v = torch.empty_like(self.k)
         self.lengths = torch.zeros(capacity, dtype=torch.int32, device=device)
         self.rows, self.longest = 0, 0
         self.cross: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
@@ -48,7 +48,7 @@ class Cache:
             self._row = torch.arange(self.rows, device=ids.device)
             self._position = self.lengths[: self.rows].long()
             self.lengths[: self.rows] += 1
-            self.longest += 1
+            self.longest = min(self.longest + 1, self.k.shape[2])
             return Sequences(ids, None, None, None)
         self.rows, self.longest = cu_seqlens.shape[0] - 1, max_seqlen
         given = Sequences(ids, cu_seqlens, max_seqlen, None)
@@ -93,9 +93,13 @@ class Cache:
         With an encoder, origin[index] must not fall.
         """
         rows, used = index.shape[0], self.longest
+        to = torch.arange(rows, device=index.device)
+        if index.device.type == "cpu":  # elsewhere, knowing which rows stay where they are would stall
+            to = to[index != to]
+        source = index[to]
         for x in (self.k, self.v):
             for layer in x:
-                layer[:rows, :used] = layer[index, :used]
+                layer[to, :used] = layer[source, :used]
         self.lengths[:rows] = self.lengths[index]
         self.origin[:rows] = self.origin[index]
         self.rows = rows
@@ -114,3 +118,9 @@ class Generative(Model):
         ids: (rows,), one token a row; or the first tokens of every row, packed (T,) with cu_seqlens (rows + 1,), int32.
         """
         raise NotImplementedError
+
+    def generate(self, input_ids, **settings):
+        """`fastlm.generate.generate(self, input_ids, **settings)`."""
+        import fastlm  # the floors above the models load at first use
+
+        return fastlm.generate.generate(self, input_ids, **settings)

@@ -54,8 +54,8 @@ def _read_json(path: Path) -> dict:
     return content
 
 
-def read_config(directory: str | Path, model_type: str) -> dict:
-    """config.json of a checkpoint. ValueError if it is missing or belongs to another kind of model."""
+def read_config(directory: str | Path, model_type: str | None = None) -> dict:
+    """config.json of a checkpoint. ValueError if it is missing or belongs to another kind of model; None: of any."""
     directory = Path(directory)
     if not directory.is_dir():
         raise ValueError(
@@ -68,7 +68,7 @@ def read_config(directory: str | Path, model_type: str) -> dict:
             found = f"none; it is the directory of a run, whose model is in {directory / _RUN_MODEL}"
         raise ValueError(f"directory: expected a {_CONFIG} in {directory}, found {found}")
     config = _read_json(directory / _CONFIG)
-    if config.get("model_type") != model_type:
+    if model_type is not None and config.get("model_type") != model_type:
         raise ValueError(
             f'directory: expected model_type "{model_type}" in {_CONFIG}, got {config.get("model_type")!r}'
         )
