@@ -37,7 +37,7 @@ FLOORS = {
     "hf": {"ops", "nn"},
     "testing": RUN | {"train", "hf"},
     "info": LOW | {"ops"},
-    "bench": RUN | {"kernels", "train", "hf", "testing", "info", "cuda_graph"},
+    "bench": RUN | {"kernels", "train", "generate", "hf", "testing", "info", "cuda_graph"},
     "tasks": MODELS,
     "run": MODELS | {"tasks", "terminal"},
     "train": RUN | {"cuda_graph"},

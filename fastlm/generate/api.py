@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from fastlm.generate import beams, loop
-from fastlm.generate.decoder import make_decoder
+from fastlm.generate.decoder import Decoder
+from fastlm.generate.decoders import make_decoder
 from fastlm.generate.loop import Token
 from fastlm.generate.rows import Request
 from fastlm.generate.settings import Settings
@@ -83,16 +84,14 @@ def stream(model: GPT2 | T5, input_ids, **options) -> Iterator[Token]:
 
 
 def _stream(model, request: Request) -> Iterator[Token]:
-    decoder = make_decoder(model, [len(prompt) for prompt in request.prompts], max(request.limits))
+    decoder = _decoder(model, request)
     with _inference(model):
         yield from loop.run(decoder, request, model.word.device)
 
 
 def _search(model, request: Request) -> list[Generated]:
     settings = request.settings
-    decoder = make_decoder(
-        model, [len(prompt) for prompt in request.prompts], max(request.limits), copies=settings.num_beams
-    )
+    decoder = _decoder(model, request, copies=settings.num_beams)
     results = []
     for row, (ids, score) in enumerate(beams.search(decoder, request, model.word.device)):
         text, finish = request.text(row), "length"
@@ -103,6 +102,11 @@ def _search(model, request: Request) -> list[Generated]:
             finish = "stop" if text.stopped else finish
         results.append(Generated(ids, None if text is None else text.text, finish, score))
     return results
+
+
+def _decoder(model, request: Request, copies: int = 1) -> Decoder:
+    prompts = [len(prompt) for prompt in request.prompts]
+    return make_decoder(model, prompts, max(request.limits), copies=copies, weights=request.settings.weights)
 
 
 @contextmanager

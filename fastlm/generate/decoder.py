@@ -48,13 +48,3 @@ class PlainDecoder:
 
     def reorder(self, index: torch.Tensor) -> None:
         self.cache.reorder(index)
-
-
-def make_decoder(model: GPT2 | T5, prompts: list[int], new_tokens: int, copies: int = 1) -> Decoder:
-    """A decoder with room for the prompts, of these lengths, and as many new tokens.
-
-    copies: rows that each prompt may become, as of beams.
-    """
-    # The last new token is never read. T5's prompt is the encoder's; its decoder begins with one token.
-    length = (1 if isinstance(model, T5) else max(prompts)) + max(0, new_tokens - 1)
-    return PlainDecoder(model, model.new_cache(copies * len(prompts), length))

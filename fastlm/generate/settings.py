@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from fastlm.generate.cpu_decoder import FORMS
+from fastlm.ops import _checks
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -26,6 +29,8 @@ class Settings:
     eos_token_id        an id, or several, that end a row; None: the model's configuration says it; (): none does
     stop                strings that end a row, wherever they lie across the tokens; they need a tokenizer
     seed                of the draws. What is drawn for a row depends on seed, the row's number and the position alone
+    weights             how a step on a CPU reads the weights of its products: "float32", "bfloat16" or "int8"
+                        (fastlm/generate/cpu_decoder.py), of a float32 model; None: as the model has them
     cuda_graph          on a CUDA device the step is one graph: "auto" where it can be captured, True: or an error
 
     The filters apply in this order: repetition_penalty, min_new_tokens, temperature, top_k, top_p, min_p, as in
@@ -45,6 +50,7 @@ class Settings:
     eos_token_id: int | tuple[int, ...] | None = None
     stop: tuple[str, ...] = ()
     seed: int = 0
+    weights: str | None = None
     cuda_graph: bool | str = "auto"
 
     def __post_init__(self):
@@ -70,6 +76,8 @@ class Settings:
             raise ValueError(f'early_stopping: expected True, False or "never", got {self.early_stopping!r}')
         if not isinstance(self.cuda_graph, bool) and self.cuda_graph != "auto":
             raise ValueError(f'cuda_graph: expected True, False or "auto", got {self.cuda_graph!r}')
+        if self.weights is not None:
+            _checks.one_of("weights", self.weights, FORMS)
         if not isinstance(self.seed, int) or not -(2**63) <= self.seed < 2**64:
             raise ValueError(f"seed: expected an integer of 64 bits, got {self.seed!r}")
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
