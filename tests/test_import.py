@@ -44,7 +44,8 @@ FLOORS = {
     "fill_mask": MODELS,
     "generate": MODELS,
     "demo": RUN | {"train", "fill_mask", "generate", "bench", "terminal"},
-    "cli": RUN | {"train", "fill_mask", "bench", "demo", "info", "terminal"},
+    "finetune_cli": RUN | {"train", "terminal"},
+    "cli": RUN | {"train", "fill_mask", "bench", "demo", "info", "terminal", "finetune_cli"},
     "__main__": {"cli"},
     "__init__": set(),
 }
