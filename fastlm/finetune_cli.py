@@ -1,10 +1,14 @@
-"""`fastlm finetune TASK`: a command for each task on labelled examples."""
+"""`fastlm finetune TASK`, a command for each task on labelled examples, and `fastlm predict`."""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import tempfile
+import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +23,8 @@ TASKS = {
     "regress": "Predict a number for each text or pair of texts.",
     "tag": "Label each word, as entities in IOB2.",
 }
+
+_CONLL = (".conll", ".iob", ".bio")
 
 Data = Annotated[
     list[str],
@@ -107,3 +113,48 @@ def _command(task: str) -> Callable:
 
     finetune.__name__ = task
     return finetune
+
+
+def predict(
+    model: Annotated[Path, typer.Option(help="OUT of a fine-tuning, its OUT/hf, or a Hugging Face directory.")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data", metavar="PATH...", help="Texts: CSV, JSONL, Parquet, a text a line. Default: - (stdin)."
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON lines to write. Default: the terminal.")] = None,
+    text: Text = None,
+    header: Annotated[bool, typer.Option(help="Whether the first line of a CSV file names its columns.")] = True,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; else a GPU where there is one.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+) -> None:
+    """Write what a fine-tuned model says of each text, with probabilities, as JSON lines."""
+    import torch
+
+    from fastlm import predict as predicting
+    from fastlm.chip import parse_device
+    from fastlm.data.labelled import stream_records
+    from fastlm.data.sources import Report
+    from fastlm.storage import atomic_file
+
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"--dtype: expected float32 or bfloat16, got {dtype!r}")
+    _threads.for_work()
+    device = parse_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    columns = "" if text is None else ",".join(text)
+    predictor = predicting.Predictor(model, text=columns, device=device, dtype=getattr(torch, dtype))
+    report, paths, began = Report(), data or ["-"], time.perf_counter()
+    plain = "conll" if predictor.tags and all(Path(path).suffix in _CONLL for path in paths) else "line"
+    with ExitStack() as stack:
+        spool = stack.enter_context(tempfile.TemporaryDirectory())
+        file = sys.stdout
+        if out is not None:
+            partial = stack.enter_context(atomic_file(out, what="the predictions"))
+            file = stack.enter_context(open(partial, "w", encoding="utf-8"))
+        records = stream_records(paths, report, {}, plain=plain, header=header, spool=spool)
+        for said in predictor.predict(records, report):
+            print(json.dumps(said, ensure_ascii=False), file=file)
+    predicting.describe(predictor, report, time.perf_counter() - began, lambda line: print(line, file=sys.stderr))
+    if not report.kept:
+        raise ValueError(f"data: expected texts, found none in {' '.join(paths)} ({report.reasons()})")
