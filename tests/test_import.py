@@ -44,7 +44,9 @@ FLOORS = {
     "fill_mask": MODELS,
     "generate": MODELS | {"cuda_graph"},
     "demo": RUN | {"train", "fill_mask", "generate", "bench", "terminal"},
-    "cli": RUN | {"train", "fill_mask", "generate", "bench", "demo", "info", "terminal"},
+    "predict": MODELS | {"tasks"},
+    "finetune_cli": RUN | {"train", "terminal", "predict"},
+    "cli": RUN | {"train", "fill_mask", "generate", "bench", "demo", "info", "terminal", "finetune_cli"},
     "__main__": {"cli"},
     "__init__": set(),
 }

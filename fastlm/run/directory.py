@@ -1,12 +1,13 @@
 """The directory of a run: the lock on it, where a run in it starts, and the data in it.
 
-OUT/data/             the text, prepared, where text was given
+OUT/data/             the text, prepared, where text was given; of a fine-tuning the tokenizer alone
 OUT/recipe.json       what the run is
 OUT/metrics.jsonl     a line a step; see fastlm.run.metrics
 OUT/checkpoints/      see fastlm.run.checkpoint
 OUT/cuda_graph.json   on a GPU: whether steps are a CUDA graph; see fastlm.train.graph
 OUT/tensorboard/, OUT/wandb/     where asked for; see fastlm.run.tracking
 OUT/summary.json, OUT/loss.png, OUT/hf/     at the end
+OUT/metrics.json, OUT/curves.png, OUT/confusion.png     of a fine-tuning, at the end; see fastlm.run.reports
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastlm.data import Dataset, Mixture, is_prepared, open_dataset
+from fastlm.data.labelled import Examples
 from fastlm.data.mixture import Joined, parse_weights
 from fastlm.data.preparation import OtherPreparation, setting_differences
 from fastlm.data.shards import read_manifest
@@ -35,6 +37,7 @@ from fastlm.tasks import DataTable, find_task
 from fastlm.tasks._tables import split_names
 
 DATA = "data"
+REPORTS = "metrics.json", "curves.png", "confusion.png"
 WRITTEN = *RUN_FILES, "checkpoints", "summary.json", "loss.png", "hf", "cuda_graph.json"  # by a run, beside DATA
 RECIPE, METRICS, CHECKPOINTS, SUMMARY, PLOT, MODEL, GRAPH = WRITTEN
 
@@ -230,7 +233,7 @@ def data_state(dataset: Dataset | Mixture) -> dict:
         "settings": manifest["settings"],
         "tokenizer": manifest["tokenizer"]["checksum"],
         "documents": dataset.documents,
-        "text_bytes": dataset.text_bytes,
+        "text_bytes": manifest.get("text_bytes"),  # of text, not of labelled examples
     }
 
 
@@ -242,9 +245,15 @@ def data_differences(manifest: dict, stored: dict) -> list[str]:
     found = setting_differences(manifest["settings"], before)
     if manifest["tokenizer"]["checksum"] != stored.get("tokenizer", manifest["tokenizer"]["checksum"]):
         found.append("its tokenizer is another one")
-    text = [(what, manifest[key], stored.get(key)) for what, key in _TEXT.items()]
-    found += [f"its text has {now:,} {what}, had {was:,}" for what, now, was in text if was not in (None, now)]
+    text = [(what, manifest.get(key), stored.get(key)) for what, key in _TEXT.items()]
+    found += [f"its text has {now:,} {what}, had {was:,}" for what, now, was in text if None is not was != now]
     return found or ["its text or its tokenizer is another one"]
+
+
+def check_same_data(manifest: dict, stored: dict, named) -> None:
+    """ValueError where the data of `manifest`, that the user named so, is not what a checkpoint has: `data_state`."""
+    if differences := data_differences(manifest, stored):
+        raise ValueError(_OTHER_DATA.format(directory=named, differences="; ".join(differences)))
 
 
 _TEXT = {"documents": "documents", "bytes": "text_bytes"}
@@ -252,10 +261,11 @@ _TEXT = {"documents": "documents", "bytes": "text_bytes"}
 
 @dataclass(frozen=True)
 class Data:
-    """The rows that a run trains on, and those of held-out text, None without."""
+    """The rows that a run trains on, those of held-out text, None without, and those that end a fine-tuning."""
 
-    train: Dataset | Mixture
-    validation: Dataset | Joined | None
+    train: Dataset | Mixture | Examples
+    validation: Dataset | Joined | Examples | None
+    test: Examples | None = None
 
 
 def prepare_for(task: str, table: DataTable, paths, directory: Path, outputs: Iterable = (), **executor) -> Dataset:
@@ -341,8 +351,8 @@ def _open_one(recipe: Recipe, directory: Path, stored: dict | None) -> Data:
     table, layout = recipe.data, find_task(recipe.task).layout(recipe.data)
     if stored is not None and "sources" in stored:
         raise _other_sources([directory], len(stored["sources"]))
-    if stored is not None and (differences := data_differences(read_manifest(directory), stored)):
-        raise ValueError(_OTHER_DATA.format(directory=directory, differences="; ".join(differences)))
+    if stored is not None:
+        check_same_data(read_manifest(directory), stored, directory)
     dataset = open_dataset(directory, None if stored is None else stored["accepted"])
     if dataset.layout != layout.name:
         raise ValueError(

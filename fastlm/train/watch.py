@@ -10,7 +10,6 @@ import torch
 
 from fastlm.chip import chip_name, find_peak
 from fastlm.data import Mixture
-from fastlm.data.contents import counted
 from fastlm.models import Model
 from fastlm.run.pace import Pace, due
 from fastlm.run.progress import ProgressLine, duration
@@ -38,6 +37,9 @@ class Counters:
     streak: int = 0  # of them, those that came last, one after another
     dropped: int = 0  # predictions beyond the capacity of their batch
     spikes: int = 0  # steps with a loss far above those before
+    best: float | None = None  # of a scored task: its best figure on held-out examples,
+    best_step: int = 0  # the step that it is of,
+    stale: int = 0  # and the evaluations since then
 
 
 class Watch:
@@ -59,16 +61,17 @@ class Watch:
         self.spikes = Spikes(losses)
 
     def headline(self, model: Model, memory: str) -> None:
-        recipe, dataset, parameters = self.recipe, self.task.dataset, sum(p.numel() for p in model.parameters())
+        recipe, parameters = self.recipe, sum(p.numel() for p in model.parameters())
         self.note(
             f"{recipe.name}: {parameters / 1e6:.3g} M parameters on {chip_name(self.world.device)} in "
-            f"{recipe.train.dtype}; {counted(dataset.rows, 'row')} of {dataset.row_tokens} tokens, "
-            f"{' and '.join(f'{x:.0%}' for x in dataset.fill)} full, vocabulary {dataset.tokenizer.vocab_size:,}\n"
+            f"{recipe.train.dtype}; {self.task.describe()}\n"
             f"MFU = 3 · forward FLOPs of matrix products on real tokens / (seconds · peak); peak: {self.peak}\n"
             f"memory of a step: {memory}"
         )
+        for line in self.task.notes():
+            self.note(line)
         self.note("; ".join(map(str, parameter_groups(model, recipe.train))))
-        if isinstance(dataset, Mixture):
+        if isinstance(dataset := self.task.dataset, Mixture):
             planned = mix_text(dataset.report(recipe.train.max_steps * recipe.batch_rows))
             self.note(f"mix of {recipe.train.max_steps} steps: {planned}")
             if self.counters.step:
