@@ -89,7 +89,7 @@ def test_error_bound(case, variant, dtype, pytestconfig):
     checks.error_bound(case, variant, dtype, "cpu", ["cuda"], seeds(pytestconfig, dtype), device)
 
 
-@pytest.mark.parametrize(("case", "variant", "dtype", "chip"), on_chips(HAVE, DTYPES, ("linear_cross_entropy",)))
+@pytest.mark.parametrize(("case", "variant", "dtype", "chip"), on_chips(HAVE, DTYPES))
 def test_error_bound_with_a_chips_arithmetic(case, variant, dtype, chip, pytestconfig):
     around = functools.partial(device, chip=chip)
     checks.error_bound(case, variant, dtype, "cpu", ["cuda"], seeds(pytestconfig, dtype), around)

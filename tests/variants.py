@@ -29,16 +29,13 @@ def sweep(cases, dtypes=None, daily=of_its_kind):
     return parameters
 
 
-def on_chips(cases, dtypes, beyond=()):
-    """Parameters (case, variant, dtype, chip) of ptx.run: kinds; every day the first in bfloat16, "scattered".
-
-    beyond: the ops that the errors of the ISA's approximations put beyond the bound in float32 (LOG.md, 2026-11-30).
-    """
+def on_chips(cases, dtypes):
+    """Parameters (case, variant, dtype, chip) of ptx.run: kinds; every day the first in bfloat16, "scattered"."""
     parameters = []
     for case in cases:
         chosen = [] if case.op == "mlm_mask" else case.kinds()  # which computes with integers
         for variant, dtype, chip in itertools.product(chosen, dtypes, ("high", "low", "scattered")):
-            if dtype not in case.dtypes or (dtype == torch.float32 and case.op in beyond):
+            if dtype not in case.dtypes:
                 continue
             daily = variant is chosen[0] and dtype == torch.bfloat16 and chip == "scattered"
             name = "-".join([case.op, str(variant), str(dtype).removeprefix("torch."), chip])

@@ -165,7 +165,20 @@ __device__ __forceinline__ float sum_parts(const float* parts) {
 // for each option at run time, the other kernels have no code for them.
 constexpr int kPlain = 0, kSmooths = 1, kAll = 2;
 
-__device__ __forceinline__ float capped(float x, float cap) { return cap * tanhf(x / cap); }
+// tanh for losses in float32: nvcc's tanhf is two approximations of the chip, ex2 and rcp, whose errors add up in the
+// lse of a row. Below 0.625, where 1 - e cancels, the polynomial of Cephes (tanhf.c), whose error is 1e-7 of the value.
+__device__ __forceinline__ float tanh_float32(float x) {
+  const float u = fabsf(x), e = expf(-2.0f * u), s = u * u;
+  const float p = ((-5.70498872745e-3f * s + 2.06390887954e-2f) * s - 5.37397155531e-2f) * s + 1.33314422036e-1f;
+  const float small = u + u * s * (p * s - 3.33332819422e-1f);
+  return copysignf(u < 0.625f ? small : __fdiv_rn(1.0f - e, 1.0f + e), x);
+}
+
+template <class T>
+__device__ __forceinline__ float capped(float x, float cap) {
+  if constexpr (sizeof(T) == 4) return cap * tanh_float32(x / cap);
+  return cap * tanhf(x / cap);
+}
 
 // The derivative of `capped`, 1 - tanh², from e = exp(-2|x / cap|): 1 - t² would cancel.
 __device__ __forceinline__ float cap_slope(float x, float cap) {
@@ -205,7 +218,7 @@ __global__ void __launch_bounds__(THREADS, (MODE == kAll ? 512 : 1024) / THREADS
   }
   const bool is_class = t >= 0 && t < a.cols;
   const float raw_t = is_class ? to_float(x[t]) : NAN;
-  const float x_t = caps ? capped(raw_t, a.softcap) : raw_t;
+  const float x_t = caps ? capped<T>(raw_t, a.softcap) : raw_t;
   const float w_t = a.weight && is_class ? a.weight[t] : 1.0f;
   const float w_sum = a.weight ? *a.weight_sum : float(a.cols);
   const float denominator = a.parts ? sum_parts(a.parts) : 1.0f;
@@ -234,7 +247,7 @@ __global__ void __launch_bounds__(THREADS, (MODE == kAll ? 512 : 1024) / THREADS
               if (j >= left) continue;
               const bool before = int64_t(k) * a.chunk + col + j < t;
               beaten |= before ? !(v[u][j] < raw_t) : !(v[u][j] <= raw_t);
-              if (caps) v[u][j] = capped(v[u][j], a.softcap);
+              if (caps) v[u][j] = capped<T>(v[u][j], a.softcap);
             }
           }
 #pragma unroll
@@ -308,7 +321,7 @@ __global__ void __launch_bounds__(THREADS, (MODE == kAll ? 512 : 1024) / THREADS
 #pragma unroll
           for (int j = 0; j < U; ++j) {
             const float slope = caps ? cap_slope(g[j], a.softcap) : 1.0f;
-            if (caps) g[j] = capped(g[j], a.softcap);
+            if (caps) g[j] = capped<T>(g[j], a.softcap);
             g[j] = exp_of(g[j] - maximum) * factor;
             if (smooths && j < left) g[j] -= uniform * weight(int64_t(k) * a.chunk + col + j);
             if (caps) g[j] *= slope;

@@ -34,6 +34,20 @@ class Peer:
     by_default: bool = True
 
 
+@dataclass(frozen=True)
+class OptimizerPeer:
+    """make(groups, lr) -> an optimizer over groups {"params", "weight_decay"} of float32 tensors, with BETAS and EPS.
+
+    cuda: needs a CUDA device.
+    """
+
+    make: Callable[[list[dict], float], torch.optim.Optimizer]
+    cuda: bool = False
+
+
+BETAS, EPS, MOMENTUM = (0.9, 0.999), 1e-6, 0.95  # of all optimizers
+
+
 def refuse(**given) -> None:
     """Unsupported, naming the arguments that are neither None, zero nor empty."""
     if names := [name for name, value in given.items() if isinstance(value, torch.Tensor) or value]:

@@ -6,7 +6,7 @@ from importlib import import_module
 
 import torch
 
-from fastlm.bench.peers._peer import Loss, Peer, loss_peer, norm_after_residual, refuse
+from fastlm.bench.peers._peer import BETAS, EPS, Loss, OptimizerPeer, Peer, loss_peer, norm_after_residual, refuse
 
 
 @norm_after_residual
@@ -39,4 +39,19 @@ PEERS = {
     "layer_norm": {"apex": Peer(_layer_norm, cuda=True), "apex fast": Peer(_fast_layer_norm, cuda=True)},
     "rms_norm": {"apex": Peer(_rms_norm, cuda=True)},
     "cross_entropy": {"apex": Peer(_cross_entropy, cuda=True)},
+}
+
+
+def _adam(groups, lr):
+    return import_module("apex.optimizers").FusedAdam(groups, lr=lr, betas=BETAS, eps=EPS, adam_w_mode=True)
+
+
+def _lamb(groups, lr):
+    # It clips the norm of all gradients by default, and leaves the updates in the gradients.
+    return import_module("apex.optimizers").FusedLAMB(groups, lr=lr, betas=BETAS, eps=EPS, max_grad_norm=1e30)
+
+
+OPTIMIZERS = {
+    "adamw": {"apex": OptimizerPeer(_adam, cuda=True)},
+    "lamb": {"apex": OptimizerPeer(_lamb, cuda=True)},
 }

@@ -11,7 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastlm.bench.peers._peer import Peer, Unsupported, add_residual, refuse, relative_bias
+from fastlm.bench.peers._peer import (
+    BETAS,
+    EPS,
+    MOMENTUM,
+    OptimizerPeer,
+    Peer,
+    Unsupported,
+    add_residual,
+    refuse,
+    relative_bias,
+)
 from fastlm.ops import IGNORE_INDEX
 
 
@@ -237,4 +247,22 @@ PEERS = {
             attention_sdpa, adapt_attention, cuda=True, around=partial(sdpa_kernel, SDPBackend.CUDNN_ATTENTION)
         ),
     },
+}
+
+
+def _adamw(groups, lr, **form):
+    return torch.optim.AdamW(groups, lr=lr, betas=BETAS, eps=EPS, **form)
+
+
+def _muon(groups, lr):
+    return torch.optim.Muon(groups, lr=lr, momentum=MOMENTUM, adjust_lr_fn="match_rms_adamw")
+
+
+OPTIMIZERS = {
+    "adamw": {
+        "eager": OptimizerPeer(partial(_adamw, foreach=False)),
+        "foreach": OptimizerPeer(partial(_adamw, foreach=True)),
+        "fused": OptimizerPeer(partial(_adamw, fused=True)),
+    },
+    "muon": {"eager": OptimizerPeer(_muon)},
 }
