@@ -1,10 +1,20 @@
-"""attention against a preallocated cache: the results of plain attention on the valid keys; bad input."""
+"""attention against a preallocated cache beyond its OpCase: the results of plain attention on the valid keys, what is
+not among them, lengths that are wrong, bad input."""
 
+from contextlib import nullcontext
+from importlib.util import find_spec
+from unittest import mock
+
+import ptx
 import pytest
 import torch
 from test_attention import cu_seqlens, randn
+from test_cuda import device as cuda_on_ptx
 
-from fastlm import ops
+from fastlm import _native, ops
+from fastlm.ops import _registry
+from fastlm.testing import checks
+from fastlm.testing.cases import CASES
 
 LENGTHS, ROWS, HEADS, KV, D = (0, 1, 70, 33), 70, 4, 2, 16
 
@@ -47,6 +57,68 @@ def test_it_is_attention_over_the_valid_keys(name, backend):
         )
         torch.testing.assert_close(rows.view_as(out), out, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(rows_lse.view(HEADS, 4, queries).transpose(0, 1), lse, rtol=1e-5, atol=1e-6)
+
+
+CASE = CASES["attention"]
+PACKED_VARIANT, DECODE = (variant for variant in CASE.tests if variant.inference)
+NO_CUDA = pytest.mark.skipif(_native.cuda() is None or ptx.nvcc() is None, reason="no fastlm._cuda, or no nvcc")
+NO_TRITON = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+ON_GPUS = [pytest.param("triton", marks=NO_TRITON), pytest.param("cuda", marks=NO_CUDA)]
+AROUND = {"cpu": nullcontext, "triton": ptx.triton_on_ptx, "cuda": cuda_on_ptx}
+
+
+def run_unchecked(variant, inputs, backend):
+    """out and lse, as on a device, where nothing looks at the values of lengths."""
+    column = _registry.column("attention", backend)
+    with mock.patch.object(column, "check_cached"), AROUND[backend]():
+        return CASE.run(CASE.function, variant, inputs, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["cpu", *ON_GPUS])
+def test_rows_that_are_not_written_have_no_effect_and_a_wrong_length_is_nan(backend):
+    """NaN past the valid keys changes no bit, in one sequence the whole cache. The other sequence keeps its results."""
+    inputs = CASE.inputs(DECODE, 0, torch.bfloat16)
+    out, lse = run_unchecked(DECODE, inputs, backend)
+    assert out[0].all()
+    assert not out[1].any()
+    assert (lse[1] == -torch.inf).all()
+    unwritten = (torch.arange(320) >= inputs["cache_seqlens"][:, None])[..., None, None]
+    k, v = (inputs[name].masked_fill(unwritten, torch.nan) for name in ("k", "v"))
+    got = run_unchecked(DECODE, {**inputs, "k": k, "v": v}, backend)
+    assert torch.equal(got[0], out)
+    assert torch.equal(got[1], lse)
+    if backend == "cpu":  # whose values are checked
+        return
+    for wrong in (321, 2**31 - 1, -1, -(2**31)):
+        lengths = torch.tensor([300, wrong], dtype=torch.int32)
+        got = run_unchecked(DECODE, {**inputs, "cache_seqlens": lengths}, backend)
+        assert torch.equal(got[0][0], out[0])
+        assert got[0][1].isnan().all()
+        assert got[1][1].isnan().all()
+
+
+@pytest.mark.parametrize("backend", ON_GPUS)
+def test_wrong_cu_seqlens(backend):
+    """On a device: NaN everywhere if they fall or leave the tensors, and where a row has no sequence."""
+    inputs = CASE.inputs(PACKED_VARIANT, 0, torch.bfloat16)
+    want, _ = run_unchecked(PACKED_VARIANT, inputs, backend)
+    for cu in ([0, 9, 5, 8, 12], [0, 1, 1, 10, 40], [-3, 1, 1, 10, 12]):
+        wrong = {**inputs, "cu_seqlens_q": torch.tensor(cu, dtype=torch.int32)}
+        out, lse = run_unchecked(PACKED_VARIANT, wrong, backend)
+        assert out.isnan().all()
+        assert lse.isnan().all()
+    fewer = {**inputs, "cu_seqlens_q": torch.tensor([0, 1, 1, 10, 10], dtype=torch.int32)}
+    out, lse = run_unchecked(PACKED_VARIANT, fewer, backend)
+    assert torch.equal(out[:10], want[:10])
+    assert out[10:].isnan().all()
+    assert lse[:, 10:].isnan().all()
+    out, _ = run_unchecked(PACKED_VARIANT, {**inputs, "max_seqlen_q": 8}, backend)
+    assert out[1:10].isnan().all()
+    assert torch.equal(out[:1], want[:1])
+
+
+def test_one_graph():
+    checks.compiles(CASE, DECODE, torch.float32, "cpu", "cpu")
 
 
 Q, CACHE = torch.zeros(2, 1, 4, 8), torch.zeros(2, 6, 2, 8)
