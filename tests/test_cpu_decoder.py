@@ -75,7 +75,7 @@ def round_weight(weight, weights):
 
 
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
-@pytest.mark.parametrize("cols", (4, 36, 192, 1052))
+@pytest.mark.parametrize("cols", [4, 36, 192, 1052])
 def test_products_are_those_of_the_rounded_weights_in_every_batch(cols, weights):
     """To the rounding of a float32 sum: a row of `batch` has the same bits alone, and on any number of threads."""
     generator = torch.Generator().manual_seed(cols)
@@ -123,7 +123,7 @@ def test_logits_are_those_of_whole_forwards_with_the_rounded_weights(name, weigh
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("name", ("gpt2", "t5"))
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
 def test_rows_move_and_leave_without_a_trace(name):
     """After `reorder` a row's logits have the bits of the row that it was, whatever the other rows are."""
     model, prompts = make(name), texts(PROMPTS)
