@@ -441,6 +441,11 @@ def test_wrong_prompts(ids, error, gpt2):
         generate(gpt2, ids)
 
 
+def test_a_cache_that_does_not_fit(t5):
+    with pytest.raises(ValueError, match=r"cache: .* got 2,048,000\.0 GB for 4 rows of 1000000000000 tokens, of the"):
+        generate(t5, PROMPTS, max_new_tokens=10**12)
+
+
 def test_wrong_models(gpt2):
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     with pytest.raises(ValueError, match=r"model: expected a fastlm\.models.GPT2 or T5, got a Bert"):

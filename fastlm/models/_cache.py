@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastlm import ops
+from fastlm.models import _size
 from fastlm.models._inputs import Sequences
 from fastlm.models._model import Model
 
@@ -20,9 +21,18 @@ class Cache:
     origin      (capacity,) int64: the sequence of `source` that each row reads; it never falls from row to row
 
     `append` of a model fills it. Rows that are not in use, and what lies beyond a row's length, are never read.
+    ValueError where it does not fit into memory.
     """
 
     def __init__(self, layers: int, capacity: int, length: int, heads: int, d: int, *, device, dtype) -> None:
+        element = torch.empty((), dtype=dtype).element_size()
+        need, there = 2 * layers * capacity * length * heads * d * element, _size.available(torch.device(device))
+        if there is not None and need > there:
+            raise ValueError(
+                f"cache: expected keys and values that fit into the memory of {device}, got {need / 1e9:,.1f} GB for "
+                f"{capacity} rows of {length} tokens, of the {there / 1e9:,.1f} GB that are free; choose fewer rows, "
+                "beams or new tokens"
+            )
         self.k = torch.empty(layers, capacity, length, heads, d, device=device, dtype=dtype)
         self.v = torch.empty_like(self.k)
         self.lengths = torch.zeros(capacity, dtype=torch.int32, device=device)
