@@ -63,7 +63,13 @@ def main(directory: str, out: str) -> None:
         out,
         input_names=["ids", "positions", "past"],
         output_names=["logits", "present"],
-        dynamic_axes={"ids": {0: "rows", 1: "new"}, "positions": {0: "new"}, "past": {2: "rows", 4: "seen"}},
+        dynamic_axes={
+            "ids": {0: "rows", 1: "new"},
+            "positions": {0: "new"},
+            "past": {2: "rows", 4: "seen"},
+            "logits": {0: "rows"},
+            "present": {2: "rows", 4: "all"},
+        },
         dynamo=False,
     )
 
