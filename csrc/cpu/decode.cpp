@@ -19,6 +19,7 @@ namespace fastlm::cpu {
 namespace {
 
 constexpr int64_t PIECE = 48 << 10;  // bytes of weights that a thread takes at once
+constexpr int64_t WORTH = 1 << 20;   // bytes of weights in a step that are worth a thread, which waits for the others
 constexpr int64_t MOST_ROWS = 256;   // of them
 
 int64_t piece_rows(const Matrix& m) { return std::clamp<int64_t>(PIECE / m.row_bytes() / 16 * 16, 16, MOST_ROWS); }
@@ -249,12 +250,15 @@ void decode_step(const std::vector<DecodeLayer>& layers, const DecodeStep& a, in
   }
   for (const DecodeLayer& layer : layers) hidden = std::max(hidden, layer.linear2.cols);
 
-  int64_t operand = operand_bytes(a.head, a.batch);
+  int64_t operand = operand_bytes(a.head, a.batch), weights = a.head.rows * a.head.row_bytes();
   for (const DecodeLayer& l : layers) {
     for (const Matrix* m : {&l.qkv, &l.out, &l.cross_q, &l.cross_out, &l.linear1, &l.linear2}) {
-      if (m->data) operand = std::max(operand, operand_bytes(*m, a.batch));
+      if (!m->data) continue;
+      operand = std::max(operand, operand_bytes(*m, a.batch));
+      weights += m->rows * m->row_bytes();
     }
   }
+  threads = int(std::clamp<int64_t>(weights / WORTH, 1, threads));
 
   // Each part begins at a cache line of its own.
   const auto lines = [](int64_t n) { return (n + 15) / 16 * 16; };

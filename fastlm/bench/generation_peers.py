@@ -10,6 +10,7 @@ model (a directory in Transformers' layout), scratch (a directory for converted 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -94,17 +95,17 @@ GENERATORS = {"ctranslate2": ctranslate2_generator, "onnxruntime": onnxruntime_g
 
 def main(spec: dict) -> None:
     answers = sys.stdout
-    sys.stdout = sys.stderr  # what the libraries print
-    try:
-        write = GENERATORS[spec["library"]](spec)
-    except Exception as error:  # the row then says why it is missing
-        print(json.dumps({"missing": f"{type(error).__name__}: {error}"}), file=answers, flush=True)
-        return
-    print(json.dumps({"ready": True}), file=answers, flush=True)
-    for line in sys.stdin:
-        began = time.perf_counter()
-        ids = write(int(line))
-        print(json.dumps({"seconds": time.perf_counter() - began, "ids": ids}), file=answers, flush=True)
+    with contextlib.redirect_stdout(sys.stderr):  # what the libraries print
+        try:
+            write = GENERATORS[spec["library"]](spec)
+        except Exception as error:  # the row then says why it is missing
+            print(json.dumps({"missing": f"{type(error).__name__}: {error}"}), file=answers, flush=True)
+            return
+        print(json.dumps({"ready": True}), file=answers, flush=True)
+        for line in sys.stdin:
+            began = time.perf_counter()
+            ids = write(int(line))
+            print(json.dumps({"seconds": time.perf_counter() - began, "ids": ids}), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -251,6 +251,7 @@ class CpuDecoder(PlainDecoder):
 
 def _addresses(k: torch.Tensor, v: torch.Tensor) -> tuple[int, int, int]:
     """DecodeCache of k and v (tokens, heads, d)."""
-    heads, d = k.shape[1:]
-    assert k.stride() == v.stride() and k.stride()[1:] == (d, 1) and k.stride(0) >= heads * d, k.stride()
+    d = k.shape[2]
+    assert k.stride() == v.stride(), v.stride()
+    assert k.stride()[1:] == (d, 1), k.stride()
     return k.data_ptr(), v.data_ptr(), k.stride(0)

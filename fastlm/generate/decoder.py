@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from fastlm.models import GPT2, T5, Cache, Generative
+from fastlm.models import T5, Cache, Generative
 
 
 class Decoder(Protocol):
