@@ -80,7 +80,8 @@ def prepare(
         str | None, typer.Option(help="Take task and data settings from this recipe; else those of masked_lm.")
     ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(help="train:N, bpe:N, chars, or a tokenizer's directory. Default: train:8192.")
+        str | None,
+        typer.Option(help="train:N, bpe:N, unigram:N, chars, or a directory. Default: train:8192."),
     ] = None,
     row_tokens: Annotated[int | None, typer.Option(help="Length of a row of packed pieces. Default: 128.")] = None,
     documents: Annotated[

@@ -6,10 +6,13 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import tokenizers
 
 from fastlm.data import Tokenizer, prepare
+from fastlm.data.layouts import SpanRows
+from fastlm.data.packing import PADDING_SAMPLE
 from fastlm.data.spool import Sample
 from fastlm.data.tokenizer import parse
 from fastlm.run.data_report import report
@@ -285,3 +288,65 @@ def test_bpe_learns_from_a_bounded_number_of_words(monkeypatch):
         learned = Tokenizer.train(lambda: [*early, " ".join(letters(9, seed=i) for i in range(9)), *late], 300, "bpe")
     assert "hello" in learned.backend.get_vocab()
     assert not [token for token in learned.backend.get_vocab() if "zeb" in token]
+
+
+# ---- Unigram
+
+ROUND = ["  two  spaces\n\n\tand a tab ", "Ελληνικά 五, \U0001f600 é\u0301", "<unk> </s> [MASK] <0x41> ##a", "x" * 300]
+
+
+@pytest.mark.parametrize("purpose", ["masked", "causal", "span"])
+def test_a_trained_unigram(purpose, tmp_path):
+    pytest.importorskip("sentencepiece", reason="the package sentencepiece, of the extra unigram")
+    texts = [*TEXTS, *(f"Document {i} says that the quick dog is {i * i}." for i in range(200))]
+    learned = Tokenizer.train(lambda: texts, 800, "unigram", purpose)
+    assert Tokenizer.train(lambda: texts, 800, "unigram", purpose).hash == learned.hash
+    learned.check(purpose)
+    assert learned.vocab_size <= 800
+    assert "▁quick" in learned.backend.get_vocab()
+    rows = learned.encode_batch([*texts, *ROUND])
+    assert [learned.decode(ids, skip_special_tokens=False) for ids in rows] == [*texts, *ROUND]
+    assert not set(learned.special_ids) & {id for ids in rows for id in ids}
+    assert sum(map(len, rows[: len(texts)])) < sum(map(len, texts)) / 2
+    learned.save(tmp_path)
+    assert Tokenizer.load(tmp_path).hash == learned.hash
+    assert learned.word_starts()[learned.encode_batch([" quick"])[0][0]]
+    with pytest.raises(ValueError, match=r"tokenizer: expected at least \d+ tokens for a Unigram of"):
+        Tokenizer.train(lambda: texts, 300, "unigram", purpose)
+
+
+def test_unigram_names_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(ValueError, match=r"need the package sentencepiece; pip install fastlm\[unigram\]"):
+        parse("unigram:8192")
+
+
+def test_any_unigram_directory_prepares_text(tmp_path):
+    """One built by hand as T5's is: Metaspace, no bytes, an unknown token."""
+    specials = ["<pad>", "</s>", "<unk>", *(f"<extra_id_{i}>" for i in range(20))]
+    words = ["▁the", "▁cat", "▁dog", "▁sat", "▁on", "▁a", "▁mat", "ing"]
+    pieces = [*((token, 0.0) for token in specials), *((word, -3.0) for word in words)]
+    pieces += [(letter, -6.0) for letter in "▁abcdefghijklmnopqrstuvwxyz.,"]
+    backend = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=2))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    backend.decoder = tokenizers.decoders.Metaspace()
+    backend.add_special_tokens(specials)
+    config = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "tokenizer_class": "T5TokenizerFast"}
+    Tokenizer(backend, config).save(tmp_path / "t5")
+    lines = [f"the cat sat on a mat, {'and on ' * (i % 9)}the dog." for i in range(50)]
+    (tmp_path / "a.txt").write_text("\n".join([*lines, *lines]))
+    layout = SpanRows(32, sentinels=20)
+    dataset = prepare(tmp_path / "a.txt", tmp_path / "t5", tmp_path / "rows", layout=layout, documents="line")
+    assert dataset.documents == len(set(lines))
+    assert dataset.manifest["unknown"]["tokens"] == 0
+    tokens, counts, found = dataset.gather(np.arange(dataset.rows))
+    ids = dict.fromkeys(found[:, 0].tolist(), tokens[0][:0])
+    rows = np.repeat(np.arange(dataset.rows), counts)
+    ends = np.append(np.where(rows[1:] == rows[:-1], found[1:, 1], dataset.width), dataset.width)
+    for row, (sample, start), end in zip(rows, found, ends):
+        ids[int(sample)] = np.append(ids[int(sample)], tokens[row, start:end])
+    texts = {}
+    for sample in sorted(ids):
+        if sample != PADDING_SAMPLE:
+            texts[sample >> 24] = [*texts.get(sample >> 24, []), *ids[sample].tolist()]
+    assert sorted(dataset.tokenizer.decode(text) for text in texts.values()) == sorted(set(lines))

@@ -84,7 +84,8 @@ def prepare(
 
     paths       files and directories; see `fastlm.data.sources`
     tokenizer   "train:8192" to train one of that size on this text (see `Tokenizer.train`), "wordpiece:8192",
-                "bpe:8192", "chars", a directory to load, a `Tokenizer`, or what `fastlm.data.tokenizer.parse` returns
+                "bpe:8192", "unigram:8192", "chars", a directory to load, a `Tokenizer`, or what
+                `fastlm.data.tokenizer.parse` returns
     row_tokens  length of a row, at least 8: the longest piece of a document that the model sees
     layout      how documents lie in rows, a `fastlm.data.layouts.Layout`; default: MaskedRows(row_tokens)
     documents   what of a plain-text file is a document: "file", "line", or "blank" (between blank lines)

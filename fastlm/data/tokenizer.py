@@ -1,4 +1,4 @@
-"""The tokenizer: trained here (WordPiece, byte-level BPE or characters), or any Hugging Face tokenizer directory.
+"""The tokenizer: trained here (WordPiece, byte-level BPE, Unigram, characters), or any Hugging Face directory of one.
 
 It is saved in Transformers' layout, so `transformers.AutoTokenizer.from_pretrained(dir)` gives the same ids.
 """
@@ -19,6 +19,8 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from fastlm.data._checks import integer
+from fastlm.data._extras import require
+from fastlm.data.unigram import train_unigram
 from fastlm.data.vocabulary import SPECIAL, train_bpe, train_characters
 from fastlm.storage import json_checksum, write_json
 
@@ -139,24 +141,28 @@ class Tokenizer:
         """A tokenizer of at most `vocab_size` tokens, learned from the texts.
 
         texts    is called once or twice, and must give the same texts each time. A small corpus yields fewer tokens
-        kind     "wordpiece": lower-casing, BERT's; "bpe": byte-level, GPT-2's; "chars": every character of the texts,
-                 whatever `vocab_size`; None: WordPiece for masked rows, BPE for others
+        kind     "wordpiece": lower-casing, BERT's; "bpe": byte-level, GPT-2's; "unigram": T5's, by SentencePiece (the
+                 extra `unigram`); "chars": every character of the texts, whatever `vocab_size`; None: WordPiece for
+                 masked rows, BPE for others
         purpose  "masked", "causal" or "span": the special tokens are BERT's, GPT-2's or T5's
 
         The result depends on the texts alone. WordPiece: [PAD] [UNK] [CLS] [SEP] [MASK] have the ids 0 to 4.
         WordPiece learns nothing from words of more than 100 characters, which it could not encode either. Both learn
         nothing, with a warning, from words that are first seen after four million characters of distinct ones: 600 MB
-        at most.
+        at most. Unigram is as BPE in this.
         """
         kind = kind or _USUAL[purpose]
         if kind == "chars":
             return cls(*train_characters(texts, purpose))
         vocab_size = integer("vocab_size", vocab_size, _SMALLEST, _LARGEST)
-        if kind == "bpe":
+        if kind in ("bpe", "unigram"):
+            train = train_bpe if kind == "bpe" else train_unigram
             cuts = (chunk for text in texts() for chunk in chunks(text))
-            return cls(*train_bpe(_bounded(cuts), vocab_size, purpose))
+            return cls(*train(_bounded(cuts), vocab_size, purpose))
         if purpose != "masked":
-            raise ValueError(f"tokenizer: expected bpe or chars for {purpose} rows, got wordpiece, which loses spaces")
+            raise ValueError(
+                f"tokenizer: expected bpe, unigram or chars for {purpose} rows, got wordpiece, which loses spaces"
+            )
         return cls._train_wordpiece(texts, vocab_size)
 
     @classmethod
@@ -338,7 +344,7 @@ class ToTrain:
 def parse(tokenizer, sample: int = SAMPLE) -> Tokenizer | ToTrain:
     """What a `tokenizer` argument says: a `Tokenizer`, given or loaded from a directory, or one to train.
 
-    "train:8192" (the purpose's usual kind), "wordpiece:8192", "bpe:8192", "chars".
+    "train:8192" (the purpose's usual kind), "wordpiece:8192", "bpe:8192", "unigram:8192", "chars".
 
     sample: of `ToTrain`, from 2^16 to 2^31 - 1
     """
@@ -350,10 +356,12 @@ def parse(tokenizer, sample: int = SAMPLE) -> Tokenizer | ToTrain:
     if str(tokenizer) == "chars":
         return ToTrain("chars", None, sample)
     kind, colon, size = str(tokenizer).partition(":")
-    if kind not in ("train", "wordpiece", "bpe") or not colon:
+    if kind not in ("train", "wordpiece", "bpe", "unigram") or not colon:
         return Tokenizer.load(tokenizer)
     if not size.isdecimal() or not _SMALLEST <= int(size) <= _LARGEST:
         raise ValueError(
             f"tokenizer: expected {kind}:N, as {kind}:8192, with N from {_SMALLEST} to {_LARGEST}; got {tokenizer!r}"
         )
+    if kind == "unigram":
+        require("sentencepiece")
     return ToTrain(None if kind == "train" else kind, int(size), sample)
