@@ -102,7 +102,7 @@ def prepare(
     settings: SetOption = None,
 ) -> None:
     """Clean and tokenize text, and pack it into rows that `pretrain` reads."""
-    from fastlm.data.contents import cleaning_lines, counted
+    from fastlm.data.contents import cleaning_lines, counted, trained_on
     from fastlm.run.directory import prepare_for
     from fastlm.run.recipe import Recipe, load_recipe
 
@@ -132,6 +132,8 @@ def prepare(
         _say(f"  set aside: {entry['count']:,} {reason} (first: {entry['first'][0]})")
     for line in cleaning_lines(dataset):
         _say(line)
+    for line in trained_on(dataset):
+        _say(f"  {line}")
 
 
 @app.command()

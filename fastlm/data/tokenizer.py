@@ -20,6 +20,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from fastlm.data._checks import integer
 from fastlm.data._extras import require
+from fastlm.data.sample import Sample
 from fastlm.data.unigram import train_unigram
 from fastlm.data.vocabulary import SPECIAL, train_bpe, train_characters
 from fastlm.storage import json_checksum, write_json
@@ -37,6 +38,7 @@ LONGEST = 100  # characters of a word; a longer one is [UNK] whole, as in BERT
 _DISTINCT = 4_000_000
 # Bytes of the text that a tokenizer is trained on. A word takes a byte at least, so that its count fits 31 bits.
 SAMPLE, LARGEST_SAMPLE = 1 << 28, (1 << 31) - 1
+TRAINED_ON = "trained_on"  # in tokenizer_config.json: {"bytes": of the sample, "of": all of the text}
 _WORD = re.compile(r"\s*(\S+)")
 # What may be a word that is too long: a run without white space, ASCII or general punctuation, or Chinese characters.
 _CHINESE = r"\u3400-\u9fff\uf900-\ufaff\U00020000-\U0002fa1f"
@@ -327,15 +329,28 @@ def _wordpiece(vocab: dict[str, int], config: dict) -> tokenizers.Tokenizer:
 class ToTrain:
     """A tokenizer that is to be trained: a kind, or None for the purpose's usual one, and a size, None for "chars".
 
-    sample: the most bytes of text that it is trained on (`fastlm.data.spool.Sample`)
+    sample: the most bytes of text that it is trained on (`fastlm.data.sample.Sample`)
     """
 
     kind: str | None
     size: int | None
     sample: int = SAMPLE
 
-    def train(self, texts: Callable[[], Iterable[str]], purpose: str) -> Tokenizer:
-        return Tokenizer.train(texts, self.size, self.kind, purpose)
+    def train(self, texts: Callable[[], Iterable[str]], purpose: str, directory=None) -> Tokenizer:
+        """`Tokenizer.train` on a sample of the texts, whose size is in the tokenizer's configuration, TRAINED_ON.
+
+        A text of more than 32,768 characters is chosen in parts. directory: of the temporary file
+        """
+        with Sample(self.sample, directory) as sample:
+            sample.add(chunk for text in texts() for chunk in chunks(text))
+            if sample.total and not sample.size:
+                raise ValueError(
+                    f"tokenizer_sample: expected more than {self.sample:,} bytes for {sample.total:,} bytes of text: no "
+                    "text is chosen by so few"
+                )
+            tokenizer = Tokenizer.train(sample.texts, self.size, self.kind, purpose)
+        tokenizer.config[TRAINED_ON] = {"bytes": sample.size, "of": sample.total}
+        return tokenizer
 
     def __str__(self) -> str:
         return "chars" if self.kind == "chars" else f"{self.kind or 'train'}:{self.size}"
