@@ -345,8 +345,8 @@ class ToTrain:
             sample.add(chunk for text in texts() for chunk in chunks(text))
             if sample.total and not sample.size:
                 raise ValueError(
-                    f"tokenizer_sample: expected more than {self.sample:,} bytes for {sample.total:,} bytes of text: no "
-                    "text is chosen by so few"
+                    f"tokenizer_sample: expected more than {self.sample:,} bytes for {sample.total:,} bytes of text, "
+                    "none of which is chosen by so few"
                 )
             tokenizer = Tokenizer.train(sample.texts, self.size, self.kind, purpose)
         tokenizer.config[TRAINED_ON] = {"bytes": sample.size, "of": sample.total}
