@@ -86,7 +86,8 @@ def prepare(
         str | None, typer.Option(help="Take task and data settings from this recipe; else those of masked_lm.")
     ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(help="train:N, bpe:N, chars, or a tokenizer's directory. Default: train:8192.")
+        str | None,
+        typer.Option(help="train:N, bpe:N, unigram:N, chars, or a directory. Default: train:8192."),
     ] = None,
     row_tokens: Annotated[int | None, typer.Option(help="Length of a row of packed pieces. Default: 128.")] = None,
     documents: Annotated[
@@ -107,7 +108,7 @@ def prepare(
     settings: SetOption = None,
 ) -> None:
     """Clean and tokenize text, and pack it into rows that `pretrain` reads."""
-    from fastlm.data.contents import cleaning_lines, counted
+    from fastlm.data.contents import cleaning_lines, counted, trained_on
     from fastlm.run.directory import prepare_for
     from fastlm.run.recipe import Recipe, load_recipe
 
@@ -137,6 +138,8 @@ def prepare(
         _say(f"  set aside: {entry['count']:,} {reason} (first: {entry['first'][0]})")
     for line in cleaning_lines(dataset):
         _say(line)
+    for line in trained_on(dataset):
+        _say(f"  {line}")
 
 
 @app.command()

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastlm.data import Dataset, best_fit, open_dataset, prepare
+from fastlm.data import best_fit, open_dataset, prepare
 from fastlm.data.batches import make_batch
 from fastlm.data.best_fit import best_fit_rows, cuts, sentence_ends
 from fastlm.data.layouts import CausalRows, MaskedRows, SpanRows
+from fastlm.data.order import rows_at
 from fastlm.data.packing import PADDING_SAMPLE, PIECE_BITS, lay_rows, pack
 from fastlm.data.tokenizer import Tokenizer
 
@@ -72,15 +73,18 @@ def test_an_epoch_of_batches_has_every_token_once(lengths, row_tokens, kind, lay
     """Both packings of the three layouts, through shards and the order: a batch of one row holds its pieces whole."""
     tokenizer = SimpleNamespace(vocab_size=70, pad_id=0, cls_id=1, sep_id=2, bos_id=1, eos_id=2)
     documents = [np.arange(length) + 3 for length in lengths]
-    dataset = object.__new__(Dataset)  # of shards in memory
-    dataset._shards = list(pack(documents, tokenizer, layout := kind(row_tokens), 3, lay))
-    dataset._first = np.cumsum([0] + [len(shard.tokens) for shard in dataset._shards])
-    dataset.rows, dataset.width, dataset.layout = int(dataset._first[-1]), layout.width, layout.name
-    dataset.max_pieces = max(int(np.diff(shard.offsets).max()) for shard in dataset._shards)
+    layout = kind(row_tokens)
+    shards = list(pack(documents, tokenizer, layout, 1, lay))  # a row each
     pieces = {}
-    for epoch, row in zip(*dataset.order(np.arange(dataset.rows), seed)):
-        assert epoch == 0
-        batch = make_batch(dataset, np.array([epoch]), np.array([row]))
+    for row in rows_at(np.arange(len(shards)), len(shards), seed)[1]:
+        shard = shards[row]
+        dataset = SimpleNamespace(
+            gather=lambda rows, shard=shard: (shard.tokens, np.diff(shard.offsets), shard.pieces),
+            width=layout.width,
+            max_pieces=layout.max_pieces + 1,
+            layout=layout.name,
+        )
+        batch = make_batch(dataset, np.zeros(1, np.int64), np.array([row]))
         starts = batch.cu_seqlens[: batch.pieces + 1].tolist()
         assert (starts[0], starts[-1]) == (0, layout.width)
         for start, end in itertools.pairwise(starts):

@@ -1,14 +1,13 @@
 """`fastlm data`: counts that agree with the rows, and rows as text with their masks."""
 
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from fastlm import _malloc, _threads, cli
 from fastlm.data import open_dataset, prepare
-from fastlm.data.contents import cleaning_lines, contents, counted
+from fastlm.data.contents import contents
 from fastlm.data.layouts import CausalRows, MaskedRows, SpanRows
 from fastlm.data.packing import PADDING_SAMPLE
 from fastlm.run.data_report import report
@@ -49,13 +48,6 @@ def test_rows_as_text(prepared):
     assert (text.count("⟦") > 0.3 * prepared.rows) == (prepared.layout != "causal")
     plain = text.replace("⟦", "").replace("⟧", "").lower()
     assert all(word in plain for word in ("line", "says", "times"))
-
-
-def test_one_document_is_no_documents():
-    taken = {"dropped": 1, "documents": 3, "characters": 1, "sample": {"place": "a.txt", "text": "x"}}
-    cleaned = SimpleNamespace(manifest={"cleaning": {"rules": {"length": taken}}})
-    assert list(cleaning_lines(cleaned)) == ['  length: 1 document dropped, 2 changed, 1 character; a.txt: "x"']
-    assert [counted(n, "row") for n in (0, 1, 2345)] == ["0 rows", "1 row", "2,345 rows"]
 
 
 def test_the_command(prepared, tmp_path, monkeypatch, capsys):

@@ -6,11 +6,14 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import tokenizers
 
 from fastlm.data import Tokenizer, prepare
-from fastlm.data.spool import Sample
+from fastlm.data.layouts import SpanRows
+from fastlm.data.packing import PADDING_SAMPLE
+from fastlm.data.sample import Sample
 from fastlm.data.tokenizer import parse
 from fastlm.run.data_report import report
 from fastlm.tasks import DataTable
@@ -228,54 +231,49 @@ def test_forty_megabytes_of_hardly_any_spaces(space, tmp_path):
 # ---- the sample that it is trained on
 
 
-def test_a_sample_is_chosen_by_a_hash_whatever_the_order(tmp_path, monkeypatch):
-    monkeypatch.setattr("fastlm.data.tokenizer._CHUNK_CHARS", 400)
-    texts = [f"{i} " + letters(20 + i % 50, seed=i) for i in range(600)] + [" ".join([letters(9, seed=9)] * 300)]
-    sizes = {}
+def test_a_sample_is_chosen_by_a_hash_whatever_the_order(monkeypatch):
+    monkeypatch.setattr("fastlm.data.sample._BUCKETS", 14)  # a million are for terabytes
+    texts = [f"{i} " + letters(20 + i % 50, seed=i) for i in range(600)]
+    sets = []
     for limit in (1 << 30, 9000, 2000):
         chosen = []
         for order in (texts, texts[::-1]):
-            with Sample(tmp_path / "sample", limit) as sample:
+            with Sample(limit) as sample:
                 sample.add(order)
-                chosen.append(sorted(sample.texts()))
+                chosen.append(list(sample.texts()))
                 assert sample.size == sum(len(text.encode()) for text in chosen[-1]) <= limit
                 assert sample.total == sum(len(text.encode()) for text in texts)
-            assert not list(tmp_path.iterdir())
-        assert chosen[0] == chosen[1]
-        sizes[limit] = set(chosen[0]), sample
-    (whole, all_of_it), (some, _), (few, sample) = sizes.values()
-    assert few < some < whole
-    assert str(all_of_it).startswith("all of the text, ")
-    assert re.fullmatch(r"[\d,]+ of [\d,]+ bytes of the text, chosen by a hash", str(sample))
-    assert sample.size > 1800  # the next document would have been too many
-    numbers = [int(text.split()[0]) for text in some if text.split()[0].isdigit()]
+        assert chosen[0] == chosen[1][::-1]
+        sets.append(set(chosen[0]))
+    whole, some, few = sets
+    assert few < some < whole == set(texts)
+    assert sample.size > 1800  # the next one would have been too many
+    numbers = [int(text.split()[0]) for text in some]
     assert 200 < sum(numbers) / len(numbers) < 400, "from everywhere"
 
 
 def test_a_tokenizer_trained_on_a_sample(tmp_path, monkeypatch):
     """The manifest has its size, and the text prepared in parts has the same sample."""
-    (tmp_path / "a.txt").write_text("\n".join(f"{i} " + letters(90, seed=i) for i in range(2000)))
+    monkeypatch.setattr("fastlm.data.sample._BUCKETS", 14)
+    (tmp_path / "a.txt").write_text("\n".join(f"{i} " + letters(200, seed=i) for i in range(700)))
     options = {"documents": "line", "row_tokens": 32}
-    said = []
     table = DataTable(tokenizer="bpe:300", tokenizer_sample=1 << 16)
     kind = parse(table.tokenizer, table.tokenizer_sample)
-    one = prepare(tmp_path / "a.txt", kind, tmp_path / "one", note=said.append, **options)
+    one = prepare(tmp_path / "a.txt", kind, tmp_path / "one", **options)
     trained = one.manifest["tokenizer"]["trained_on"]
     assert 60_000 < trained["bytes"] <= 1 << 16 < trained["of"] == one.text_bytes
-    assert said == [
-        f"the tokenizer is trained on {trained['bytes']:,} of {trained['of']:,} bytes of the text, chosen by a hash"
-    ]
-    assert any(f"trained on {trained['bytes']:,} of" in line for line in report(one, 0))
+    line = f"tokenizer trained on {trained['bytes']:,} of {trained['of']:,} bytes of its text"
+    assert line in list(report(one, 0))
     assert one.manifest["settings"]["tokenizer_sample"] == 1 << 16
     monkeypatch.setattr("fastlm.data.preparation.SMALL", 1000)  # larger text is cleaned into parts first
     parts = prepare(tmp_path / "a.txt", kind, tmp_path / "parts", **options)
     assert parts.manifest == one.manifest
     with pytest.raises(ValueError, match=r"data\.tokenizer_sample is None, was 65536"):
         prepare(tmp_path / "a.txt", "bpe:300", tmp_path / "one", **options)
-    loaded = prepare(tmp_path / "a.txt", one.tokenizer, tmp_path / "loaded", **options)
-    assert "trained_on" not in loaded.manifest["tokenizer"]
     with pytest.raises(ValueError, match="tokenizer_sample: expected an integer from 65536 to 2147483647, got 10"):
         parse("bpe:300", 10)
+    with pytest.raises(ValueError, match="tokenizer_sample: expected more than 65,536 bytes for 90,000 bytes of text"):
+        kind.train(lambda: [letters(30_000)] * 3, "causal")  # equal hashes
 
 
 def test_bpe_learns_from_a_bounded_number_of_words(monkeypatch):
@@ -285,3 +283,65 @@ def test_bpe_learns_from_a_bounded_number_of_words(monkeypatch):
         learned = Tokenizer.train(lambda: [*early, " ".join(letters(9, seed=i) for i in range(9)), *late], 300, "bpe")
     assert "hello" in learned.backend.get_vocab()
     assert not [token for token in learned.backend.get_vocab() if "zeb" in token]
+
+
+# ---- Unigram
+
+ROUND = ["  two  spaces\n\n\tand a tab ", "Ελληνικά 五, \U0001f600 é\u0301", "<unk> </s> [MASK] <0x41> ##a", "x" * 300]
+
+
+@pytest.mark.parametrize("purpose", ["masked", "causal", "span"])
+def test_a_trained_unigram(purpose, tmp_path):
+    pytest.importorskip("sentencepiece", reason="the package sentencepiece, of the extra unigram")
+    texts = [*TEXTS, *(f"Document {i} says that the quick dog is {i * i}." for i in range(200))]
+    learned = Tokenizer.train(lambda: texts, 800, "unigram", purpose)
+    assert Tokenizer.train(lambda: texts, 800, "unigram", purpose).hash == learned.hash
+    learned.check(purpose)
+    assert learned.vocab_size <= 800
+    assert "▁quick" in learned.backend.get_vocab()
+    rows = learned.encode_batch([*texts, *ROUND])
+    assert [learned.decode(ids, skip_special_tokens=False) for ids in rows] == [*texts, *ROUND]
+    assert not set(learned.special_ids) & {id for ids in rows for id in ids}
+    assert sum(map(len, rows[: len(texts)])) < sum(map(len, texts)) / 2
+    learned.save(tmp_path)
+    assert Tokenizer.load(tmp_path).hash == learned.hash
+    assert learned.word_starts()[learned.encode_batch([" quick"])[0][0]]
+    with pytest.raises(ValueError, match=r"tokenizer: expected at least \d+ tokens for a Unigram of"):
+        Tokenizer.train(lambda: texts, 300, "unigram", purpose)
+
+
+def test_unigram_names_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(ValueError, match=r"need the package sentencepiece; pip install fastlm\[unigram\]"):
+        parse("unigram:8192")
+
+
+def test_any_unigram_directory_prepares_text(tmp_path):
+    """One built by hand as T5's is: Metaspace, no bytes, an unknown token."""
+    specials = ["<pad>", "</s>", "<unk>", *(f"<extra_id_{i}>" for i in range(20))]
+    words = ["▁the", "▁cat", "▁dog", "▁sat", "▁on", "▁a", "▁mat", "ing"]
+    pieces = [*((token, 0.0) for token in specials), *((word, -3.0) for word in words)]
+    pieces += [(letter, -6.0) for letter in "▁abcdefghijklmnopqrstuvwxyz.,"]
+    backend = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=2))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    backend.decoder = tokenizers.decoders.Metaspace()
+    backend.add_special_tokens(specials)
+    config = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "tokenizer_class": "T5TokenizerFast"}
+    Tokenizer(backend, config).save(tmp_path / "t5")
+    lines = [f"the cat sat on a mat, {'and on ' * (i % 9)}the dog." for i in range(50)]
+    (tmp_path / "a.txt").write_text("\n".join([*lines, *lines]))
+    layout = SpanRows(32, sentinels=20)
+    dataset = prepare(tmp_path / "a.txt", tmp_path / "t5", tmp_path / "rows", layout=layout, documents="line")
+    assert dataset.documents == len(set(lines))
+    assert dataset.manifest["unknown"]["tokens"] == 0
+    tokens, counts, found = dataset.gather(np.arange(dataset.rows))
+    ids = dict.fromkeys(found[:, 0].tolist(), tokens[0][:0])
+    rows = np.repeat(np.arange(dataset.rows), counts)
+    ends = np.append(np.where(rows[1:] == rows[:-1], found[1:, 1], dataset.width), dataset.width)
+    for row, (sample, start), end in zip(rows, found, ends):
+        ids[int(sample)] = np.append(ids[int(sample)], tokens[row, start:end])
+    texts = {}
+    for sample in sorted(ids):
+        if sample != PADDING_SAMPLE:
+            texts[sample >> 24] = [*texts.get(sample >> 24, []), *ids[sample].tolist()]
+    assert sorted(dataset.tokenizer.decode(text) for text in texts.values()) == sorted(set(lines))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from training import corpus, small
 
 from fastlm.data import Batches, Mixture, open_dataset, prepare
+from fastlm.data.contents import counted
 from fastlm.data.layouts import CausalRows, SpanRows
 from fastlm.data.mixture import Joined, parse_weights, schedule
 from fastlm.data.order import perm
@@ -230,6 +231,7 @@ def test_a_run_says_its_mix(rows, run):
     ]
     assert sum(part["tokens"] for part in summary["mix"]) == pytest.approx(summary["tokens"], rel=0.02)
     assert f"mix           {rows / 'a'} 0.75: 72 rows, about " in summary_table(summary, run / "hf")
+    assert [counted(n, "row") for n in (0, 1, 2345)] == ["0 rows", "1 row", "2,345 rows"]
     held = [row["val_loss"] for row in read_metrics(run / "metrics.jsonl") if "val_loss" in row]
     assert len(held) == 2
 

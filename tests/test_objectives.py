@@ -146,9 +146,7 @@ def test_span_rows_fit_both_sides(lengths, row_tokens, target_tokens, corruption
 def test_span_rows_that_hold_no_piece_are_refused():
     """They were laid without end."""
     for row_tokens, target_tokens, held in ((8, 0, 7), (64, 2, 1)):
-        with pytest.raises(
-            ValueError, match=rf"row_tokens: expected rows that hold a piece of 8 .* hold one of {held};"
-        ):
+        with pytest.raises(ValueError, match=rf"row_tokens: expected rows that hold .* 8 .* which hold {held};"):
             SpanRows(row_tokens, target_tokens)
     assert SpanRows(9).fits((0, 0)) == 8
 

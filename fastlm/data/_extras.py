@@ -16,6 +16,7 @@ _EXTRAS = {
     "phonenumbers": ("privacy", "scrubbing phone numbers"),
     "stdnum": ("privacy", "scrubbing card numbers and IBANs"),
     "ray": ("ray", "preparations with executor ray"),
+    "sentencepiece": ("unigram", "training Unigram tokenizers"),
     "datasets": ("datasets", "Hugging Face datasets by name"),
 }
 

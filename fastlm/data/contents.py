@@ -11,7 +11,7 @@ import numpy as np
 
 from fastlm.data.packing import PADDING_SAMPLE, Shard
 from fastlm.data.shards import Dataset
-from fastlm.data.tokenizer import Tokenizer
+from fastlm.data.tokenizer import TRAINED_ON, Tokenizer
 
 _SHOWN = 60  # characters of a sample
 
@@ -30,6 +30,12 @@ class Contents:
     filled: np.ndarray
     pieces: int = 0
     cut: int = 0
+
+
+def trained_on(dataset: Dataset) -> Iterator[str]:
+    """The size of the sample that the tokenizer was trained on, where it was trained here."""
+    if sample := dataset.manifest["tokenizer"].get(TRAINED_ON):
+        yield f"tokenizer trained on {sample['bytes']:,} of {sample['of']:,} bytes of its text"
 
 
 def contents(dataset: Dataset) -> Contents:

@@ -164,9 +164,9 @@ class SpanRows(Layout):
         longest = self.fits((0, 0))
         if longest < self.least():
             raise ValueError(
-                f"row_tokens: expected rows that hold a piece of {self.least()} tokens of text, got {row_tokens} "
-                f"tokens for the encoder and {self.target_tokens} for the decoder, which hold one of "
-                f"{max(longest, 0)}; set longer data.row_tokens or data.target_tokens"
+                f"row_tokens: expected rows that hold pieces of {self.least()} tokens, got {row_tokens} tokens for the "
+                f"encoder and {self.target_tokens} for the decoder, which hold {max(longest, 0)}; set longer "
+                "data.row_tokens or data.target_tokens"
             )
 
     @property

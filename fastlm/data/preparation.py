@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -21,17 +22,9 @@ from fastlm.data.cleaning import Cleaner, Cleaning, CleaningReport
 from fastlm.data.cleaning.cleaner import RULES_VERSION
 from fastlm.data.estimate import estimate
 from fastlm.data.layouts import MIN_PIECE, Layout, MaskedRows
+from fastlm.data.mixture import token_entropy
 from fastlm.data.packing import encode_documents, lay_rows, pack
-from fastlm.data.shards import (
-    FORMAT,
-    VERSION,
-    Dataset,
-    open_dataset,
-    read_manifest,
-    token_entropy,
-    tokenizer_checksum,
-    write_shard,
-)
+from fastlm.data.shards import FORMAT, VERSION, Dataset, open_dataset, read_manifest, tokenizer_checksum, write_shard
 from fastlm.data.sources import (
     DOCUMENTS,
     FIELDS,
@@ -43,9 +36,8 @@ from fastlm.data.sources import (
     is_prepared,
     read_documents,
 )
-from fastlm.data.spool import Sample, Spool
 from fastlm.data.stages import SMALL, CleanedText, Reading, in_processes, kept_parts, on_ray
-from fastlm.data.tokenizer import LONGEST, SAMPLE, Tokenizer, ToTrain, parse
+from fastlm.data.tokenizer import LONGEST, SAMPLE, TRAINED_ON, Tokenizer, ToTrain, parse
 from fastlm.storage import NoSpace, atomic_directory, file_checksum, json_checksum, write_json
 
 _SHARD_TOKENS = 1 << 24  # 32 MiB of two-byte tokens in a shard: one is held in memory while preparing
@@ -84,7 +76,8 @@ def prepare(
 
     paths       files and directories; see `fastlm.data.sources`
     tokenizer   "train:8192" to train one of that size on this text (see `Tokenizer.train`), "wordpiece:8192",
-                "bpe:8192", "chars", a directory to load, a `Tokenizer`, or what `fastlm.data.tokenizer.parse` returns
+                "bpe:8192", "unigram:8192", "chars", a directory to load, a `Tokenizer`, or what
+                `fastlm.data.tokenizer.parse` returns
     row_tokens  length of a row, at least 8: the longest piece of a document that the model sees
     layout      how documents lie in rows, a `fastlm.data.layouts.Layout`; default: MaskedRows(row_tokens)
     documents   what of a plain-text file is a document: "file", "line", or "blank" (between blank lines)
@@ -108,7 +101,7 @@ def prepare(
     progress    called as progress(stage, bytes done, bytes in all) now and then; the stages are "checksums",
                 "cleaning" (see below), "tokenizer" (only where one is trained), "rows" and "validation"
     note        called with a line before part files are made, an estimate of disk and time (`fastlm.data.estimate`),
-                with one before a tokenizer is trained, the size of its sample, and before a source is written as files
+                and before a source is written as files
 
     With rules, near duplicates, several processes, Ray or more than 64 MiB of text, the cleaned text is first written
     in parts into a hidden directory beside `out`, as large as the text. A preparation that was killed continues with
@@ -261,20 +254,15 @@ class _Work:
         self, out: Path, files: list[SourceFile], held_files: list[SourceFile], report: Report, held_report: Report
     ) -> dict:
         """Write the tokenizer, the rows and the held-out rows into `out`; their entries in the manifest."""
-        trained_on = {}
         if isinstance(self.tokenizer, ToTrain):
-            with Sample(out / "sample.jsonl", self.tokenizer.sample) as sample:
-                sample.add(self.seen(files))
-                self.note(f"the tokenizer is trained on {sample}")
-                self.tokenizer = self.tokenizer.train(sample.texts, self.layout.name)
-            trained_on = {"trained_on": {"bytes": sample.size, "of": sample.total}}
+            self.tokenizer = self.tokenizer.train(lambda: self.seen(files), self.layout.name, out)
             self.layout.check(self.tokenizer)
         self.tokenizer.save(out / TOKENIZER)
-        with Spool(out / "held-out.jsonl") as spool:
+        with _Spool(out / "held-out.jsonl") as spool:
             trained = self.rows(out, "", spool.take(self.texts("rows", files, report), self.held_out), report)
             if not trained["rows"]:
                 raise _nothing_left(files, report, spool.count)
-            held = self.texts("validation", held_files, held_report) if held_files else spool.entries()
+            held = self.texts("validation", held_files, held_report) if held_files else spool.texts()
             validation = self.rows(out, "validation-", held, held_report)
         if (held_files or self.validation_share) and not validation["rows"]:
             raise _nothing_held(self.validation_share, held_files, held_report, trained["documents"])
@@ -282,7 +270,7 @@ class _Work:
             "hash": self.tokenizer.hash,
             "vocab_size": self.tokenizer.vocab_size,
             "checksum": tokenizer_checksum(out),
-            **trained_on,
+            **{name: self.tokenizer.config[name] for name in [TRAINED_ON] if name in self.tokenizer.config},
         }
         return {"tokenizer": tokenizer, **trained, "validation": validation}
 
@@ -375,6 +363,34 @@ def _nothing_held(share: float, held_files: list[SourceFile], report: Report, do
         f"validation_share: none of the {documents} documents falls into a share of {share:g}; give a larger share, "
         'set documents to "blank" or "line", or name a file with validation'
     )
+
+
+class _Spool:
+    """Documents put aside in a temporary file while the others pass, so that the text is read and cleaned once."""
+
+    def __init__(self, path: Path):
+        self.path, self.count = path, 0
+
+    def __enter__(self) -> _Spool:
+        self._file = open(self.path, "w+", encoding="utf-8")
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._file.close()
+        self.path.unlink()
+
+    def take(self, texts: Iterable[str], chosen: Callable[[str], bool]) -> Iterator[str]:
+        """The texts that are not chosen."""
+        for text in texts:
+            if chosen(text):
+                self.count += 1
+                self._file.write(json.dumps(text) + "\n")
+            else:
+                yield text
+
+    def texts(self) -> Iterator[str]:
+        self._file.seek(0)
+        return (json.loads(line) for line in self._file)
 
 
 class OtherPreparation(ValueError):

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -151,13 +151,6 @@ class Dataset:
         for shard, at, local in places:
             pieces[ragged(ends[at] - counts[at], counts[at])] = shard.pieces[ragged(shard.offsets[local], counts[at])]
         return tokens, counts, pieces
-
-
-def token_entropy(counts: np.ndarray, special_ids: Iterable[int]) -> float:
-    """-sum p ln p over the tokens that are not special, in nats: 0 where there are none. counts: (vocab_size,) int64"""
-    counts = np.delete(counts, list(special_ids))
-    p = counts[counts > 0] / max(counts.sum(), 1)
-    return float(-(p * np.log(p)).sum())
 
 
 def ragged(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:

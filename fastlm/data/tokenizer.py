@@ -1,4 +1,4 @@
-"""The tokenizer: trained here (WordPiece, byte-level BPE or characters), or any Hugging Face tokenizer directory.
+"""The tokenizer: trained here (WordPiece, byte-level BPE, Unigram, characters), or any Hugging Face directory of one.
 
 It is saved in Transformers' layout, so `transformers.AutoTokenizer.from_pretrained(dir)` gives the same ids.
 """
@@ -19,6 +19,9 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from fastlm.data._checks import integer
+from fastlm.data._extras import require
+from fastlm.data.sample import Sample
+from fastlm.data.unigram import train_unigram
 from fastlm.data.vocabulary import SPECIAL, train_bpe, train_characters
 from fastlm.storage import json_checksum, write_json
 
@@ -35,6 +38,7 @@ LONGEST = 100  # characters of a word; a longer one is [UNK] whole, as in BERT
 _DISTINCT = 4_000_000
 # Bytes of the text that a tokenizer is trained on. A word takes a byte at least, so that its count fits 31 bits.
 SAMPLE, LARGEST_SAMPLE = 1 << 28, (1 << 31) - 1
+TRAINED_ON = "trained_on"  # in tokenizer_config.json: {"bytes": of the sample, "of": all of the text}
 _WORD = re.compile(r"\s*(\S+)")
 # What may be a word that is too long: a run without white space, ASCII or general punctuation, or Chinese characters.
 _CHINESE = r"\u3400-\u9fff\uf900-\ufaff\U00020000-\U0002fa1f"
@@ -147,24 +151,28 @@ class Tokenizer:
         """A tokenizer of at most `vocab_size` tokens, learned from the texts.
 
         texts    is called once or twice, and must give the same texts each time. A small corpus yields fewer tokens
-        kind     "wordpiece": lower-casing, BERT's; "bpe": byte-level, GPT-2's; "chars": every character of the texts,
-                 whatever `vocab_size`; None: WordPiece for masked rows, BPE for others
+        kind     "wordpiece": lower-casing, BERT's; "bpe": byte-level, GPT-2's; "unigram": T5's, by SentencePiece (the
+                 extra `unigram`); "chars": every character of the texts, whatever `vocab_size`; None: WordPiece for
+                 masked rows, BPE for others
         purpose  "masked", "causal" or "span": the special tokens are BERT's, GPT-2's or T5's
 
         The result depends on the texts alone. WordPiece: [PAD] [UNK] [CLS] [SEP] [MASK] have the ids 0 to 4.
         WordPiece learns nothing from words of more than 100 characters, which it could not encode either. Both learn
         nothing, with a warning, from words that are first seen after four million characters of distinct ones: 600 MB
-        at most.
+        at most. Unigram is as BPE in this.
         """
         kind = kind or _USUAL[purpose]
         if kind == "chars":
             return cls(*train_characters(texts, purpose))
         vocab_size = integer("vocab_size", vocab_size, _SMALLEST, _LARGEST)
-        if kind == "bpe":
+        if kind in ("bpe", "unigram"):
+            train = train_bpe if kind == "bpe" else train_unigram
             cuts = (chunk for text in texts() for chunk in chunks(text))
-            return cls(*train_bpe(_bounded(cuts), vocab_size, purpose))
+            return cls(*train(_bounded(cuts), vocab_size, purpose))
         if purpose != "masked":
-            raise ValueError(f"tokenizer: expected bpe or chars for {purpose} rows, got wordpiece, which loses spaces")
+            raise ValueError(
+                f"tokenizer: expected bpe, unigram or chars for {purpose} rows, got wordpiece, which loses spaces"
+            )
         return cls._train_wordpiece(texts, vocab_size)
 
     @classmethod
@@ -347,15 +355,28 @@ def _wordpiece(vocab: dict[str, int], config: dict) -> tokenizers.Tokenizer:
 class ToTrain:
     """A tokenizer that is to be trained: a kind, or None for the purpose's usual one, and a size, None for "chars".
 
-    sample: the most bytes of text that it is trained on (`fastlm.data.spool.Sample`)
+    sample: the most bytes of text that it is trained on (`fastlm.data.sample.Sample`)
     """
 
     kind: str | None
     size: int | None
     sample: int = SAMPLE
 
-    def train(self, texts: Callable[[], Iterable[str]], purpose: str) -> Tokenizer:
-        return Tokenizer.train(texts, self.size, self.kind, purpose)
+    def train(self, texts: Callable[[], Iterable[str]], purpose: str, directory=None) -> Tokenizer:
+        """`Tokenizer.train` on a sample of the texts, whose size is in the tokenizer's configuration, TRAINED_ON.
+
+        A text of more than 32,768 characters is chosen in parts. directory: of the temporary file
+        """
+        with Sample(self.sample, directory) as sample:
+            sample.add(chunk for text in texts() for chunk in chunks(text))
+            if sample.total and not sample.size:
+                raise ValueError(
+                    f"tokenizer_sample: expected more than {self.sample:,} bytes for {sample.total:,} bytes of text, "
+                    "none of which is chosen by so few"
+                )
+            tokenizer = Tokenizer.train(sample.texts, self.size, self.kind, purpose)
+        tokenizer.config[TRAINED_ON] = {"bytes": sample.size, "of": sample.total}
+        return tokenizer
 
     def __str__(self) -> str:
         return "chars" if self.kind == "chars" else f"{self.kind or 'train'}:{self.size}"
@@ -364,7 +385,7 @@ class ToTrain:
 def parse(tokenizer, sample: int = SAMPLE) -> Tokenizer | ToTrain:
     """What a `tokenizer` argument says: a `Tokenizer`, given or loaded from a directory, or one to train.
 
-    "train:8192" (the purpose's usual kind), "wordpiece:8192", "bpe:8192", "chars".
+    "train:8192" (the purpose's usual kind), "wordpiece:8192", "bpe:8192", "unigram:8192", "chars".
 
     sample: of `ToTrain`, from 2^16 to 2^31 - 1
     """
@@ -376,10 +397,12 @@ def parse(tokenizer, sample: int = SAMPLE) -> Tokenizer | ToTrain:
     if str(tokenizer) == "chars":
         return ToTrain("chars", None, sample)
     kind, colon, size = str(tokenizer).partition(":")
-    if kind not in ("train", "wordpiece", "bpe") or not colon:
+    if kind not in ("train", "wordpiece", "bpe", "unigram") or not colon:
         return Tokenizer.load(tokenizer)
     if not size.isdecimal() or not _SMALLEST <= int(size) <= _LARGEST:
         raise ValueError(
             f"tokenizer: expected {kind}:N, as {kind}:8192, with N from {_SMALLEST} to {_LARGEST}; got {tokenizer!r}"
         )
+    if kind == "unigram":
+        require("sentencepiece")
     return ToTrain(None if kind == "train" else kind, int(size), sample)

@@ -1,4 +1,5 @@
-"""Vocabularies that are learned here: byte-level BPE and characters. (`Tokenizer.train` itself learns WordPiece.)
+"""Vocabularies that are learned here: byte-level BPE and characters. (`Tokenizer.train` itself learns WordPiece, and
+`fastlm.data.unigram` Unigram.)
 
 Which special tokens a vocabulary begins with depends on what it is for (`SPECIAL`):
 
@@ -63,7 +64,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, purpose: str) -> tuple[toke
     )
     backend.train_from_iterator(texts, trainer)
     backend.decoder = decoders.ByteLevel()
-    return _finish(backend, roles, purpose)
+    return finish(backend, roles, purpose)
 
 
 def train_characters(texts: Texts, purpose: str) -> tuple[tokenizers.Tokenizer, dict]:
@@ -77,10 +78,10 @@ def train_characters(texts: Texts, purpose: str) -> tuple[tokenizers.Tokenizer, 
     backend = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token=roles["unk_token"]))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     backend.decoder = decoders.Fuse()
-    return _finish(backend, roles, purpose)
+    return finish(backend, roles, purpose)
 
 
-def _finish(backend: tokenizers.Tokenizer, roles: dict[str, str], purpose: str) -> tuple[tokenizers.Tokenizer, dict]:
+def finish(backend: tokenizers.Tokenizer, roles: dict[str, str], purpose: str) -> tuple[tokenizers.Tokenizer, dict]:
     """Special tokens, sentinels, and what is put around a text that a model reads."""
     special = list(dict.fromkeys(roles.values()))
     config = {**roles, "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from fastlm.data.batches import Batch, make_batch
-from fastlm.data.contents import Contents, cleaning_lines, contents, counted, shown
+from fastlm.data.contents import Contents, cleaning_lines, contents, shown, trained_on
 from fastlm.data.layouts import Corruption
 from fastlm.data.order import rows_at
 from fastlm.data.packing import PADDING_SAMPLE, PIECE_BITS
@@ -27,17 +27,15 @@ def report(dataset: Dataset, rows: int = 2) -> Iterator[str]:
     found, manifest = contents(dataset), dataset.manifest
     held, cleaned, vocabulary = manifest["validation"], manifest["report"], dataset.tokenizer.vocab_size
     yield (
-        f"{dataset.directory}: {counted(dataset.rows, f'{dataset.layout} row')} of {dataset.row_tokens} tokens in "
-        f"{counted(len(dataset.accepted), 'shard')}, {' and '.join(f'{share:.1%}' for share in dataset.fill)} full"
+        f"{dataset.directory}: {dataset.rows:,} {dataset.layout} rows of {dataset.row_tokens} tokens in "
+        f"{len(dataset.accepted)} shards, {' and '.join(f'{share:.1%}' for share in dataset.fill)} full"
     )
     yield (
-        f"{counted(dataset.documents, 'document')}, {dataset.text_bytes:,} bytes, {dataset.text_tokens:,} tokens of a "
-        f"vocabulary of {vocabulary:,}; held out: "
-        f"{counted(held['documents'], 'document')} in {counted(held['rows'], 'row')}"
+        f"{dataset.documents:,} documents, {dataset.text_bytes:,} bytes, {dataset.text_tokens:,} tokens of a "
+        f"vocabulary of {vocabulary:,}; held out: {held['documents']:,} documents in {held['rows']:,} rows"
     )
-    if sample := manifest["tokenizer"].get("trained_on"):
-        yield f"its tokenizer was trained on {sample['bytes']:,} of {sample['of']:,} bytes of the text"
-    yield f"{counted(found.pieces, 'piece')}, {found.cut:,} of them after a cut; cells a piece: {_quantiles(found)}"
+    yield from trained_on(dataset)
+    yield f"{found.pieces:,} pieces, {found.cut:,} of them after a cut; cells a piece: {_quantiles(found)}"
     yield f"documents read: {cleaned['read']:,}, kept: {cleaned['kept']:,}"
     for reason, entry in cleaned["set_aside"].items():
         yield f"  set aside: {entry['count']:,} {reason} (first: {entry['first'][0]})"

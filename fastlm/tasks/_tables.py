@@ -13,7 +13,9 @@ from fastlm.settings import Table, key
 
 @dataclass(frozen=True)
 class DataTable(Table):
-    tokenizer: str = key("train:8192", "train:N, wordpiece:N, bpe:N or chars to train one, or a tokenizer's directory")
+    tokenizer: str = key(
+        "train:8192", "train:N, wordpiece:N, bpe:N, unigram:N or chars to train one, or a tokenizer's directory"
+    )
     tokenizer_sample: int = key(
         SAMPLE,
         "most bytes of the text that a tokenizer is trained on, chosen by a hash",

@@ -110,8 +110,8 @@ class Task:
         """The data in a phrase, for the headline of a run."""
         data = self.dataset
         return (
-            f"{counted(data.rows, 'row')} of {data.row_tokens} tokens, {' and '.join(f'{x:.0%}' for x in data.fill)} full, "
-            f"vocabulary {data.tokenizer.vocab_size:,}"
+            f"{counted(data.rows, 'row')} of {data.row_tokens} tokens, "
+            f"{' and '.join(f'{x:.0%}' for x in data.fill)} full, vocabulary {data.tokenizer.vocab_size:,}"
         )
 
     def notes(self) -> list[str]:
