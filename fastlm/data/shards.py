@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastlm.data.packing import Shard
+from fastlm.data.packing import Shard, ragged
 from fastlm.data.sources import MANIFEST, TOKENIZER
 from fastlm.data.tokenizer import Tokenizer
 from fastlm.storage import file_checksum, json_checksum
@@ -136,12 +136,6 @@ class Dataset:
         for shard, at, local in places:
             pieces[ragged(ends[at] - counts[at], counts[at])] = shard.pieces[ragged(shard.offsets[local], counts[at])]
         return tokens, counts, pieces
-
-
-def ragged(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """starts[0], starts[0] + 1, ... (counts[0] of them), starts[1], ...: (sum of counts,) int64."""
-    ends = np.cumsum(counts)
-    return np.repeat(starts - (ends - counts), counts) + np.arange(ends[-1] if len(ends) else 0)
 
 
 def _part(manifest: dict, split: str) -> dict:
