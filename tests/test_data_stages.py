@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 
-from fastlm.data import prepare, stages
+from fastlm.data import executors, prepare, stages
 from fastlm.data.cleaning import Cleaning
 from fastlm.data.estimate import estimate
 from fastlm.data.sources import Report, find_files
@@ -110,7 +110,7 @@ def test_an_estimate_comes_first(tmp_path, monkeypatch):
     (line,) = [text for text in seen if "MB" in text]
     assert seen.index(line) < seen.index("cleaning")
     assert re.fullmatch(
-        r"about 0.1 MB of text: cleaning takes about \d.\d minutes in one process; disk: about 0.2 MB of parts .* free",
+        r"about 0.1 MB of text: cleaning takes about \d.\d minutes in one process; disk: about 0.3 MB of parts .* free",
         line,
     )
     tasks = stages.CleanedText(
@@ -124,8 +124,9 @@ def test_an_estimate_comes_first(tmp_path, monkeypatch):
     assert found.text == pytest.approx(size + 4 * (tmp_path / "b.txt.gz").stat().st_size, rel=0.01)
     assert found.seconds > 0
     parts = stages.CleanedText(find_files([tmp_path / "a.txt"], Report()), plain, tmp_path, "plain-")
-    parts.make(lambda missing: stages.in_processes(missing, 1), lambda done, total: None)
-    written = sum(task.path.stat().st_size for task in parts.tasks)
+    with executors.in_processes(1) as run:
+        parts.make(run, lambda done, total: None)
+    written = sum(file.stat().st_size for task in parts.tasks for file in (task.path, task.events, task.prints))
     assert estimate(parts.tasks).parts == pytest.approx(written, rel=0.05)
     assert replace(found, rows=1 << 60).line(tmp_path / "out", None).endswith("free, too few")
     assert estimate([]) is None
@@ -133,7 +134,7 @@ def test_an_estimate_comes_first(tmp_path, monkeypatch):
 
 PREPARE = """
 import sys
-from fastlm.data import prepare, stages
+from fastlm.data import executors, prepare, stages
 from fastlm.data.cleaning import Cleaning
 stages.PART_BYTES = 700
 if __name__ == "__main__":
@@ -176,7 +177,7 @@ def test_a_killed_preparation_continues(corpus, tmp_path, monkeypatch):
         prepare([corpus], "train:120", out, **RULES, **OPTIONS)
     (directory,) = tmp_path.glob(".out.parts-*")
     (directory / ".rows-000004.jsonl.partial-0").write_text("half a pa")
-    assert len(list(directory.glob("*.jsonl"))) == 4
+    assert len(list(directory.glob("[!.]*.jsonl"))) == 4
     monkeypatch.setattr(stages, "clean", lambda task: made.append(task.index) or clean(task))
     prepare([corpus], "train:120", out, **RULES, **OPTIONS)
     assert sorted(made) == list(range(len(made))), "a finished part is not made again"

@@ -22,7 +22,10 @@ TOKEN_BYTES = 4.0  # of text for a token of two bytes: English by a vocabulary o
 
 @dataclass(frozen=True)
 class Estimate:
-    """text, parts, rows in bytes, the last two on disk; seconds of one process for cleaning."""
+    """text, parts, rows in bytes, the last two on disk; seconds of one process for cleaning.
+
+    parts: of cleaned text. The token files are as large as the rows.
+    """
 
     text: int
     parts: int
@@ -34,14 +37,15 @@ class Estimate:
         place = out.absolute()
         while not place.exists():
             place = place.parent
-        free, need = shutil.disk_usage(place).free, self.parts + self.rows
+        parts = self.parts + self.rows
+        free, need = shutil.disk_usage(place).free, parts + self.rows
         minutes = f"{self.seconds / 60 / (processes or 1):,.1f} minutes"
         where = {None: "divided by the cluster's cores", 1: "in one process"}.get(
             processes, f"in {processes} processes"
         )
         return (
             f"about {self.text / 1e6:,.1f} MB of text: cleaning takes about {minutes} {where}; disk: about "
-            f"{self.parts / 1e6:,.1f} MB of parts until the end and {self.rows / 1e6:,.1f} MB of rows, "
+            f"{parts / 1e6:,.1f} MB of parts until the end and {self.rows / 1e6:,.1f} MB of rows, "
             f"{free / 1e6:,.1f} MB are free" + (", too few" if need > free else "")
         )
 
@@ -68,7 +72,7 @@ def _text_bytes(task: Task) -> int:
 
 
 def _sample(task: Task) -> tuple[int, int]:
-    """(bytes of text that were cleaned, bytes of part file that came of them)."""
+    """(bytes of text that were cleaned, bytes of part files that come of them)."""
     reading, sampled, kept = task.reading, 0, []
     cleaner = None if reading.plain else Cleaner(reading.cleaning)
     for place, text in read_documents(task.parts, reading.documents, Report(), fields=reading.fields):
@@ -79,6 +83,8 @@ def _sample(task: Task) -> tuple[int, int]:
             kept.append((place, became))
         if sampled >= SAMPLE_BYTES:
             break
+    written = sum(len(json.dumps(text)) + len(json.dumps(["text", place, len(text)])) + 26 for place, text in kept)
     if reading.threshold:
-        signature(text for _, text in kept)
-    return sampled, sum(len(json.dumps(["text", *entries])) + 1 for entries in kept)
+        signed = signature(text for _, text in kept)
+        written += signed.minima.nbytes + signed.offsets.nbytes + signed.shingles.nbytes
+    return sampled, written

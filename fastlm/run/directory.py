@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastlm.data import Dataset, is_prepared, open_dataset
-from fastlm.data.preparation import OtherPreparation, setting_differences
+from fastlm.data.identity import OtherPreparation, setting_differences
 from fastlm.data.shards import read_manifest
 from fastlm.data.sources import RUN_FILES
 from fastlm.run.checkpoint import Checkpoint, load_newest, read_checkpoint
