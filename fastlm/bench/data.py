@@ -15,6 +15,7 @@ import random
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -42,12 +43,18 @@ _SCRIPTS = {
     "chinese": ("".join(map(chr, range(0x4E00, 0x4E00 + 2500))), 6),
 }
 _VOCABULARY = 20_000
+_RECENT = 2000  # an altered document is one of so many before it
 _COMMAS = (" ", " ", " ", " ", " ", " ", " ", ", ", "; ", " \u2013 ")
 _ENDS = (". ", ". ", ". ", "? ", "! ", ".\n", ".\n\n")
 
 
 def made_text(size: int, seed: int = 0) -> list[str]:
     """Documents of `size` bytes of UTF-8 in all, or a little more; a function of the seed."""
+    return list(made_documents(size, seed))
+
+
+def made_documents(size: int, seed: int = 0) -> Iterator[str]:
+    """The documents of `made_text`, one after another: the last _RECENT are in memory."""
     rng = random.Random(seed)
     vocabularies = {}
     for name, (letters, _) in _SCRIPTS.items():
@@ -56,16 +63,16 @@ def made_text(size: int, seed: int = 0) -> list[str]:
         weights = [1 / (rank + 10) for rank in range(_VOCABULARY)]  # Zipf's law
         vocabularies[name] = words, list(accumulate(weights))
     names, shares = list(_SCRIPTS), [share for _, share in _SCRIPTS.values()]
-    texts, made = [], 0
+    recent, made = deque(maxlen=_RECENT), 0
     while made < size:
-        if texts and rng.random() < 0.1:
-            text = _changed(rng, rng.choice(texts))
+        if recent and rng.random() < 0.1:
+            text = _changed(rng, rng.choice(recent))
         else:
             name = rng.choices(names, shares)[0]
             text = _document(rng, name, *vocabularies[name])
-        texts.append(text)
+        recent.append(text)
         made += len(text.encode())
-    return texts
+        yield text
 
 
 def _document(rng: random.Random, name: str, vocabulary: Sequence[str], weights: Sequence[float]) -> str:

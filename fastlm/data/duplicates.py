@@ -25,11 +25,14 @@ The settings are those of common practice: 5-word shingles and a threshold of 0.
 from __future__ import annotations
 
 import hashlib
+import math
+import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -51,7 +54,7 @@ _WITHOUT_SPACES = re.compile(f"[{_UNSPACED}]")
 _ASCII_WORDS = str.maketrans({c: " " for c in map(chr, range(128)) if not (c.isalnum() or c == "_")})
 _SEED = 0x5EED
 _AT_ONCE = 2048  # documents whose minima pass through Python's lists, 5 KB each
-_OPEN = 128  # files of signatures that are open at a time, two descriptors each
+_OPEN = 48  # files of signatures that are mapped at a time, 6 MB of prose each
 _CACHED = 1 << 20  # words whose hash is kept: about 100 MB
 
 
@@ -133,22 +136,47 @@ class Signatures:
     @classmethod
     def open(cls, path) -> Signatures:
         """Memory-mapped, but for the offsets. ValueError for another file."""
-        arrays = []
-        with open(path, "rb") as file:
-            for dtype in (np.uint32, np.int64, np.uint64):
-                try:
-                    version = np.lib.format.read_magic(file)
-                    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else None
-                    shape, _, found = read(file)
-                except (ValueError, TypeError) as error:
-                    raise ValueError(f"signatures: expected a file that Signatures.save wrote, got {path}") from error
-                if found != dtype:
-                    raise ValueError(f"signatures: expected an array of {np.dtype(dtype)} in {path}, got {found}")
-                at, size = file.tell(), int(np.prod(shape)) * np.dtype(dtype).itemsize
-                empty = np.empty(shape, dtype)
-                arrays.append(np.memmap(path, dtype, "r", at, shape) if size else empty)
-                file.seek(at + size)
-        return cls(arrays[0], np.array(arrays[1]), arrays[2])
+        minima, offsets, shingles = _stored(path)
+        return cls(minima.mapped(), offsets.read(), shingles.mapped())
+
+
+class _Stored(NamedTuple):
+    """An array in a file."""
+
+    path: Path
+    dtype: np.dtype
+    offset: int
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    def mapped(self) -> np.ndarray:
+        if not self.size:  # nothing to map is an error
+            return np.empty(self.shape, self.dtype)
+        return np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
+
+    def read(self) -> np.ndarray:
+        return np.fromfile(self.path, self.dtype, self.size, offset=self.offset).reshape(self.shape)
+
+
+def _stored(path) -> tuple[_Stored, ...]:
+    """The minima, offsets and shingles that `Signatures.save` wrote to `path`. ValueError for another file."""
+    arrays = []
+    with open(path, "rb") as file:
+        for dtype in (np.uint32, np.int64, np.uint64):
+            try:
+                version = np.lib.format.read_magic(file)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else None
+                shape, _, found = read(file)
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"signatures: expected a file that Signatures.save wrote, got {path}") from error
+            if found != dtype:
+                raise ValueError(f"signatures: expected an array of {np.dtype(dtype)} in {path}, got {found}")
+            arrays.append(_Stored(Path(path), found, file.tell(), shape))
+            file.seek(arrays[-1].size * found.itemsize, os.SEEK_CUR)
+    return tuple(arrays)
 
 
 def signature(texts: Iterable[str]) -> Signatures:
@@ -192,21 +220,23 @@ class _Parts:
 
     def __init__(self, parts: Sequence[Signatures | Path]):
         self._parts = parts
-        self._opened = lru_cache(_OPEN)(Signatures.open)
-        self.offsets = [self[part].offsets for part in range(len(parts))]
+        self._stored = [None if isinstance(part, Signatures) else _stored(part) for part in parts]
+        self._mapped = lru_cache(_OPEN)(lambda part: self._stored[part][2].mapped())
+        self.offsets = [
+            part.offsets if stored is None else stored[1].read() for part, stored in zip(parts, self._stored)
+        ]
         self.starts = np.cumsum([0, *(len(offsets) - 1 for offsets in self.offsets)])
 
-    def __len__(self) -> int:
-        return len(self._parts)
-
-    def __getitem__(self, part: int) -> Signatures:
-        found = self._parts[part]
-        return found if isinstance(found, Signatures) else self._opened(found)
+    def minima(self) -> Iterator[np.ndarray]:
+        """Those of each part, read: the pages of mapped files would stay in memory."""
+        for part, stored in zip(self._parts, self._stored):
+            yield part.minima if stored is None else stored[0].read()
 
     def shingles(self, ordinal: int) -> np.ndarray:
         part = int(np.searchsorted(self.starts, ordinal, "right")) - 1
         low, high = self.offsets[part][ordinal - self.starts[part] :][:2]
-        return self[part].shingles[low:high]
+        found = self._parts[part].shingles if self._stored[part] is None else self._mapped(part)
+        return found[low:high]
 
 
 def near_duplicates(parts: Sequence[Signatures | Path] | Signatures, *, threshold: float = THRESHOLD) -> NearDuplicates:
@@ -229,7 +259,7 @@ def _pairs(parts: _Parts) -> np.ndarray:
     ordinals = np.flatnonzero(filled)
     for band in range(BANDS):
         columns = slice(band * width, (band + 1) * width)
-        mixed = (_mix(parts[part].minima[:, columns]) for part in range(len(parts)))
+        mixed = (_mix(minima[:, columns]) for minima in parts.minima())
         keys = np.concatenate([np.empty(0, np.uint64), *mixed])[ordinals]
         order = np.argsort(keys, kind="stable")
         same = keys[order[1:]] == keys[order[:-1]]

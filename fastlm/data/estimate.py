@@ -55,24 +55,24 @@ def estimate(tasks: Sequence[Task]) -> Estimate | None:
     if not tasks:
         return None
     text = sum(_text_bytes(task) for task in tasks)
-    sampled = kept = 0
+    sampled = kept = written = 0
     began = time.perf_counter()
     for task in tasks[:: -(-len(tasks) // SAMPLED)]:
-        of_task, kept_of_task = _sample(task)
-        sampled, kept = sampled + of_task, kept + kept_of_task
+        of_task = _sample(task)
+        sampled, kept, written = sampled + of_task[0], kept + of_task[1], written + of_task[2]
     if not sampled:
         return None
     seconds = time.perf_counter() - began
     rows = text * (kept / sampled) / TOKEN_BYTES * 2
-    return Estimate(text, int(text * kept / sampled), int(rows), seconds * text / sampled)
+    return Estimate(text, int(text * written / sampled), int(rows), seconds * text / sampled)
 
 
 def _text_bytes(task: Task) -> int:
     return task.size + (EXPANSION - 1) * task.packed
 
 
-def _sample(task: Task) -> tuple[int, int]:
-    """(bytes of text that were cleaned, bytes of part files that come of them)."""
+def _sample(task: Task) -> tuple[int, int, int]:
+    """Bytes of text that were cleaned, of what was kept of it, and of the part files that come of it."""
     reading, sampled, kept = task.reading, 0, []
     cleaner = None if reading.plain else Cleaner(reading.cleaning)
     for place, text in read_documents(task.parts, reading.documents, Report(), fields=reading.fields):
@@ -87,4 +87,4 @@ def _sample(task: Task) -> tuple[int, int]:
     if reading.threshold:
         signed = signature(text for _, text in kept)
         written += signed.minima.nbytes + signed.offsets.nbytes + signed.shingles.nbytes
-    return sampled, written
+    return sampled, sum(len(text.encode()) for _, text in kept), written

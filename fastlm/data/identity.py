@@ -36,7 +36,7 @@ def already(out: Path, identity: str, settings: dict) -> Dataset:
     if manifest["preparation"] != identity:
         differences = setting_differences(settings, manifest["settings"])
         raise OtherPreparation(out, differences or ["files of the text were changed, added or removed"])
-    return open_dataset(out)
+    return open_dataset(out, lazy=True)
 
 
 def checksums(files: Iterable[SourceFile], progress: Progress) -> list[list[str]]:

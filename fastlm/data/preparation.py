@@ -68,7 +68,7 @@ def prepare(
     progress: Progress | None = None,
     note: Callable[[str], None] = lambda line: None,
 ) -> Dataset:
-    """Prepare the text in `paths` for training, into the directory `out`, and open it.
+    """Prepare the text in `paths` for training, into the directory `out`, and open it as `open_dataset(lazy=True)`.
 
     paths       files and directories; see `fastlm.data.sources`
     tokenizer   "train:8192" to train one of that size on this text (see `Tokenizer.train`), "wordpiece:8192",
@@ -162,7 +162,7 @@ def prepare(
             write_json(target / MANIFEST, {**manifest, "checksum": json_checksum(manifest)})
     except FileExistsError:  # another process finished meanwhile
         return already(out, identity, settings)
-    return open_dataset(out)
+    return open_dataset(out, lazy=True)
 
 
 @dataclass

@@ -277,7 +277,7 @@ def prepare_for(task: str, table: DataTable, paths, directory: Path, outputs: It
 
 
 def open_data(recipe: Recipe, data, out: Path, start: Checkpoint | None) -> Data:
-    """The data of the run in `out`: prepared already, or text that is prepared into OUT/data.
+    """The data of the run in `out`: prepared already, or text that is prepared into OUT/data. Threads check the shards.
 
     ValueError where its rows are not the recipe's, or it is not what `start` was trained on.
     """
@@ -298,7 +298,7 @@ def open_data(recipe: Recipe, data, out: Path, start: Checkpoint | None) -> Data
             ) from error
     if start is not None and (differences := data_differences(read_manifest(directory), start.state["data"])):
         raise ValueError(_OTHER_DATA.format(directory=directory, differences="; ".join(differences)))
-    dataset = open_dataset(directory, None if start is None else start.state["data"]["accepted"])
+    dataset = open_dataset(directory, None if start is None else start.state["data"]["accepted"], lazy=True)
     if dataset.layout != layout.name:
         raise ValueError(
             f"data: {directory} was prepared with {dataset.layout} rows, task {recipe.task} needs {layout.name} ones; "
@@ -317,4 +317,8 @@ def open_data(recipe: Recipe, data, out: Path, start: Checkpoint | None) -> Data
             f"data.validation: {directory} was prepared without held-out text; prepare it again with --validation or "
             "--validation-share, or leave both out of the recipe"
         )
-    return Data(dataset, open_dataset(directory, split="validation") if held else None)
+    dataset.verify_ahead()
+    validation = open_dataset(directory, split="validation", lazy=True) if held else None
+    if validation is not None:
+        validation.verify_ahead()
+    return Data(dataset, validation)
