@@ -111,10 +111,10 @@ def test_an_estimate_comes_first(tmp_path, monkeypatch):
     seen = []
     options = {**OPTIONS, "progress": lambda stage, *_: seen.append(stage), "note": seen.append}
     prepare([tmp_path / "a.txt"], "train:120", tmp_path / "out", **options)
-    (line,) = [text for text in seen if "MB" in text]
+    (line,) = [text for text in seen if " kB " in text]
     assert seen.index(line) < seen.index("cleaning")
     assert re.fullmatch(
-        r"about 0.1 MB of text: cleaning takes about \d.\d minutes in one process; disk: about 0.3 MB of parts .* free",
+        r"about 127 kB of text: cleaning takes about \d+ s in one process; disk: about 295 kB of parts .* free",
         line,
     )
     tasks = stages.CleanedText(
@@ -129,7 +129,7 @@ def test_an_estimate_comes_first(tmp_path, monkeypatch):
     assert found.seconds > 0
     parts = stages.CleanedText(find_files([tmp_path / "a.txt"], Report()), plain, tmp_path, "plain-")
     with executors.in_processes(1) as run:
-        parts.make(run, lambda done, total: None)
+        list(run(stages.clean, parts.tasks))
     written = sum(file.stat().st_size for task in parts.tasks for file in (task.path, task.events, task.prints))
     assert estimate(parts.tasks).parts == pytest.approx(written, rel=0.05)
     assert replace(found, rows=1 << 60).line(tmp_path / "out", None).endswith("free, too few")
@@ -160,7 +160,7 @@ def test_documents_in_the_validation_text_are_not_trained_on(tmp_path, monkeypat
     assert found == exact
     assert files(in_parts.directory) == files(streamed.directory)
     near, found, held = taken("near", near_duplicates=0.8)
-    names = "in the validation text", "near duplicate in the validation text", "near duplicate", "duplicate"
+    names = "in the validation text", "near duplicate of the validation text", "near duplicate", "duplicate"
     assert [found[name] for name in names] == [["text.txt:41"], ["text.txt:42"], ["text.txt:44"], ["text.txt:45"]]
     assert (held, near.documents) == (3, 41)
     rules = taken("rules", near_duplicates=0.8, cleaning=Cleaning(repair=True))[0].manifest["cleaning"]["rules"]
@@ -273,7 +273,7 @@ def test_a_killed_preparation_continues(corpus, tmp_path, monkeypatch):
         return watching
 
     clean, tokenise = stages.clean, token_parts.tokenise
-    monkeypatch.setattr(stages, "clean", watched(clean, most=4))
+    monkeypatch.setattr(texts, "clean", watched(clean, most=4))
     monkeypatch.setattr(texts, "tokenise", watched(tokenise, most=3))
     for suffix, finished in ((".jsonl", 4), (".tokens", 3)):
         with pytest.raises(Killed):
@@ -281,7 +281,7 @@ def test_a_killed_preparation_continues(corpus, tmp_path, monkeypatch):
         (directory,) = tmp_path.glob(".out.parts-*")
         (directory / f".rows-000004{suffix}.partial-0").write_text("half a pa")
         assert len(list(directory.glob(f"[!.]*{suffix}"))) == finished
-        monkeypatch.setattr(stages, "clean", watched(clean))
+        monkeypatch.setattr(texts, "clean", watched(clean))
     monkeypatch.setattr(texts, "tokenise", watched(tokenise))
     prepare([corpus], "train:120", out, **RULES, **OPTIONS)
     for names in made.values():

@@ -47,14 +47,30 @@ def contents(dataset: Dataset) -> Contents:
 
 
 def cleaning_lines(dataset: Dataset) -> Iterator[str]:
-    """What each rule of cleaning took, with a sample; nothing where the data was prepared without rules."""
-    for rule, taken in dataset.manifest.get("cleaning", {"rules": {}})["rules"].items():
-        sample, changed = taken["sample"], taken["documents"] - taken["dropped"]
+    """What was set aside, and with rules of cleaning what each took, with a sample; a line each."""
+    rules = dataset.manifest.get("cleaning", {"rules": {}})["rules"]
+    for reason, entry in dataset.manifest["report"]["set_aside"].items():
+        if reason not in rules:
+            yield f"  set aside: {entry['count']:,} {reason} (first: {entry['first'][0]})"
+    for rule, taken in rules.items():
+        changed = taken["documents"] - taken["dropped"]
+        counts = [(taken["dropped"], "document", "dropped"), (changed, "document", "changed")]
+        counts = [f"{counted(*count)} {what}" for *count, what in counts if count[0]]
+        sample = taken["sample"]
+        became = f" became {_quoted(sample['became'])}" if "became" in sample else ""
         yield (
-            f"  {rule}: {taken['dropped']:,} documents dropped, {changed:,} changed, {taken['characters']:,} "
-            f"characters; {sample['place']}: {json.dumps(sample['text'][:_SHOWN], ensure_ascii=False)}"
-            + (f" became {json.dumps(sample['became'][:_SHOWN], ensure_ascii=False)}" if "became" in sample else "")
+            f"  {rule}: {', '.join([*counts, counted(taken['characters'], 'character')])} "
+            f"(first: {sample['place']}: {_quoted(sample['text'])}{became})"
         )
+
+
+def counted(count: int, what: str) -> str:
+    """1 shard, 1,234 shards."""
+    return f"{count:,} {what}" + ("s" if count != 1 else "")
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text[:_SHOWN].strip(), ensure_ascii=False)
 
 
 def _pieces(shard: Shard, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -26,14 +26,21 @@ class Counts:
         for token, id in tokenizer.backend.get_vocab(with_added_tokens=True).items():
             self._lengths[id] = len(token.removeprefix("##").lstrip("▁"))
 
-    def look(self, chunk: str, ids: np.ndarray) -> None:
-        """Count the bytes of `chunk`, and the characters that its tokens do not spell."""
-        self.bytes += len(chunk.encode())
-        characters = len(chunk) - chunk.count(" ") - chunk.count("\n")
-        self.characters += characters
-        known = ids[ids != self.tokenizer.unk_id] if self.tokenizer.unk_id is not None else ids
-        if len(known) < len(ids):  # elsewhere a difference is the normalizer's
-            self.lost += max(len(ids) - len(known), characters - int(self._lengths[known].sum()))
+    def look(self, chunks: list[str], ids: np.ndarray, lengths: np.ndarray) -> None:
+        """Count the chunks of text, their tokens, and the characters that these do not spell; as `encode_documents`."""
+        text = "".join(chunks)
+        self.bytes += len(text.encode())
+        self.characters += _visible(text)
+        self.tokens += np.bincount(ids, minlength=len(self.tokens))
+        unknown = ids == self.tokenizer.unk_id
+        if not unknown.any():  # where characters differ all the same, it is the normalizer's doing
+            return
+        start = 0
+        for chunk, stop in zip(chunks, np.cumsum(lengths).tolist(), strict=True):
+            if count := int(unknown[start:stop].sum()):
+                known = ids[start:stop][~unknown[start:stop]]
+                self.lost += max(count, _visible(chunk) - int(self._lengths[known].sum()))
+            start = stop
 
     def unknown(self) -> dict[str, float]:
         """The shares of the tokens that are [UNK], and of the characters that it stands for: the manifest's entry."""
@@ -57,9 +64,7 @@ class Counts:
 
     def encode(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
         """Token ids (n,) uint32 of each text, counted."""
-        for ids in encode_documents(texts, self.tokenizer, self.look):
-            np.add.at(self.tokens, ids, 1)
-            yield ids
+        return encode_documents(texts, self.tokenizer, self.look)
 
     def filled(self, documents: Iterable[np.ndarray], empty: Report) -> Iterator[np.ndarray]:
         """The documents with tokens. The others are entered in `empty`."""
@@ -86,3 +91,8 @@ class Counts:
         counts = np.delete(self.tokens, list(special_ids))
         p = counts[counts > 0] / max(counts.sum(), 1)
         return float(-(p * np.log(p)).sum())
+
+
+def _visible(text: str) -> int:
+    """Characters, white space aside."""
+    return len(text) - text.count(" ") - text.count("\n")

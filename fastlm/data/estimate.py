@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Sequence
@@ -39,15 +40,23 @@ class Estimate:
             place = place.parent
         parts = self.parts + self.rows
         free, need = shutil.disk_usage(place).free, parts + self.rows
-        minutes = f"{self.seconds / 60 / (processes or 1):,.1f} minutes"
+        seconds = math.ceil(self.seconds / (processes or 1))
+        takes = f"{seconds} s" if seconds < 100 else f"{seconds / 60:,.1f} minutes"
         where = {None: "divided by the cluster's cores", 1: "in one process"}.get(
             processes, f"in {processes} processes"
         )
         return (
-            f"about {self.text / 1e6:,.1f} MB of text: cleaning takes about {minutes} {where}; disk: about "
-            f"{parts / 1e6:,.1f} MB of parts until the end and {self.rows / 1e6:,.1f} MB of rows, "
-            f"{free / 1e6:,.1f} MB are free" + (", too few" if need > free else "")
+            f"about {_bytes(self.text)} of text: cleaning takes about {takes} {where}; disk: about {_bytes(parts)} of "
+            f"parts until the end and {_bytes(self.rows)} of rows, {_bytes(free)} are free"
+            + (", too few" if need > free else "")
         )
+
+
+def _bytes(count: int) -> str:
+    """999 kB, 12.3 MB, 45.6 GB."""
+    unit = next((power for power in (9, 6) if count >= 10**power), 3)
+    digits = 0 if unit == 3 else 1
+    return f"{count / 10**unit:,.{digits}f} {({3: 'kB', 6: 'MB', 9: 'GB'})[unit]}"
 
 
 def estimate(tasks: Sequence[Task]) -> Estimate | None:

@@ -108,8 +108,10 @@ class CausalRows(Layout):
         return (used[0] + tokens,)
 
     def document(self, ids, tokenizer):
-        begin = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
-        return np.concatenate([np.array([begin], ids.dtype), ids])
+        begun = np.empty(len(ids) + 1, ids.dtype)
+        begun[0] = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+        begun[1:] = ids
+        return begun
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -48,18 +48,30 @@ class Shard:
     used: tuple[int, ...] = ()
 
 
+Look = Callable[[list[str], np.ndarray, np.ndarray], None]
+
+
 def encode_documents(
-    texts: Iterable[str], tokenizer: Tokenizer, look: Callable[[str, np.ndarray], None] = lambda chunk, ids: None
+    texts: Iterable[str], tokenizer: Tokenizer, look: Look = lambda chunks, ids, lengths: None
 ) -> Iterator[np.ndarray]:
     """Token ids (n,) uint32 of each text, in order, whatever its length; the memory is that of one document.
 
-    look: called with each chunk of a text and its ids.
+    look: called with some chunks of the texts, their ids one after another (m,), and how many each has (chunks,).
     """
     done = []
     for batch in _batches(texts):
-        for ids, (chunk, last) in zip(tokenizer.encode_batch([chunk for chunk, _ in batch]), batch, strict=True):
-            done.append(np.array(ids, dtype=np.uint32))
-            look(chunk, done[-1])
+        found = [chunk for chunk, _ in batch]
+        rows = tokenizer.encode_batch(found)
+        lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+        ids = np.fromiter(chain.from_iterable(rows), np.uint32, int(lengths.sum()))  # one array: short texts are many
+        look(found, ids, lengths)
+        start = 0
+        for stop, (_, last) in zip(np.cumsum(lengths).tolist(), batch, strict=True):
+            of_chunk, start = ids[start:stop], stop
+            if last and not done:
+                yield of_chunk
+                continue
+            done.append(of_chunk)
             if last:
                 yield np.concatenate(done)
                 done = []

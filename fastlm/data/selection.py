@@ -17,7 +17,7 @@ from fastlm.data.duplicates import exact_digest, near_duplicates
 
 # What becomes of a document, and the reason in the report where it is dropped.
 TRAINED, HELD_OUT = 0, 1
-REASONS = {2: "duplicate", 3: "near duplicate", 4: "in the validation text", 5: "near duplicate in the validation text"}
+REASONS = {2: "duplicate", 3: "near duplicate", 4: "in the validation text", 5: "near duplicate of the validation text"}
 DUPLICATE, NEAR_DUPLICATE, VALIDATION, NEAR_VALIDATION = REASONS
 VERSION = 1  # part of a preparation's identity where there is validation text
 

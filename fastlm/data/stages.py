@@ -175,10 +175,6 @@ class CleanedText:
             for index, (parts, size, packed) in enumerate(_grouped(files, reading.documents))
         ]
 
-    def make(self, run: Run, progress: Callable[[int, int], None]) -> None:
-        """Make the parts that are missing. progress: called with the bytes of the source done, and those in all."""
-        make_missing(run, clean, self.tasks, progress)
-
     def prints(self) -> np.ndarray:
         """(documents, 3) uint64, as `fastlm.data.selection.choose` takes them."""
         return np.concatenate([np.empty((0, 3), np.uint64), *(np.load(task.prints) for task in self.tasks)])

@@ -25,7 +25,7 @@ from fastlm.data.estimate import estimate
 from fastlm.data.executors import Run
 from fastlm.data.selection import TRAINED, choose, is_held_out
 from fastlm.data.sources import TOKENIZER, Report, SourceFile, read_documents
-from fastlm.data.stages import CleanedText, Reading, make_missing, texts_of
+from fastlm.data.stages import CleanedText, Reading, clean, make_missing, texts_of
 from fastlm.data.token_parts import read_tokens, token_tasks, tokenise
 from fastlm.data.tokenizer import Tokenizer, ToTrain
 from fastlm.storage import atomic_directory
@@ -122,8 +122,7 @@ class Staged(Texts):
         self.validation = CleanedText(self.held_files, self.reading, directory, "validation-")
         if expected := estimate([*self.text.tasks, *self.validation.tasks]):
             note(describe(expected))
-        for text in (self.text, self.validation):
-            text.make(run, partial(self.progress, "cleaning"))
+        make_missing(run, clean, [*self.text.tasks, *self.validation.tasks], partial(self.progress, "cleaning"))
         codes, held = choose(
             self.text.prints(),
             self.validation.prints(),

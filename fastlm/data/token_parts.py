@@ -68,7 +68,7 @@ def tokenise(task: TokenTask) -> TokenTask:
         with part_file(path, "wb") as file:
             for ids in counts.encode(texts_of(task.source, task.codes, code)):
                 lengths.append(len(ids))
-                file.write(ids.astype(dtype).tobytes())
+                file.write(ids.astype(dtype))
             at = file.tell()
             np.save(file, np.array(lengths))
             np.save(file, counts.as_array())
