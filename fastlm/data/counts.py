@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 
 import numpy as np
 
@@ -22,9 +23,14 @@ class Counts:
         self.tokenizer = tokenizer
         self.documents, self.bytes, self.tokens = 0, 0, np.zeros(tokenizer.vocab_size, np.int64)
         self.characters = self.lost = 0
-        self._lengths = np.zeros(tokenizer.vocab_size, np.int64)  # characters that a token stands for
-        for token, id in tokenizer.backend.get_vocab(with_added_tokens=True).items():
-            self._lengths[id] = len(token.removeprefix("##").lstrip("▁"))
+
+    @cached_property
+    def _lengths(self) -> np.ndarray:
+        """(vocab_size,) int64: characters that a token stands for."""
+        lengths = np.zeros(self.tokenizer.vocab_size, np.int64)
+        for token, id in self.tokenizer.backend.get_vocab(with_added_tokens=True).items():
+            lengths[id] = len(token.removeprefix("##").lstrip("▁"))
+        return lengths
 
     def look(self, chunks: list[str], ids: np.ndarray, lengths: np.ndarray) -> None:
         """Count the chunks of text, their tokens, and the characters that these do not spell; as `encode_documents`."""
