@@ -32,6 +32,7 @@ from fastlm.data.packing import lay_rows, pack
 from fastlm.data.scrub import KINDS
 from fastlm.data.selection import TRAINED
 from fastlm.data.sources import Report, find_files, read_documents
+from fastlm.data.stages import text_line
 from fastlm.data.token_parts import TokenTask, read_tokens, tokenise
 from fastlm.data.tokenizer import Tokenizer
 
@@ -218,7 +219,7 @@ def _tokenising(texts: list[str], folder: Path) -> dict[str, Callable[[], int]]:
     """Jobs that make tokens of the texts, the library's first."""
     tokenizer, layout = Tokenizer.train(lambda: texts, 8192, "bpe", "causal"), CausalRows(1024)
     tokenizer.save(folder / "tokenizer")
-    (folder / "part.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+    (folder / "part.jsonl").write_text("".join(map(text_line, texts)), encoding="utf-8")
     codes = np.full(len(texts), TRAINED, np.uint8)
     task = TokenTask(folder / "part.jsonl", codes, folder / "tokenizer", folder / "part.tokens", 0)
     fitted = partial(best_fit_rows, ends=sentence_ends(tokenizer))

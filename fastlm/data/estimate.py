@@ -13,7 +13,7 @@ from pathlib import Path
 from fastlm.data.cleaning import Cleaner, clean_text
 from fastlm.data.duplicates import signature
 from fastlm.data.sources import Report, read_documents
-from fastlm.data.stages import Task
+from fastlm.data.stages import Task, text_line
 
 SAMPLED = 4  # tasks, spread over all
 SAMPLE_BYTES = 256 << 10  # of text of each: together under a second at 1.5 MB/s
@@ -92,7 +92,8 @@ def _sample(task: Task) -> tuple[int, int, int]:
             kept.append((place, became))
         if sampled >= SAMPLE_BYTES:
             break
-    written = sum(len(json.dumps(text)) + len(json.dumps(["text", place, len(text)])) + 26 for place, text in kept)
+    written = sum(len(text_line(text).encode("utf-8", "surrogatepass")) for _, text in kept)
+    written += sum(len(json.dumps(["text", place, len(text)])) + 1 + 24 for place, text in kept)
     if reading.threshold:
         signed = signature(text for _, text in kept)
         written += signed.minima.nbytes + signed.offsets.nbytes + signed.shingles.nbytes

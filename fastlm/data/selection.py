@@ -1,7 +1,7 @@
 """Which of the cleaned documents stay: neither duplicates of earlier ones nor of the validation text.
 
-The decision needs the documents' hashes and signatures, not their text. Measured: 24 bytes a document, and 58 more while
-the hashes are sorted, 94 while near duplicates are looked for.
+The decision needs the documents' hashes and signatures, not their text. Measured: 24 bytes a document, and 58
+more while the hashes are sorted, 94 while near duplicates are looked for.
 """
 
 from __future__ import annotations

@@ -40,6 +40,7 @@ PART_BYTES = (
     16 << 20
 )  # of the source in a task: about 10 s of cleaning, and the text that is cleaned again after a kill
 SMALL = 64 << 20  # bytes of a corpus that is cleaned while it is packed, without part files
+_UTF8 = {"encoding": "utf-8", "errors": "surrogatepass"}
 _SIGNED_CHARS = 4 << 20  # of text whose signatures are in one file, and in memory until then: 8 bytes a word
 
 
@@ -110,8 +111,8 @@ class _Events(Report):
 @contextmanager
 def part_file(path: Path, mode: str = "w"):
     """The file `path`, open for writing; it is there when the block has ended."""
-    encoding = None if "b" in mode else "utf-8"
-    with atomic_file(path, what="a part", kept=KEPT) as unfinished, open(unfinished, mode, encoding=encoding) as file:
+    how = {} if "b" in mode else _UTF8
+    with atomic_file(path, what="a part", kept=KEPT) as unfinished, open(unfinished, mode, **how) as file:
         yield file
 
 
@@ -137,7 +138,7 @@ def clean(task: Task) -> Task:
 
         for place, text in found:
             write(["text", place, len(text)])
-            texts.write(json.dumps(text) + "\n")
+            texts.write(text_line(text))
             prints += fingerprint(text)
             if task.reading.threshold:
                 unsigned.append(text)
@@ -219,8 +220,13 @@ class CleanedText:
                             cleaned.merge(CleaningReport.from_dict(rules))
 
 
+def text_line(text: str) -> str:
+    """A line of a part of cleaned text. Escapes alone would be three times as long where letters are not Latin."""
+    return json.dumps(text, ensure_ascii=False) + "\n"
+
+
 def _nth_text(path: Path, number: int) -> str:
-    with open(path, encoding="utf-8") as file:
+    with open(path, **_UTF8) as file:
         return json.loads(next(islice(file, number, None)))
 
 
@@ -236,7 +242,7 @@ def make_missing(run: Run, function: Callable, tasks: list, progress: Callable[[
 
 def texts_of(path: Path, codes: np.ndarray, code: int) -> Iterator[str]:
     """The documents of a part of cleaned text, in `path`, whose entry in `codes` is `code`."""
-    with open(path, encoding="utf-8") as file:
+    with open(path, **_UTF8) as file:
         for found, line in zip(codes.tolist(), file, strict=True):
             if found == code:
                 yield json.loads(line)
