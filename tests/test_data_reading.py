@@ -1,6 +1,7 @@
 """Reading prepared rows: no row of a damaged shard is given out, nothing waits for shards that it does not read, and
 memory does not grow with the rows."""
 
+import gc
 import json
 import os
 import shutil
@@ -79,6 +80,19 @@ def test_a_run_stops_on_damaged_rows_and_goes_on_where_they_are_restored(prepare
     shutil.rmtree(prepared)
     shutil.copytree(whole, prepared)
     assert pretrain(recipe, prepared, tmp_path / "run", device="cpu").summary is not None
+
+
+def test_the_files_are_closed_with_the_dataset(prepared):
+    gc.disable()
+    try:
+        before = len(os.listdir("/proc/self/fd"))
+        dataset = open_dataset(prepared, lazy=True)
+        dataset.gather(np.arange(dataset.rows))
+        assert len(os.listdir("/proc/self/fd")) >= before + 3
+        del dataset
+        assert len(os.listdir("/proc/self/fd")) == before, "a cycle keeps them"
+    finally:
+        gc.enable()
 
 
 def test_what_a_glance_shows_is_set_aside_at_the_start(prepared):

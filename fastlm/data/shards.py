@@ -19,7 +19,7 @@ import mmap
 import os
 import warnings
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -124,21 +124,17 @@ class Dataset:
         self.tokenizer = Tokenizer.load(directory / TOKENIZER)
         self._verification = verification
         self._names = list(accepted)
-        self._shard = lru_cache(_MAPPED)(self._mapped)
-        self._entries = [shard for shard in part["shards"] if shard["name"] in accepted]
-        self._like = [_header(path) for path in _paths(directory, self._names[0])]
+        entries = [shard for shard in part["shards"] if shard["name"] in accepted]
+        like = [_header(path) for path in _paths(directory, self._names[0])]
+        # Not a method: the files of a dataset are closed with its last reference, which a cycle would keep.
+        self._shard = lru_cache(_MAPPED)(partial(_mapped, directory, entries, like))
         # (shards + 1,) the number of each shard's first row, and after the last the number of rows
-        self._first = np.cumsum([0] + [shard["rows"] for shard in self._entries])
+        self._first = np.cumsum([0] + [shard["rows"] for shard in entries])
         self.rows = int(self._first[-1])
         self.max_pieces = max(
             shard["max_pieces"] if "max_pieces" in shard else int(np.diff(self._shard(index).offsets).max())
-            for index, shard in enumerate(self._entries)  # older preparations have no such entry
+            for index, shard in enumerate(entries)  # older preparations have no such entry
         )
-
-    def _mapped(self, index: int) -> Shard:
-        """All shards have the first one's headers but for the lengths: np.load takes 10 times as long to read one."""
-        paths, lengths = _paths(self.directory, self._names[index]), _lengths(self._entries[index])
-        return Shard(*map(_mapped_array, paths, lengths, self._like))
 
     def verify_ahead(self) -> None:
         """Check all shards' checksums in a thread, where `open_dataset` has not: see `fastlm.data.verification`."""
@@ -281,6 +277,11 @@ def _mapped_array(path: Path, length: int, like: _Header) -> np.ndarray:
     with open(path, "rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     return np.frombuffer(mapped, like.dtype, offset=like.offset).reshape(length, *like.shape[1:])
+
+
+def _mapped(directory: Path, entries: list[dict], like: list[_Header], index: int) -> Shard:
+    """All shards have the first one's headers but for the lengths: np.load takes 10 times as long to read one."""
+    return Shard(*map(_mapped_array, _paths(directory, entries[index]["name"]), _lengths(entries[index]), like))
 
 
 def _missing(directory: Path, entry: dict) -> str | None:
