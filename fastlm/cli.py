@@ -134,8 +134,6 @@ def prepare(
         _say(f"  held out: {counted(held['rows'], 'row')} of {counted(held['documents'], 'document')}")
     if unknown := dataset.manifest.get("unknown"):  # older preparations did not count it
         _say(f"  [UNK]: {unknown['tokens']:.2%} of the tokens, for {unknown['characters']:.2%} of the characters")
-    for reason, entry in report["set_aside"].items():
-        _say(f"  set aside: {entry['count']:,} {reason} (first: {entry['first'][0]})")
     for line in cleaning_lines(dataset):
         _say(line)
     for line in trained_on(dataset):

@@ -16,11 +16,19 @@ def width_of(stream) -> int | None:
 
 
 def wrap(text: str, width: int | None) -> str:
-    """`text` in lines of at most `width` columns; a longer word, as a path, stays whole. None: unchanged."""
+    """`text` in lines of at most `width` columns; a longer word, as a path, stays whole. None: unchanged.
+
+    What follows of an indented line is indented by two columns more.
+    """
     if not width:
         return text
-    options = {"break_long_words": False, "break_on_hyphens": False, "drop_whitespace": True}
-    return "\n".join(textwrap.fill(line, width, **options) if len(line) > width else line for line in text.split("\n"))
+    return "\n".join(_broken(line, width) if len(line) > width else line for line in text.split("\n"))
+
+
+def _broken(line: str, width: int) -> str:
+    indent = len(line) - len(line.lstrip(" "))
+    hanging = " " * (indent + 2 if indent else 0)
+    return textwrap.fill(line, width, subsequent_indent=hanging, break_long_words=False, break_on_hyphens=False)
 
 
 def fit(fields: list[str], width: int) -> str:

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from fastlm.bench import data
+from fastlm.bench import data, data_scale
 
 
 @pytest.fixture(autouse=True)
@@ -23,9 +23,25 @@ def test_the_text_is_a_function_of_the_seed():
 def test_every_stage_has_a_row():
     texts, now = data.made_text(10_000, seed=1), itertools.count(step=0.25)
     rows = {row["stage"]: row for row in data.measure(texts, 1, lambda: next(now))}
-    assert set(rows) == {"read JSONL", "read JSONL, gzip", "read Parquet", *data.STAGES, "all"}
+    made = {data.LIBRARY, "tokenising, packing", "tokenising, best fit"}
+    assert set(rows) == {"read JSONL", "read JSONL, gzip", "read Parquet", *data.STAGES, "all", *made}
     assert set(data.GOALS) <= set(rows)
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     assert {row["mb_s"] for row in rows.values()} == {round(megabytes / 0.25, 2)}
     assert rows["read Parquet"]["left"] == rows["read JSONL, gzip"]["left"] == len(texts)
     assert 0 < rows["all"]["left"] <= rows["cleaning"]["left"] <= len(texts)
+    assert {rows[name].get("share") for name in made} == {None, 1.0}
+    for name in made - {data.LIBRARY}:  # a token more in each document: that which begins it
+        assert rows[name]["left"] == rows[data.LIBRARY]["left"] + len(texts)
+
+
+def test_a_whole_preparation_of_the_made_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_scale, "library", lambda folder: iter(["A document of the library.", "Another one."]))
+    row = data_scale.measure(0.05, 1, folder=tmp_path)
+    assert 0.05 <= row["mb"] < 0.2
+    assert row["documents"] > 2
+    assert {"cleaning", "tokenizer", "tokens", "rows"} <= set(row["stages"])
+    assert row["cpu_seconds"] > 0
+    assert 30 < row["peak_mb"] < 1000
+    assert not list(tmp_path.iterdir())
+    assert "1 processes" in data_scale.line(row)

@@ -218,7 +218,7 @@ def test_a_duplicate_leaves_what_was_kept():
     cleaner = Cleaner(Cleaning())
     for i in range(2):
         cleaner("the same text", ordinal=i)
-    cleaner.report.take_kept("duplicate", "the same text", ordinal=1, place="b")
+    cleaner.report.take_kept("duplicate", 13, ordinal=1, place="b", text=lambda: "the same text")
     assert (cleaner.report.kept, cleaner.report.kept_characters) == (1, 13)
     assert pickle.loads(pickle.dumps(Cleaner(Cleaning(scrub=("email",)), cleaner.report).report)) == cleaner.report
     assert cleaner.report.rules["duplicate"].dropped == 1

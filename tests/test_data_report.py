@@ -1,16 +1,18 @@
 """`fastlm data`: counts that agree with the rows, and rows as text with their masks."""
 
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from fastlm import _malloc, _threads, cli
 from fastlm.data import open_dataset, prepare
-from fastlm.data.contents import contents
+from fastlm.data.contents import cleaning_lines, contents
 from fastlm.data.layouts import CausalRows, MaskedRows, SpanRows
 from fastlm.data.packing import PADDING_SAMPLE
 from fastlm.run.data_report import report
+from fastlm.terminal import wrap
 
 TEXT = "\n".join(f"Line {i} says that {i} times {i} is {i * i}, {'and more ' * (i % 9)}and no less." for i in range(80))
 
@@ -60,3 +62,21 @@ def test_the_command(prepared, tmp_path, monkeypatch, capsys):
     out = " ".join(capsys.readouterr().out.split())
     assert f"{open_dataset(prepared.directory).rows:,} {prepared.layout} rows of 32 tokens" in out
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_cleaning_took_has_a_line_each():
+    taken = {"documents": 3, "dropped": 1, "characters": 1, "sample": {"place": "a:1", "text": "b\n", "became": "c"}}
+    dropped = {"documents": 1, "dropped": 1, "characters": 2000, "sample": {"place": "a:2", "text": "d"}}
+    aside = {"duplicate": {"count": 1, "first": ["a:2"]}, "malformed JSON": {"count": 1000, "first": ["a:3"]}}
+    manifest = {"report": {"set_aside": aside}, "cleaning": {"rules": {"repair": taken, "duplicate": dropped}}}
+    assert list(cleaning_lines(SimpleNamespace(manifest=manifest))) == [
+        "  set aside: 1,000 malformed JSON (first: a:3)",
+        '  repair: 1 document dropped, 2 documents changed, 1 character (first: a:1: "b" became "c")',
+        '  duplicate: 1 document dropped, 2,000 characters (first: a:2: "d")',
+    ]
+
+
+def test_an_indented_line_goes_on_further_in():
+    assert wrap("  set aside: 1 too short\nnot indented: as it is", 14) == (
+        "  set aside: 1\n    too short\nnot indented:\nas it is"
+    )

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import random
 import re
 import signal
@@ -10,11 +11,14 @@ import sys
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from fastlm.data import prepare, stages
+from fastlm.data import Tokenizer, executors, prepare, stages, texts, token_parts
 from fastlm.data.cleaning import Cleaning
+from fastlm.data.counts import Counts
 from fastlm.data.estimate import estimate
+from fastlm.data.selection import HELD_OUT, TRAINED, choose, fingerprint, first_equal, is_held_out
 from fastlm.data.sources import Report, find_files
 from fastlm.run.recipe import Recipe, load_recipe
 
@@ -107,10 +111,10 @@ def test_an_estimate_comes_first(tmp_path, monkeypatch):
     seen = []
     options = {**OPTIONS, "progress": lambda stage, *_: seen.append(stage), "note": seen.append}
     prepare([tmp_path / "a.txt"], "train:120", tmp_path / "out", **options)
-    (line,) = [text for text in seen if "MB" in text]
+    (line,) = [text for text in seen if " kB " in text]
     assert seen.index(line) < seen.index("cleaning")
     assert re.fullmatch(
-        r"about 0.1 MB of text: cleaning takes about \d.\d minutes in one process; disk: about 0.2 MB of parts .* free",
+        r"about 127 kB of text: cleaning takes about \d+ s in one process; disk: about 295 kB of parts .* free",
         line,
     )
     tasks = stages.CleanedText(
@@ -124,16 +128,110 @@ def test_an_estimate_comes_first(tmp_path, monkeypatch):
     assert found.text == pytest.approx(size + 4 * (tmp_path / "b.txt.gz").stat().st_size, rel=0.01)
     assert found.seconds > 0
     parts = stages.CleanedText(find_files([tmp_path / "a.txt"], Report()), plain, tmp_path, "plain-")
-    parts.make(lambda missing: stages.in_processes(missing, 1), lambda done, total: None)
-    written = sum(task.path.stat().st_size for task in parts.tasks)
+    with executors.in_processes(1) as run:
+        list(run(stages.clean, parts.tasks))
+    written = sum(file.stat().st_size for task in parts.tasks for file in (task.path, task.events, task.prints))
     assert estimate(parts.tasks).parts == pytest.approx(written, rel=0.05)
     assert replace(found, rows=1 << 60).line(tmp_path / "out", None).endswith("free, too few")
     assert estimate([]) is None
 
 
+def test_documents_in_the_validation_text_are_not_trained_on(tmp_path, monkeypatch):
+    words = random.Random(1)
+    long = [" ".join(f"word{words.randrange(10**6)}" for _ in range(60)) for _ in range(3)]
+    (tmp_path / "held.txt").write_text(
+        "\n".join([long[0], "A line that both texts hold.", long[1], long[1] + " again"])
+    )
+    lines = [f"Line {i} says that {i} times {i} is {i * i}." for i in range(40)]
+    lines += ["A line that both texts hold.", long[0] + " first", long[2], long[2] + " second", long[2]]
+    (tmp_path / "text.txt").write_text("\n".join(lines))
+    options = {**OPTIONS, "validation": tmp_path / "held.txt"}
+
+    def taken(name, **settings):
+        dataset = prepare([tmp_path / "text.txt"], "train:120", tmp_path / name, **options, **settings)
+        found = {reason: entry["first"] for reason, entry in dataset.manifest["report"]["set_aside"].items()}
+        return dataset, found, dataset.manifest["validation"]["documents"]
+
+    streamed, exact, held = taken("streamed")
+    assert exact == {"in the validation text": ["text.txt:41"], "duplicate": ["text.txt:45"]}
+    assert held == 4
+    monkeypatch.setattr("fastlm.data.preparation.SMALL", 0)
+    in_parts, found, held = taken("parts")
+    assert found == exact
+    assert files(in_parts.directory) == files(streamed.directory)
+    near, found, held = taken("near", near_duplicates=0.8)
+    names = "in the validation text", "near duplicate of the validation text", "near duplicate", "duplicate"
+    assert [found[name] for name in names] == [["text.txt:41"], ["text.txt:42"], ["text.txt:44"], ["text.txt:45"]]
+    assert (held, near.documents) == (3, 41)
+    rules = taken("rules", near_duplicates=0.8, cleaning=Cleaning(repair=True))[0].manifest["cleaning"]["rules"]
+    assert {rule: taken["dropped"] for rule, taken in rules.items() if taken["dropped"]} == dict.fromkeys(names, 1)
+    assert rules[names[0]]["sample"]["text"] == "A line that both texts hold."
+    assert rules[names[1]]["sample"]["place"] == "text.txt:42"
+
+
+def test_the_first_of_equal_digests():
+    digests = np.array([[5, 1], [0, 9], [5, 1], [5, 0], [0, 9], [5, 1]], np.uint64)
+    assert first_equal(digests).tolist() == [0, 1, 0, 3, 1, 0]
+    assert first_equal(digests[:0]).tolist() == []
+
+
+def test_what_is_held_out_is_a_function_of_the_text():
+    texts = [f"text {i}" for i in range(200)]
+    prints = np.frombuffer(b"".join(map(fingerprint, texts)), np.uint64).reshape(-1, 3)
+    codes, _ = choose(prints, prints[:0], share=0.3)
+    assert (codes == HELD_OUT).tolist() == [is_held_out(text, 0.3) for text in texts]
+    assert 30 < codes.sum() < 90
+
+
+def test_token_files_hold_what_encoding_gives(tmp_path, monkeypatch):
+    monkeypatch.setattr(token_parts, "_BLOCK", 7)  # ids that are read at once: fewer than a document has
+    texts = ["A document of a few words.", "\u200d", "words " * 30, "another, the last"]
+    tokenizer = Tokenizer.train(lambda: texts, 60)
+    tokenizer.save(tmp_path / "tokenizer")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+    codes = np.array([TRAINED, TRAINED, HELD_OUT, TRAINED], np.uint8)
+    task = token_parts.TokenTask(tmp_path / "a.jsonl", codes, tmp_path / "tokenizer", tmp_path / "a.tokens", 1)
+    token_parts.tokenise(task)
+    for path, chosen in ((task.path, [0, 1, 3]), (task.held_out, [2])):
+        whole, read = Counts(tokenizer), Counts(tokenizer)
+        expected = [ids.tolist() for ids in whole.encode(texts[i] for i in chosen)]
+        assert [ids.tolist() for ids in token_parts.read_tokens(path, read)] == expected
+        assert np.array_equal(read.as_array(), whole.as_array())
+    empty = Report()
+    assert len(list(Counts(tokenizer).filled(token_parts.read_tokens(task.path, Counts(tokenizer)), empty))) == 2
+    assert empty.set_aside == {"no tokens": {"count": 1, "first": ["kept document 1"]}}
+
+
+def test_workers_do_not_import_torch(tmp_path):
+    (tmp_path / "probing.py").write_text(PROBE)
+    (tmp_path / "script.py").write_text(SCRIPT)
+    subprocess.run([sys.executable, tmp_path / "script.py", tmp_path], check=True)
+    threads = max(1, len(os.sched_getaffinity(0)) // 2)
+    assert {(tmp_path / name).read_text() for name in "ab"} == {f"[] {threads}"}
+
+
+PROBE = """
+import os, sys
+from fastlm.data import token_parts
+def probe(task):
+    heavy = {"torch", "triton", "transformers", "matplotlib"} & set(sys.modules)
+    task.path.write_text(f"{sorted(heavy)} {os.environ['RAYON_NUM_THREADS']}")
+    return task
+"""
+SCRIPT = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from fastlm.data import executors
+from probing import probe
+if __name__ == "__main__":
+    tasks = [SimpleNamespace(path=Path(sys.argv[1], name), name=name) for name in "ab"]
+    with executors.in_processes(2) as run:
+        assert sorted(task.name for task in run(probe, tasks)) == ["a", "b"]
+"""
 PREPARE = """
 import sys
-from fastlm.data import prepare, stages
+from fastlm.data import executors, prepare, stages
 from fastlm.data.cleaning import Cleaning
 stages.PART_BYTES = 700
 if __name__ == "__main__":
@@ -162,24 +260,32 @@ def test_a_killed_preparation_continues(corpus, tmp_path, monkeypatch):
     class Killed(BaseException):
         pass
 
-    made = []
+    made = {"clean": [], "tokenise": []}
 
-    def stop(task):
-        if len(made) == 4:
-            raise Killed
-        made.append(task.index)
-        return clean(task)
+    def watched(function, most=None):
+        def watching(task):
+            names = made[function.__name__]
+            if len(names) == most:
+                raise Killed
+            names.append(task.path.name)
+            return function(task)
 
-    clean = stages.clean
-    monkeypatch.setattr(stages, "clean", stop)
-    with pytest.raises(Killed):
-        prepare([corpus], "train:120", out, **RULES, **OPTIONS)
-    (directory,) = tmp_path.glob(".out.parts-*")
-    (directory / ".rows-000004.jsonl.partial-0").write_text("half a pa")
-    assert len(list(directory.glob("*.jsonl"))) == 4
-    monkeypatch.setattr(stages, "clean", lambda task: made.append(task.index) or clean(task))
+        return watching
+
+    clean, tokenise = stages.clean, token_parts.tokenise
+    monkeypatch.setattr(texts, "clean", watched(clean, most=4))
+    monkeypatch.setattr(texts, "tokenise", watched(tokenise, most=3))
+    for suffix, finished in ((".jsonl", 4), (".tokens", 3)):
+        with pytest.raises(Killed):
+            prepare([corpus], "train:120", out, **RULES, **OPTIONS)
+        (directory,) = tmp_path.glob(".out.parts-*")
+        (directory / f".rows-000004{suffix}.partial-0").write_text("half a pa")
+        assert len(list(directory.glob(f"[!.]*{suffix}"))) == finished
+        monkeypatch.setattr(texts, "clean", watched(clean))
+    monkeypatch.setattr(texts, "tokenise", watched(tokenise))
     prepare([corpus], "train:120", out, **RULES, **OPTIONS)
-    assert sorted(made) == list(range(len(made))), "a finished part is not made again"
+    for names in made.values():
+        assert len(names) == len(set(names)) > 4, "a finished part is not made again"
     assert files(out) == files(whole)
     assert not list(tmp_path.glob(".out.*"))
 

@@ -14,8 +14,8 @@ import torch
 from fastlm.data._checks import integer
 from fastlm.data.layouts import NO_NEXT
 from fastlm.data.mixture import Joined, Mixture
-from fastlm.data.packing import PADDING_SAMPLE
-from fastlm.data.shards import Dataset, ragged
+from fastlm.data.packing import PADDING_SAMPLE, ragged
+from fastlm.data.shards import Dataset
 
 # The order is computed for so many rows at a time: for 32 rows the calls into NumPy cost 10 ms, for 4096 40.
 _WINDOW = 4096

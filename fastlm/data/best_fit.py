@@ -67,19 +67,21 @@ def best_fit_rows(
     opened = 0
     for ordinal, ids in enumerate(documents):
         for number, (start, stop) in enumerate(cuts(ids, longest, ends)):
-            piece = Piece(
-                sample_id(ordinal, number, layout), ids[start:stop], int(ids[stop]) if stop < len(ids) else end
-            )
+            after = int(ids[stop]) if stop < len(ids) else end
+            # A copy: a row may stay open for long, and a view would keep all that was read with it.
+            piece = Piece(sample_id(ordinal, number, layout), ids[start:stop].copy(), after)
             at = bisect_left(rooms, (stop - start, 0))
             if at < len(rooms):
                 index = rooms.pop(at)[1]
+                pieces, used = rows[index]
             else:
                 index, opened = opened, opened + 1
-                rows[index] = Row([], empty)
-            used = layout.add(rows[index].used, stop - start)
-            row = rows[index] = Row([*rows[index].pieces, piece], used)
+                pieces, used = [], empty
+            pieces.append(piece)
+            used = layout.add(used, stop - start)
+            rows[index] = Row(pieces, used)
             room = layout.fits(used)
-            if room < 1 or len(row.pieces) == layout.max_pieces:
+            if room < 1 or len(pieces) == layout.max_pieces:
                 yield rows.pop(index)
                 continue
             insort(rooms, (room, index))

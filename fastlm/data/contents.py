@@ -58,16 +58,25 @@ def counted(number: int, what: str) -> str:
 
 
 def cleaning_lines(dataset: Dataset) -> Iterator[str]:
-    """What each rule of cleaning took, with a sample; nothing where the data was prepared without rules."""
-    for rule, taken in dataset.manifest.get("cleaning", {"rules": {}})["rules"].items():
-        sample, changed = taken["sample"], taken["documents"] - taken["dropped"]
-        text = json.dumps(sample["text"][:_SHOWN], ensure_ascii=False)
-        became = json.dumps(sample["became"][:_SHOWN], ensure_ascii=False) if "became" in sample else None
+    """What was set aside, and with rules of cleaning what each took, with a sample; a line each."""
+    rules = dataset.manifest.get("cleaning", {"rules": {}})["rules"]
+    for reason, entry in dataset.manifest["report"]["set_aside"].items():
+        if reason not in rules:
+            yield f"  set aside: {entry['count']:,} {reason} (first: {entry['first'][0]})"
+    for rule, taken in rules.items():
+        changed = taken["documents"] - taken["dropped"]
+        counts = [(taken["dropped"], "document", "dropped"), (changed, "document", "changed")]
+        counts = [f"{counted(*count)} {what}" for *count, what in counts if count[0]]
+        sample = taken["sample"]
+        became = f" became {_quoted(sample['became'])}" if "became" in sample else ""
         yield (
-            f"  {rule}: {counted(taken['dropped'], 'document')} dropped, {changed:,} changed, "
-            f"{counted(taken['characters'], 'character')}; {sample['place']}: {text}"
-            + (f" became {became}" if became else "")
+            f"  {rule}: {', '.join([*counts, counted(taken['characters'], 'character')])} "
+            f"(first: {sample['place']}: {_quoted(sample['text'])}{became})"
         )
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text[:_SHOWN].strip(), ensure_ascii=False)
 
 
 def _pieces(shard: Shard, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -7,7 +7,7 @@ after another; a word is a run of letters and digits in lower case, or one chara
 passes:
 
     pass 1, any number of processes    signature(texts).save(path)         a part of the documents each
-    pass 2, once                       near_duplicates(Signatures.open(paths))
+    pass 2, once                       near_duplicates(paths)
 
 1. `signature`: 64-bit hashes of the shingles, and 128 minima of them under random permutations (MinHash, Broder 1997;
    by `rensa`). The share of equal minima of two documents is an estimate of their similarity.
@@ -25,10 +25,14 @@ The settings are those of common practice: 5-word shingles and a threshold of 0.
 from __future__ import annotations
 
 import hashlib
+import math
+import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -49,6 +53,8 @@ _SPACED_WORD = re.compile(r"\w+")  # the same where no such character is
 _WITHOUT_SPACES = re.compile(f"[{_UNSPACED}]")
 _ASCII_WORDS = str.maketrans({c: " " for c in map(chr, range(128)) if not (c.isalnum() or c == "_")})
 _SEED = 0x5EED
+_AT_ONCE = 2048  # documents whose minima pass through Python's lists, 5 KB each
+_OPEN = 48  # files of signatures that are mapped at a time, 6 MB of prose each
 _CACHED = 1 << 20  # words whose hash is kept: about 100 MB
 
 
@@ -130,22 +136,47 @@ class Signatures:
     @classmethod
     def open(cls, path) -> Signatures:
         """Memory-mapped, but for the offsets. ValueError for another file."""
-        arrays = []
-        with open(path, "rb") as file:
-            for dtype in (np.uint32, np.int64, np.uint64):
-                try:
-                    version = np.lib.format.read_magic(file)
-                    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else None
-                    shape, _, found = read(file)
-                except (ValueError, TypeError) as error:
-                    raise ValueError(f"signatures: expected a file that Signatures.save wrote, got {path}") from error
-                if found != dtype:
-                    raise ValueError(f"signatures: expected an array of {np.dtype(dtype)} in {path}, got {found}")
-                at, size = file.tell(), int(np.prod(shape)) * np.dtype(dtype).itemsize
-                empty = np.empty(shape, dtype)
-                arrays.append(np.memmap(path, dtype, "r", at, shape) if size else empty)
-                file.seek(at + size)
-        return cls(arrays[0], np.array(arrays[1]), arrays[2])
+        minima, offsets, shingles = _stored(path)
+        return cls(minima.mapped(), offsets.read(), shingles.mapped())
+
+
+class _Stored(NamedTuple):
+    """An array in a file."""
+
+    path: Path
+    dtype: np.dtype
+    offset: int
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    def mapped(self) -> np.ndarray:
+        if not self.size:  # nothing to map is an error
+            return np.empty(self.shape, self.dtype)
+        return np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
+
+    def read(self) -> np.ndarray:
+        return np.fromfile(self.path, self.dtype, self.size, offset=self.offset).reshape(self.shape)
+
+
+def _stored(path) -> tuple[_Stored, ...]:
+    """The minima, offsets and shingles that `Signatures.save` wrote to `path`. ValueError for another file."""
+    arrays = []
+    with open(path, "rb") as file:
+        for dtype in (np.uint32, np.int64, np.uint64):
+            try:
+                version = np.lib.format.read_magic(file)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else None
+                shape, _, found = read(file)
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"signatures: expected a file that Signatures.save wrote, got {path}") from error
+            if found != dtype:
+                raise ValueError(f"signatures: expected an array of {np.dtype(dtype)} in {path}, got {found}")
+            arrays.append(_Stored(Path(path), found, file.tell(), shape))
+            file.seek(arrays[-1].size * found.itemsize, os.SEEK_CUR)
+    return tuple(arrays)
 
 
 def signature(texts: Iterable[str]) -> Signatures:
@@ -155,8 +186,12 @@ def signature(texts: Iterable[str]) -> Signatures:
     offsets = np.zeros(len(sets) + 1, np.int64)
     np.cumsum([len(s) for s in sets], out=offsets[1:])
     flat = np.concatenate([np.empty(0, np.uint64), *sets])
-    matrix = rensa.RMinHash.digest_matrix_from_flat_token_hashes(flat, offsets.astype(np.uint64), MINIMA, _SEED)
-    minima = np.array(matrix.to_rows(), np.uint32).reshape(len(sets), MINIMA)
+    minima = np.empty((len(sets), MINIMA), np.uint32)
+    for first in range(0, len(sets), _AT_ONCE):
+        at = offsets[first : first + _AT_ONCE + 1]
+        tokens, starts = flat[at[0] : at[-1]], (at - at[0]).astype(np.uint64)
+        matrix = rensa.RMinHash.digest_matrix_from_flat_token_hashes(tokens, starts, MINIMA, _SEED)
+        minima[first : first + len(at) - 1] = matrix.to_rows()
     return Signatures(minima, offsets, flat)
 
 
@@ -177,32 +212,55 @@ class NearDuplicates:
         return self.partner < 0
 
 
-def near_duplicates(parts: Sequence[Signatures] | Signatures, *, threshold: float = THRESHOLD) -> NearDuplicates:
-    """Which documents are near duplicates of an earlier one; ordinals go through the parts in their order."""
-    parts = [parts] if isinstance(parts, Signatures) else list(parts)
+class _Parts:
+    """Signatures in memory, or in files of which few are open at a time, one after another.
+
+    offsets   `Signatures.offsets` of each. starts: (parts + 1,) int64, the ordinal of each part's first document
+    """
+
+    def __init__(self, parts: Sequence[Signatures | Path]):
+        self._parts = parts
+        self._stored = [None if isinstance(part, Signatures) else _stored(part) for part in parts]
+        self._mapped = lru_cache(_OPEN)(lambda part: self._stored[part][2].mapped())
+        self.offsets = [
+            part.offsets if stored is None else stored[1].read() for part, stored in zip(parts, self._stored)
+        ]
+        self.starts = np.cumsum([0, *(len(offsets) - 1 for offsets in self.offsets)])
+
+    def minima(self) -> Iterator[np.ndarray]:
+        """Those of each part, read: the pages of mapped files would stay in memory."""
+        for part, stored in zip(self._parts, self._stored):
+            yield part.minima if stored is None else stored[0].read()
+
+    def shingles(self, ordinal: int) -> np.ndarray:
+        part = int(np.searchsorted(self.starts, ordinal, "right")) - 1
+        low, high = self.offsets[part][ordinal - self.starts[part] :][:2]
+        found = self._parts[part].shingles if self._stored[part] is None else self._mapped(part)
+        return found[low:high]
+
+
+def near_duplicates(parts: Sequence[Signatures | Path] | Signatures, *, threshold: float = THRESHOLD) -> NearDuplicates:
+    """Which documents are near duplicates of an earlier one; ordinals go through the parts in their order.
+
+    parts: what `signature` gave, or the paths of files that `Signatures.save` wrote
+    """
     if not 0.5 <= threshold <= 1.0:
         raise ValueError(f"threshold: expected a similarity from 0.5 to 1, got {threshold!r}")
-    starts = np.cumsum([0, *map(len, parts)])
-    total = int(starts[-1])
-
-    def shingles(ordinal: int) -> np.ndarray:
-        part = int(np.searchsorted(starts, ordinal, "right")) - 1
-        low, high = parts[part].offsets[ordinal - starts[part] :][:2]
-        return parts[part].shingles[low:high]
-
-    return _verify(_pairs(parts, total), total, shingles, threshold)
+    opened = _Parts([parts] if isinstance(parts, Signatures) else list(parts))
+    return _verify(_pairs(opened), int(opened.starts[-1]), opened.shingles, threshold)
 
 
-def _pairs(parts: Sequence[Signatures], total: int) -> np.ndarray:
+def _pairs(parts: _Parts) -> np.ndarray:
     """(k, 2) int64 distinct candidates, the earlier document second, sorted: each with the first document that has an
     equal band, and with the last one before it. All pairs would be quadratic in a crowd of equal pages."""
     width = MINIMA // BANDS
     found = [np.empty((0, 2), np.int64)]
-    filled = np.concatenate([np.diff(part.offsets) > 0 for part in parts] or [np.empty(0, bool)])
+    filled = np.concatenate([np.empty(0, bool), *(np.diff(offsets) > 0 for offsets in parts.offsets)])
     ordinals = np.flatnonzero(filled)
     for band in range(BANDS):
         columns = slice(band * width, (band + 1) * width)
-        keys = np.concatenate([_mix(part.minima[:, columns]) for part in parts] or [np.empty(0, np.uint64)])[ordinals]
+        mixed = (_mix(minima[:, columns]) for minima in parts.minima())
+        keys = np.concatenate([np.empty(0, np.uint64), *mixed])[ordinals]
         order = np.argsort(keys, kind="stable")
         same = keys[order[1:]] == keys[order[:-1]]
         if not same.any():
@@ -229,7 +287,8 @@ def _verify(pairs: np.ndarray, total: int, shingles: Callable[[int], np.ndarray]
     partner, similarity = np.full(total, -1, np.int64), np.zeros(total, np.float32)
     later, starts = np.unique(pairs[:, 0], return_index=True)
     compared = 0
-    for ordinal, candidates in zip(later.tolist(), np.split(pairs[:, 1], starts[1:])):
+    for ordinal, start, stop in zip(later.tolist(), starts.tolist(), [*starts[1:].tolist(), len(pairs)]):
+        candidates = pairs[start:stop, 1]
         roots = np.unique(np.where(partner[candidates] < 0, candidates, partner[candidates]))
         ours = shingles(ordinal)
         for root in roots.tolist():

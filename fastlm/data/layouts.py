@@ -12,6 +12,7 @@ A layout knows how many tokens of a document fit into what is left of a row, and
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -71,9 +72,9 @@ class Layout:
         """The tokens that are cut into pieces, of a document's token ids."""
         return ids
 
-    def piece(self, ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
-        """The cells of a piece with these tokens."""
-        return ids
+    def frame(self, tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The special tokens that stand in the cells before and after those of a piece."""
+        return (), ()
 
     def least(self) -> int:
         """Tokens of a document that a piece holds at least, where the document is cut."""
@@ -89,8 +90,8 @@ class MaskedRows(Layout):
     def add(self, used, tokens):
         return (used[0] + tokens + 2,)
 
-    def piece(self, ids, tokenizer):
-        return np.concatenate([[tokenizer.cls_id], ids, [tokenizer.sep_id]])
+    def frame(self, tokenizer):
+        return (tokenizer.cls_id,), (tokenizer.sep_id,)
 
     def least(self):
         return MIN_PIECE - 2
@@ -107,8 +108,10 @@ class CausalRows(Layout):
         return (used[0] + tokens,)
 
     def document(self, ids, tokenizer):
-        begin = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
-        return np.concatenate([np.array([begin], ids.dtype), ids])
+        begun = np.empty(len(ids) + 1, ids.dtype)
+        begun[0] = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+        begun[1:] = ids
+        return begun
 
 
 @dataclass(frozen=True)
@@ -198,17 +201,17 @@ class SpanRows(Layout):
 
     def fits(self, used):
         rooms = self.row_tokens - used[0], self.target_tokens - used[1]
-        return min(int(np.searchsorted(table, room, "right")) - 1 for table, room in zip(self._tables, rooms))
+        return min(bisect_right(table, room) - 1 for table, room in zip(self._tables, rooms))
 
     def add(self, used, tokens):
-        return tuple(int(taken + table[tokens]) for taken, table in zip(used, self._tables))
+        return tuple(taken + table[tokens] for taken, table in zip(used, self._tables))
 
 
 @lru_cache
-def _span_tables(row_tokens: int, corruption: Corruption, sentinels: int) -> tuple[np.ndarray, np.ndarray]:
+def _span_tables(row_tokens: int, corruption: Corruption, sentinels: int) -> tuple[list[int], list[int]]:
     """Lengths of both sides for pieces of 0, 1, ... tokens, up to the longest that fits; rising."""
     tokens = np.arange(4 * row_tokens + 8)
     encoder, decoder = corruption.lengths(tokens)
     fits = (encoder <= row_tokens) & (corruption.counts(tokens)[1] <= sentinels)
     longest = int(np.flatnonzero(fits)[-1])
-    return encoder[: longest + 1], decoder[: longest + 1]
+    return encoder[: longest + 1].tolist(), decoder[: longest + 1].tolist()

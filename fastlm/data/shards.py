@@ -7,28 +7,35 @@
     OUT/00000.pieces.npy         (pieces, 2 or 3) int64; see `fastlm.data.packing.Shard`
     OUT/validation-00000...      the same of text that is held out
 
-Rows are numbered through the accepted shards in the manifest's order. Nothing is pickled.
+Rows are numbered through the accepted shards in the manifest's order. Nothing is pickled. Of many shards, those that
+were read last are mapped: memory and open files do not grow with the data, but for 8 bytes a shard and its name.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import mmap
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from fastlm.data.order import rows_at
-from fastlm.data.packing import Shard
+from fastlm.data.packing import Shard, ragged
 from fastlm.data.sources import MANIFEST, TOKENIZER
 from fastlm.data.tokenizer import Tokenizer
+from fastlm.data.verification import Verification
 from fastlm.storage import file_checksum, json_checksum
 
 FORMAT = "fastlm rows"
 VERSION = 2
 SPLITS = ("train", "validation")
+_MAPPED = 100  # shards at a time, three open files each: a process may often have 1024, and has a second split
 
 
 def _paths(directory: Path, name: str) -> list[Path]:
@@ -44,6 +51,7 @@ def write_shard(directory: Path, name: str, shard: Shard) -> dict:
         "name": name,
         "rows": len(shard.tokens),
         "pieces": len(shard.pieces),
+        "max_pieces": int(np.diff(shard.offsets).max()),
         "used": list(shard.used),
         "checksum": file_checksum(*paths),
     }
@@ -95,7 +103,13 @@ class Dataset:
     """
 
     def __init__(
-        self, directory: Path, manifest: dict, accepted: dict[str, str], set_aside: dict[str, str], split: str
+        self,
+        directory: Path,
+        manifest: dict,
+        accepted: dict[str, str],
+        set_aside: dict[str, str],
+        split: str,
+        verification: Verification | None = None,
     ):
         self.directory, self.manifest, self.split = directory, manifest, split
         self.accepted, self.set_aside = accepted, set_aside
@@ -109,14 +123,33 @@ class Dataset:
         self.text_tokens: int = part["text_tokens"]
         self.unigram_entropy: float = part["unigram_entropy"]
         self.tokenizer = Tokenizer.load(directory / TOKENIZER)
-        self._shards = [
-            Shard(*(np.load(path, mmap_mode="r", allow_pickle=False) for path in _paths(directory, name)))
-            for name in accepted
-        ]
+        self._verification = verification
+        self._names = list(accepted)
+        entries = [shard for shard in part["shards"] if shard["name"] in accepted]
+        like = [_header(path) for path in _paths(directory, self._names[0])]
+        # Not a method: the files of a dataset are closed with its last reference, which a cycle would keep.
+        self._shard = lru_cache(_MAPPED)(partial(_mapped, directory, entries, like))
         # (shards + 1,) the number of each shard's first row, and after the last the number of rows
-        self._first = np.cumsum([0] + [len(shard.tokens) for shard in self._shards])
+        self._first = np.cumsum([0] + [shard["rows"] for shard in entries])
         self.rows = int(self._first[-1])
-        self.max_pieces = max(int(np.diff(shard.offsets).max()) for shard in self._shards)
+        self.max_pieces = max(
+            shard["max_pieces"] if "max_pieces" in shard else int(np.diff(self._shard(index).offsets).max())
+            for index, shard in enumerate(entries)  # older preparations have no such entry
+        )
+
+    def verify_ahead(self) -> None:
+        """Check all shards' checksums in a thread, where `open_dataset` has not: see `fastlm.data.verification`."""
+        if self._verification is not None:
+            self._verification.start()
+
+    def _verified(self, shards: Iterable[int]) -> None:
+        """ValueError where one of these shards, or another one until now, does not have its checksum."""
+        if self._verification is not None and (bad := self._verification.need(shards)):
+            reasons = "; ".join(f"shard {self._names[index]}: {reason}" for index, reason in sorted(bad.items()))
+            raise ValueError(
+                f"data: in {self.directory}, {reasons}. Its rows were not used. Restore it, or "
+                f"{remedy(self.directory)}; a new run without it starts where its files are moved away"
+            )
 
     @property
     def sources(self) -> tuple[Dataset, ...]:
@@ -134,29 +167,30 @@ class Dataset:
 
     def shards(self) -> Iterator[Shard]:
         """The accepted shards in the rows' order, memory-mapped."""
-        return iter(self._shards)
+        for index in range(len(self._names)):
+            self._verified([index])
+            yield self._shard(index)
 
     def gather(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of the rows numbered `rows` (k,): tokens (k, width), how many pieces in each (k,), the pieces (p, 2 or 3)."""
+        """Of the rows numbered `rows` (k,): tokens (k, width), how many pieces in each (k,), the pieces (p, 2 or 3).
+
+        ValueError where `open_dataset` was lazy and a shard does not have its checksum; see `verify_ahead`.
+        """
         home = np.searchsorted(self._first, rows, side="right") - 1
-        places = [(index, np.flatnonzero(home == index)) for index in np.unique(home)]
-        places = [(self._shards[index], at, rows[at] - self._first[index]) for index, at in places]
-        tokens = np.empty((len(rows), self.width), self._shards[0].tokens.dtype)
+        homes = np.unique(home).tolist()
+        self._verified(homes)
+        places = [(index, np.flatnonzero(home == index)) for index in homes]
+        places = [(self._shard(index), at, rows[at] - self._first[index]) for index, at in places]
+        tokens = np.empty((len(rows), self.width), self._shard(0).tokens.dtype)
         counts = np.empty(len(rows), np.int64)
         for shard, at, local in places:
             tokens[at] = shard.tokens[local]
             counts[at] = shard.offsets[local + 1] - shard.offsets[local]
         ends = np.cumsum(counts)
-        pieces = np.empty((ends[-1] if len(ends) else 0, self._shards[0].pieces.shape[1]), np.int64)
+        pieces = np.empty((ends[-1] if len(ends) else 0, self._shard(0).pieces.shape[1]), np.int64)
         for shard, at, local in places:
             pieces[ragged(ends[at] - counts[at], counts[at])] = shard.pieces[ragged(shard.offsets[local], counts[at])]
         return tokens, counts, pieces
-
-
-def ragged(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """starts[0], starts[0] + 1, ... (counts[0] of them), starts[1], ...: (sum of counts,) int64."""
-    ends = np.cumsum(counts)
-    return np.repeat(starts - (ends - counts), counts) + np.arange(ends[-1] if len(ends) else 0)
 
 
 def _part(manifest: dict, split: str) -> dict:
@@ -164,13 +198,20 @@ def _part(manifest: dict, split: str) -> dict:
 
 
 def open_dataset(
-    directory, accepted: dict[str, str] | None = None, *, strict: bool = False, split: str = "train"
+    directory,
+    accepted: dict[str, str] | None = None,
+    *,
+    strict: bool = False,
+    split: str = "train",
+    lazy: bool = False,
 ) -> Dataset:
     """Open what `prepare` wrote, after checking every shard's checksum.
 
     accepted   None: a shard that fails is set aside with a warning, or, if `strict`, raises.
                A dict from `Dataset.accepted` (a checkpoint's): exactly those shards, and any that fails raises.
     split      "train", or "validation": the text that was held out
+    lazy       check only that the shards' files are there with their sizes. The checksum of each is checked before a
+               row of it is given out, and one that fails raises then; `Dataset.verify_ahead` has a thread check them
 
     ValueError where a manifest, a tokenizer or (as above) a shard is missing or damaged, or no shard is left.
     """
@@ -188,7 +229,8 @@ def open_dataset(
         )
     if split not in SPLITS:
         raise ValueError(f"split: expected {' or '.join(SPLITS)}, got {split!r}")
-    checksums = {shard["name"]: shard["checksum"] for shard in _part(manifest, split)["shards"]}
+    entries = {shard["name"]: shard for shard in _part(manifest, split)["shards"]}
+    checksums = {name: shard["checksum"] for name, shard in entries.items()}
     if not checksums:
         raise ValueError(
             f"data: {directory} holds no {split} rows; prepare it again with a validation text or a validation_share"
@@ -203,7 +245,7 @@ def open_dataset(
         checksums = {name: checksum for name, checksum in checksums.items() if name in accepted}
     good, bad = {}, {}
     for name, checksum in checksums.items():
-        if reason := _damage(directory, name, checksum):
+        if reason := _missing(directory, entries[name]) if lazy else _damage(directory, name, checksum):
             bad[name] = reason
         else:
             good[name] = checksum
@@ -215,7 +257,63 @@ def open_dataset(
     if bad:
         message = f"data: set aside, and not trained on, in {directory}: {reasons}; restore it, or {remedy(directory)}"
         warnings.warn(message, stacklevel=2)
-    return Dataset(directory, manifest, good, bad, split)
+    listed = list(good.items())
+    verification = Verification(len(good), lambda index: _damage(directory, *listed[index])) if lazy else None
+    return Dataset(directory, manifest, good, bad, split, verification)
+
+
+class _Header(NamedTuple):
+    """Of an .npy file: where the array begins, its type and shape."""
+
+    offset: int
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    def size(self, length: int) -> int:
+        """Bytes of a file with `length` entries."""
+        return self.offset + length * math.prod(self.shape[1:]) * self.dtype.itemsize
+
+
+def _header(path: Path) -> _Header:
+    with open(path, "rb") as file:
+        np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        if dtype.hasobject:
+            raise ValueError(f"data: expected numbers in {path}, got Python objects, which are pickled")
+        return _Header(file.tell(), dtype, shape)
+
+
+def _lengths(entry: dict) -> tuple[int, int, int]:
+    """Of the arrays of a shard, in the order of `_paths`."""
+    return entry["rows"], entry["rows"] + 1, entry["pieces"]
+
+
+def _mapped_array(path: Path, length: int, like: _Header) -> np.ndarray:
+    with open(path, "rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return np.frombuffer(mapped, like.dtype, offset=like.offset).reshape(length, *like.shape[1:])
+
+
+def _mapped(directory: Path, entries: list[dict], like: list[_Header], index: int) -> Shard:
+    """All shards have the first one's headers but for the lengths: np.load takes 10 times as long to read one."""
+    return Shard(*map(_mapped_array, _paths(directory, entries[index]["name"]), _lengths(entries[index]), like))
+
+
+def _missing(directory: Path, entry: dict) -> str | None:
+    """Why the shard cannot be used, as far as its files' headers and sizes show, or None."""
+    for path, length in zip(_paths(directory, entry["name"]), _lengths(entry), strict=True):
+        try:
+            header, found = _header(path), path.stat().st_size
+        except OSError as error:
+            return f"{path.name}: {error.strerror}"
+        except ValueError:
+            return f"{path.name}: it is not the array that was written"
+        if header.shape[0] != length or found != header.size(length):
+            return (
+                f"{path.name}: {header.shape[0]:,} entries in {found:,} bytes, expected {length:,} in "
+                f"{header.size(length):,}"
+            )
+    return None
 
 
 def _damage(directory: Path, name: str, checksum: str) -> str | None:

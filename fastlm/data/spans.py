@@ -21,8 +21,7 @@ import torch
 
 from fastlm.data.batches import Batch
 from fastlm.data.layouts import NO_NEXT, Corruption
-from fastlm.data.packing import PADDING_SAMPLE
-from fastlm.data.shards import ragged
+from fastlm.data.packing import PADDING_SAMPLE, ragged
 from fastlm.data.tokenizer import Tokenizer
 from fastlm.philox import SPAN_DOMAIN, key, philox4x32
 

@@ -1,37 +1,38 @@
-"""Cleaned text on disk, in parts that any number of processes make: the first stage of a large preparation.
+"""The stages of a large preparation, each in parts that any number of processes make.
 
-    tasks -> clean(task), a process each -> part files -> CleanedText.texts(), in the order of the documents
+    tasks -> clean(task) -> part files -> choose -> tokenise(task) -> token files -> rows, in the order of the documents
 
-A task is some consecutive `Part`s of the source files; its result is a function of them and the settings alone. A part
-file is renamed into place when it is whole, so that a preparation that was killed continues with the missing ones.
-Duplicates depend on other documents: they are found while the parts are read, in their order, for any number of
-processes alike.
+A task of cleaning is some consecutive `Part`s of the source files; one of tokenising is the text of such a part. Its
+result is a function of them and the settings alone. A file is renamed into place when it is whole, so that a
+preparation that was killed continues with the missing ones. Which documents are duplicates depends on the others: it is
+decided between the two stages, from hashes (`fastlm.data.selection`), for any number of processes alike.
 
-A part file has a JSON list a line: ["text", place, text] of a document that passed, ["reject", place, reason] of one
-that did not, in the order of the source, and last ["end", counts, cleaning report or null].
+The files of a part of cleaned text:
+
+    .jsonl             the documents that passed, a JSON string a line; written last
+    .events            the same documents and the others in the order of the source, a JSON list a line: ["text", place,
+                       characters], ["reject", place, reason], and last ["end", counts, cleaning report or null]
+    .prints.npy        (documents, 3) uint64, `fastlm.data.selection.fingerprint` of each
+    .0000.signatures   and so on, where near duplicates are wanted: `fastlm.data.duplicates.Signatures`
 """
 
 from __future__ import annotations
 
-import fcntl
-import glob
 import json
-import multiprocessing
-import os
-import shutil
-import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
-from multiprocessing.connection import wait
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
-from fastlm.data._extras import require
+import numpy as np
+
 from fastlm.data.cleaning import Cleaner, Cleaning, CleaningReport, tidied
-from fastlm.data.duplicates import Signatures, exact_digest, near_duplicates, signature
+from fastlm.data.duplicates import signature
+from fastlm.data.executors import Run
+from fastlm.data.kept import KEPT
+from fastlm.data.selection import REASONS, fingerprint
 from fastlm.data.sources import FIELDS, Part, Report, SourceFile, read_documents, split
 from fastlm.storage import atomic_file
 
@@ -39,8 +40,8 @@ PART_BYTES = (
     16 << 20
 )  # of the source in a task: about 10 s of cleaning, and the text that is cleaned again after a kill
 SMALL = 64 << 20  # bytes of a corpus that is cleaned while it is packed, without part files
-
-_KEPT = "the finished parts are kept; make room and rerun the same command"
+_UTF8 = {"encoding": "utf-8", "errors": "surrogatepass"}
+_SIGNED_CHARS = 4 << 20  # of text whose signatures are in one file, and in memory until then: 8 bytes a word
 
 
 @dataclass(frozen=True)
@@ -81,12 +82,23 @@ class Task:
     reading: Reading
 
     @property
-    def signatures(self) -> Path:
-        return self.path.with_suffix(".signatures")
+    def name(self) -> str:
+        return self.parts[0].name
+
+    @property
+    def events(self) -> Path:
+        return self.path.with_suffix(".events")
+
+    @property
+    def prints(self) -> Path:
+        return self.path.with_suffix(".prints.npy")
+
+    def signatures(self, number: int) -> Path:
+        return self.path.with_suffix(f".{number:04d}.signatures")
 
 
 class _Events(Report):
-    """A report that also writes its rejections into a part file, between the texts."""
+    """A report that also writes its rejections into a file of events, between the texts."""
 
     def __init__(self, write: Callable[[list], object]):
         super().__init__()
@@ -96,12 +108,20 @@ class _Events(Report):
         self._write(["reject", place, reason])
 
 
+@contextmanager
+def part_file(path: Path, mode: str = "w"):
+    """The file `path`, open for writing; it is there when the block has ended."""
+    how = {} if "b" in mode else _UTF8
+    with atomic_file(path, what="a part", kept=KEPT) as unfinished, open(unfinished, mode, **how) as file:
+        yield file
+
+
 def clean(task: Task) -> Task:
-    """Write the part file of `task`, and before it the signatures where near duplicates are wanted."""
-    with atomic_file(task.path, what="a part", kept=_KEPT) as partial, open(partial, "w", encoding="utf-8") as file:
+    """Write the files of a part of cleaned text."""
+    with part_file(task.path) as texts, part_file(task.events) as events:
 
         def write(event: list) -> None:
-            file.write(json.dumps(event) + "\n")
+            events.write(json.dumps(event) + "\n")
 
         report = _Events(write)
         records = read_documents(task.parts, task.reading.documents, report, fields=task.reading.fields)
@@ -110,19 +130,28 @@ def clean(task: Task) -> Task:
             found = tidied(records, report, task.reading.cleaning.min_chars)
         else:
             found = _passed(records, report, cleaner, task.index)
+        prints, unsigned, chars, signed = bytearray(), [], 0, 0
 
-        def texts() -> Iterator[str]:
-            for place, text in found:
-                write(["text", place, text])
-                yield text
+        def sign() -> None:
+            signature(unsigned).save(task.signatures(signed))
+            unsigned.clear()
 
-        if task.reading.threshold:
-            signature(texts()).save(task.signatures)
-        else:
-            for _ in texts():
-                pass
+        for place, text in found:
+            write(["text", place, len(text)])
+            texts.write(text_line(text))
+            prints += fingerprint(text)
+            if task.reading.threshold:
+                unsigned.append(text)
+                chars += len(text)
+                if chars >= _SIGNED_CHARS:
+                    sign()
+                    chars, signed = 0, signed + 1
+        if unsigned:
+            sign()
         counts = {"read": report.read, "bytes_read": report.bytes_read}
         write(["end", counts, None if cleaner is None else cleaner.report.as_dict()])
+        with part_file(task.prints, "wb") as file:
+            np.save(file, np.frombuffer(prints, np.uint64).reshape(-1, 3))
     return task
 
 
@@ -147,61 +176,76 @@ class CleanedText:
             for index, (parts, size, packed) in enumerate(_grouped(files, reading.documents))
         ]
 
-    def make(self, run: Callable[[list[Task]], Iterator[Task]], progress: Callable[[int, int], None]) -> None:
-        """Make the part files that are missing.
+    def prints(self) -> np.ndarray:
+        """(documents, 3) uint64, as `fastlm.data.selection.choose` takes them."""
+        return np.concatenate([np.empty((0, 3), np.uint64), *(np.load(task.prints) for task in self.tasks)])
 
-        run: yields each task when `clean` is done with it, as `in_processes`. progress: called with the bytes
-            done, and those in all.
-        """
-        total = sum(task.size for task in self.tasks)
-        missing = [task for task in self.tasks if not task.path.exists()]
-        done = total - sum(task.size for task in missing)
-        for task in run(missing) if missing else ():
-            done += task.size
-            progress(done, total)
+    def signatures(self) -> list[Path]:
+        """The files of signatures in the documents' order."""
+        return [path for task in self.tasks for path in sorted(task.path.parent.glob(f"{task.path.stem}.*.signatures"))]
 
-    def texts(self, report: Report, cleaned: CleaningReport | None = None) -> Iterator[str]:
-        """The documents that stay, in order. What was rejected is entered in `report`, and in `cleaned` by rule."""
-        seen, ordinal = set(), -1
+    def chosen(self, codes: np.ndarray) -> list[np.ndarray]:
+        """`codes` (documents,) of `choose`, cut into those of each part."""
+        parts, first = [], 0
         for task in self.tasks:
-            for number, (kind, *entries) in enumerate(_events(task.path)):
-                if kind == "reject":
-                    place, reason = entries
-                    report.reject(reason, place)
-                elif kind == "text":
-                    place, text = entries
-                    ordinal += 1
-                    rule = self._duplicate(text, ordinal, seen)
-                    if rule is None:
-                        report.kept += 1
-                        yield text
-                        continue
-                    report.reject(rule, place)
-                    if cleaned is not None:
-                        cleaned.take_kept(rule, text, ordinal=(task.index, number), place=place)
-                else:
-                    counts, rules = entries
-                    report.merge(Report(**counts))
-                    if cleaned is not None and rules is not None:
-                        cleaned.merge(CleaningReport.from_dict(rules))
+            last = first + len(np.load(task.prints))
+            parts.append(codes[first:last])
+            first = last
+        return parts
 
-    def _duplicate(self, text: str, ordinal: int, seen: set[bytes]) -> str | None:
-        digest = exact_digest(text)
-        if digest in seen:
-            return "duplicate"
-        seen.add(digest)
-        return "near duplicate" if self.reading.threshold and not self._kept[ordinal] else None
-
-    @cached_property
-    def _kept(self):
-        """(documents,) bool, exact duplicates among them: one is similar to all that its first is similar to."""
-        parts = [Signatures.open(task.signatures) for task in self.tasks]
-        return near_duplicates(parts, threshold=self.reading.threshold).kept
+    def enter(self, codes: list[np.ndarray], report: Report, cleaned: CleaningReport | None = None) -> None:
+        """Enter what became of each document in `report`, and in `cleaned` by rule."""
+        for task, of_part in zip(self.tasks, codes, strict=True):
+            documents = -1
+            with open(task.events, encoding="utf-8") as events:
+                for number, (kind, *entries) in enumerate(map(json.loads, events)):
+                    if kind == "reject":
+                        place, reason = entries
+                        report.reject(reason, place)
+                    elif kind == "text":
+                        place, characters = entries
+                        documents += 1
+                        reason = REASONS.get(int(of_part[documents]))
+                        if reason is None:
+                            report.kept += 1
+                            continue
+                        report.reject(reason, place)
+                        if cleaned is not None:
+                            ordinal, text = (task.index, number), partial(_nth_text, task.path, documents)
+                            cleaned.take_kept(reason, characters, ordinal=ordinal, place=place, text=text)
+                    else:
+                        counts, rules = entries
+                        report.merge(Report(**counts))
+                        if cleaned is not None and rules is not None:
+                            cleaned.merge(CleaningReport.from_dict(rules))
 
 
-def _events(path: Path) -> Iterator[list]:
-    with open(path, encoding="utf-8") as file:
-        yield from map(json.loads, file)
+def text_line(text: str) -> str:
+    """A line of a part of cleaned text. Escapes alone would be three times as long where letters are not Latin."""
+    return json.dumps(text, ensure_ascii=False) + "\n"
+
+
+def _nth_text(path: Path, number: int) -> str:
+    with open(path, **_UTF8) as file:
+        return json.loads(next(islice(file, number, None)))
+
+
+def make_missing(run: Run, function: Callable, tasks: list, progress: Callable[[int, int], None]) -> None:
+    """Run the tasks whose file is missing. progress: called with the sum of the sizes of those done, and of all."""
+    total = sum(task.size for task in tasks)
+    missing = [task for task in tasks if not task.path.exists()]
+    done = total - sum(task.size for task in missing)
+    for task in run(function, missing) if missing else ():
+        done += task.size
+        progress(done, total)
+
+
+def texts_of(path: Path, codes: np.ndarray, code: int) -> Iterator[str]:
+    """The documents of a part of cleaned text, in `path`, whose entry in `codes` is `code`."""
+    with open(path, **_UTF8) as file:
+        for found, line in zip(codes.tolist(), file, strict=True):
+            if found == code:
+                yield json.loads(line)
 
 
 def _grouped(files: Iterable[SourceFile], documents: str) -> Iterator[tuple[tuple[Part, ...], int, int]]:
@@ -219,104 +263,3 @@ def _grouped(files: Iterable[SourceFile], documents: str) -> Iterator[tuple[tupl
                 group, size, packed = [], 0, 0
     if group:
         yield tuple(group), size, packed
-
-
-def in_processes(tasks: list[Task], processes: int) -> Iterator[Task]:
-    """Each task when it is done. New processes are spawned: a fork would copy locks that threads of ours hold."""
-    processes = min(processes, len(tasks))
-    if processes == 1:
-        yield from map(clean, tasks)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, initializer=_end_with_parent) as pool:
-        try:
-            for done in as_completed([pool.submit(clean, task) for task in tasks]):
-                yield done.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def on_ray(tasks: list[Task], processes: int | None, address: str) -> Iterator[Task]:
-    """Each task when it is done, by the workers of a Ray cluster.
-
-    processes   tasks at a time; None: as many as the cluster has cores
-    address     of the cluster's head; "": one is started on this machine, and ended with the last task
-
-    ValueError where a worker's part file cannot be seen from here: the machines have to share the directory.
-    """
-    ray = require("ray")
-    started = not ray.is_initialized()
-    if started:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # what is reported is the user's decision
-        where = {"address": address} if address else {"address": "local", "num_cpus": processes}
-        ray.init(**where, log_to_driver=False, logging_level="ERROR")
-    try:
-        most = processes or int(ray.cluster_resources()["CPU"])
-        remote, left, running = ray.remote(clean), deque(tasks), []
-        while left or running:
-            while left and len(running) < most:
-                running.append(remote.remote(left.popleft()))
-            (done,), running = ray.wait(running, num_returns=1)
-            task = ray.get(done)
-            if not task.path.exists():
-                raise ValueError(
-                    f"out: expected a directory that all machines of the Ray cluster share, got {task.path.parent}, "
-                    f"in which the part of {task.parts[0].name} by a worker is not found"
-                )
-            yield task
-    finally:
-        if started:
-            ray.shutdown()
-
-
-def _end_with_parent() -> None:
-    """End this process when its parent does: a pool's workers wait forever for one that was killed."""
-    parent = multiprocessing.parent_process().sentinel
-    threading.Thread(target=lambda: (wait([parent]), os._exit(1)), daemon=True).start()
-
-
-@contextmanager
-def kept_parts(out: Path, identity: str) -> Iterator[Path]:
-    """The hidden directory beside `out` for the parts of the preparation `identity`, which a killed one may have left.
-
-    It is removed at the end, where `out` exists meanwhile (FileExistsError), and after a ValueError, which the same
-    command would meet again. Other errors keep it.
-    Those of other preparations of `out` are removed. Another process that prepares the same is waited for.
-    """
-    out = Path(os.path.realpath(out))
-    directory = out.parent / f".{out.name}.parts-{identity[:16]}"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for other in out.parent.glob(f".{glob.escape(out.name)}.parts-*"):
-        if other != directory and (lock := _lock(other, fcntl.LOCK_NB)) is not None:
-            shutil.rmtree(other, ignore_errors=True)
-            os.close(lock)
-    lock = None
-    while lock is None:
-        directory.mkdir(exist_ok=True)
-        lock = _lock(directory)
-    try:
-        yield directory
-        shutil.rmtree(directory)
-    except (ValueError, FileExistsError):
-        shutil.rmtree(directory)
-        raise
-    finally:
-        os.close(lock)
-
-
-def _lock(directory: Path, flag: int = 0) -> int | None:
-    """A descriptor that holds the lock of `directory`; None where another has it, with LOCK_NB, or removed it."""
-    try:
-        fd = os.open(directory, os.O_RDONLY)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | flag)
-    except OSError:
-        os.close(fd)
-        return None
-    if directory.exists() and os.path.samestat(os.fstat(fd), os.stat(directory)):
-        return fd
-    os.close(fd)
-    return None

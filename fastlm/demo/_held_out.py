@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from fastlm.data.cleaning import clean_text
-from fastlm.data.preparation import is_held_out
+from fastlm.data.selection import is_held_out
 
 _END = re.compile(r"(?<=[a-z]\.)\s+(?=[A-Z])")
 _PLAIN = re.compile(r"[A-Z][a-z]*(?:,? [a-z]+){6,}\.")  # words only: neither names of functions nor numbers

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from fastlm.data.batches import Batch, make_batch
-from fastlm.data.contents import Contents, cleaning_lines, contents, shown, trained_on
+from fastlm.data.contents import Contents, cleaning_lines, contents, counted, shown, trained_on
 from fastlm.data.layouts import Corruption
 from fastlm.data.order import rows_at
 from fastlm.data.packing import PADDING_SAMPLE, PIECE_BITS
@@ -28,7 +28,7 @@ def report(dataset: Dataset, rows: int = 2) -> Iterator[str]:
     held, cleaned, vocabulary = manifest["validation"], manifest["report"], dataset.tokenizer.vocab_size
     yield (
         f"{dataset.directory}: {dataset.rows:,} {dataset.layout} rows of {dataset.row_tokens} tokens in "
-        f"{len(dataset.accepted)} shards, {' and '.join(f'{share:.1%}' for share in dataset.fill)} full"
+        f"{counted(len(dataset.accepted), 'shard')}, {' and '.join(f'{share:.1%}' for share in dataset.fill)} full"
     )
     yield (
         f"{dataset.documents:,} documents, {dataset.text_bytes:,} bytes, {dataset.text_tokens:,} tokens of a "
@@ -37,8 +37,6 @@ def report(dataset: Dataset, rows: int = 2) -> Iterator[str]:
     yield from trained_on(dataset)
     yield f"{found.pieces:,} pieces, {found.cut:,} of them after a cut; cells a piece: {_quantiles(found)}"
     yield f"documents read: {cleaned['read']:,}, kept: {cleaned['kept']:,}"
-    for reason, entry in cleaned["set_aside"].items():
-        yield f"  set aside: {entry['count']:,} {reason} (first: {entry['first'][0]})"
     yield from cleaning_lines(dataset)
     chosen = rows_at(np.arange(min(rows, dataset.rows)), dataset.rows, _SEED)[1]
     for row in chosen:

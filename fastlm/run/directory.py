@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastlm.data import Dataset, Mixture, is_prepared, open_dataset
+from fastlm.data.identity import OtherPreparation, setting_differences
 from fastlm.data.labelled import Examples
 from fastlm.data.mixture import Joined, parse_weights
-from fastlm.data.preparation import OtherPreparation, setting_differences
 from fastlm.data.shards import read_manifest
 from fastlm.data.sources import RUN_FILES
 from fastlm.data.tokenizer import parse
@@ -292,7 +292,7 @@ def prepare_for(task: str, table: DataTable, paths, directory: Path, outputs: It
 
 def open_data(recipe: Recipe, data, out: Path, start: Checkpoint | None) -> Data:
     """The data of the run in `out`: prepared already, in one directory or several, or text that is prepared into
-    OUT/data.
+    OUT/data. Threads check the shards.
 
     ValueError where its rows are not the recipe's, or it is not what `start` was trained on.
     """
@@ -353,7 +353,7 @@ def _open_one(recipe: Recipe, directory: Path, stored: dict | None) -> Data:
         raise _other_sources([directory], len(stored["sources"]))
     if stored is not None:
         check_same_data(read_manifest(directory), stored, directory)
-    dataset = open_dataset(directory, None if stored is None else stored["accepted"])
+    dataset = open_dataset(directory, None if stored is None else stored["accepted"], lazy=True)
     if dataset.layout != layout.name:
         raise ValueError(
             f"data: {directory} was prepared with {dataset.layout} rows, task {recipe.task} needs {layout.name} ones; "
@@ -372,4 +372,8 @@ def _open_one(recipe: Recipe, directory: Path, stored: dict | None) -> Data:
             f"data.validation: {directory} was prepared without held-out text; prepare it again with --validation or "
             "--validation-share, or leave both out of the recipe"
         )
-    return Data(dataset, open_dataset(directory, split="validation") if held else None)
+    dataset.verify_ahead()
+    validation = open_dataset(directory, split="validation", lazy=True) if held else None
+    if validation is not None:
+        validation.verify_ahead()
+    return Data(dataset, validation)

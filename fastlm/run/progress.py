@@ -74,7 +74,9 @@ def duration(seconds: float) -> str:
 _STAGES = {
     "checksums": "reading",
     "cleaning": "reading and cleaning",
+    "held out": "reading held-out text",
     "tokenizer": "training the tokenizer",
+    "tokens": "tokenizing",
     "rows": "packing rows",
     "validation": "packing held-out rows",
 }

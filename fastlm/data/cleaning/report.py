@@ -57,11 +57,15 @@ class CleaningReport:
         if entry.sample is None or _key(sample) < _key(entry.sample):
             entry.sample = sample | {"place": place} | self._excerpt(text, became)
 
-    def take_kept(self, rule: str, text: str, *, ordinal, place: str) -> None:
-        """Enter that `rule` dropped a document that was counted as kept: a duplicate of another one."""
+    def take_kept(self, rule: str, characters: int, *, ordinal, place: str, text: Callable[[], str]) -> None:
+        """Enter that `rule` dropped a document that was counted as kept: a duplicate of another one.
+
+        text: called for the first document that the rule takes, in the order of the calls, whose sample stays
+        """
         self.kept -= 1
-        self.kept_characters -= len(text)
-        self.take(rule, len(text), ordinal=ordinal, place=place, text=text)
+        self.kept_characters -= characters
+        sample = "" if rule in self.rules else text()
+        self.take(rule, characters, ordinal=ordinal, place=place, text=sample)
 
     def merge(self, other: CleaningReport) -> None:
         """Add the counts of `other`; of two samples that of the smaller ordinal stays."""

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 
 from fastlm.data.duplicates import exact_digest
+from fastlm.data.selection import DUPLICATE, REASONS, VALIDATION
 from fastlm.data.sources import Report
 
 VERSION = 1  # part of a preparation's identity: raise it when the same input gives another output
@@ -80,17 +81,22 @@ def tidied(records: Iterable[tuple[str, str]], report: Report, min_chars: int) -
             yield place, text
 
 
-def clean_documents(records: Iterable[tuple[str, str]], report: Report, min_chars: int) -> Iterator[str]:
+def clean_documents(
+    records: Iterable[tuple[str, str]], report: Report, min_chars: int, validation: Set[bytes] = frozenset()
+) -> Iterator[str]:
     """The cleaned text of each (place, text) that is worth training on; the others are entered in the report: as by
-    `tidied`, and `duplicate` (the cleaned text equals an earlier document's, by a 128-bit hash).
+    `tidied`, `duplicate` (the cleaned text equals an earlier document's, by a 128-bit hash), and those whose hash is in
+    `validation` as `in the validation text`.
 
     Memory: about 110 bytes for each distinct document, a 16-byte hash in a set.
     """
     seen = set()
     for place, text in tidied(records, report, min_chars):
         digest = exact_digest(text)
-        if digest in seen:
-            report.reject("duplicate", place)
+        if digest in validation:
+            report.reject(REASONS[VALIDATION], place)
+        elif digest in seen:
+            report.reject(REASONS[DUPLICATE], place)
         else:
             seen.add(digest)
             report.kept += 1

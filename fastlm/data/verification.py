@@ -1,0 +1,71 @@
+"""Checksums of shards while they are in use: a shard is checked before a row of it is given out.
+
+`need` checks the shards of a batch that were not checked yet, on as many threads as there are cores. `start` lets a
+thread check the others meanwhile. So the first step waits for its own shards alone, and a failing shard ends the run
+before a row of it is trained on, and by the next batch after the thread has found it. What changes on the disk after a
+shard was checked is not seen.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+_UNKNOWN, _UNDER_WAY, _GOOD, _BAD = range(4)
+
+
+class Verification:
+    """The state of `count` shards.
+
+    check   called with a shard's number, in any thread, once a shard: why it cannot be used, or None
+    """
+
+    def __init__(self, count: int, check: Callable[[int], str | None]):
+        self._check = check
+        self._states = bytearray(count)
+        self._left = count  # that are not good
+        self._reasons: dict[int, str] = {}
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Check all shards in a thread, the first first."""
+        if self._thread is None and self._left:
+            self._thread = threading.Thread(target=self._check_all, name="checksums of shards", daemon=True)
+            self._thread.start()
+
+    def need(self, shards: Iterable[int]) -> dict[int, str]:
+        """Wait until each of `shards` is checked; the reason of each shard that failed until now, these or others."""
+        if self._left:
+            missing = [shard for shard in shards if self._states[shard] != _GOOD]
+            if len(missing) > 1:
+                with ThreadPoolExecutor(min(len(missing), len(os.sched_getaffinity(0)))) as pool:
+                    list(pool.map(self._one, missing))
+            elif missing:
+                self._one(missing[0])
+        return self._reasons
+
+    def _check_all(self) -> None:
+        for shard in range(len(self._states)):
+            self._one(shard)
+
+    def _one(self, shard: int) -> None:
+        with self._changed:
+            while self._states[shard] == _UNDER_WAY:
+                self._changed.wait()
+            if self._states[shard] != _UNKNOWN:
+                return
+            self._states[shard] = _UNDER_WAY
+        state = _UNKNOWN
+        try:
+            reason = self._check(shard)
+            state = _GOOD if reason is None else _BAD
+        finally:
+            with self._changed:
+                self._states[shard] = state
+                self._left -= state == _GOOD
+                if state == _BAD:
+                    self._reasons[shard] = reason
+                self._changed.notify_all()
