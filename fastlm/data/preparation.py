@@ -96,8 +96,8 @@ def prepare(
                 text and of `out`; `processes` is then how many parts are made at a time, None: one for each core
     ray_address of the cluster's head, as "10.0.0.1:6379"; "": a cluster is started on this machine
     progress    called as progress(stage, bytes done, bytes in all) now and then; the stages are "checksums",
-                "cleaning" (see below), "held out", "tokenizer" (only where one is trained), "tokens" (see below), "rows"
-                and "validation"
+                "cleaning" (see below), "held out", "tokenizer" (only where one is trained), "tokens" (see below),
+                "rows" and "validation"
     note        called with a line before part files are made, an estimate of disk and time (`fastlm.data.estimate`),
                 and before a source is written as files
 
