@@ -54,8 +54,8 @@ def _read_json(path: Path) -> dict:
     return content
 
 
-def read_config(directory: str | Path, model_type: str) -> dict:
-    """config.json of a checkpoint. ValueError if it is missing or belongs to another kind of model."""
+def read_config(directory: str | Path, *model_types: str) -> dict:
+    """config.json of a checkpoint. ValueError if it is missing or belongs to a model of none of these types."""
     directory = Path(directory)
     if not directory.is_dir():
         raise ValueError(
@@ -68,10 +68,9 @@ def read_config(directory: str | Path, model_type: str) -> dict:
             found = f"none; it is the directory of a run, whose model is in {directory / _RUN_MODEL}"
         raise ValueError(f"directory: expected a {_CONFIG} in {directory}, found {found}")
     config = _read_json(directory / _CONFIG)
-    if config.get("model_type") != model_type:
-        raise ValueError(
-            f'directory: expected model_type "{model_type}" in {_CONFIG}, got {config.get("model_type")!r}'
-        )
+    if config.get("model_type") not in model_types:
+        wanted = " or ".join(f'"{name}"' for name in model_types)
+        raise ValueError(f"directory: expected model_type {wanted} in {_CONFIG}, got {config.get('model_type')!r}")
     return config
 
 
