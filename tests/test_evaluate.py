@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -169,6 +171,28 @@ def test_a_run_has_the_loss_of_its_own_evaluation(tmp_path, capsys, monkeypatch)
         else:
             assert f"loss {found['loss']:.4f} nats a token, perplexity" in printed
             assert "windows of 64 tokens, stride 64" in printed
+
+
+def test_commands_of_the_page(tmp_path, monkeypatch, capsys):
+    for family, directory in (("gpt2", "gpt2"), ("bert", "mini/hf"), ("t5", "t5")):
+        (tmp_path / "runs" / directory).mkdir(parents=True)
+        make(family, tmp_path / "runs" / directory)
+    (tmp_path / "held.txt").write_text("".join(text + "\n" for text in TEXTS))
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in TEXTS))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(_malloc, "tune", lambda: "left alone in tests")
+    monkeypatch.setattr(_threads, "for_work", lambda flops=None: 2)
+    page = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    commands = [line for block in re.findall(r"```sh\n(.*?)```", page, re.S) for line in block.splitlines()]
+    wanted = ("windows of 16 tokens, stride 8", "stride 4: ", "a share of 0.5 of them", '"objective": "span"')
+    assert len(commands) == len(wanted)
+    for command, printed in zip(commands, wanted):
+        monkeypatch.setattr("sys.argv", command.split())
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        out, err = capsys.readouterr()
+        assert exit.value.code in (0, None), (command, err)
+        assert printed in out
 
 
 def test_errors_name_the_remedy(tmp_path, text):
