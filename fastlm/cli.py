@@ -13,11 +13,11 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from fastlm import _malloc, _threads
+from fastlm import _malloc, _threads, finetune_cli
 from fastlm.terminal import width_of, wrap
 
-_FINE_TUNING = "fine-tune a finished model in Python: load OUT/hf with Transformers and call fastlm.patch"
-_ELSEWHERE = dict.fromkeys(("finetune", "fine-tune", "fine_tune", "sft"), _FINE_TUNING)  # no commands of fastlm's
+_FINE_TUNING = "did you mean finetune, as fastlm finetune classify?"
+_ELSEWHERE = dict.fromkeys(("fine-tune", "fine_tune", "sft"), _FINE_TUNING)  # no commands of fastlm's
 
 
 class _Commands(TyperGroup):
@@ -34,7 +34,7 @@ class _Commands(TyperGroup):
 
 app = typer.Typer(
     cls=_Commands,
-    help="Pretrain Transformer language models on fused kernels.",
+    help="Pretrain and fine-tune Transformer language models on fused kernels.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -43,7 +43,11 @@ app = typer.Typer(
 )
 
 # Options that take several values, `--data a b c`; everything up to the next option belongs to them.
-_SEVERAL = ("--data", "--set")
+_SEVERAL = ("--data", "--set", "--text", "--label")
+
+_finetune = typer.Typer(cls=_Commands, no_args_is_help=True, help="Fine-tune a model on labelled examples.")
+finetune_cli.add_commands(_finetune)
+app.add_typer(_finetune, name="finetune")
 
 DataOption = Annotated[
     list[str], typer.Option("--data", metavar="PATH...", help="Text files and directories, or one `prepare` output.")

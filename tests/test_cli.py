@@ -259,7 +259,7 @@ def test_messages_break_between_words(monkeypatch, fastlm, tmp_path):
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
-        ("finetune", "fine-tune a finished model in Python: load OUT/hf"),
+        ("fine-tune", "did you mean finetune, as fastlm finetune classify?"),
         ("pretain", "did you mean pretrain?"),
         ("train", "did you mean pretrain?"),
         ("filmask", "did you mean fill-mask?"),
@@ -269,7 +269,7 @@ def test_messages_break_between_words(monkeypatch, fastlm, tmp_path):
 def test_unknown_commands(name, hint, fastlm):
     status, out, err = fastlm(name, "bert-mini")
     assert (status, out) == (2, "")
-    names = "info, prepare, data, pretrain, recipe, fill-mask, demo, profile, tune"
+    names = "info, prepare, data, pretrain, recipe, fill-mask, demo, profile, tune, finetune"
     assert err.startswith(f"error: command: expected one of {names}")
     assert f"got '{name}'; {hint}" in err
     assert "mean tune" not in err

@@ -46,7 +46,8 @@ FLOORS = {
     "evaluate": RUN | {"pretrained"},
     "generate": MODELS,
     "demo": RUN | {"train", "fill_mask", "generate", "bench", "terminal"},
-    "cli": RUN | {"train", "fill_mask", "evaluate", "bench", "demo", "info", "terminal"},
+    "finetune_cli": RUN | {"train", "terminal"},
+    "cli": RUN | {"train", "fill_mask", "evaluate", "bench", "demo", "info", "terminal", "finetune_cli"},
     "__main__": {"cli"},
     "__init__": set(),
 }

@@ -91,7 +91,7 @@ import torch
 from fastlm.data import open_dataset
 from fastlm.tasks import find_task, make_model
 from fastlm.train import _memory, load_recipe
-from fastlm.train.loop import _ahead
+from fastlm.train.ahead import ahead
 from fastlm.train.optimizer import make_optimizer, train_step
 
 def status(key):
@@ -107,7 +107,7 @@ open("/proc/self/clear_refs", "w").write("5")
 before = status("VmRSS")
 model = make_model(recipe, vocab_size, pad_id).train()
 optimizer = make_optimizer(model, recipe.train)
-for _, micros in _ahead(task, 1, 0, 3):
+for _, micros in ahead(task, range(1), 0, 3):
     train_step(model, optimizer, micros, lr=1e-4, grad_clip=1.0, dtype=getattr(torch, recipe.train.dtype))
 print(estimate, status("VmHWM") - before)
 """

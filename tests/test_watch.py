@@ -22,7 +22,7 @@ from fastlm.run.pace import Pace, due
 from fastlm.run.progress import ProgressLine
 from fastlm.run.summary import percent, summary_table
 from fastlm.tasks.masked_lm import MaskedLM
-from fastlm.train import _memory, loop, pretrain, watch
+from fastlm.train import _memory, evaluation, loop, pretrain, watch
 from fastlm.train._advice import out_of_memory
 from fastlm.train.spikes import Spikes, batch_rows
 
@@ -109,7 +109,7 @@ def run_on_a_clock(recipe, data, out, monkeypatch, step_ms=lambda step: STEP):
 
     (when the progress line was updated, and the end, in seconds; the summary)
     """
-    clock, trained, evaluated, copied = FakeClock(), loop.train_step, loop.evaluate, loop.snapshot
+    clock, trained, evaluated, copied = FakeClock(), loop.train_step, evaluation.evaluation, loop.snapshot
     steps, shown, update = [], [], ProgressLine.update
 
     def taking(ms, function):
@@ -126,7 +126,7 @@ def run_on_a_clock(recipe, data, out, monkeypatch, step_ms=lambda step: STEP):
 
     monkeypatch.setattr(watch, "Pace", lambda: Pace(clock.now))
     monkeypatch.setattr(loop, "train_step", taking(step_time, trained))
-    monkeypatch.setattr(loop, "evaluate", taking(EVALUATION, evaluated))
+    monkeypatch.setattr(evaluation, "evaluation", taking(EVALUATION, evaluated))
     monkeypatch.setattr(loop, "snapshot", taking(COPY, copied))
     monkeypatch.setattr(ProgressLine, "update", lambda self, *what: (shown.append(clock.seconds), update(self, *what)))
     summary = pretrain(recipe, data, out).summary

@@ -110,7 +110,7 @@ def from_dataset(recipe: Recipe, dataset: Dataset) -> StepInputs:
 def drawn(recipe: Recipe, vocab_size: int) -> StepInputs:
     """Micro-batches of ids drawn with the frequencies of words (Zipf's law), no padding; id 4 is the mask."""
     draw = torch.Generator().manual_seed(recipe.train.seed)
-    shape = recipe.micro_batch_tokens // recipe.data.row_tokens, recipe.data.row_tokens
+    shape = recipe.micro_rows, recipe.data.row_tokens
     batches = [_full(*_draw_masked(recipe, shape, vocab_size, draw)) for _ in range(BATCHES)]
     return _masked_inputs(recipe, vocab_size, 0, batches, BATCHES * math.prod(shape))
 
@@ -118,7 +118,7 @@ def drawn(recipe: Recipe, vocab_size: int) -> StepInputs:
 def texts(recipe: Recipe, vocab_size: int) -> StepInputs:
     """As many rows, a sentence each, of lengths drawn from SENTENCES; id 0 pads them to the longest of the batch."""
     draw = torch.Generator().manual_seed(recipe.train.seed)
-    rows, longest = recipe.micro_batch_tokens // recipe.data.row_tokens, recipe.data.row_tokens
+    rows, longest = recipe.micro_rows, recipe.data.row_tokens
     batches = []
     for _ in range(BATCHES):
         counts = torch.tensor(SENTENCES, dtype=torch.float64)

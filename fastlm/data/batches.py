@@ -61,6 +61,10 @@ class Batches:
 
     def at(self, step: int, micro: int = 0, micro_count: int = 1) -> Batch:
         """Micro-batch `micro` of the `micro_count` that global batch `step` is cut into; it must divide batch_rows."""
+        return make_batch(self.dataset, *self.rows_at(step, micro, micro_count))
+
+    def rows_at(self, step: int, micro: int = 0, micro_count: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """(epoch, row), int64 each, of the rows of that micro-batch."""
         step = integer("step", step, 0, self._last_step)
         micro_count = integer("micro_count", micro_count, 1)
         if self.batch_rows % micro_count:
@@ -70,8 +74,7 @@ class Batches:
             )
         micro = integer("micro", micro, 0, micro_count - 1)
         rows = self.batch_rows // micro_count
-        first = step * self.batch_rows + micro * rows
-        return make_batch(self.dataset, *self._order(first, rows))
+        return self._order(step * self.batch_rows + micro * rows, rows)
 
     def _order(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """(epoch, row), (count,) int64 each, of the global rows from `first` on."""

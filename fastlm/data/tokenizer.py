@@ -219,6 +219,24 @@ class Tokenizer:
             found.append((ids, offsets))
         return found
 
+    def encode_words(self, sentences: Sequence[Sequence[str]]) -> list[tuple[list[int], list[int]]]:
+        """(ids, places) of each sentence of words, none added: `places` has where each word's first token is, or -1.
+
+        A word has no token where the tokenizer makes nothing of it, as of a control character.
+        """
+        self.backend.encode_special_tokens = True
+        try:
+            encodings = self.backend.encode_batch(sentences, is_pretokenized=True, add_special_tokens=False)
+        finally:
+            self.backend.encode_special_tokens = False
+        out = []
+        for sentence, encoding in zip(sentences, encodings, strict=True):
+            places = [-1] * len(sentence)
+            for place, word in reversed(list(enumerate(encoding.word_ids))):
+                places[word] = place
+            out.append((encoding.ids, places))
+        return out
+
     def _without_reserved(self, ids: list[int]) -> list[int]:
         if self.unk_id is None:
             return [id for id in ids if id not in self._reserved]

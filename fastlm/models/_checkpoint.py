@@ -44,7 +44,7 @@ class Transposed(str):
     """The name of a tensor that Transformers stores transposed, (in, out), as for GPT-2."""
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -67,7 +67,7 @@ def read_config(directory: str | Path, *model_types: str) -> dict:
         if (directory / _RUN_MODEL / _CONFIG).is_file():
             found = f"none; it is the directory of a run, whose model is in {directory / _RUN_MODEL}"
         raise ValueError(f"directory: expected a {_CONFIG} in {directory}, found {found}")
-    config = _read_json(directory / _CONFIG)
+    config = read_json(directory / _CONFIG)
     if config.get("model_type") not in model_types:
         wanted = " or ".join(f'"{name}"' for name in model_types)
         raise ValueError(f"directory: expected model_type {wanted} in {_CONFIG}, got {config.get('model_type')!r}")
@@ -80,7 +80,7 @@ def read_tensors(directory: str | Path) -> Tensors:
     if (directory / _WEIGHTS).is_file():
         files = [_WEIGHTS]
     elif (directory / _INDEX).is_file():
-        files = sorted(set(_read_json(directory / _INDEX).get("weight_map", {}).values()))
+        files = sorted(set(read_json(directory / _INDEX).get("weight_map", {}).values()))
     elif pickled := sorted(path.name for path in directory.glob("*.bin")):
         raise ValueError(
             f"directory: expected {_WEIGHTS} in {directory}, found only {', '.join(pickled)}, which is pickled and may "

@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from fastlm.models import _checkpoint, _size
 from fastlm.models._config import Config
 
+CLASSIFIER = "classifier."  # prefix of the tensors whose rows are classes, here and in Transformers
+
 
 class Counts(NamedTuple):
     """What a step runs on; padding counts nowhere.
@@ -111,12 +113,15 @@ class Model(torch.nn.Module):
         _checkpoint.write(directory, config, self.export_tensors(), tokenizer)
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, *, dtype: torch.dtype = torch.float32, **changes):
+    def from_pretrained(
+        cls, directory: str | Path, *, dtype: torch.dtype = torch.float32, new_head: bool = False, **changes
+    ):
         """Reads what Transformers wrote for this architecture, with this head, another or none; on the CPU.
 
         A head that is not there starts anew, and other heads are left out, each with a warning that names the tensors.
 
         changes: entries of the configuration to be other than config.json's, as labels=("no", "yes").
+        new_head: whether the tensors of `classifier`, if there are any, are left out, since the labels are others.
 
         ValueError for a missing or unreadable file, another model_type, pickled weights, missing tensors of all but the
         head, tensors of another shape than the configuration says, and more weights than the memory holds.
@@ -137,6 +142,8 @@ class Model(torch.nn.Module):
             if has != got:
                 raise ValueError(f"{name}: expected {has!r}, as the tensors in {directory} are, got {got!r}")
         names = cls.transformers_names(config)
+        if new_head:
+            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(CLASSIFIER)}
         others = sorted(tensors.keys() - {name for theirs in names.values() for name in theirs})
         if strange := [name for name in others if name.startswith(cls.backbone)]:
             raise ValueError(f"directory: expected no tensor beyond config.json's architecture, got {strange[0]}")
@@ -154,6 +161,28 @@ class Model(torch.nn.Module):
             model.reset_parameters()
         model.load_state_dict(state, strict=False)
         return model
+
+    def load_backbone(self, tensors: _checkpoint.Tensors, where: str, *, new_head: bool = False) -> None:
+        """Takes the tensors of a state_dict that this model has, of a model with another head or the same.
+
+        where: for messages. A head that is not there stays as it is, with a warning, as with new_head a classifier.
+        ValueError where a tensor of all but the head is missing, or one has another shape.
+        """
+        own, names = self.state_dict(), self.transformers_names(self.config)
+        taken = {name: tensor for name, tensor in tensors.items() if name in own}
+        if new_head:
+            taken = {name: tensor for name, tensor in taken.items() if not name.startswith(CLASSIFIER)}
+        missing = [name for name in own if name not in taken]
+        if wrong := [name for name in missing if names[name][0].startswith(self.backbone)]:
+            raise ValueError(f"init: expected every tensor but a head's in {where}, {', '.join(wrong)} missing")
+        if wrong := [name for name, tensor in taken.items() if tensor.shape != own[name].shape]:
+            raise ValueError(
+                f"init: expected {wrong[0]} of shape {tuple(own[wrong[0]].shape)} in {where}, got "
+                f"{tuple(taken[wrong[0]].shape)}"
+            )
+        if missing:
+            warnings.warn(f"the head starts anew, not in {where}: {', '.join(missing)}", stacklevel=2)
+        self.load_state_dict(taken, strict=False)
 
 
 class _Tied(torch.autograd.Function):

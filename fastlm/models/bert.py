@@ -223,6 +223,12 @@ class BertEncoder(Model):
         if self.config.pad_token_id is not None:
             self.embeddings.word[self.config.pad_token_id].zero_()
 
+    def layer_flops(self, counts: Counts) -> float:
+        """FLOPs of the layers in forward, each on all tokens."""
+        c = self.config
+        layer = 4 * c.hidden_size * c.hidden_size + 2 * c.hidden_size * c.intermediate_size
+        return c.num_hidden_layers * (2 * counts.tokens * layer + 4 * counts.pairs * c.hidden_size)
+
     def sequences(self, input_ids, cu_seqlens, max_seqlen, attention_mask) -> _inputs.Sequences:
         """The checked inputs of `encode`."""
         return _inputs.sequences(
@@ -341,10 +347,8 @@ class Bert(BertEncoder):
 
     def flops(self, counts: Counts) -> float:
         c = self.config
-        layer = 4 * c.hidden_size * c.hidden_size + 2 * c.hidden_size * c.intermediate_size
-        layers = c.num_hidden_layers * (2 * counts.tokens * layer + 4 * counts.pairs * c.hidden_size)
         head = 2 * counts.predicted * (c.hidden_size * c.hidden_size + c.hidden_size * c.vocab_size)
-        return 3.0 * (layers + head)
+        return 3.0 * (self.layer_flops(counts) + head)
 
     @classmethod
     def transformers_names(cls, config: BertConfig) -> _checkpoint.Names:

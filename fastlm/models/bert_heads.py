@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from fastlm import nn, ops
 from fastlm.models import _checkpoint
 from fastlm.models._inputs import check_labels
+from fastlm.models._model import Counts
 from fastlm.models.bert import BertConfig, BertEncoder, encoder_names
 from fastlm.ops import IGNORE_INDEX, _checks
 
@@ -125,6 +126,16 @@ class BertForSequenceClassification(BertEncoder):
             return "regression"
         return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
 
+    def flops(self, counts: Counts) -> float:
+        """Of the last layer only attention's inputs are computed for all tokens."""
+        c, width = self.config, self.config.hidden_size
+        several = c.problem_type == "multi_label_classification"  # each label of a sequence counts as predicted
+        sequences = counts.predicted / (c.num_labels if several else 1)
+        rest = width * width + 2 * width * c.intermediate_size  # of a layer, after attention
+        layers = c.num_hidden_layers * (2 * counts.tokens * 3 * width * width + 4 * counts.pairs * width)
+        layers += 2 * rest * ((c.num_hidden_layers - 1) * counts.tokens + sequences)
+        return 3.0 * (layers + 2 * sequences * width * (width + c.num_labels))
+
     @classmethod
     def transformers_names(cls, config: BertConfig) -> _checkpoint.Names:
         modules = {"pooler": "bert.pooler.dense", "classifier": "classifier"}
@@ -167,6 +178,10 @@ class BertForTokenClassification(BertEncoder):
         check_labels("labels", labels, given)
         weight, bias = self.classifier.weight, self.classifier.bias
         return ops.linear_cross_entropy(x, weight, labels, bias, reduction=reduction)
+
+    def flops(self, counts: Counts) -> float:
+        head = 2 * counts.predicted * self.config.hidden_size * self.config.num_labels
+        return 3.0 * (self.layer_flops(counts) + head)
 
     @classmethod
     def transformers_names(cls, config: BertConfig) -> _checkpoint.Names:

@@ -126,14 +126,18 @@ def write_shard(directory: Path, snap: Snapshot) -> None:
         replace_json(folder / f"{name}.json", checksum)
 
 
-def write_checkpoint(directory: Path, snap: Snapshot, *, keep: int) -> Path:
-    """Write directory/step-N, then delete all but the newest `keep`.
+def checkpoint_path(directory: Path, step: int) -> Path:
+    return directory / f"step-{step:08d}"
+
+
+def write_checkpoint(directory: Path, snap: Snapshot, *, keep: int, best: int = 0) -> Path:
+    """Write directory/step-N, then delete all but the newest `keep` and that of step `best`.
 
     What killed writers left of any step goes first: their runs may never come by the same step again. The shards of the
     other processes, if there are any, lie there already (`write_shard`).
     """
     sweep(directory, "step-*")
-    target, shards = directory / f"step-{snap.step:08d}", _shards(directory, snap.step)
+    target, shards = checkpoint_path(directory, snap.step), _shards(directory, snap.step)
     kept = _kept(directory, snap.step)
     with atomic_directory(target, what="the checkpoint", need=snap.size, kept=kept) as partial:
         files = {
@@ -160,7 +164,8 @@ def write_checkpoint(directory: Path, snap: Snapshot, *, keep: int) -> Path:
         # Other processes may be writing those of later steps already: they do not wait for this one.
         if int(stale.name.split("-")[1].split(".")[0]) <= snap.step:
             shutil.rmtree(stale)
-    others = [path for path in _found(directory) if path != target]  # a newer one may be there, damaged
+    spared = target, checkpoint_path(directory, best)
+    others = [path for path in _found(directory) if path not in spared]  # a newer one may be there, damaged
     for old in others[keep - 1 :]:
         shutil.rmtree(old)
     return target
@@ -296,6 +301,20 @@ def restore(
     ValueError where the names or shapes are not this model's.
     """
     parameters = dict(model.named_parameters()) if parameters is None else parameters
+    restore_weights(checkpoint, model, parameters, part)
+    for name, value in read_tensors(checkpoint, "optimizer").items():
+        name, _, key = name.rpartition(".")
+        parameter = parameters[name]
+        optimizer.state[parameter][key] = (part(value) if value.dim() else value).to(parameter.device)
+
+
+def restore_weights(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    parameters: Mapping[str, torch.Tensor],
+    part: Callable[[torch.Tensor], torch.Tensor] = lambda whole: whole,
+) -> None:
+    """`restore` of the parameters alone."""
     weights = read_tensors(checkpoint, "model")
     ours = {name: tuple(p.shape) for name, p in model.named_parameters()}
     theirs = {name: tuple(weight.shape) for name, weight in weights.items()}
@@ -308,10 +327,6 @@ def restore(
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(part(weights[name]))
-    for name, value in read_tensors(checkpoint, "optimizer").items():
-        name, _, key = name.rpartition(".")
-        parameter = parameters[name]
-        optimizer.state[parameter][key] = (part(value) if value.dim() else value).to(parameter.device)
 
 
 def _found(directory: Path) -> list[Path]:

@@ -7,6 +7,7 @@ OUT/checkpoints/      see fastlm.run.checkpoint
 OUT/cuda_graph.json   on a GPU: whether steps are a CUDA graph; see fastlm.train.graph
 OUT/tensorboard/, OUT/wandb/     where asked for; see fastlm.run.tracking
 OUT/summary.json, OUT/loss.png, OUT/hf/     at the end
+OUT/metrics.json, OUT/curves.png, OUT/confusion.png     of a fine-tuning, at the end; see fastlm.run.reports
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastlm.data import Dataset, is_prepared, open_dataset
+from fastlm.data.labelled import Examples
 from fastlm.data.preparation import OtherPreparation, setting_differences
 from fastlm.data.shards import read_manifest
 from fastlm.data.sources import RUN_FILES
@@ -33,6 +35,7 @@ from fastlm.tasks import DataTable, find_task
 from fastlm.tasks._tables import split_names
 
 DATA = "data"
+REPORTS = "metrics.json", "curves.png", "confusion.png"
 WRITTEN = *RUN_FILES, "checkpoints", "summary.json", "loss.png", "hf", "cuda_graph.json"  # by a run, beside DATA
 RECIPE, METRICS, CHECKPOINTS, SUMMARY, PLOT, MODEL, GRAPH = WRITTEN
 
@@ -243,15 +246,22 @@ def data_differences(manifest: dict, stored: dict) -> list[str]:
     return found or ["its text or its tokenizer is another one"]
 
 
+def check_same_data(manifest: dict, start: Checkpoint, named) -> None:
+    """ValueError where the data of `manifest`, that the user named so, is not what `start` was trained on."""
+    if differences := data_differences(manifest, start.state["data"]):
+        raise ValueError(_OTHER_DATA.format(directory=named, differences="; ".join(differences)))
+
+
 _TEXT = {"documents": "documents", "bytes": "text_bytes"}
 
 
 @dataclass(frozen=True)
 class Data:
-    """The rows that a run trains on, and those of held-out text, None without."""
+    """The rows that a run trains on, those of held-out text, None without, and those that end a fine-tuning."""
 
-    train: Dataset
-    validation: Dataset | None
+    train: Dataset | Examples
+    validation: Dataset | Examples | None
+    test: Examples | None = None
 
 
 def prepare_for(task: str, table: DataTable, paths, directory: Path, outputs: Iterable = (), **executor) -> Dataset:
@@ -296,8 +306,8 @@ def open_data(recipe: Recipe, data, out: Path, start: Checkpoint | None) -> Data
             raise ValueError(
                 _OTHER_DATA.format(directory=" ".join(map(str, paths)), differences="; ".join(error.differences))
             ) from error
-    if start is not None and (differences := data_differences(read_manifest(directory), start.state["data"])):
-        raise ValueError(_OTHER_DATA.format(directory=directory, differences="; ".join(differences)))
+    if start is not None:
+        check_same_data(read_manifest(directory), start, directory)
     dataset = open_dataset(directory, None if start is None else start.state["data"]["accepted"])
     if dataset.layout != layout.name:
         raise ValueError(

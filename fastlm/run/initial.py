@@ -1,4 +1,4 @@
-"""Continued pretraining: where the weights of a new run come from, `--init DIR`.
+"""Continued pretraining and fine-tuning: where the weights of a new run come from, `--init DIR` and `--model DIR`.
 
 DIR is the directory of a run, one of its checkpoints, or a model in Transformers' layout. The run takes its weights,
 its architecture and its tokenizer. Learning rate, schedule, row length, data and dropout are the recipe's, and the
@@ -8,13 +8,16 @@ optimizer starts anew.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+
+import torch
 
 from fastlm.data import Tokenizer
 from fastlm.data.sources import TOKENIZER
 from fastlm.models import Model
-from fastlm.models._checkpoint import read_config
+from fastlm.models._checkpoint import read_config, read_json
 from fastlm.run.checkpoint import STATE, Checkpoint, load_newest, read_checkpoint, read_tensors
 from fastlm.run.directory import CHECKPOINTS, DATA, MODEL
 from fastlm.run.recipe import Recipe
@@ -49,25 +52,44 @@ class Initial:
                 )
         kept = {of.name for of in cls.config_class.settings() if "drop" in of.name}
         model = replace(found, **{name: getattr(recipe.model, name) for name in kept})
-        return replace(recipe, model=model, data=replace(recipe.data, tokenizer=str(self.tokenizer)))
+        data = recipe.data
+        if "tokenizer" in {of.name for of in fields(data)}:
+            data = replace(data, tokenizer=str(self.tokenizer))
+        return replace(recipe, model=model, data=data)
 
-    def model(self, recipe: Recipe, tokenizer: Tokenizer) -> Model:
-        """The model with its weights, on the CPU. ValueError where the data's tokenizer is another one."""
+    def labels(self) -> tuple[str, ...]:
+        """Names of the classes of a fine-tuned model; () of another one."""
+        if self.checkpoint is not None:
+            return tuple(self.checkpoint.state["data"]["settings"].get("labels", ()))
+        names = read_json(self.directory / "config.json").get("id2label") or {}
+        return tuple(names[number] for number in sorted(names, key=int))
+
+    def model(self, recipe: Recipe, tokenizer: Tokenizer, head: Mapping[str, object] | None = None) -> Model:
+        """The model with its weights, on the CPU. ValueError where the data's tokenizer is another one.
+
+        head: as of `Task.head`. Where its labels are not the model's, the classifier starts anew, drawn from the
+            recipe's seed, as does all of a head that the model does not have.
+        """
         own = Tokenizer.load(self.tokenizer)
         if own.hash != tokenizer.hash:
             raise ValueError(
                 f"init: the data was prepared with another tokenizer than that of {self.path}; prepare it with "
                 f"--tokenizer {self.tokenizer}"
             )
-        cls = self._model_class(recipe)
-        if self.checkpoint is None:
-            changes = {of.name: getattr(recipe.model, of.name) for of in fields(recipe.model) if "drop" in of.name}
-            return cls.from_pretrained(self.directory, **changes)
-        ids = find_task(recipe.task).token_ids(tokenizer)
-        config = replace(recipe.model, vocab_size=tokenizer.vocab_size, pad_token_id=tokenizer.pad_id, **ids)
-        model = cls(config)
-        model.load_state_dict(read_tensors(self.checkpoint, "model"))
+        cls, head = self._model_class(recipe), dict(head or {})
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.train.seed)
+            if self.checkpoint is None:
+                changes = {of.name: getattr(recipe.model, of.name) for of in fields(recipe.model) if "drop" in of.name}
+                return cls.from_pretrained(self.directory, **changes, **head, new_head=self._is_new(head))
+            ids = find_task(recipe.task).token_ids(tokenizer)
+            entries = {"vocab_size": tokenizer.vocab_size, "pad_token_id": tokenizer.pad_id, **ids, **head}
+            model = cls(replace(recipe.model, **entries))
+            model.load_backbone(read_tensors(self.checkpoint, "model"), self.path, new_head=self._is_new(head))
         return model
+
+    def _is_new(self, head: Mapping[str, object]) -> bool:
+        return "labels" in head and tuple(head["labels"]) != self.labels()
 
     @staticmethod
     def _model_class(recipe: Recipe) -> type[Model]:

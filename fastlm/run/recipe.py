@@ -21,7 +21,7 @@ from pathlib import Path
 from fastlm.models import Config
 from fastlm.models._size import layer_parameters
 from fastlm.settings import Table, meaning, typed
-from fastlm.tasks import DataTable, Task, TrainTable, find_task
+from fastlm.tasks import DataTable, Task, TrainTable, find_task, task_names
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -110,21 +110,9 @@ class Recipe:
         if self.model.longest is not None and data.row_tokens > self.model.longest[1]:
             name, longest = self.model.longest
             raise ValueError(
-                f"data.row_tokens: expected at most model.{name}={longest}, got {data.row_tokens}; set either"
+                f"{data.length_key}: expected at most model.{name}={longest}, got {data.row_tokens}; set either"
             )
-        if train.batch_tokens % data.row_tokens:
-            below = train.batch_tokens // data.row_tokens * data.row_tokens
-            raise ValueError(
-                f"train.batch_tokens: expected a multiple of data.row_tokens={data.row_tokens}, got "
-                f"{train.batch_tokens}; the next is {below + data.row_tokens}"
-            )
-        if train.micro_batch_tokens % data.row_tokens or train.batch_tokens % self.micro_batch_tokens:
-            rows = train.batch_tokens // data.row_tokens
-            sizes = [data.row_tokens * n for n in range(1, rows + 1) if rows % n == 0]
-            raise ValueError(
-                f"train.micro_batch_tokens: expected a divisor of train.batch_tokens={train.batch_tokens} in whole "
-                f"rows ({', '.join(map(str, sizes[-6:]))}, or 0 for all), got {train.micro_batch_tokens}"
-            )
+        train.check_rows(data.row_tokens)
 
     def layer_flops(self) -> float:
         """FLOPs of a layer for one micro-batch, forward and backward, by its parameters: 6 a token and parameter."""
@@ -135,16 +123,26 @@ class Recipe:
     @property
     def batch_rows(self) -> int:
         """B, the rows of a global batch."""
-        return self.train.batch_tokens // self.data.row_tokens
+        return self.train.batch_rows(self.data.row_tokens)
+
+    @property
+    def micro_rows(self) -> int:
+        """Rows of one forward."""
+        return self.train.micro_rows(self.data.row_tokens)
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of a global batch, padding included; where rows are of different lengths, the most."""
+        return self.batch_rows * self.data.row_tokens
 
     @property
     def micro_batch_tokens(self) -> int:
-        return self.train.micro_batch_tokens or self.train.batch_tokens
+        return self.micro_rows * self.data.row_tokens
 
     @property
     def micro_count(self) -> int:
         """M, the micro-batches of a global batch."""
-        return self.train.batch_tokens // self.micro_batch_tokens
+        return self.batch_rows // self.micro_rows
 
     def to_dict(self) -> dict[str, object]:
         """{"task": ..., "model": {"architecture": ..., ...}, "data": {...}, "train": {...}}, plain values."""
@@ -237,7 +235,9 @@ def parse_settings(settings: Iterable[str]) -> dict[str, object]:
 
 
 def load_recipe(name) -> Recipe:
-    """The recipe `name`: one of `fastlm/recipes`, as "bert-mini", or the path of a TOML file."""
+    """The recipe `name`: one of `fastlm/recipes`, as "bert-mini", the path of a TOML file, or a task's defaults."""
+    if name in task_names():
+        return Recipe(name, name=name)
     path = Path(name)
     if path.suffix != ".toml":
         path = RECIPES / f"{name}.toml"

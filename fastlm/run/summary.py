@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from fastlm.run.progress import duration
@@ -11,9 +12,14 @@ _LABEL = 14  # columns of the first column
 
 
 def summary_table(summary: dict, model: Path, width: int | None = None) -> str:
+    """The end of a run; see `columns`."""
+    return columns(_entries(summary, model), width)
+
+
+def columns(entries: Iterable[tuple[str, str]], width: int | None = None) -> str:
     """Lines of a label and what it says, of at most `width` columns but for a long path; None: lines stay whole."""
     lines = []
-    for label, text in _entries(summary, model):
+    for label, text in entries:
         wrapped = wrap(text, None if width is None else max(20, width - _LABEL)).split("\n")
         lines += [f"{name:<{_LABEL}}{part}" for name, part in zip([label] + [""] * len(wrapped), wrapped)]
     return "\n".join(lines)

@@ -37,6 +37,7 @@ class DataTable(Table):
     )
 
     table: ClassVar[str] = "data"
+    length_key: ClassVar[str] = "data.row_tokens"
 
     def __post_init__(self):
         super().__post_init__()
@@ -67,12 +68,59 @@ def split_names(text: str) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class TrainTable(Table):
+class TokenBatches(Table):
+    """How rows of packed text make batches, and for how long they are trained on: counted in tokens and steps."""
+
     batch_tokens: int = key(4096, "tokens in the global batch of a step, padding included", least=1)
     micro_batch_tokens: int = key(0, "tokens in one forward; it divides batch_tokens; 0: all of them", least=0)
     max_steps: int = key(1000, "steps", least=1)
-    lr: float = key(1e-3, "peak learning rate", above=0.0)
     warmup_steps: int = key(100, "steps of linear warm-up", least=0)
+
+    table: ClassVar[str] = "train"
+    batch_key: ClassVar[str] = "train.batch_tokens"
+    micro_key: ClassVar[str] = "train.micro_batch_tokens"
+
+    def batch_rows(self, row_tokens: int) -> int:
+        """Rows of a global batch, where a row has `row_tokens` tokens."""
+        return self.batch_tokens // row_tokens
+
+    def micro_rows(self, row_tokens: int) -> int:
+        """Rows of one forward."""
+        return (self.micro_batch_tokens or self.batch_tokens) // row_tokens
+
+    @classmethod
+    def sizes(cls, rows: int, row_tokens: int) -> dict[str, int]:
+        """Values of the keys, for a global batch of `rows` rows in one forward."""
+        return {cls.batch_key: rows * row_tokens, cls.micro_key: 0}
+
+    @classmethod
+    def micro_setting(cls, rows: int, row_tokens: int) -> str:
+        """The setting with which one forward is of `rows` rows."""
+        return f"{cls.micro_key}={rows * row_tokens}"
+
+    def check_rows(self, row_tokens: int) -> None:
+        """ValueError where the rows do not fill the batches."""
+        if self.batch_tokens % row_tokens:
+            below = self.batch_tokens // row_tokens * row_tokens
+            raise ValueError(
+                f"train.batch_tokens: expected a multiple of data.row_tokens={row_tokens}, got {self.batch_tokens}; "
+                f"the next is {below + row_tokens}"
+            )
+        micro = self.micro_batch_tokens
+        if micro % row_tokens or self.batch_tokens % (micro or self.batch_tokens):
+            rows = self.batch_tokens // row_tokens
+            sizes = [row_tokens * n for n in range(1, rows + 1) if rows % n == 0]
+            raise ValueError(
+                f"train.micro_batch_tokens: expected a divisor of train.batch_tokens={self.batch_tokens} in whole "
+                f"rows ({', '.join(map(str, sizes[-6:]))}, or 0 for all), got {micro}"
+            )
+
+
+@dataclass(frozen=True)
+class Optimization(Table):
+    """Keys of every table [train], however its batches are counted."""
+
+    lr: float = key(1e-3, "peak learning rate", above=0.0)
     schedule: str = key(
         "linear",
         "from the peak to the last step; wsd: constant, then linear",
@@ -98,8 +146,12 @@ class TrainTable(Table):
     )
     seed: int = key(0, "of the initial weights, order, masks and dropout", least=0, most=2**63 - 1)
     eval_every: int = key(500, "steps between evaluations on the held-out text; 0: only after the last", least=0)
-    eval_tokens: int = key(262144, "tokens of it that are evaluated, padding included; 0: all", least=0)
     checkpoint_every: int = key(500, "steps between checkpoints; 0: only the last", least=0)
     keep_checkpoints: int = key(2, "how many are kept, the newest", least=1)
 
     table: ClassVar[str] = "train"
+
+
+@dataclass(frozen=True)
+class TrainTable(Optimization, TokenBatches):
+    eval_tokens: int = key(262144, "tokens of it that are evaluated, padding included; 0: all", least=0)

@@ -29,11 +29,13 @@ class Micro:
     inputs    keyword arguments of the model, `reduction="sum"` and its dropout's rng among them
     counts    what the forward runs on; `counts.predicted` tokens are in the sum that it returns
     dropped   how many more tokens should have been predicted than the fixed capacity holds; the loss leaves them out
+    outputs   rows of what `Task.score` returns for it; 0 where the task has a loss alone
     """
 
     inputs: dict[str, object]
     counts: Counts
     dropped: int = 0
+    outputs: int = 0
 
     def pin(self) -> Micro:
         """With tensors in pinned memory, from where a copy to the device does not wait."""
@@ -54,10 +56,13 @@ class Task:
     models   the models that it trains, the default first; the recipe's model.architecture chooses one of them by its
              configuration's model_type
     tables   the recipe's tables beside [model]; a task with keys of its own puts a derived table here
+    scored   whether an evaluation has outputs beside the loss: predictions, which `scores` measures
     """
 
     models: ClassVar[tuple[type[Model], ...]]
     tables: ClassVar[dict[str, type[Table]]] = {"data": DataTable, "train": TrainTable}
+    scored: ClassVar[bool] = False
+    output_shape: tuple[int, ...] = ()  # of a row of the outputs
 
     def __init__(self, recipe, dataset: Dataset, device: torch.device, validation: Dataset | None = None):
         self.recipe, self.dataset, self.device, self.validation = recipe, dataset, device, validation
@@ -89,6 +94,22 @@ class Task:
             torch.manual_seed(recipe.train.seed)
             return cls.model_class(config.model_type)(config)
 
+    def head(self) -> dict[str, object]:
+        """Entries of the model's configuration that the data decides: names of classes, say. By default none."""
+        return {}
+
+    def describe(self) -> str:
+        """The data in a phrase, for the headline of a run."""
+        data = self.dataset
+        return (
+            f"{data.rows:,} rows of {data.row_tokens} tokens, {' and '.join(f'{x:.0%}' for x in data.fill)} full, "
+            f"vocabulary {data.tokenizer.vocab_size:,}"
+        )
+
+    def notes(self) -> list[str]:
+        """What else there is to say of the data at the start of a run, in lines."""
+        return []
+
     def initialize(self, model: Model) -> None:
         """Set what of a new model's weights starts from the data; by default nothing does."""
 
@@ -99,6 +120,10 @@ class Task:
         """
         seed, count = self.recipe.train.seed, self.recipe.micro_count
         return self.make_micro(self.batches.at(step, m, count), seed, torch.tensor([seed, step * count + m]))
+
+    def largest(self) -> Micro:
+        """A micro-batch as large as any of a run."""
+        return self.micro(0, 0)
 
     def evaluation(self) -> Iterator[Micro]:
         """Micro-batches of the held-out rows, the same at every call: what is random has a seed of its own."""
@@ -111,7 +136,7 @@ class Task:
         if self.recipe.train.eval_tokens:
             rows = min(rows, max(1, self.recipe.train.eval_tokens // data.row_tokens))
         order = rows_at(np.arange(rows), self.validation.rows, EVALUATION_SEED)[1]
-        at_once = self.recipe.micro_batch_tokens // data.row_tokens
+        at_once = self.recipe.micro_rows
         for start in range(0, rows, at_once):
             row = order[start : start + at_once]
             yield make_batch(self.validation, np.zeros_like(row), row)
@@ -122,6 +147,17 @@ class Task:
         rng          int64 (2,), of the dropouts
         evaluation   whether it is of held-out text, whose task is the same for every recipe
         """
+        raise NotImplementedError
+
+    def score(self, model: Model, micro: Micro) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(sum of the losses, outputs) of a micro-batch of `evaluation` on the model's device, without gradients.
+
+        outputs: floating point (micro.outputs, ...), of the same trailing shape for each; None where there are none.
+        """
+        return model(**micro.inputs), None
+
+    def scores(self, outputs: np.ndarray) -> dict[str, float]:
+        """Figures of the outputs of all of `evaluation`, one behind the other: {"accuracy": 0.9, ...}."""
         raise NotImplementedError
 
     def evaluated(self, loss: float) -> dict[str, float]:

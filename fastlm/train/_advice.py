@@ -29,16 +29,16 @@ def out_of_memory(
         unit = found[2] if found[2] in _SIZES else found[2][0]
         asked = f"; torch asked for {float(found[1]) * _SIZES[unit] / 1e9:,.2f} GB more, which {device} does not have"
     tokens, row, batch = recipe.micro_batch_tokens, recipe.data.row_tokens, recipe.batch_rows
-    smaller = [n for n in range(1, tokens // row) if batch % n == 0 and batch // n % processes == 0]
+    smaller = [n for n in range(1, recipe.micro_rows) if batch % n == 0 and batch // n % processes == 0]
     if smaller:
         again = f", with --init {out} from its newest checkpoint" if saved and (out / DATA).is_dir() else ""
         remedy = (
-            f"set train.micro_batch_tokens={smaller[-1] * row}, which trains the same, and start again in another "
+            f"set {recipe.train.micro_setting(smaller[-1], row)}, which trains the same, and start again in another "
             f"directory{again}"
         )
     else:
         remedy = "it is one row: choose a smaller model or shorter rows, or a machine with more memory"
     return ValueError(
-        f"train.micro_batch_tokens: expected a step that fits into the memory of {device}, got {tokens} tokens in one "
+        f"{recipe.train.micro_key}: expected a step that fits into the memory of {device}, got {tokens} tokens in one "
         f"forward, and memory ran out after step {step}{asked}; {remedy}"
     )

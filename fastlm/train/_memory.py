@@ -83,23 +83,24 @@ def check_step(task: Task, config: Config) -> str:
     waiting = AHEAD * step.batch_bytes(recipe.batch_rows)
     if waiting > host:
         raise ValueError(
-            f"train.batch_tokens: expected a global batch that fits into memory, got {recipe.train.batch_tokens}: the "
+            f"{recipe.train.batch_key}: expected a global batch that fits into memory, got {recipe.batch_tokens}: the "
             f"{AHEAD} batches that wait on the host take {waiting / 1e9:,.1f} GB of the {host / 1e9:,.1f} GB that are "
             "free; choose a smaller one"
         )
     if device.type == "cpu":
         there -= waiting
-    need = step.peak(recipe.micro_batch_tokens // recipe.data.row_tokens)
+    need = step.peak(recipe.micro_rows)
     if need <= there:
         return f"about {_gigabytes(need)} of the {_gigabytes(there)} that are free on {device}"
     sizes = [n for n in range(1, recipe.batch_rows + 1) if recipe.batch_rows % n == 0]
     fits = bisect.bisect_right(sizes, there, key=step.peak)  # so many of them fit
     if fits:
-        remedy = f"set train.micro_batch_tokens={sizes[fits - 1] * recipe.data.row_tokens}, which trains the same"
+        setting = recipe.train.micro_setting(sizes[fits - 1], recipe.data.row_tokens)
+        remedy = f"set {setting}, which trains the same"
     else:
         remedy = f"choose a smaller model, or a machine with more memory: one row takes {step.peak(1) / 1e9:,.1f} GB"
     raise ValueError(
-        f"train.micro_batch_tokens: expected a step that fits into the memory of {device}, got "
+        f"{recipe.train.micro_key}: expected a step that fits into the memory of {device}, got "
         f"{recipe.micro_batch_tokens} tokens in one forward, which take about {need / 1e9:,.1f} GB of the "
         f"{max(0, there) / 1e9:,.1f} GB that are free; {remedy}"
     )
@@ -111,8 +112,8 @@ def _gigabytes(size: float) -> str:
 
 def _flops(task: Task, config: Config) -> float:
     """Of a whole run, by its parameters: 6 a token and parameter."""
-    table = task.recipe.train
-    return 6.0 * table.max_steps * table.batch_tokens * parameter_count(task.model_class(config.model_type), config)
+    recipe, parameters = task.recipe, parameter_count(task.model_class(config.model_type), config)
+    return 6.0 * recipe.train.max_steps * recipe.batch_tokens * parameters
 
 
 def _coarse(task: Task, config: Config) -> float:
@@ -122,7 +123,7 @@ def _coarse(task: Task, config: Config) -> float:
     depth = sum(getattr(config, name) for name in config.depths)
     layers = recipe.micro_batch_tokens * depth * width * _COARSE
     head = 4 * config.vocab_size * 1024
-    return TRAINED * parameter_count(cls, config) + layers + head + _COARSE * recipe.train.batch_tokens
+    return TRAINED * parameter_count(cls, config) + layers + head + _COARSE * recipe.batch_tokens
 
 
 class _Step:
@@ -137,9 +138,8 @@ class _Step:
 
     def _micro(self, rows: int) -> tuple[int, Micro]:
         recipe = self.task.recipe
-        tokens = rows * recipe.data.row_tokens
-        small = recipe.with_values({"train.batch_tokens": tokens, "train.micro_batch_tokens": 0})
-        return rows, type(self.task)(small, self.task.dataset, self.task.device).micro(0, 0)
+        small = recipe.with_values(recipe.train.sizes(rows, recipe.data.row_tokens))
+        return rows, type(self.task)(small, self.task.dataset, self.task.device).largest()
 
     def _scaled(self, few: int, many: int, rows: int) -> int:
         """What is `few` for self.few's rows and `many` for self.many's, for `rows` rows."""

@@ -11,12 +11,10 @@ import math
 import platform
 import shutil
 import signal
-import threading
 import warnings
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -29,11 +27,15 @@ from fastlm.models import Counts, Model
 from fastlm.models._size import TRAINED, check_memory
 from fastlm.run import directory as runs
 from fastlm.run.checkpoint import (
+    Checkpoint,
     Snapshot,
     Writer,
+    checkpoint_path,
     load_newest,
     newest_name,
+    read_checkpoint,
     restore,
+    restore_weights,
     snapshot,
     write_checkpoint,
     write_shard,
@@ -42,12 +44,15 @@ from fastlm.run.initial import Initial, find_initial
 from fastlm.run.metrics import RERUN, MetricsFile, NoMetrics, first_and_final_loss, plot_loss, read_metrics
 from fastlm.run.progress import ProgressLine
 from fastlm.run.recipe import Recipe
+from fastlm.run.reports import write_reports
 from fastlm.run.tracking import Tracked, check_logs
 from fastlm.storage import atomic_directory, json_checksum, replace_json
-from fastlm.tasks import Micro, Task, find_task, make_model
+from fastlm.tasks import Micro, find_task, make_model
 from fastlm.train._advice import out_of_memory
 from fastlm.train._memory import check_step
-from fastlm.train.evaluation import evaluate
+from fastlm.train.ahead import ahead, stop_signal
+from fastlm.train.best import Best
+from fastlm.train.evaluation import Final
 from fastlm.train.graph import StepGraph, check_setting, find_graph, possible
 from fastlm.train.optimizer import lr_at, make_optimizer, train_step
 from fastlm.train.parallel import Heartbeat, Shards, World, connect
@@ -94,10 +99,34 @@ def pretrain(recipe: Recipe, data, out, *, device: str = "cpu", resume: str = "a
     applied, and checkpoints are from before.
     """
     out, device, log = Path(out), parse_device(device), check_logs(log)
+    if find_task(recipe.task).scored:
+        raise ValueError(f"recipe: expected one of a task on text, got {recipe.task}; fastlm finetune {recipe.task}")
     initial = None if init is None else find_initial(init)
     if initial is not None:
         recipe = initial.recipe(recipe)
     _check_size(recipe, device, vocab_size=8)  # before text is prepared; its vocabulary is not known yet
+    return run(
+        recipe,
+        lambda start: runs.open_data(recipe, data, out, start),
+        out,
+        device=device,
+        resume=resume,
+        initial=initial,
+        log=log,
+    )
+
+
+def run(
+    recipe: Recipe,
+    open_data: Callable[[Checkpoint | None], runs.Data],
+    out: Path,
+    *,
+    device: torch.device,
+    resume: str,
+    initial: Initial | None,
+    log: tuple[str, ...] = (),
+) -> Result:
+    """`pretrain`, whatever the data is. open_data: the data, of the checkpoint that the run continues from, or None."""
     if recipe.train.warmup_steps >= recipe.train.max_steps:
         warnings.warn(
             f"train.warmup_steps: expected fewer than train.max_steps={recipe.train.max_steps}, got "
@@ -105,12 +134,12 @@ def pretrain(recipe: Recipe, data, out, *, device: str = "cpu", resume: str = "a
             stacklevel=2,
         )
     world = connect(device)
-    world.micros(recipe.micro_count)
+    world.micros(recipe.micro_count, recipe.train.micro_key)
     check_setting(recipe.train.cuda_graph, world)
     with runs.alone_in(out) if world.main else nullcontext():
         with world.main_first():
             start = runs.find_start(recipe, out, resume)
-            data = runs.open_data(recipe, data, out, start.checkpoint)
+            data = open_data(start.checkpoint)
         world.agree(
             {
                 "the step to start from": 0 if start.checkpoint is None else start.checkpoint.step,
@@ -179,7 +208,7 @@ class _Run:
             model = make_model(recipe, tokenizer.vocab_size, tokenizer.pad_id, **ids)
             self.task.initialize(model)
         else:
-            model = initial.model(recipe, tokenizer)
+            model = initial.model(recipe, tokenizer, self.task.head())
         self.memory = check_step(self.task, model.config)
         self.model = model.to(device).train()
         self.trained = world.wrap(self.model, recipe.train.shard)
@@ -196,12 +225,15 @@ class _Run:
         self.start, self.saved, self.log = start, self.counters.step, log
         self.watch = Watch(self.task, world, self.counters)
         self.evaluated: dict[str, float] = {}  # of the latest evaluation
+        self.best = Best(self.task, self.counters) if self.task.scored and data.validation is not None else None
+        self.final = Final(self.task, self.dtype, world, self.shards is not None, data.test)
+        self.improved = False  # since the last checkpoint
         self.taken: Snapshot | None = None  # the last checkpoint's
         self.stopping, self.stopped_by = False, None
 
     def train(self) -> Result:
-        table, first = self.recipe.train, self.counters.step
-        if first == table.max_steps and (summary := runs.finished_summary(self.out)):
+        first = self.counters.step
+        if self._done() and (summary := runs.finished_summary(self.out)):
             return Result(self.out, first, summary)
         self.world.barrier()  # every process has read what is written from here on
         if self.world.main:
@@ -215,8 +247,8 @@ class _Run:
             self.metrics, before = NoMetrics(), []
         console = None if self.world.main else Console(quiet=True)
         with (
-            ProgressLine(self.recipe.name, table.max_steps, console) as self.line,
-            _stop_signal() as stop,
+            ProgressLine(self.recipe.name, self.recipe.train.max_steps, console) as self.line,
+            stop_signal() as stop,
             Heartbeat(self.world, self._advice) as heartbeat,
             closing(self.metrics),
         ):
@@ -241,22 +273,23 @@ class _Run:
                 raise advice or heartbeat.explain(error) from error
             finally:
                 self.metrics.close()
-            if self.counters.step < table.max_steps:
+            if not self._done():
                 self.line.note(
                     f"stopped at step {self.counters.step}; the same command continues after step {self.saved}"
                 )
                 return Result(self.out, self.counters.step, None, self.stopped_by)
-        if 2 * self.counters.skipped >= table.max_steps:
-            raise self._diverged(f"{self.counters.skipped} of {table.max_steps} steps")
+        if 2 * self.counters.skipped >= self.counters.step:
+            raise self._diverged(f"{self.counters.skipped} of {self.counters.step} steps")
+        self._take_best()
         model = self.model if self.shards is None else self.shards.gather(self.model)
         return Result(self.out, self.counters.step, self._finish(model) if self.world.main else None)
 
     def _steps(self, first: int, stop: list[int]) -> None:
         """The steps from `first` on, to the last, or to where a process was told to stop."""
         table, launched, graph = self.recipe.train, deque(), None
-        mine = self.world.micros(self.recipe.micro_count)
+        mine = self.world.micros(self.recipe.micro_count, table.micro_key)
         self.watch.pace.start()
-        for step, micros in _ahead(self.task, mine, first, table.max_steps):
+        for step, micros in ahead(self.task, mine, first, first if self._done() else table.max_steps):
             lr = lr_at(step, table)
             moved = [micro.to(self.device) for micro in micros]
             if step == first and possible(table.cuda_graph, self.world):
@@ -286,12 +319,26 @@ class _Run:
                 while launched:
                     self._report(launched.popleft())
                 due = True
-            if due and not self.counters.streak:
+            if (due or self.improved or self._done()) and not self.counters.streak:
                 with self.watch.apart("checkpoint"):
                     self._save()
-            if self.stopping:
+            if self.stopping or self._done():
                 break
         self.stopped_by = stop[0] if stop else signal.SIGTERM  # another process was told to
+
+    def _done(self) -> bool:
+        """Whether no step is left: after the last one, or where no evaluation is better any more."""
+        return self.counters.step == self.recipe.train.max_steps or (self.best is not None and self.best.exhausted)
+
+    def _take_best(self) -> None:
+        """The weights of the best evaluation, and its figures; what there is to test is tested with them."""
+        best = self.counters.best_step if self.best is not None else self.counters.step
+        if best != self.counters.step:
+            self.world.barrier()  # the first process has written it
+            part = self.shards.part if self.shards is not None else (lambda whole: whole)
+            checkpoint = read_checkpoint(checkpoint_path(self.out / runs.CHECKPOINTS, best))
+            restore_weights(checkpoint, self.model, self.parameters, part)
+        self.final.finish(self.model, best)
 
     def _find_graph(self, micro: Micro) -> StepGraph | None:
         setting = self.recipe.train.cuda_graph
@@ -339,9 +386,11 @@ class _Run:
 
     def _evaluate(self) -> dict[str, float]:
         with self.watch.apart("evaluation"):
-            self.evaluated = evaluate(self.model, self.task, self.dtype, self.world, self.shards is not None)
-        words = {"val_loss": "loss", "val_perplexity": "perplexity", "val_bits_per_byte": "bits a byte"}
-        shown = ", ".join(f"{words.get(name, name)} {value:.3f}" for name, value in self.evaluated.items())
+            self.evaluated = self.final.evaluate(self.model, self.counters.step)
+        if self.best is not None:
+            self.improved |= self.best.add(self.counters.step, self.evaluated)
+        words = {name: name.removeprefix("val_").replace("_", " ") for name in self.evaluated}
+        shown = ", ".join(f"{words[name]} {value:.3f}" for name, value in self.evaluated.items())
         self.line.note(f"step {self.counters.step}: held-out {shown}")
         return self.evaluated
 
@@ -366,6 +415,7 @@ class _Run:
             "versions": versions(),
         }
         step, directory, keep = self.counters.step, self.out / runs.CHECKPOINTS, self.recipe.train.keep_checkpoints
+        best, self.improved = self.counters.best_step, False
         shard = (self.world.rank, self.world.size) if self.shards is not None else (0, 1)
         if self.world.main or self.shards is not None:
             self.writer.wait()  # it reads the memory that is written over
@@ -376,7 +426,7 @@ class _Run:
                     write_shard(directory, taken)
                 self.world.arrive(f"checkpoint/{step}", wait=self.world.main and self.shards is not None)
                 if self.world.main:
-                    write_checkpoint(directory, taken, keep=keep)
+                    write_checkpoint(directory, taken, keep=keep, best=best)
                     self.saved = step
 
             self.writer.submit(write)
@@ -396,9 +446,11 @@ class _Run:
         summary = {
             "recipe": self.recipe.name,
             "steps": counters.step,
+            **({"best_step": counters.best_step or counters.step} if self.task.scored else {}),
             "first_loss": first,
             "final_loss": final,
             **{name: value for name, value in evaluated.items() if name.startswith("val_")},
+            **self.final.figures(),
             **self.task.metrics(),
             "tokens": counters.tokens,
             "seconds": round(counters.seconds, 3),
@@ -418,7 +470,10 @@ class _Run:
             self.line.note(
                 f"{counters.dropped} selected tokens, beyond the capacity of their batch, were not predicted"
             )
-        plot_loss(rows, self.out / runs.PLOT, levels=self.task.metrics(), title=f"fastlm {self.recipe.name}")
+        if self.task.scored:
+            write_reports(self.out, self.task, rows, summary, self.final)
+        else:
+            plot_loss(rows, self.out / runs.PLOT, levels=self.task.metrics(), title=f"fastlm {self.recipe.name}")
         model = self.out / runs.MODEL
         with atomic_directory(model, what="the model", need=4 * summary["parameters"], kept=RERUN) as partial:
             whole.eval().save_pretrained(partial, self.dataset.tokenizer)
@@ -430,40 +485,3 @@ class _Run:
 
 def versions() -> dict[str, str]:
     return {"fastlm": fastlm.__version__, "torch": torch.__version__, "python": platform.python_version()}
-
-
-def _ahead(task: Task, mine: range, start: int, stop: int) -> Iterator[tuple[int, list[Micro]]]:
-    """(step, its micro-batches `mine`) for each step, made by one thread of the host while the steps before run."""
-    pin = task.device.type == "cuda"
-
-    def make(step: int) -> list[Micro]:
-        micros = [task.micro(step, m) for m in mine]
-        return [micro.pin() for micro in micros] if pin else micros
-
-    with ThreadPoolExecutor(1, thread_name_prefix="fastlm-batches") as thread:
-        pending = deque()
-        for step in range(start, stop):
-            pending.append((step, thread.submit(make, step)))
-            if len(pending) > 2:
-                step, made = pending.popleft()
-                yield step, made.result()
-        for step, made in pending:
-            yield step, made.result()
-
-
-@contextmanager
-def _stop_signal() -> Iterator[list[int]]:
-    """A list to which SIGTERM and SIGINT add their numbers; the second of the same does what it did before."""
-    stop, before = [], {}
-
-    def on_signal(number, frame):
-        stop.append(number)
-        signal.signal(number, before[number])
-
-    if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

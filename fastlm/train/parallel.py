@@ -57,11 +57,14 @@ class World:
         """Whether this process writes files and speaks."""
         return self.rank == 0
 
-    def micros(self, count: int) -> range:
-        """This rank's micro-batches of the `count` of a step. ValueError where the ranks do not divide them."""
+    def micros(self, count: int, setting: str = "train.micro_batch_tokens") -> range:
+        """This rank's micro-batches of the `count` of a step. ValueError where the ranks do not divide them.
+
+        setting: the key of the recipe that decides `count`, for the message
+        """
         if count % self.size:
             raise ValueError(
-                f"train.micro_batch_tokens: expected so few that {self.size} processes divide the micro-batches of a "
+                f"{setting}: expected so few that {self.size} processes divide the micro-batches of a "
                 f"step, got {count} of them; halve it until they do, or start another number of processes"
             )
         each = count // self.size

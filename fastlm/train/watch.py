@@ -36,6 +36,9 @@ class Counters:
     streak: int = 0  # of them, those that came last, one after another
     dropped: int = 0  # predictions beyond the capacity of their batch
     spikes: int = 0  # steps with a loss far above those before
+    best: float | None = None  # of a scored task: its best figure on held-out examples,
+    best_step: int = 0  # the step that it is of,
+    stale: int = 0  # and the evaluations since then
 
 
 class Watch:
@@ -57,14 +60,15 @@ class Watch:
         self.spikes = Spikes(losses)
 
     def headline(self, model: Model, memory: str) -> None:
-        recipe, dataset, parameters = self.recipe, self.task.dataset, sum(p.numel() for p in model.parameters())
+        recipe, parameters = self.recipe, sum(p.numel() for p in model.parameters())
         self.note(
             f"{recipe.name}: {parameters / 1e6:.3g} M parameters on {chip_name(self.world.device)} in "
-            f"{recipe.train.dtype}; {dataset.rows:,} rows of {dataset.row_tokens} tokens, "
-            f"{' and '.join(f'{x:.0%}' for x in dataset.fill)} full, vocabulary {dataset.tokenizer.vocab_size:,}\n"
+            f"{recipe.train.dtype}; {self.task.describe()}\n"
             f"MFU = 3 · forward FLOPs of matrix products on real tokens / (seconds · peak); peak: {self.peak}\n"
             f"memory of a step: {memory}"
         )
+        for line in self.task.notes():
+            self.note(line)
         self.note("; ".join(map(str, parameter_groups(model, recipe.train))))
         if self.counters.step:
             self.note(f"resumed after step {self.counters.step} of {recipe.train.max_steps}")

@@ -1,0 +1,280 @@
+"""Rows of labelled files, each a dictionary of its columns.
+
+- `.csv`, `.tsv`: the first line names the columns; without (`header=False`) they are "1", "2", ...
+- `.jsonl`, `.ndjson`, `.json`: an object on each line, or one array of objects
+- `.parquet`, `.arrow`, a directory by `datasets`: its rows; class numbers become the names that the file gives
+- plain text, `plain="class"`: a file a class, {"text": a line, "label": the file's name}; or a directory a class,
+  {"text": a file, "label": the directory's name}
+- plain text, `plain="conll"`: {"tokens": [...], "tags": [...]}: on a line a token, a tab or spaces, and its tag; a
+  blank line ends a row
+- plain text, `plain="line"`: {"text": a line}
+
+Any of them may be compressed (`.gz`, `.zst`). The place of a row is its file and the number of its last line, or of its
+row in a table. A row that cannot be read is entered in the report with its place, and reading goes on.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fastlm.data._extras import require
+from fastlm.data.sources import Report, SourceFile, find_files
+from fastlm.data.sources.files import SAVED_SPLITS
+from fastlm.data.sources.streams import Damaged, open_bytes
+from fastlm.data.sources.tables import open_parquet
+
+PLAIN = ("class", "conll", "line")  # what a plain-text file holds
+_LONGEST = 64 << 20  # bytes of a field of a CSV file, and of a line
+_BATCH_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Record:
+    """A row: its place for messages, and its columns by name."""
+
+    place: str
+    values: dict[str, object]
+
+
+@dataclass
+class Records:
+    """Rows, and the names of classes that a file gives for a column, in the order of their numbers."""
+
+    rows: list[Record] = field(default_factory=list)
+    names: dict[str, list[str]] = field(default_factory=dict)
+
+
+def read_records(paths: Iterable, report: Report, *, plain: str, header: bool = True, spool=None) -> Records:
+    """The rows of all files that `paths` name (`fastlm.data.sources.find_files`), in order.
+
+    plain   what plain-text files hold: "class", "conll" or "line"
+    header  whether the first line of a CSV file names its columns
+    spool   a directory for what comes from standard input
+    ValueError for a missing path, or a file that is damaged as a whole.
+    """
+    if plain not in PLAIN:
+        raise ValueError(f"plain: expected one of {', '.join(PLAIN)}, got {plain!r}")
+    paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+    records = Records()
+    for given in paths:
+        root = Path(given) if os.path.isdir(given) else None
+        for file in find_files([given], report, spool=spool):
+            try:
+                with open_bytes(file) as stream:
+                    records.rows += _read(file, stream, root, plain, header, report, records.names)
+            except OSError as error:
+                raise ValueError(f"data: {file.name} cannot be read: {error.strerror or error}") from error
+            except Damaged as error:
+                raise ValueError(f"data: {file.name} cannot be read: it is a {error}") from error
+    return records
+
+
+def saved_splits(path) -> dict[str, Path]:
+    """{"train": ..., "validation": ...}: the directories of what `datasets.DatasetDict.save_to_disk` wrote; else {}."""
+    path = Path(path)
+    try:
+        splits = json.loads((path / SAVED_SPLITS).read_text(encoding="utf-8"))["splits"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return {name: path / name for name in splits if (path / name).is_dir()}
+
+
+def _read(file: SourceFile, stream, root: Path | None, plain: str, header: bool, report: Report, names: dict):
+    if file.kind == "csv":
+        return _csv(stream, file, header, report)
+    if file.kind == "json":
+        return _json(stream, file, report)
+    if file.kind in ("parquet", "arrow"):
+        return _table(stream, file, names)
+    if plain == "conll":
+        return _conll(stream, file, report)
+    if plain == "line":
+        return _lines_of(stream, file, report, {})
+    directory = root is not None and file.path.parent != root
+    if not directory:
+        return _lines_of(stream, file, report, {"label": Path(file.name.split("/")[-1]).name.split(".")[0]})
+    return _whole(stream, file, report, {"label": file.path.parent.name})
+
+
+def _csv(stream, file: SourceFile, header: bool, report: Report) -> Iterator[Record]:
+    csv.field_size_limit(max(csv.field_size_limit(), _LONGEST))  # of the process; the default is 128 KiB
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    quoting = csv.QUOTE_MINIMAL
+    rows, columns = csv.reader(text, delimiter=file.delimiter, strict=True, quoting=quoting), None
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            report.read += 1
+            report.reject(f"malformed CSV ({error})", f"{file.name}:{rows.line_num}")
+            continue
+        if columns is None:
+            columns = row if header else [str(number) for number in range(1, len(row) + 1)]
+            if len(set(columns)) != len(columns):
+                raise ValueError(
+                    f"data: {file.name}:{rows.line_num}: expected a different name for every column, got "
+                    f"{', '.join(columns[:8])}; name them in the first line, or set data.header=false"
+                )
+            if header:
+                continue
+        if not row:
+            continue
+        report.read += 1
+        place = f"{file.name}:{rows.line_num}"
+        if len(row) != len(columns):
+            report.reject(f"row of other than {len(columns)} columns", place)
+        elif not _is_text("".join(row)):
+            column = next(name for name, value in zip(columns, row) if not _is_text(value))
+            report.reject(f'not UTF-8 in column "{column}"', place)
+        else:
+            yield Record(place, dict(zip(columns, row)))
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _json(stream, file: SourceFile, report: Report) -> Iterator[Record]:
+    if stream.peek(1)[:1] == b"[":
+        try:
+            rows = json.loads(stream.read())
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"data: {file.name} is not valid JSON: {error}") from error
+        lines = ((f"{file.name}:{number}", row) for number, row in enumerate(rows, 1))
+    else:
+        lines = _json_lines(stream, file, report)
+    for place, row in lines:
+        report.read += 1
+        if isinstance(row, dict):
+            yield Record(place, row)
+        else:
+            report.reject("JSON that is no object", place)
+
+
+def _json_lines(stream, file: SourceFile, report: Report) -> Iterator[tuple[str, object]]:
+    for place, line in _decoded(stream, file, report):
+        if not line.strip():
+            continue
+        try:
+            yield place, json.loads(line)
+        except (ValueError, RecursionError):
+            report.read += 1
+            report.reject("malformed JSON", place)
+
+
+def _decoded(stream, file: SourceFile, report: Report) -> Iterator[tuple[str, str]]:
+    """(place, line) of each line that is UTF-8, without its end."""
+    for number, line in enumerate(iter(stream.readline, b""), 1):
+        place = f"{file.name}:{number}"
+        try:
+            yield place, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+        except UnicodeDecodeError:
+            report.read += 1
+            report.reject("line that is not UTF-8", place)
+
+
+def _lines_of(stream, file: SourceFile, report: Report, more: dict) -> Iterator[Record]:
+    for place, line in _decoded(stream, file, report):
+        if line.strip():
+            report.read += 1
+            yield Record(place, {"text": line.strip(), **more})
+
+
+def _whole(stream, file: SourceFile, report: Report, more: dict) -> Iterator[Record]:
+    report.read += 1
+    try:
+        yield Record(file.name, {"text": stream.read().decode("utf-8-sig"), **more})
+    except UnicodeDecodeError:
+        report.reject("file that is not UTF-8", file.name)
+
+
+def _conll(stream, file: SourceFile, report: Report) -> Iterator[Record]:
+    """Of each line the first column is the token, the last one its tag; -DOCSTART- lines and "# " comments are none."""
+    tokens, tags, wrong, last = [], [], None, f"{file.name}:1"
+    for place, line in _decoded(stream, file, report):
+        if line.strip():
+            if line.startswith(("-DOCSTART-", "# ")) and not tokens:
+                continue
+            columns = line.rstrip().split("\t") if "\t" in line else line.split()
+            wrong = wrong or (place if len(columns) < 2 or not columns[0].strip() else None)
+            tokens.append(columns[0])
+            tags.append(columns[-1])
+            last = place
+            continue
+        yield from _sentence(tokens, tags, wrong, last, report)
+        tokens, tags, wrong = [], [], None
+    yield from _sentence(tokens, tags, wrong, last, report)
+
+
+def _sentence(tokens, tags, wrong, last, report: Report) -> Iterator[Record]:
+    if not tokens:
+        return
+    report.read += 1
+    if wrong is not None:
+        report.reject("sentence with a line that is not a token, a tab and a tag", wrong)
+        return
+    yield Record(last, {"tokens": tokens, "tags": tags})
+
+
+def _table(stream, file: SourceFile, names: dict[str, list[str]]) -> Iterator[Record]:
+    if file.kind == "parquet":
+        parquet = open_parquet(stream)
+        schema, batches = parquet.schema_arrow, parquet.iter_batches(_BATCH_ROWS, use_threads=False)
+    else:
+        ipc, as_file = require("pyarrow.ipc"), stream.read(6) == b"ARROW1"
+        stream.seek(0)
+        try:
+            reader = ipc.open_file(stream) if as_file else ipc.open_stream(stream)
+        except (require("pyarrow").ArrowException, OSError):
+            raise Damaged("malformed Arrow file") from None
+        schema = reader.schema
+        batches = (reader.get_batch(i) for i in range(reader.num_record_batches)) if as_file else reader
+    classes = _class_names(schema)
+    names.update({column: found for column, found in classes.items() if names.setdefault(column, found) == found})
+    number = 0
+    try:
+        for batch in batches:
+            for row in batch.to_pylist():
+                number += 1
+                yield Record(
+                    f"{file.name}:{number}",
+                    {k: _named(value, classes[k]) if k in classes else value for k, value in row.items()},
+                )
+    except (require("pyarrow").ArrowException, OSError) as error:
+        raise Damaged(f"malformed {file.kind} file after row {number} ({error})") from None
+
+
+def _class_names(schema) -> dict[str, list[str]]:
+    """The names of the classes of each column that `datasets` wrote as a ClassLabel, or as a list of them."""
+    try:
+        features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+    except (KeyError, ValueError, TypeError):
+        return {}
+    found = {}
+    for column, feature in features.items():
+        while isinstance(feature, dict) and "names" not in feature and isinstance(feature.get("feature"), dict):
+            feature = feature["feature"]
+        if isinstance(feature, list) and len(feature) == 1:
+            feature = feature[0]
+        if isinstance(feature, dict) and isinstance(feature.get("names"), list):
+            found[column] = feature["names"]
+    return found
+
+
+def _named(value, classes: list[str]):
+    """Class numbers as names; -1, as in an unlabelled test split, is None."""
+    if isinstance(value, list):
+        return [_named(one, classes) for one in value]
+    return classes[value] if isinstance(value, int) and 0 <= value < len(classes) else None

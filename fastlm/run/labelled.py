@@ -1,0 +1,75 @@
+"""Labelled examples for a run: read, encoded with the model's tokenizer, and split."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from fastlm.data import Tokenizer
+from fastlm.data.labelled import Examples, hold_out, read_records, saved_splits
+from fastlm.data.sources import Report
+from fastlm.run.directory import Data
+from fastlm.run.recipe import Recipe
+from fastlm.tasks import find_task
+
+
+def open_examples(recipe: Recipe, data, tokenizer_directory: Path, known: Sequence[str] = ()) -> tuple[Recipe, Data]:
+    """(the recipe with what the data decides, the examples): steps, evaluations, and the longest length.
+
+    data    a path or several: what `read_records` reads; of a directory that datasets.DatasetDict wrote, its splits
+    known   names of the classes of the model
+    ValueError where there are none, or they do not fit the task.
+    """
+    paths = [data] if isinstance(data, (str, os.PathLike)) else list(data)
+    splits = saved_splits(paths[0]) if len(paths) == 1 else {}
+    table = recipe.data
+    held = table.validation or splits.get("validation")
+    test = table.test or splits.get("test")
+    tokenizer = _tokenizer(tokenizer_directory)
+    limit = recipe.model.longest[1]
+    recipe = replace(recipe, data=replace(table, max_length=min(table.max_length or limit, limit)))
+    every = _read(recipe, [splits["train"]] if "train" in splits else paths, tokenizer, known=known)
+    if held:
+        train, validation = every, _read(recipe, [held], tokenizer, labels=every.labels)
+    else:
+        task = find_task(recipe.task)
+        chosen, left = hold_out(every.rows, table.validation_share, table.split_seed, task.groups(every))
+        train, validation = every.select(chosen), every.select(left) if len(left) else None
+    tested = _read(recipe, [test], tokenizer, labels=every.labels) if test else None
+    return _resolved(recipe, train, validation), Data(train, validation, tested)
+
+
+def _tokenizer(directory: Path) -> Tokenizer:
+    tokenizer = Tokenizer.load(directory)
+    if tokenizer.cls_id is None or tokenizer.sep_id is None:
+        raise ValueError(f"model: expected a tokenizer with [CLS] and [SEP], as BERT's, found another in {directory}")
+    return tokenizer
+
+
+def _read(recipe: Recipe, paths: list, tokenizer: Tokenizer, **options) -> Examples:
+    report, task, named = Report(), find_task(recipe.task), ", ".join(map(str, paths))
+    for path in paths:
+        if str(path).startswith("-"):
+            raise ValueError("data: expected files, got standard input, which a resumed run could not read again")
+    records = read_records(paths, report, plain=task.plain, header=recipe.data.header)
+    if not records.rows:
+        raise ValueError(f"data: expected labelled rows, found none in {named} ({report.reasons()})")
+    examples = task.encode(records.rows, recipe, tokenizer, report, names=records.names, **options)
+    if not examples.rows:
+        raise ValueError(f"data: expected labelled rows, found none that can be used in {named} ({report.reasons()})")
+    return examples
+
+
+def _resolved(recipe: Recipe, train: Examples, validation: Examples | None) -> Recipe:
+    table, steps = recipe.train, train.rows / recipe.train.batch_size
+    longest = max(train.row_tokens, 0 if validation is None else validation.row_tokens)
+    return recipe.with_values(
+        {
+            "data.max_length": longest,
+            "train.max_steps": table.max_steps or math.ceil(table.epochs * steps),
+            "train.eval_every": table.eval_every or math.ceil(steps),
+        }
+    )

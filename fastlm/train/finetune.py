@@ -1,0 +1,57 @@
+"""`finetune`: from a model and labelled examples to a model that others can load, with its figures.
+
+The run is one of fastlm.train.loop: it resumes, skips steps without finite gradients, runs under torchrun, and writes
+metrics.jsonl. fastlm/run/directory.py lists the files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastlm.chip import parse_device
+from fastlm.run import directory as runs
+from fastlm.run.checkpoint import Checkpoint
+from fastlm.run.initial import find_initial
+from fastlm.run.labelled import open_examples
+from fastlm.run.recipe import Recipe
+from fastlm.run.reports import write_seeds
+from fastlm.run.tracking import check_logs
+from fastlm.train.loop import Result, run
+
+
+def finetune(recipe: Recipe, model, data, out, *, device: str = "cpu", resume: str = "auto", log=()) -> Result:
+    """Train `model` on labelled `data` by the recipe's task, and write everything into the directory `out`.
+
+    recipe   of a task on labelled examples, as Recipe("classify"); the architecture and the tokenizer are the model's
+    model    what to start from: a run's directory, a checkpoint's, or a model in Transformers' layout
+    data     labelled files, a path or several (`fastlm.data.labelled.read_records`)
+    device, resume, log, the signals and the errors: as of `pretrain`
+
+    The weights in OUT/hf are those of the best evaluation, by train.metric; without held-out examples the last ones.
+    """
+    initial = find_initial(model)
+    recipe = initial.recipe(recipe)
+    recipe, found = open_examples(recipe, data, initial.tokenizer, initial.labels())
+
+    def checked(start: Checkpoint | None) -> runs.Data:
+        if start is not None:
+            runs.check_same_data(found.train.manifest, start, data)
+        return found
+
+    log = check_logs(log)
+    return run(recipe, checked, Path(out), device=parse_device(device), resume=resume, initial=initial, log=log)
+
+
+def finetune_seeds(recipe: Recipe, model, data, out, seeds: Sequence[int], **options) -> list[Result]:
+    """`finetune` once for each seed, into OUT/seed-S, and the figures' mean and spread into OUT/metrics.json.
+
+    The split is the same for all. A call that was stopped by a signal ends the series; the same call continues it.
+    """
+    out, results = Path(out), []
+    for seed in seeds:
+        results.append(finetune(recipe.with_values({"train.seed": seed}), model, data, out / f"seed-{seed}", **options))
+        if results[-1].stopped_by is not None:
+            return results
+    write_seeds(out, [out / f"seed-{seed}" for seed in seeds])
+    return results
