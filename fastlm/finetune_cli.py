@@ -18,6 +18,9 @@ TASKS = {
     "classify": "Put texts, or pairs of texts, into classes: one each, or several labels.",
     "regress": "Predict a number for each text or pair of texts.",
     "tag": "Label each word, as entities in IOB2.",
+    "answer": "Answer questions by spans of a text; SQuAD's JSON, or rows.",
+    "seq2seq": "Write a target text for each source text, with T5.",
+    "causal": "Write an answer to each prompt, with GPT-2: the loss is on the answer alone.",
 }
 
 Data = Annotated[

@@ -1,15 +1,15 @@
 """Question answering without a model: SQuAD's files, windows, spans, and its figures by a definition written anew."""
 
 import json
-import re
-import string
 
 import numpy as np
 import pytest
 import torch
+from squad_definition import official
 
 from fastlm.data import Tokenizer
-from fastlm.data.labelled.squad import Question, parse, questions_of, squad_rows
+from fastlm.data.labelled import Record
+from fastlm.data.labelled.squad import Question, questions_of, squad_rows, stream_rows
 from fastlm.data.labelled.windows import encode_questions, tokens_of
 from fastlm.data.sources import Report
 from fastlm.tasks._spans import best_spans, combine
@@ -21,7 +21,7 @@ CONTEXT = "The old clock near the river was built in 1990s style by Anna Čapek,
 def question(text="When?", answers=(), context=CONTEXT, id="q"):
     found = None if answers is None else [{"text": one, "answer_start": context.index(one)} for one in answers]
     row = {"id": id, "question": text, "context": context, "answers": found}
-    (question,) = questions_of([("place", row)], Report())
+    (question,) = questions_of([Record("place", row)], Report())
     return question
 
 
@@ -49,7 +49,7 @@ def test_squad_files_and_rows_give_the_same_questions():
     ]
     report = Report()
     read = questions_of(squad_rows(json.loads(json.dumps(file)), "dev.json", report), report)
-    flat = questions_of(((f"rows.jsonl:{i}", row) for i, row in enumerate(rows, 1)), report)
+    flat = questions_of((Record(f"rows.jsonl:{i}", row) for i, row in enumerate(rows, 1)), report)
     assert [(q.id, q.text, q.context, q.answers) for q in read] == [(q.id, q.text, q.context, q.answers) for q in flat]
     assert read[1].place == "dev.json: data[0].paragraphs[0].qas[1]"
     assert read[1].answers == ()
@@ -98,11 +98,20 @@ def test_bad_rows_are_set_aside_with_their_place():
     assert report.read == 15
 
 
-def test_a_damaged_file_is_named_with_its_line():
-    with pytest.raises(ValueError, match=r"data: dev.json is not valid JSON: .*line 2 column 3"):
-        parse(b'{"data": \n  oops}', "dev.json")
-    with pytest.raises(ValueError, match=r"data: dev.json is not UTF-8"):
-        parse(b'{"data": "\xff"}', "dev.json")
+def test_files_of_both_kinds_and_damaged_ones(tmp_path):
+    row = {"id": "a", "question": "Who?", "answers": []}
+    (tmp_path / "a.json").write_text("\ufeff " + json.dumps(nested(row), indent=1), encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text(json.dumps({**row, "id": "b", "context": CONTEXT}) + "\n{oops\n")
+    report = Report()
+    read = questions_of(stream_rows([tmp_path], report), report)
+    assert [question.id for question in read] == ["a", "b"]
+    assert {reason: entry["count"] for reason, entry in report.set_aside.items()} == {"malformed JSON": 1}
+    (tmp_path / "a.json").write_text('{"data": \n  oops}')
+    with pytest.raises(ValueError, match=r"data: .*a.json is not valid JSON: .*line 2 column 3"):
+        list(stream_rows(tmp_path / "a.json", Report()))
+    (tmp_path / "a.json").write_bytes(b'{"data": "\xff"}')
+    with pytest.raises(ValueError, match=r"data: .*a.json is not UTF-8"):
+        list(stream_rows(tmp_path / "a.json", Report()))
 
 
 # ---- windows
@@ -113,7 +122,7 @@ def test_windows_cover_a_long_context_and_label_the_answer(tokenizer):
     begin = context.rindex("Anna")
     row = {"id": 0, "question": "Who did build what?", "context": context}
     row["answers"] = [{"text": "Anna Čapek", "answer_start": begin}]
-    (asked,) = questions_of([("p", row)], Report())
+    (asked,) = questions_of([Record("p", row)], Report())
     windows = encode_questions([asked], tokenizer, max_length=48, stride=10, max_question=64, training=True)
     ((ids, offsets),) = tokenizer.encode_offsets([context])
     assert ids.tolist() == tokenizer.encode_batch([context])[0]
@@ -208,35 +217,7 @@ def test_windows_of_a_question_are_combined():
     assert combine(np.array([[none]]), [0.0], [0], offsets, text, 1).text(None) == ""
 
 
-# ---- the figures; from here on, the definition in other words
-
-
-def official(predicted, right):
-    """(exact, F1) by the definition: tokens are matched one by one."""
-
-    def tokens(text):
-        kept = "".join(c for c in text.lower() if c not in set(string.punctuation))
-        return [word for word in re.split(r"\s+", re.sub(r"\b(?:a|an|the)\b", " ", kept)) if word]
-
-    golds = [answer for answer in right if tokens(answer)] or [""]
-    exact, best = 0.0, 0.0
-    for gold in golds:
-        theirs, ours = tokens(gold), tokens(predicted)
-        exact = max(exact, float(" ".join(theirs) == " ".join(ours)))
-        rest, same = list(theirs), 0
-        for word in ours:
-            if word in rest:
-                rest.remove(word)
-                same += 1
-        if not theirs or not ours:
-            value = float(theirs == ours)
-        elif not same:
-            value = 0.0
-        else:
-            precision, recall = same / len(ours), same / len(theirs)
-            value = 2 * precision * recall / (precision + recall)
-        best = max(best, value)
-    return exact, best
+# ---- the figures
 
 
 CASES = [

@@ -11,11 +11,17 @@ dataset `squad` has them, or with a list of answers as above. A question with no
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from fastlm.data.sources import Report
+from fastlm.data.labelled.records import Record, read_records
+from fastlm.data.sources import Report, SourceFile, find_files
+from fastlm.data.sources.streams import Damaged, open_bytes
+
+_SQUAD = re.compile(rb'(\xef\xbb\xbf)?\s*\{\s*"(data|version)"\s*:')  # how a SQuAD file begins
 
 
 class Answer(NamedTuple):
@@ -40,13 +46,32 @@ class Bad(ValueError):
     """Why a row is no question."""
 
 
-def is_squad(content) -> bool:
-    """Whether the content of a JSON file is SQuAD's."""
-    return isinstance(content, dict) and "data" in content
+def stream_rows(paths: Iterable, report: Report, *, spool=None) -> Iterator[Record]:
+    """The rows of SQuAD files, and of others as `read_records` reads them. ValueError for a file that is damaged.
+
+    spool: a directory for what comes from standard input
+    """
+    paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+    for file in find_files(paths, report, spool=spool):
+        rows = _squad_file(file, report) if file.kind == "json" else None
+        yield from read_records([file.path], report, plain="line").rows if rows is None else rows
 
 
-def squad_rows(content: dict, name: str, report: Report) -> Iterator[tuple[str, Mapping[str, object]]]:
-    """(place, row) of each question of the content of a SQuAD file `name`.
+def _squad_file(file: SourceFile, report: Report) -> Iterator[Record] | None:
+    """The rows of a SQuAD file; None of another one."""
+    try:
+        with open_bytes(file) as stream:
+            if not _SQUAD.match(stream.peek(4096)):
+                return None
+            return squad_rows(_parsed(stream.read(), file.name), file.name, report)
+    except OSError as error:
+        raise ValueError(f"data: {file.name} cannot be read: {error.strerror or error}") from error
+    except Damaged as error:
+        raise ValueError(f"data: {file.name} cannot be read: it is a {error}") from error
+
+
+def squad_rows(content: dict, name: str, report: Report) -> Iterator[Record]:
+    """A row for each question of the content of a SQuAD file `name`.
 
     The place is its path, as `dev.json: data[3].paragraphs[0].qas[2]`. What is no article, paragraph or question is
     entered in the report.
@@ -55,7 +80,7 @@ def squad_rows(content: dict, name: str, report: Report) -> Iterator[tuple[str, 
         for where, paragraph in _members(article, "paragraphs", f"{place}.", report):
             for at, row in _members(paragraph, "qas", f"{where}.", report):
                 report.read += 1
-                yield at, {"context": paragraph.get("context"), **row}
+                yield Record(at, {"context": paragraph.get("context"), **row})
 
 
 def _members(parent: Mapping, key: str, place: str, report: Report) -> Iterator[tuple[str, Mapping]]:
@@ -73,19 +98,19 @@ def _members(parent: Mapping, key: str, place: str, report: Report) -> Iterator[
             report.reject("no JSON object", at)
 
 
-def questions_of(rows: Iterable[tuple[str, Mapping[str, object]]], report: Report) -> list[Question]:
-    """The questions of (place, row); a row that is none is entered in the report with its reason and place.
+def questions_of(rows: Iterable[Record], report: Report, ids: set[str] | None = None) -> list[Question]:
+    """The questions of rows; a row that is none is entered in the report with its reason and place.
 
-    A question without an id has its place as one.
+    A question without an id has its place as one. ids: of questions before, to which those of these are added
     """
-    questions, ids = [], set()
-    for place, row in rows:
+    questions, ids = [], set() if ids is None else ids
+    for row in rows:
         try:
-            question = _question(place, row)
+            question = _question(row.place, row.values)
             if question.id in ids:
                 raise Bad("id of an earlier question")
         except Bad as error:
-            report.reject(str(error), place)
+            report.reject(str(error), row.place)
             continue
         ids.add(question.id)
         questions.append(question)
@@ -134,8 +159,8 @@ def _answers(row: Mapping[str, object], context: str) -> tuple[Answer, ...] | No
     return tuple(found)
 
 
-def parse(data: bytes, name: str) -> object:
-    """The content of a JSON file. ValueError where it is damaged, with the line."""
+def _parsed(data: bytes, name: str) -> dict:
+    """The content of a SQuAD file. ValueError where it is damaged, with the line."""
     try:
         return json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
