@@ -166,18 +166,23 @@ def test_the_loss_is_on_the_targets_alone(run):
     assert figures["generated"][0]["wanted"] == held[0]["target"]
 
 
-def test_packed_and_padded_rows_have_the_same_loss(run):
+def test_packed_padded_and_filled_rows_have_the_same_loss(run):
+    """On a device every micro-batch has the same shapes, filled up with sequences of padding."""
     task, out, recipe, _ = run
     model = {"causal": GPT2, "seq2seq": T5}[task].from_pretrained(out / "hf").eval()
-    losses = []
-    for layout in ("packed", "padded"):
+    losses, shapes = [], []
+    for layout, device in (("packed", "cpu"), ("padded", "cpu"), ("packed", "cuda"), ("packed", "cuda")):
         resolved, data = open_examples(
             recipe.with_values({"data.layout": layout}), out.parent / "train.jsonl", out / "hf"
         )
-        micro = find_task(task)(resolved, data.train, torch.device("cpu"), data.validation).micro(0, 0)
+        step = len(losses) // 3
+        micro = find_task(task)(resolved, data.train, torch.device(device), data.validation).micro(step, 0)
+        shapes.append({name: x.shape for name, x in micro.inputs.items() if isinstance(x, torch.Tensor)})
         with torch.no_grad():
             losses.append(float(model(**micro.inputs)) / micro.counts.predicted)
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[1:3] == pytest.approx([losses[0]] * 2, rel=1e-5)
+    assert shapes[2] == shapes[3] != shapes[0]
+    assert losses[3] != pytest.approx(losses[0], rel=1e-3)
 
 
 def test_long_examples_are_cut_and_counted(run, tmp_path):

@@ -44,6 +44,7 @@ FLOORS = {
     "pretrained": MODELS,
     "fill_mask": MODELS | {"pretrained"},
     "evaluate": RUN | {"pretrained"},
+    "predict_answers": RUN,
     "generate": MODELS,
     "demo": RUN | {"train", "fill_mask", "generate", "bench", "terminal"},
     "finetune_cli": RUN | {"train", "terminal"},
