@@ -34,14 +34,5 @@ def load_pretrained(directory, classes: tuple[type[Model], ...] = tuple(FAMILIES
             ) from error
     tokenizer = Tokenizer.load(directory)
     tokenizer.check(_PURPOSE[cls.config_class.model_type])
-    check_vocabulary(model, tokenizer, directory)
+    tokenizer.check_size(model.config.vocab_size, directory)
     return model, tokenizer
-
-
-def check_vocabulary(model: Model, tokenizer: Tokenizer, directory) -> None:
-    """ValueError where the tokenizer has more tokens than the model, whose table may be rounded up beyond it."""
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(
-            f"model: expected a tokenizer of at most the model's {model.config.vocab_size} tokens in {directory}, got "
-            f"one of {tokenizer.vocab_size}; put the model's own there"
-        )

@@ -125,6 +125,14 @@ class Tokenizer:
         if purpose == "span" and not self.sentinel_ids:
             raise ValueError(f"tokenizer: expected one with sentinels (<extra_id_0> ...), found none; {remedy}")
 
+    def check_size(self, vocab_size: int, directory) -> None:
+        """ValueError for ids that the model in `directory` does not have. Its vocabulary may be rounded up."""
+        if self.vocab_size > vocab_size:
+            raise ValueError(
+                f"model: expected a tokenizer of at most the model's {vocab_size} tokens in {directory}, got one of "
+                f"{self.vocab_size}; put the model's own there"
+            )
+
     @classmethod
     def train(
         cls,

@@ -18,7 +18,7 @@ from fastlm.data.sources import FIELDS, Report, find_files, read_documents
 from fastlm.evaluate import causal, masked, spans
 from fastlm.evaluate._sums import Sums
 from fastlm.models import Model
-from fastlm.pretrained import check_vocabulary, load_pretrained
+from fastlm.pretrained import load_pretrained
 from fastlm.run.directory import read_recipe
 from fastlm.run.initial import find_initial
 from fastlm.run.recipe import Recipe
@@ -141,7 +141,7 @@ def _find(model) -> tuple[Model, Tokenizer, dict | None]:
     if initial.checkpoint is not None:
         stored, tokenizer = initial.checkpoint.state["recipe"], Tokenizer.load(initial.tokenizer)
         trained = initial.model(Recipe.from_dict(stored), tokenizer).eval()
-        check_vocabulary(trained, tokenizer, model)
+        tokenizer.check_size(trained.config.vocab_size, model)
         return trained, tokenizer, stored
     trained, tokenizer = load_pretrained(initial.directory)
     return trained, tokenizer, read_recipe(initial.directory.absolute().parent)

@@ -55,7 +55,7 @@ def read_json(path: Path) -> dict:
 
 
 def read_config(directory: str | Path, *model_types: str) -> dict:
-    """config.json of a checkpoint. ValueError if it is missing or belongs to a model of none of these types."""
+    """config.json of a checkpoint. ValueError if it is missing, or of a model of other types than those given, if any."""
     directory = Path(directory)
     if not directory.is_dir():
         raise ValueError(
@@ -68,7 +68,7 @@ def read_config(directory: str | Path, *model_types: str) -> dict:
             found = f"none; it is the directory of a run, whose model is in {directory / _RUN_MODEL}"
         raise ValueError(f"directory: expected a {_CONFIG} in {directory}, found {found}")
     config = read_json(directory / _CONFIG)
-    if config.get("model_type") not in model_types:
+    if model_types and config.get("model_type") not in model_types:
         wanted = " or ".join(f'"{name}"' for name in model_types)
         raise ValueError(f"directory: expected model_type {wanted} in {_CONFIG}, got {config.get('model_type')!r}")
     return config
