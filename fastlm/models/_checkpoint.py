@@ -55,7 +55,7 @@ def read_json(path: Path) -> dict:
 
 
 def read_config(directory: str | Path, *model_types: str) -> dict:
-    """config.json of a checkpoint. ValueError if it is missing, or of a model of other types than those given, if any."""
+    """config.json of a checkpoint. ValueError if it is missing, or of a model of other types than the given ones."""
     directory = Path(directory)
     if not directory.is_dir():
         raise ValueError(
