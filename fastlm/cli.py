@@ -48,6 +48,7 @@ _SEVERAL = ("--data", "--set", "--text", "--label")
 _finetune = typer.Typer(cls=_Commands, no_args_is_help=True, help="Fine-tune a model on labelled examples.")
 finetune_cli.add_commands(_finetune)
 app.add_typer(_finetune, name="finetune")
+app.command()(finetune_cli.predict)
 
 DataOption = Annotated[
     list[str], typer.Option("--data", metavar="PATH...", help="Text files and directories, or one `prepare` output.")

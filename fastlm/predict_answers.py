@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from fastlm.data.labelled.windows import encode_questions
 from fastlm.data.sources import Report
 from fastlm.models import BertForQuestionAnswering
 from fastlm.models._checkpoint import read_json
+from fastlm.predict import batches, model_directory
 from fastlm.run.directory import read_recipe
 from fastlm.tasks._labelled import packed
 from fastlm.tasks._spans import Prediction
@@ -30,23 +30,24 @@ _SHOWN = 5  # spans of a question that are written
 class AnswerPredictor:
     """A model that answers questions: `predictor.predict(records, report)` gives a dictionary for each.
 
-    directory        of a BertForQuestionAnswering with its tokenizer, in Transformers' layout
+    directory        as OUT/hf, or OUT, of a fine-tuning; or a BertForQuestionAnswering in Transformers' layout
     null_threshold   the answer is "" where [CLS] scores more than this above the best span; None: as metrics.json
                      beside the directory says, and without it there always is an answer
-    cut              how many questions were longer than data.max_question
+    longest          tokens of a question, at most; cut: how many questions were longer
 
     Windows are those of the run that left the directory, else the defaults of the task.
     """
 
     def __init__(self, directory, *, null_threshold: float | None = None, device="cpu", dtype=torch.float32):
-        self.directory, self.device, self.dtype, self.cut = Path(directory), device, dtype, 0
+        self.directory, self.device, self.dtype, self.cut = model_directory(directory), device, dtype, 0
         self.model = BertForQuestionAnswering.from_pretrained(self.directory).eval().to(device)
         self.tokenizer = Tokenizer.load(self.directory)
         run, figures = self.directory.absolute().parent, {}
         stored = (read_recipe(run) or {}).get("data", {}) if (run / "recipe.json").is_file() else {}
         known = {name: stored[name] for name in ("stride", "max_question", "max_answer", "best") if name in stored}
-        longest = self.model.config.max_position_embeddings
-        self.data = replace(AnswerData(**known), max_length=min(stored.get("max_length") or longest, longest))
+        length = self.model.config.max_position_embeddings
+        self.data = replace(AnswerData(**known), max_length=min(stored.get("max_length") or length, length))
+        self.longest = self.data.max_question
         if (run / "metrics.json").is_file():
             figures = read_json(run / "metrics.json")
         self.threshold = figures.get("null_threshold") if null_threshold is None else null_threshold
@@ -64,7 +65,8 @@ class AnswerPredictor:
         while rows := list(islice(records, questions)):
             asked = questions_of(rows, report, ids)
             report.kept += len(asked)
-            yield from (self._said(*pair) for pair in zip(asked, self._predictions(asked, tokens)))
+            if asked:
+                yield from (self._said(*pair) for pair in zip(asked, self._predictions(asked, tokens)))
 
     def _predictions(self, asked: list[Question], tokens: int) -> list[Prediction]:
         data = self.data
@@ -112,10 +114,3 @@ class AnswerPredictor:
             "margin": round(found.margin, 6) if found.spans else None,
             "spans": spans,
         }
-
-
-def batches(lengths: np.ndarray, tokens: int) -> list[np.ndarray]:
-    """Numbers of rows of these lengths, by length, in groups of about `tokens` tokens."""
-    order = np.argsort(lengths, kind="stable")
-    ends = np.cumsum(lengths[order])
-    return [chosen for chosen in np.split(order, np.flatnonzero(np.diff(ends // tokens)) + 1) if len(chosen)]

@@ -9,6 +9,7 @@ import torch
 import transformers
 from squad_definition import official
 
+from fastlm import _malloc, _threads, cli
 from fastlm.data import Tokenizer
 from fastlm.data.labelled.squad import stream_rows
 from fastlm.data.sources import Report
@@ -90,8 +91,32 @@ def test_figures_are_the_official_ones_of_the_predictions(run):
             assert one["margin"] <= 0
         else:
             assert (one["start"], one["probability"]) == (None, one["no_answer"])
-    never = AnswerPredictor(out / "hf", null_threshold=1e9)
-    assert all(one["answer"] for one in never.predict(stream_rows(out.parent / "dev.json", report), report))
+
+
+def test_the_command_writes_lines_and_squads_file(run, tmp_path, monkeypatch, capsys):
+    out, held = run
+    monkeypatch.setattr(_malloc, "tune", lambda: "left alone in tests")
+    monkeypatch.setattr(_threads, "for_work", lambda flops=None: 2)
+
+    def predict(*arguments):
+        monkeypatch.setattr("sys.argv", ["fastlm", "predict", "--model", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        return exit.value.code or 0, *capsys.readouterr()
+
+    files = ["--out", tmp_path / "answers.jsonl", "--squad", tmp_path / "squad.json"]
+    status, _, err = predict(out, "--data", out.parent / "dev.json", *files, "--null-threshold", "1e9")
+    assert (status, err.splitlines()[-1].split(" in ")[0]) == (0, "20 rows")
+    lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert json.loads((tmp_path / "squad.json").read_text()) == {one["id"]: one["answer"] for one in lines}
+    assert [one["id"] for one in lines] == [row["id"] for row in held]
+    assert all(one["answer"] for one in lines)  # above every margin
+    assert predict(out, "--text", "passage")[2].startswith("error: --text: expected none for the BertForQuestionAnsw")
+    (tmp_path / "empty.jsonl").write_text('{"question": 3}\n')
+    status, _, err = predict(out / "hf", "--data", tmp_path / "empty.jsonl")
+    assert status == 2
+    assert "error: data: expected texts, found none" in err
+    assert 'no string under "question"' in err
 
 
 def test_transformers_finds_the_same_spans(run):

@@ -1,6 +1,6 @@
 """The directory of a run: the lock on it, where a run in it starts, and the data in it.
 
-OUT/data/             the text, prepared, where text was given
+OUT/data/             the text, prepared, where text was given; of a fine-tuning the tokenizer alone
 OUT/recipe.json       what the run is
 OUT/metrics.jsonl     a line a step; see fastlm.run.metrics
 OUT/checkpoints/      see fastlm.run.checkpoint
@@ -229,7 +229,7 @@ def data_state(dataset: Dataset) -> dict:
         "settings": manifest["settings"],
         "tokenizer": manifest["tokenizer"]["checksum"],
         "documents": dataset.documents,
-        "text_bytes": dataset.text_bytes,
+        "text_bytes": manifest.get("text_bytes"),  # of text, not of labelled examples
     }
 
 
@@ -241,8 +241,8 @@ def data_differences(manifest: dict, stored: dict) -> list[str]:
     found = setting_differences(manifest["settings"], before)
     if manifest["tokenizer"]["checksum"] != stored.get("tokenizer", manifest["tokenizer"]["checksum"]):
         found.append("its tokenizer is another one")
-    text = [(what, manifest[key], stored.get(key)) for what, key in _TEXT.items()]
-    found += [f"its text has {now:,} {what}, had {was:,}" for what, now, was in text if was not in (None, now)]
+    text = [(what, manifest.get(key), stored.get(key)) for what, key in _TEXT.items()]
+    found += [f"its text has {now:,} {what}, had {was:,}" for what, now, was in text if None is not was != now]
     return found or ["its text or its tokenizer is another one"]
 
 

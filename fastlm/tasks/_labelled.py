@@ -24,6 +24,10 @@ from fastlm.settings import Table, key
 from fastlm.tasks._tables import Optimization
 from fastlm.tasks._task import EVALUATION_SEED, Micro, Task
 
+# From this share of real tokens on, batches are padded, not packed. With as many tokens the two take the same time on a
+# CPU, within the noise of a busy machine (LOG.md); on GPUs packing full rows costs 17% (urchade/GLiNER#292).
+FULL = 0.98
+
 
 @dataclass(frozen=True)
 class LabelledData(Table):
@@ -186,10 +190,10 @@ class LabelledTask(Task):
     def describe(self) -> str:
         data, lengths = self.dataset, self.dataset.lengths
         held = "none" if self.validation is None else f"{self.validation.rows:,}"
+        padding = "" if self.layout == "padded" else "padded to the longest they would be "
         return (
             f"{data.rows:,} examples, {held} held out, of {lengths.min()} to {lengths.max()} tokens, mean "
-            f"{lengths.mean():.1f}; batches are {self.layout}: they are "
-            f"{_fill(lengths, self.recipe.micro_rows, self.recipe.train.seed):.0%} full when padded"
+            f"{lengths.mean():.1f}; batches are {self.layout}, {padding}{self._fill:.0%} full"
         )
 
     def notes(self) -> list[str]:
@@ -203,10 +207,18 @@ class LabelledTask(Task):
 
     @cached_property
     def layout(self) -> str:
-        """ "packed" or "padded"."""
+        """ "packed", or "padded" where next to no padding is computed: full rows need no cu_seqlens (`FULL`)."""
         if self.recipe.data.layout != "auto":
             return self.recipe.data.layout
-        return "packed"
+        return "padded" if self._fill >= FULL else "packed"
+
+    @cached_property
+    def _fill(self) -> float:
+        """The share of padded batches that is no padding, of those of the first epoch."""
+        lengths, rows = self.dataset.lengths, min(self.recipe.micro_rows, self.dataset.rows)
+        order = rows_at(np.arange(len(lengths) // rows * rows), len(lengths), self.recipe.train.seed)[1]
+        batches = lengths[order].reshape(-1, rows)
+        return float(batches.sum() / (batches.max(1) * rows).sum())
 
     def micro(self, step: int, m: int) -> Micro:
         recipe = self.recipe
@@ -222,7 +234,7 @@ class LabelledTask(Task):
     def capacity_of(self, lengths: np.ndarray) -> Capacity | None:
         """The capacity of micro-batches whose rows have so many tokens, (examples,)."""
         recipe = self.recipe
-        if self.device.type == "cpu":
+        if self.device.type == "cpu" or self.layout == "padded":
             return None
         total = recipe.train.max_steps * recipe.batch_rows
         rows = rows_at(np.arange(total), self.dataset.rows, recipe.train.seed)[1]
@@ -316,13 +328,6 @@ def padded(columns: dict[str, tuple[Ragged, int]], rows: np.ndarray) -> dict:
     return out if real.all() else {**out, "attention_mask": torch.from_numpy(real)}
 
 
-def _fill(lengths: np.ndarray, rows: int, seed: int) -> float:
-    """The share of padded batches that is no padding, on the first epoch's."""
-    order = rows_at(np.arange(len(lengths) // rows * rows or len(lengths)), len(lengths), seed)[1]
-    batches = lengths[order].reshape(-1, min(rows, len(order)))
-    return float(batches.sum() / (batches.max(1) * batches.shape[1]).sum())
-
-
 def named_labels(
     found: Sequence[Sequence[str]],
     places: Sequence[str],
@@ -349,6 +354,8 @@ def named_labels(
                         f"examples, got {name!r} in {place}; mend the row, or add examples of it to those"
                     )
         return labels
+    if not found:
+        return ()  # the reader says why no row can be used
     if given is not None and names <= set(given):
         names = set(given)
     if len(names) < 2:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastlm.chip import parse_device
+from fastlm.data.sources import TOKENIZER
 from fastlm.run import directory as runs
 from fastlm.run.checkpoint import Checkpoint
 from fastlm.run.initial import find_initial
@@ -17,6 +18,7 @@ from fastlm.run.labelled import open_examples
 from fastlm.run.recipe import Recipe
 from fastlm.run.reports import write_seeds
 from fastlm.run.tracking import check_logs
+from fastlm.storage import atomic_directory
 from fastlm.train.loop import Result, run
 
 
@@ -37,10 +39,15 @@ def finetune(recipe: Recipe, model, data, out, *, device: str = "cpu", resume: s
     def checked(start: Checkpoint | None) -> runs.Data:
         if start is not None:
             runs.check_same_data(found.train.manifest, start, data)
+        tokenizer = out / runs.DATA / TOKENIZER
+        if not tokenizer.exists():  # a checkpoint is a model to start from, with this tokenizer
+            tokenizer.parent.mkdir(exist_ok=True)
+            with atomic_directory(tokenizer, what="the tokenizer") as partial:
+                found.train.tokenizer.save(partial)
         return found
 
-    log = check_logs(log)
-    return run(recipe, checked, Path(out), device=parse_device(device), resume=resume, initial=initial, log=log)
+    log, out = check_logs(log), Path(out)
+    return run(recipe, checked, out, device=parse_device(device), resume=resume, initial=initial, log=log)
 
 
 def finetune_seeds(recipe: Recipe, model, data, out, seeds: Sequence[int], **options) -> list[Result]:

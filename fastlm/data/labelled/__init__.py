@@ -8,7 +8,7 @@ records -> columns -> examples, a file each. What a task makes of a row is the t
 
 from fastlm.data.labelled.columns import choose_columns, text_of
 from fastlm.data.labelled.examples import Examples, Ragged, hold_out
-from fastlm.data.labelled.records import PLAIN, Record, Records, read_records, saved_splits
+from fastlm.data.labelled.records import PLAIN, Record, Records, read_records, saved_splits, stream_records
 
 __all__ = [
     "PLAIN",
@@ -20,5 +20,6 @@ __all__ = [
     "hold_out",
     "read_records",
     "saved_splits",
+    "stream_records",
     "text_of",
 ]

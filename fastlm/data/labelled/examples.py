@@ -83,13 +83,11 @@ class Examples:
         self.told, self.kept = told or {}, kept
         self.rows = self.documents = len(ids)
         self.row_tokens = int(ids.lengths.max()) if self.rows else 0
-        self.text_bytes = self.text_tokens = len(ids.values)
         self.accepted: dict[str, str] = {}
         self.manifest = {
             "settings": {**settings, "labels": list(labels)},
             "tokenizer": {"checksum": tokenizer.hash},
             "documents": self.documents,
-            "text_bytes": self.text_bytes,
             "checksum": self._checksum(),
         }
 

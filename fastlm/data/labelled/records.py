@@ -58,21 +58,27 @@ def read_records(paths: Iterable, report: Report, *, plain: str, header: bool = 
     spool   a directory for what comes from standard input
     ValueError for a missing path, or a file that is damaged as a whole.
     """
+    records = Records()
+    records.rows += stream_records(paths, report, records.names, plain=plain, header=header, spool=spool)
+    return records
+
+
+def stream_records(
+    paths: Iterable, report: Report, names: dict[str, list[str]], *, plain: str, header: bool = True, spool=None
+) -> Iterator[Record]:
+    """`read_records`, one after another; `names` gets the names of classes."""
     if plain not in PLAIN:
         raise ValueError(f"plain: expected one of {', '.join(PLAIN)}, got {plain!r}")
-    paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
-    records = Records()
-    for given in paths:
+    for given in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
         root = Path(given) if os.path.isdir(given) else None
         for file in find_files([given], report, spool=spool):
             try:
                 with open_bytes(file) as stream:
-                    records.rows += _read(file, stream, root, plain, header, report, records.names)
+                    yield from _read(file, stream, root, plain, header, report, names)
             except OSError as error:
                 raise ValueError(f"data: {file.name} cannot be read: {error.strerror or error}") from error
             except Damaged as error:
                 raise ValueError(f"data: {file.name} cannot be read: it is a {error}") from error
-    return records
 
 
 def saved_splits(path) -> dict[str, Path]:

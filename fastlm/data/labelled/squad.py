@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from fastlm.data.labelled.records import Record, read_records
+from fastlm.data.labelled.records import Record, stream_records
 from fastlm.data.sources import Report, SourceFile, find_files
 from fastlm.data.sources.streams import Damaged, open_bytes
 
@@ -47,14 +47,14 @@ class Bad(ValueError):
 
 
 def stream_rows(paths: Iterable, report: Report, *, spool=None) -> Iterator[Record]:
-    """The rows of SQuAD files, and of others as `read_records` reads them. ValueError for a file that is damaged.
+    """The rows of SQuAD files, and of others as `stream_records` reads them. ValueError for a file that is damaged.
 
     spool: a directory for what comes from standard input
     """
     paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     for file in find_files(paths, report, spool=spool):
         rows = _squad_file(file, report) if file.kind == "json" else None
-        yield from read_records([file.path], report, plain="line").rows if rows is None else rows
+        yield from stream_records([file.path], report, {}, plain="line") if rows is None else rows
 
 
 def _squad_file(file: SourceFile, report: Report) -> Iterator[Record] | None:
