@@ -2,17 +2,15 @@
 
 import json
 import math
-import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
 from models import to_transformers, widen
+from pages import command_of, run_command
 from training import corpus
 
-from fastlm import _malloc, _threads, cli
 from fastlm.data import Tokenizer
 from fastlm.data.layouts import Corruption
 from fastlm.data.spans import corrupt
@@ -140,7 +138,7 @@ def test_span_loss_is_transformers(tmp_path, text):
     assert "perplexity" not in found
 
 
-def test_a_run_has_the_loss_of_its_own_evaluation(tmp_path, capsys, monkeypatch):
+def test_a_run_has_the_loss_of_its_own_evaluation(tmp_path, capsys):
     """Where no document is cut. The window is what the run was trained on, not the model's length."""
     held = tmp_path / "held.txt"
     held.write_text("".join(f"{name} found a paper boat on day {i}.\n" for i, name in enumerate(("anna", "hugo"))))
@@ -158,41 +156,30 @@ def test_a_run_has_the_loss_of_its_own_evaluation(tmp_path, capsys, monkeypatch)
     assert found["loss"] == pytest.approx(summary["val_loss"], rel=1e-5)
     assert found["bits_per_byte"] == pytest.approx(summary["val_bits_per_byte"], rel=1e-5)
     (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step-*4")
-    command = ["fastlm", "evaluate", "--model", checkpoint, "--data", held, "--documents", "line"]
-    monkeypatch.setattr(_malloc, "tune", lambda: "left alone in tests")
-    monkeypatch.setattr(_threads, "for_work", lambda flops=None: 2)
-    for options, read in ((["--json"], lambda out: json.loads(out)["loss"]), ([], lambda out: out)):
-        monkeypatch.setattr("sys.argv", [*map(str, command), *options, "--stride", "64"])
-        with pytest.raises(SystemExit):
-            cli.main()
-        printed = read(capsys.readouterr().out)
-        if options:
-            assert printed == pytest.approx(found["loss"], rel=1e-6)
-        else:
-            assert f"loss {found['loss']:.4f} nats a token, perplexity" in printed
-            assert "windows of 64 tokens, stride 64" in printed
+    command = f"fastlm evaluate --model {checkpoint} --data {held} --documents line --stride 64"
+    assert run_command(command, tmp_path, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(found["loss"], rel=1e-6)
+    assert run_command(command, tmp_path) == 0
+    printed = capsys.readouterr().out
+    assert f"loss {found['loss']:.4f} nats a token, perplexity" in printed
+    assert "windows of 64 tokens, stride 64" in printed
 
 
-def test_commands_of_the_page(tmp_path, monkeypatch, capsys):
+def test_commands_of_the_page(tmp_path, capsys):
     for family, directory in (("gpt2", "gpt2"), ("bert", "mini/hf"), ("t5", "t5")):
         (tmp_path / "runs" / directory).mkdir(parents=True)
         make(family, tmp_path / "runs" / directory)
     (tmp_path / "held.txt").write_text("".join(text + "\n" for text in TEXTS))
     (tmp_path / "held.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in TEXTS))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(_malloc, "tune", lambda: "left alone in tests")
-    monkeypatch.setattr(_threads, "for_work", lambda flops=None: 2)
-    page = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text(encoding="utf-8")
-    commands = [line for block in re.findall(r"```sh\n(.*?)```", page, re.S) for line in block.splitlines()]
-    wanted = ("windows of 16 tokens, stride 8", "stride 4: ", "a share of 0.5 of them", '"objective": "span"')
-    assert len(commands) == len(wanted)
-    for command, printed in zip(commands, wanted):
-        monkeypatch.setattr("sys.argv", command.split())
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        out, err = capsys.readouterr()
-        assert exit.value.code in (0, None), (command, err)
-        assert printed in out
+    beginnings = {
+        "fastlm evaluate --model runs/gpt2 --data held.txt\n": "windows of 16 tokens, stride 8",
+        "fastlm evaluate --model runs/gpt2 --data held.txt --s": "stride 4: ",
+        "fastlm evaluate --model runs/mini": "a share of 0.5 of them",
+        "fastlm evaluate --model runs/t5": '"objective": "span"',
+    }
+    for beginning, printed in beginnings.items():
+        assert run_command(command_of("evaluation.md", beginning), tmp_path) == 0
+        assert printed in capsys.readouterr().out
 
 
 def test_errors_name_the_remedy(tmp_path, text):

@@ -2,14 +2,15 @@
 
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from pages import command_of, run_command
 from squad_definition import official
 
-from fastlm import _malloc, _threads, cli
 from fastlm.data import Tokenizer
 from fastlm.data.labelled.squad import stream_rows
 from fastlm.data.sources import Report
@@ -19,6 +20,7 @@ from fastlm.run.recipe import Recipe
 from fastlm.train.finetune import finetune
 
 PLACES = ("old garden", "river", "station hall", "house", "clock tower", "fish market")
+SMALL = ("data.stride=16", "model.hidden_dropout_prob=0.0", "model.attention_probs_dropout_prob=0.0")
 FILLER = "It was a long day, and nothing else happened until late in the evening."
 
 
@@ -52,27 +54,26 @@ def base(tmp_path_factory):
 
 
 def recipe(**values):
-    dropout = {"model.hidden_dropout_prob": 0.0, "model.attention_probs_dropout_prob": 0.0}
-    table = {"data.stride": 16, "train.batch_size": 16, "train.lr": 1e-2, "train.epochs": 6, **dropout}
-    return Recipe("answer", name="answer").with_values(
-        {**table, **{k.replace("__", "."): v for k, v in values.items()}}
-    )
+    values = {key.replace("__", "."): value for key, value in values.items()}
+    return Recipe("answer", name="answer").with_settings(SMALL).with_values(values)
 
 
 @pytest.fixture(scope="module")
 def run(base, tmp_path_factory):
-    """(directory of a run, rows of the held-out file dev.json beside it), whose contexts take several windows."""
+    """(directory of the page's run, rows of the held-out file dev.json), whose contexts take several windows."""
     out = tmp_path_factory.mktemp("answer")
-    squad(out / "train.json", 60, seed=1)
+    squad(out / "squad.json", 60, seed=1)
     held = squad(out / "dev.json", 20, seed=2, fill=4)
-    finetune(recipe(data__validation=str(out / "dev.json")), base, out / "train.json", out / "run")
-    return out / "run", held
+    shutil.copytree(base, out / "runs" / "mini")
+    line = command_of("finetuning-texts.md", "fastlm finetune answer")
+    assert run_command(line, out, "--epochs=6", "--batch-size=16", "--lr=1e-2", "--device=cpu", "--set", *SMALL) == 0
+    return out / "runs" / "answer", held
 
 
 def test_figures_are_the_official_ones_of_the_predictions(run):
     out, held = run
     predictor, report = AnswerPredictor(out / "hf"), Report()
-    said = list(predictor.predict(stream_rows(out.parent / "dev.json", report), report, questions=7, tokens=100))
+    said = list(predictor.predict(stream_rows(out.parents[1] / "dev.json", report), report, questions=7, tokens=100))
     assert [one["id"] for one in said] == [row["id"] for row in held]
     figures = json.loads((out / "metrics.json").read_text())
     scores = np.array([official(one["answer"], [a["text"] for a in row["answers"]]) for one, row in zip(said, held)])
@@ -93,30 +94,24 @@ def test_figures_are_the_official_ones_of_the_predictions(run):
             assert (one["start"], one["probability"]) == (None, one["no_answer"])
 
 
-def test_the_command_writes_lines_and_squads_file(run, tmp_path, monkeypatch, capsys):
+def test_the_command_writes_lines_and_squads_file(run, tmp_path, capsys):
     out, held = run
-    monkeypatch.setattr(_malloc, "tune", lambda: "left alone in tests")
-    monkeypatch.setattr(_threads, "for_work", lambda flops=None: 2)
-
-    def predict(*arguments):
-        monkeypatch.setattr("sys.argv", ["fastlm", "predict", "--model", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        return exit.value.code or 0, *capsys.readouterr()
-
-    files = ["--out", tmp_path / "answers.jsonl", "--squad", tmp_path / "squad.json"]
-    status, _, err = predict(out, "--data", out.parent / "dev.json", *files, "--null-threshold", "1e9")
-    assert (status, err.splitlines()[-1].split(" in ")[0]) == (0, "20 rows")
-    lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-    assert json.loads((tmp_path / "squad.json").read_text()) == {one["id"]: one["answer"] for one in lines}
+    folder = out.parents[1]
+    line = command_of("finetuning-texts.md", "fastlm predict --model runs/answer")
+    assert run_command(line, folder, "--null-threshold", 1e9) == 0
+    assert capsys.readouterr().err.splitlines()[-1].startswith("20 rows in ")
+    lines = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+    assert json.loads((folder / "predictions.json").read_text()) == {one["id"]: one["answer"] for one in lines}
     assert [one["id"] for one in lines] == [row["id"] for row in held]
-    assert all(one["answer"] for one in lines)  # above every margin
-    assert predict(out, "--text", "passage")[2].startswith("error: --text: expected none for the BertForQuestionAnsw")
-    (tmp_path / "empty.jsonl").write_text('{"question": 3}\n')
-    status, _, err = predict(out / "hf", "--data", tmp_path / "empty.jsonl")
-    assert status == 2
-    assert "error: data: expected texts, found none" in err
-    assert 'no string under "question"' in err
+    assert all(one["answer"] for one in lines)  # every margin is below
+    command = f"fastlm predict --model {out} --data {tmp_path / 'bad.jsonl'}"
+    assert run_command(command, tmp_path, "--text", "passage") == 2
+    assert capsys.readouterr().err.startswith("error: --text: expected none for the BertForQuestionAnswering in")
+    (tmp_path / "bad.jsonl").write_text('{"question": 3}\n')
+    assert run_command(command, tmp_path) == 2
+    error = capsys.readouterr().err
+    assert "error: data: expected texts, found none" in error
+    assert 'no string under "question"' in error
 
 
 def test_transformers_finds_the_same_spans(run):
@@ -124,7 +119,7 @@ def test_transformers_finds_the_same_spans(run):
     theirs = transformers.AutoModelForQuestionAnswering.from_pretrained(out / "hf").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(out / "hf")
     predictor, report = AnswerPredictor(out / "hf"), Report()
-    said = list(predictor.predict(stream_rows(out.parent / "dev.json", report), report))
+    said = list(predictor.predict(stream_rows(out.parents[1] / "dev.json", report), report))
     for row, ours in zip(held[:8], said):
         inputs = tokenizer(
             row["question"],

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from models import to_transformers, widen
+from pages import command_of, run_command
 
 from fastlm.data import Tokenizer
 from fastlm.models import GPT2, T5, GPT2Config, T5Config
@@ -98,7 +99,7 @@ def rows(path, count, seed, columns=("source", "target")):
 
 @pytest.fixture(scope="module", params=["seq2seq", "causal"])
 def run(request, tmp_path_factory):
-    """(task, directory of its run, the base model, rows held out)"""
+    """(task, directory of the page's run, its recipe, rows held out)"""
     task, out = request.param, tmp_path_factory.mktemp(request.param)
     texts = [f"say {word} now {word} {word}\n" for word in WORDS]
     torch.manual_seed(0)
@@ -106,29 +107,23 @@ def run(request, tmp_path_factory):
         tokenizer = Tokenizer.train(lambda: texts * 4, 300, purpose="causal")
         ids = {"bos_token_id": tokenizer.eos_id, "eos_token_id": tokenizer.eos_id}
         base = GPT2(GPT2Config(tokenizer.vocab_size, n_positions=32, n_embd=48, n_layer=2, n_head=4, **ids))
-        drop = {f"model.{name}_pdrop": 0.0 for name in ("attn", "embd", "resid")}
+        drop = [f"model.{name}_pdrop" for name in ("attn", "embd", "resid")]
     else:
         tokenizer = Tokenizer.train(lambda: texts * 4, 400, purpose="span")
         ids = {"pad_token_id": tokenizer.pad_id, "decoder_start_token_id": tokenizer.pad_id}
         sizes = {"d_model": 48, "d_kv": 12, "d_ff": 96, "num_layers": 1, "num_heads": 4}
         base = T5(T5Config(vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.eos_id, **sizes, **ids))
-        drop = {"model.dropout_rate": 0.0}
-    base.save_pretrained(out / "base", tokenizer)
-    rows(out / "train.jsonl", 96, 1)
+        drop = ["model.dropout_rate"]
+    base.save_pretrained(out / "runs" / {"causal": "gpt2", "seq2seq": "t5"}[task], tokenizer)
+    rows(out / "pairs.jsonl", 96, 1)
     held = rows(out / "dev.jsonl", 20, 2)
-    table = {
-        "train.batch_size": 16,
-        "train.lr": 1e-2,
-        "train.epochs": 10,
-        "train.eval_every": 60,
-        "train.generate": 12,
-        **drop,
-    }
-    recipe = Recipe(task, name=task).with_values(
-        {**table, "data.validation": str(out / "dev.jsonl"), "data.max_target": 8}
-    )
-    finetune(recipe, out / "base", out / "train.jsonl", out / "run")
-    return task, out / "run", recipe, held
+    line = command_of("finetuning-texts.md", f"fastlm finetune {task}")
+    small = ["train.eval_every=60", "train.generate=12", "data.max_target=8", *(f"{name}=0.0" for name in drop)]
+    more = ["--validation=dev.jsonl", "--batch-size=16", "--lr=1e-2", "--epochs=10", "--device=cpu", "--set", *small]
+    assert run_command(line, out, *more) == 0
+    (finished,) = (path for path in (out / "runs").iterdir() if (path / "hf").is_dir())
+    recipe = Recipe(task, name=task).with_settings(small).with_values({"data.text": "source", "data.label": "target"})
+    return task, finished, recipe.with_values({"train.batch_size": 16}), held
 
 
 def test_the_loss_is_on_the_targets_alone(run):
@@ -148,7 +143,7 @@ def test_the_loss_is_on_the_targets_alone(run):
                 loss = theirs(torch.tensor([prompt + target]), labels=torch.tensor([labels])).loss
                 options = {"input_ids": torch.tensor([prompt])}
             else:
-                source = [*tokenizer(row["source"], add_special_tokens=False).input_ids, end]
+                source = [*tokenizer("answer: " + row["source"], add_special_tokens=False).input_ids, end]
                 loss = theirs(torch.tensor([source]), labels=torch.tensor([target])).loss
                 options = {"input_ids": torch.tensor([source])}
             nats, predicted = nats + float(loss.double()) * len(target), predicted + len(target)
@@ -173,7 +168,7 @@ def test_packed_padded_and_filled_rows_have_the_same_loss(run):
     losses, shapes = [], []
     for layout, device in (("packed", "cpu"), ("padded", "cpu"), ("packed", "cuda"), ("packed", "cuda")):
         resolved, data = open_examples(
-            recipe.with_values({"data.layout": layout}), out.parent / "train.jsonl", out / "hf"
+            recipe.with_values({"data.layout": layout}), out.parents[1] / "pairs.jsonl", out / "hf"
         )
         step = len(losses) // 3
         micro = find_task(task)(resolved, data.train, torch.device(device), data.validation).micro(step, 0)
@@ -213,7 +208,7 @@ def test_bad_rows(run, tmp_path):
     path = tmp_path / "rows.jsonl"
     for content, message in (
         ("", "found none"),
-        ('{"source": "a"}\n', r'data\.label: expected a column "target" or .* found "source"'),
+        ('{"source": "a"}\n', r'data\.label: expected a column "target" in rows.jsonl:1, found "source"'),
         (
             '{"source": "", "target": "a"}\n{"source": 3, "target": "a"}\n',
             'found none that can be used .*empty text in column "source"',
@@ -232,5 +227,8 @@ def test_bad_rows(run, tmp_path):
         ValueError, match=r"train\.measures: expected some of rouge, bleu, chrf, by commas, got 'meteor'"
     ):
         finetune(
-            recipe.with_values({"train.measures": "meteor"}), out / "hf", out.parent / "train.jsonl", tmp_path / "run"
+            recipe.with_values({"train.measures": "meteor"}),
+            out / "hf",
+            out.parents[1] / "pairs.jsonl",
+            tmp_path / "run",
         )
