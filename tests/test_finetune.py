@@ -69,7 +69,7 @@ def numbers(count):
 
 def topics(count):
     """Several labels a text."""
-    return [{"text": text, "labels": [label] + ["two"] * ("two" in text)} for text, label in reviews(count)]
+    return [{"text": text, "labels": ["good", "seen"] if label == "pos" else ["bad"]} for text, label in reviews(count)]
 
 
 def pairs(count):
@@ -83,9 +83,9 @@ KINDS = {
     "several": (
         "classify",
         lambda p: write_jsonl(p / "a.jsonl", topics(240)),
-        {"train__lr": 2e-3, "train__epochs": 6.0},
+        {},
         "f1_micro",
-        0.8,
+        0.9,
     ),
     "pairs": (
         "classify",
