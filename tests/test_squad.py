@@ -102,9 +102,14 @@ def test_files_of_both_kinds_and_damaged_ones(tmp_path):
     row = {"id": "a", "question": "Who?", "answers": []}
     (tmp_path / "a.json").write_text("\ufeff " + json.dumps(nested(row), indent=1), encoding="utf-8")
     (tmp_path / "b.jsonl").write_text(json.dumps({**row, "id": "b", "context": CONTEXT}) + "\n{oops\n")
+    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    answers = {"text": ["Anna"], "answer_start": [CONTEXT.index("Anna")]}
+    table = pyarrow.Table.from_pylist([{"id": "c", "question": "Who?", "context": CONTEXT, "answers": answers}])
+    parquet.write_table(table, tmp_path / "c.parquet")
     report = Report()
     read = questions_of(stream_rows([tmp_path], report), report)
-    assert [question.id for question in read] == ["a", "b"]
+    assert [question.id for question in read] == ["a", "b", "c"]
+    assert read[2].answers == (("Anna", CONTEXT.index("Anna")),)
     assert {reason: entry["count"] for reason, entry in report.set_aside.items()} == {"malformed JSON": 1}
     (tmp_path / "a.json").write_text('{"data": \n  oops}')
     with pytest.raises(ValueError, match=r"data: .*a.json is not valid JSON: .*line 2 column 3"):
