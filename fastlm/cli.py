@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import json
 import os
 import sys
 import warnings
@@ -328,6 +329,53 @@ def generate(
                 text = asked.text + answer.text if writer.continues else answer.text
                 print(files.as_json(asked, answer) if out or as_json else text, file=target, flush=True)
     _say(str(speed), sys.stderr)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Option(help="A model: a run, a checkpoint, or a Hugging Face directory.")],
+    data: DataOption,
+    documents: Annotated[str, typer.Option(help="A document of a text file: file, line, blank.")] = "file",
+    field: Annotated[str, typer.Option(help="Of JSON lines and tables: the name of the text.")] = "text",
+    window: Annotated[int | None, typer.Option(help="Tokens of a window. Default: as trained.")] = None,
+    stride: Annotated[int | None, typer.Option(help="GPT-2: from window to window. Default: half of it.")] = None,
+    share: Annotated[float | None, typer.Option(help="BERT: of the tokens to mask. Default: about 4096.")] = None,
+    ends: Annotated[bool, typer.Option("--ends/--no-ends", help="GPT-2: predict ends of documents too.")] = True,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens of a forward.")] = 4096,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; else a GPU where there is one.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure how well a model predicts a text.
+
+    GPT-2: perplexity and bits a byte; BERT: pseudo-perplexity; T5: the loss of span corruption.
+    """
+    import torch
+
+    from fastlm.evaluate import describe
+    from fastlm.evaluate import evaluate as measure
+
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"--dtype: expected float32 or bfloat16, got {dtype!r}")
+    _threads.for_work()
+    result = measure(
+        model,
+        data,
+        documents=documents,
+        fields=tuple(name.strip() for name in field.split(",")),
+        window=window,
+        stride=stride,
+        share=share,
+        ends=ends,
+        batch_tokens=batch_tokens,
+        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        dtype=getattr(torch, dtype),
+    )
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+        return
+    for line in describe(result):
+        _say(line)
 
 
 @app.command()

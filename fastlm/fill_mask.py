@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from fastlm.data import Tokenizer
 from fastlm.models import Bert
+from fastlm.pretrained import load_pretrained
 
 
 @dataclass(frozen=True)
@@ -28,13 +27,7 @@ def fill_mask(directory, text: str, *, top: int = 5) -> list[list[Candidate]]:
 
     ValueError for a directory without a model, a text without a mask, or one that is too long.
     """
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise ValueError(f"model: expected a directory, as OUT/hf after `fastlm pretrain`, got {str(directory)!r}")
-    model = Bert.from_pretrained(directory).eval()
-    tokenizer = Tokenizer.load(directory)
-    tokenizer.check("masked")
-    tokenizer.check_size(model.config.vocab_size, directory)
+    model, tokenizer = load_pretrained(directory, (Bert,))
     ids = tokenizer.encode(text)
     places = [place for place, id in enumerate(ids) if id == tokenizer.mask_id]
     mask = tokenizer.decode([tokenizer.mask_id], skip_special_tokens=False)

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +23,9 @@ TASKS = {
     "classify": "Put texts, or pairs of texts, into classes: one each, or several labels.",
     "regress": "Predict a number for each text or pair of texts.",
     "tag": "Label each word, as entities in IOB2.",
+    "answer": "Answer questions by spans of a text; SQuAD's JSON, or rows.",
+    "seq2seq": "Write a target text for each source text, with T5.",
+    "causal": "Write an answer to each prompt, with GPT-2: the loss is on the answer alone.",
 }
 
 _CONLL = (".conll", ".iob", ".bio")
@@ -126,35 +130,57 @@ def predict(
     out: Annotated[Path | None, typer.Option(help="JSON lines to write. Default: the terminal.")] = None,
     text: Text = None,
     header: Annotated[bool, typer.Option(help="Whether the first line of a CSV file names its columns.")] = True,
+    null_threshold: Annotated[
+        float | None,
+        typer.Option(help="Of answers: how much more none has to score than the best one. Default: the run's."),
+    ] = None,
+    squad: Annotated[Path | None, typer.Option(help="Of answers: SQuAD's file of predictions, to write too.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; else a GPU where there is one.")] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
 ) -> None:
-    """Write what a fine-tuned model says of each text, with probabilities, as JSON lines."""
+    """Write what a fine-tuned model says of each text or question, with probabilities, as JSON lines."""
     import torch
 
     from fastlm import predict as predicting
     from fastlm.chip import parse_device
     from fastlm.data.labelled import stream_records
+    from fastlm.data.labelled.squad import stream_rows
     from fastlm.data.sources import Report
-    from fastlm.storage import atomic_file
+    from fastlm.models import BertForQuestionAnswering
+    from fastlm.predict_answers import AnswerPredictor
+    from fastlm.storage import atomic_file, replace_json
 
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"--dtype: expected float32 or bfloat16, got {dtype!r}")
     _threads.for_work()
     device = parse_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    columns = "" if text is None else ",".join(text)
-    predictor = predicting.Predictor(model, text=columns, device=device, dtype=getattr(torch, dtype))
     report, paths, began = Report(), data or ["-"], time.perf_counter()
-    plain = "conll" if predictor.tags and all(Path(path).suffix in _CONLL for path in paths) else "line"
+    architecture = predicting.architecture_of(predicting.model_directory(model))
+    questions, options = architecture == BertForQuestionAnswering.architecture, {"device": device}
+    given = {"--text": text} if questions else {"--null-threshold": null_threshold, "--squad": squad}
+    for flag, value in given.items():
+        if value is not None:
+            raise ValueError(f"{flag}: expected none for the {architecture} in {model}, got {value}")
+    options["dtype"] = getattr(torch, dtype)
+    if questions:
+        predictor, reader = AnswerPredictor(model, null_threshold=null_threshold, **options), stream_rows
+    else:
+        predictor = predicting.Predictor(model, text="" if text is None else ",".join(text), **options)
+        plain = "conll" if predictor.tags and all(Path(path).suffix in _CONLL for path in paths) else "line"
+        reader = partial(stream_records, names={}, plain=plain, header=header)
+    answers = {}
     with ExitStack() as stack:
         spool = stack.enter_context(tempfile.TemporaryDirectory())
         file = sys.stdout
         if out is not None:
-            partial = stack.enter_context(atomic_file(out, what="the predictions"))
-            file = stack.enter_context(open(partial, "w", encoding="utf-8"))
-        records = stream_records(paths, report, {}, plain=plain, header=header, spool=spool)
-        for said in predictor.predict(records, report):
+            path = stack.enter_context(atomic_file(out, what="the predictions"))
+            file = stack.enter_context(open(path, "w", encoding="utf-8"))
+        for said in predictor.predict(reader(paths, report, spool=spool), report):
             print(json.dumps(said, ensure_ascii=False), file=file)
+            if squad is not None:
+                answers[said["id"]] = said["answer"]
     predicting.describe(predictor, report, time.perf_counter() - began, lambda line: print(line, file=sys.stderr))
     if not report.kept:
         raise ValueError(f"data: expected texts, found none in {' '.join(paths)} ({report.reasons()})")
+    if squad is not None:
+        replace_json(squad, answers, what="SQuAD's predictions")

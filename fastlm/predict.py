@@ -29,6 +29,25 @@ TOKENS_AT_ONCE = 4096
 _MODELS = {cls.architecture: cls for cls in (BertForSequenceClassification, BertForTokenClassification)}
 
 
+def model_directory(directory) -> Path:
+    """Of the model of a run's directory, OUT/hf of OUT; another directory as it is."""
+    run = Path(directory)
+    return run / "hf" if (run / "hf" / "config.json").is_file() else run
+
+
+def architecture_of(directory: Path) -> str:
+    """The first of the `architectures` in config.json; "none" where there is none."""
+    path = directory / "config.json"
+    return ((read_json(path) if path.is_file() else {}).get("architectures") or ["none"])[0]
+
+
+def batches(lengths: np.ndarray, tokens: int) -> list[np.ndarray]:
+    """Numbers of rows of these lengths, sorted by length, in groups of about `tokens` tokens."""
+    order = np.argsort(lengths, kind="stable")
+    ends = np.cumsum(lengths[order])
+    return [chosen for chosen in np.split(order, np.flatnonzero(np.diff(ends // tokens)) + 1) if len(chosen)]
+
+
 class Predictor:
     """A fine-tuned model: `predictor.predict(records, report)` gives a dictionary for each.
 
@@ -36,21 +55,20 @@ class Predictor:
                 in Transformers' layout
     text        columns of the text, by commas; "": those that the model was trained on, where the directory is that of
                 a run, or the defaults of fastlm.data.labelled.columns
-    cut         how many rows were longer than the model takes
+    longest     tokens of a row that the model takes; cut: how many rows were longer
     """
 
     def __init__(self, directory, *, text: str = "", device: torch.device | str = "cpu", dtype=torch.float32):
-        run = Path(directory)
-        self.directory = run / "hf" if (run / "hf" / "config.json").is_file() else run
+        self.directory = model_directory(directory)
         self.text, self.device, self.dtype, self.cut = text or _trained_on(self.directory), device, dtype, 0
-        path = self.directory / "config.json"
-        architecture = (read_json(path) if path.is_file() else {}).get("architectures") or ["none"]
-        if architecture[0] not in _MODELS:
+        architecture = architecture_of(self.directory)
+        if architecture not in _MODELS:
             raise ValueError(
-                f"model: expected a fine-tuned {' or '.join(_MODELS)} in {directory}, found {architecture[0]}; name "
-                "the directory of a run of `fastlm finetune`"
+                f"model: expected a fine-tuned {' or '.join(_MODELS)} in {directory}, found {architecture}; name the "
+                "directory of a run of `fastlm finetune`"
             )
-        self.model: Model = _MODELS[architecture[0]].from_pretrained(self.directory).eval().to(device)
+        self.model: Model = _MODELS[architecture].from_pretrained(self.directory).eval().to(device)
+        self.longest = self.model.config.max_position_embeddings
         self.tokenizer, self.labels = Tokenizer.load(self.directory), self.model.config.labels
         self.tags = isinstance(self.model, BertForTokenClassification)
 
@@ -69,7 +87,7 @@ class Predictor:
     def _classified(self, rows: Sequence[Record], report: Report, tokens: int) -> Iterator[dict]:
         columns = choose_columns("data.text", self.text, TEXTS, rows)
         kept = _kept(((row, text_of(row, columns)) for row in rows), report)
-        encoded = encode_texts([text for _, text in kept], self.tokenizer, self.model.config.max_position_embeddings)
+        encoded = encode_texts([text for _, text in kept], self.tokenizer, self.longest)
         self.cut += encoded.cut
         more = {} if encoded.types is None else {"token_type_ids": (encoded.types, 0)}
         logits = np.empty((len(kept), len(self.labels)), np.float32)
@@ -95,7 +113,7 @@ class Predictor:
         columns = choose_columns("data.text", self.text, (*TOKENS, *TEXTS), rows)
         kept = _kept(((row, self._words(row, columns[0])) for row in rows), report)
         sentences = [words for _, words in kept]
-        ids, firsts, cut, _ = encode_words(sentences, self.tokenizer, self.model.config.max_position_embeddings)
+        ids, firsts, cut, _ = encode_words(sentences, self.tokenizer, self.longest)
         self.cut += sum(count > 0 for count in cut)
         shares: list[np.ndarray] = [np.empty(0)] * len(kept)
         ragged, borne = Ragged.of(ids), [np.array(first) for first in firsts]
@@ -135,13 +153,8 @@ class Predictor:
     @torch.inference_mode()
     def _forward(self, ids: Ragged, more: dict, tokens: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(numbers of the rows, logits) of batches of about `tokens` tokens, of rows of similar length."""
-        lengths, kind = ids.lengths, torch.device(self.device).type
-        order = np.argsort(lengths, kind="stable")
-        ends = np.cumsum(lengths[order])
-        cuts = np.flatnonzero(np.diff(ends // tokens)) + 1
-        for chosen in np.split(order, cuts):
-            if not len(chosen):
-                continue
+        kind = torch.device(self.device).type
+        for chosen in batches(ids.lengths, tokens):
             inputs = packed({"input_ids": (ids, 0), **more}, chosen)
             inputs = {k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
             with torch.autocast(kind, self.dtype, enabled=self.dtype != torch.float32):
@@ -181,4 +194,4 @@ def describe(predictor: Predictor, report: Report, seconds: float, say: Callable
     if report.set_aside:
         say(f"set aside: {report.reasons()}")
     if predictor.cut:
-        say(f"cut to {predictor.model.config.max_position_embeddings} tokens: {predictor.cut:,} rows")
+        say(f"cut to {predictor.longest} tokens: {predictor.cut:,} rows")

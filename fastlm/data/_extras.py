@@ -18,11 +18,16 @@ _EXTRAS = {
     "ray": ("ray", "preparations with executor ray"),
     "sentencepiece": ("unigram", "training Unigram tokenizers"),
     "datasets": ("datasets", "Hugging Face datasets by name"),
+    "rouge_score": ("metrics", "ROUGE figures"),
+    "sacrebleu": ("metrics", "BLEU and chrF figures"),
 }
 
 
-def require(name: str) -> ModuleType:
-    """The module `name`, as `pyarrow.parquet`. ValueError that names the extra where its package is missing."""
+def require(name: str, argument: str = "data") -> ModuleType:
+    """The module `name`, as `pyarrow.parquet`. ValueError that names the extra where its package is missing.
+
+    argument: what asked for it, for the message
+    """
     package = name.partition(".")[0]
     extra, purpose = _EXTRAS[package]
     try:
@@ -30,4 +35,4 @@ def require(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != package:
             raise
-        raise ValueError(f"data: {purpose} need the package {package}; pip install fastlm[{extra}]") from error
+        raise ValueError(f"{argument}: {purpose} need the package {package}; pip install fastlm[{extra}]") from error

@@ -218,6 +218,28 @@ class Tokenizer:
             self.backend.encode_special_tokens = False
         return [ids if self._reserved.isdisjoint(ids) else self._without_reserved(ids) for ids in rows]
 
+    def encode_offsets(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(ids (n,), offsets (n, 2)), int64, of each text: the ids of `encode_batch`, and the characters of each token.
+
+        A token is text[offset[0] : offset[1]], whatever the tokenizer made of case and accents.
+        """
+        self.backend.encode_special_tokens = True
+        try:
+            encodings = self.backend.encode_batch(texts, add_special_tokens=False)
+        finally:
+            self.backend.encode_special_tokens = False
+        found = []
+        for encoding in encodings:
+            ids, offsets = np.array(encoding.ids, np.int64), np.array(encoding.offsets, np.int64).reshape(-1, 2)
+            if not self._reserved.isdisjoint(encoding.ids):
+                reserved = np.isin(ids, list(self._reserved))
+                if self.unk_id is None:
+                    ids, offsets = ids[~reserved], offsets[~reserved]
+                else:
+                    ids[reserved] = self.unk_id
+            found.append((ids, offsets))
+        return found
+
     def encode_words(self, sentences: Sequence[Sequence[str]]) -> list[tuple[list[int], list[int]]]:
         """(ids, places) of each sentence of words, none added: `places` has where each word's first token is, or -1.
 

@@ -54,8 +54,8 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def read_config(directory: str | Path, model_type: str | None = None) -> dict:
-    """config.json of a checkpoint. ValueError if it is missing or belongs to another kind of model; None: of any."""
+def read_config(directory: str | Path, *model_types: str) -> dict:
+    """config.json of a checkpoint. ValueError if it is missing, or of a model of other types than the given ones."""
     directory = Path(directory)
     if not directory.is_dir():
         raise ValueError(
@@ -68,10 +68,9 @@ def read_config(directory: str | Path, model_type: str | None = None) -> dict:
             found = f"none; it is the directory of a run, whose model is in {directory / _RUN_MODEL}"
         raise ValueError(f"directory: expected a {_CONFIG} in {directory}, found {found}")
     config = read_json(directory / _CONFIG)
-    if model_type is not None and config.get("model_type") != model_type:
-        raise ValueError(
-            f'directory: expected model_type "{model_type}" in {_CONFIG}, got {config.get("model_type")!r}'
-        )
+    if model_types and config.get("model_type") not in model_types:
+        wanted = " or ".join(f'"{name}"' for name in model_types)
+        raise ValueError(f"directory: expected model_type {wanted} in {_CONFIG}, got {config.get('model_type')!r}")
     return config
 
 

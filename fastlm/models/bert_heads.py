@@ -193,6 +193,9 @@ class BertForQuestionAnswering(BertEncoder):
 
     architecture = "BertForQuestionAnswering"
 
+    def flops(self, counts: Counts) -> float:
+        return 3.0 * (self.layer_flops(counts) + 2 * counts.tokens * self.config.hidden_size * 2)
+
     def __init__(self, config: BertConfig, *, device=None, dtype=None) -> None:
         if config.num_labels != 2:
             raise ValueError(f"labels: expected two for question answering, start and end, got {config.labels}")

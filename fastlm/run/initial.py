@@ -96,8 +96,8 @@ class Initial:
         return find_task(recipe.task).model_class(recipe.model.model_type)
 
 
-def find_initial(init) -> Initial:
-    """The model at `init`. ValueError where there is none, or no tokenizer beside it."""
+def find_initial(init, name: str = "init") -> Initial:
+    """The model at `init`, an argument of this name. ValueError where there is none, or no tokenizer beside it."""
     path = Path(init)
     named = os.path.realpath(path)
     if (path / "config.json").is_file():
@@ -111,13 +111,13 @@ def find_initial(init) -> Initial:
         if checkpoint is None:
             reason = f" ({'; '.join(skipped)})" if skipped else ""
             raise ValueError(
-                f"init: expected the directory of a model in Transformers' layout, of a run, or of a checkpoint, got "
+                f"{name}: expected the directory of a model in Transformers' layout, of a run, or of a checkpoint, got "
                 f"{init}{reason}"
             )
     tokenizer = checkpoint.path.parent.parent / DATA / TOKENIZER
     if not tokenizer.is_dir():
         raise ValueError(
-            f"init: expected the tokenizer of {checkpoint.path} in {tokenizer}, found none; the run was trained on "
+            f"{name}: expected the tokenizer of {checkpoint.path} in {tokenizer}, found none; the run was trained on "
             "prepared data. Finish the run and name its directory, or copy the data's tokenizer there"
         )
     return Initial(named, None, checkpoint, tokenizer)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fastlm.data import Tokenizer
-from fastlm.data.labelled import Examples, hold_out, read_records, saved_splits
+from fastlm.data.labelled import Examples, saved_splits
 from fastlm.data.sources import Report
 from fastlm.run.directory import Data
 from fastlm.run.recipe import Recipe
@@ -28,25 +28,18 @@ def open_examples(recipe: Recipe, data, tokenizer_directory: Path, known: Sequen
     table = recipe.data
     held = table.validation or splits.get("validation")
     test = table.test or splits.get("test")
-    tokenizer = _tokenizer(tokenizer_directory)
-    limit = recipe.model.longest[1]
-    recipe = replace(recipe, data=replace(table, max_length=min(table.max_length or limit, limit)))
+    task = find_task(recipe.task)
+    tokenizer, limit = task.tokenizer(tokenizer_directory), recipe.model.longest
+    longest = table.max_length or (task.longest if limit is None else limit[1])
+    recipe = replace(recipe, data=replace(table, max_length=longest if limit is None else min(longest, limit[1])))
     every = _read(recipe, [splits["train"]] if "train" in splits else paths, tokenizer, known=known)
     if held:
         train, validation = every, _read(recipe, [held], tokenizer, labels=every.labels)
     else:
-        task = find_task(recipe.task)
-        chosen, left = hold_out(every.rows, table.validation_share, table.split_seed, task.groups(every))
+        chosen, left = task.split(every, table.validation_share, table.split_seed)
         train, validation = every.select(chosen), every.select(left) if len(left) else None
     tested = _read(recipe, [test], tokenizer, labels=every.labels) if test else None
     return _resolved(recipe, train, validation), Data(train, validation, tested)
-
-
-def _tokenizer(directory: Path) -> Tokenizer:
-    tokenizer = Tokenizer.load(directory)
-    if tokenizer.cls_id is None or tokenizer.sep_id is None:
-        raise ValueError(f"model: expected a tokenizer with [CLS] and [SEP], as BERT's, found another in {directory}")
-    return tokenizer
 
 
 def _read(recipe: Recipe, paths: list, tokenizer: Tokenizer, **options) -> Examples:
@@ -54,7 +47,7 @@ def _read(recipe: Recipe, paths: list, tokenizer: Tokenizer, **options) -> Examp
     for path in paths:
         if str(path).startswith("-"):
             raise ValueError("data: expected files, got standard input, which a resumed run could not read again")
-    records = read_records(paths, report, plain=task.plain, header=recipe.data.header)
+    records = task.read(paths, recipe, report)
     if not records.rows:
         raise ValueError(f"data: expected labelled rows, found none in {named} ({report.reasons()})")
     examples = task.encode(records.rows, recipe, tokenizer, report, names=records.names, **options)

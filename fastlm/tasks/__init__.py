@@ -14,9 +14,20 @@ import pkgutil
 
 from fastlm.models import Model
 from fastlm.tasks._tables import DataTable, TrainTable
-from fastlm.tasks._task import EVALUATION_SEED, Micro, Task
+from fastlm.tasks._task import EVALUATION_SEED, Micro, Task, bits_per_byte, perplexity
 
-__all__ = ["EVALUATION_SEED", "DataTable", "Micro", "Task", "TrainTable", "find_task", "make_model", "task_names"]
+__all__ = [
+    "EVALUATION_SEED",
+    "DataTable",
+    "Micro",
+    "Task",
+    "TrainTable",
+    "bits_per_byte",
+    "find_task",
+    "make_model",
+    "perplexity",
+    "task_names",
+]
 
 
 def task_names() -> list[str]:

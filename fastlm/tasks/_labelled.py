@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
 
 from fastlm.data import Tokenizer
-from fastlm.data.labelled import Examples, Ragged, Record
+from fastlm.data.labelled import Examples, Ragged, Record, Records, hold_out, read_records
 from fastlm.data.order import rows_at
 from fastlm.data.sources import Report
 from fastlm.models import Counts
@@ -119,12 +120,14 @@ class LabelledTask(Task):
 
     measures   names of figures that `scores` returns, by which the best checkpoint may be chosen; by default the first
     plain      what plain-text files hold; see `read_records`
+    longest    data.max_length where neither it nor the model bounds an example: T5 was pretrained on 512 tokens
     """
 
     tables: ClassVar[dict[str, type[Table]]] = {"data": LabelledData, "train": LabelledTrain}
     scored = True
     measures: ClassVar[tuple[str, ...]]
     plain: ClassVar[str] = "class"
+    longest: ClassVar[int] = 512
 
     dataset: Examples
     validation: Examples | None
@@ -148,6 +151,26 @@ class LabelledTask(Task):
         names    of classes, by column, as a file gives them
         """
         raise NotImplementedError
+
+    @classmethod
+    def tokenizer(cls, directory) -> Tokenizer:
+        """The model's. ValueError where it lacks a special token that the task needs."""
+        tokenizer = Tokenizer.load(directory)
+        if tokenizer.cls_id is None or tokenizer.sep_id is None:
+            raise ValueError(
+                f"model: expected a tokenizer with [CLS] and [SEP], as BERT's, found another in {directory}"
+            )
+        return tokenizer
+
+    @classmethod
+    def read(cls, paths: Sequence, recipe, report: Report) -> Records:
+        """The rows of files."""
+        return read_records(paths, report, plain=cls.plain, header=recipe.data.header)
+
+    @classmethod
+    def split(cls, examples: Examples, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """(numbers of the examples to train on, of those held out), as `hold_out`."""
+        return hold_out(examples.rows, share, seed, cls.groups(examples))
 
     @classmethod
     def groups(cls, examples: Examples) -> Sequence[Hashable] | None:
@@ -206,13 +229,17 @@ class LabelledTask(Task):
     @cached_property
     def capacity(self) -> Capacity | None:
         """What every micro-batch of the run is filled up to: on a device all have one shape, for a CUDA graph."""
-        recipe, lengths = self.recipe, self.dataset.lengths
+        return self.capacity_of(self.dataset.lengths)
+
+    def capacity_of(self, lengths: np.ndarray) -> Capacity | None:
+        """The capacity of micro-batches whose rows have so many tokens, (examples,)."""
+        recipe = self.recipe
         if self.device.type == "cpu" or self.layout == "padded":
             return None
         total = recipe.train.max_steps * recipe.batch_rows
         rows = rows_at(np.arange(total), self.dataset.rows, recipe.train.seed)[1]
         totals = lengths[rows].reshape(-1, recipe.micro_rows).sum(1)
-        longest = self.dataset.row_tokens
+        longest = int(lengths.max())
         return Capacity(int(totals.max()), -(-int(totals.max() - totals.min()) // longest), longest)
 
     def largest(self) -> Micro:
@@ -269,7 +296,7 @@ def packed(columns: dict[str, tuple[Ragged, int]], rows: np.ndarray, capacity: C
     columns: by argument, (values, what padding has). With a capacity T is capacity.tokens, and capacity.pieces
     sequences of padding follow, which may be empty.
     """
-    lengths = columns["input_ids"][0].lengths[rows]
+    lengths = next(iter(columns.values()))[0].lengths[rows]
     total = int(lengths.sum())
     starts, fill = np.concatenate([[0], np.cumsum(lengths)]), 0
     if capacity is not None:
@@ -291,7 +318,7 @@ def packed(columns: dict[str, tuple[Ragged, int]], rows: np.ndarray, capacity: C
 
 def padded(columns: dict[str, tuple[Ragged, int]], rows: np.ndarray) -> dict:
     """{"input_ids": (k, S), ..., "attention_mask": (k, S) bool}, S the longest; no mask where all are as long."""
-    lengths = columns["input_ids"][0].lengths[rows]
+    lengths = next(iter(columns.values()))[0].lengths[rows]
     real = np.arange(lengths.max()) < lengths[:, None]
     out = {}
     for name, (ragged, pad) in columns.items():
@@ -357,7 +384,20 @@ def reading_notes(name: str, examples: Examples) -> list[str]:
         notes.append(f"{name}: {report.kept:,} examples of {report.read:,} rows; set aside: {report.reasons()}")
     if told := [f"{count:,} {what}" for what, count in examples.cut.items() if count]:
         notes.append(f"{name}: cut off at {examples.manifest['settings']['max_length']} tokens: {', '.join(told)}")
+    if told := [f"{count:,} {what}" for what, count in examples.told.items() if count]:
+        notes.append(f"{name}: {', '.join(told)}")
     return notes
+
+
+def rows_of(inputs: dict) -> list[slice]:
+    """Where each example of `packed` or `padded` inputs is in the flattened token ids, padding aside."""
+    if "cu_seqlens" in inputs:
+        starts = inputs["cu_seqlens"].tolist()
+        return [slice(*pair) for pair in pairwise(starts)]
+    rows, width = inputs["input_ids"].shape
+    mask = inputs.get("attention_mask")
+    lengths = [width] * rows if mask is None else mask.sum(1).tolist()
+    return [slice(row * width, row * width + length) for row, length in enumerate(lengths)]
 
 
 def without(micro: Micro, *names: str) -> dict:
@@ -365,7 +405,7 @@ def without(micro: Micro, *names: str) -> dict:
     return {name: value for name, value in micro.inputs.items() if name not in (*names, "reduction")}
 
 
-LESS_IS_BETTER = ("loss", "rmse", "mae")
+LESS_IS_BETTER = ("loss", "perplexity", "rmse", "mae")
 
 
 def best_sign(figure: str) -> int:

@@ -170,11 +170,21 @@ class Task:
 
     def evaluated(self, loss: float) -> dict[str, float]:
         """What a mean loss (nats a predicted token) on the held-out text amounts to, for the metrics."""
-        return {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700.0))}
+        return {"val_loss": loss, "val_perplexity": perplexity(loss)}
 
     def metrics(self) -> dict[str, float]:
         """Losses to read the run's loss against, in nats: they go into summary.json and, as lines, into loss.png."""
         return {}
+
+
+def perplexity(loss: float) -> float:
+    """Of a mean loss in nats; at most e^700, the largest that a float holds being e^709."""
+    return math.exp(min(loss, 700.0))
+
+
+def bits_per_byte(nats: float, text_bytes: int) -> float:
+    """Of the summed loss of a text of so many UTF-8 bytes: it does not depend on the tokenizer."""
+    return nats / (text_bytes * math.log(2))
 
 
 def real_pairs(batch: Batch) -> int:

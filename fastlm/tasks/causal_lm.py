@@ -6,11 +6,9 @@ follows in its document. Each token of the text, and the end of each document, i
 
 from __future__ import annotations
 
-import math
-
 from fastlm.data.layouts import CausalRows
 from fastlm.models import GPT2, Counts
-from fastlm.tasks._task import Micro, Task, real_pairs
+from fastlm.tasks._task import Micro, Task, bits_per_byte, real_pairs
 
 
 class CausalLM(Task):
@@ -46,4 +44,4 @@ class CausalLM(Task):
         """Also bits a byte of the text (UTF-8), which do not depend on the tokenizer."""
         text = self.validation
         predicted = text.text_tokens + text.documents  # the end of a document is predicted too
-        return {**super().evaluated(loss), "val_bits_per_byte": loss * predicted / (text.text_bytes * math.log(2))}
+        return {**super().evaluated(loss), "val_bits_per_byte": bits_per_byte(loss * predicted, text.text_bytes)}

@@ -56,6 +56,8 @@ class Examples:
     places      of each example, for messages
     labels      names of the classes, in the order of their numbers; () where the task has none
     report      what became of the rows that were read
+    told        {"answers inside a token": how many, ...}: what else there is to say of the rows
+    kept        what the task keeps of them for its figures; a field has the numbers in it. The same in a selection
     cut         {"texts": how many were cut to the longest length, "labels": how many labels were cut off, ...}
     rows, row_tokens, tokenizer, manifest, accepted     as of `Dataset`; row_tokens is the length of the longest example
     """
@@ -73,9 +75,12 @@ class Examples:
         labels: tuple[str, ...] = (),
         report: Report | None = None,
         cut: dict[str, int] | None = None,
+        told: dict[str, int] | None = None,
+        kept: object = None,
     ):
         self.ids, self.fields, self.places, self.tokenizer, self.labels = ids, fields, places, tokenizer, labels
         self.report, self.cut, self._settings = report or Report(), cut or {}, settings
+        self.told, self.kept = told or {}, kept
         self.rows = self.documents = len(ids)
         self.row_tokens = int(ids.lengths.max()) if self.rows else 0
         self.accepted: dict[str, str] = {}
@@ -103,6 +108,8 @@ class Examples:
             labels=self.labels,
             report=self.report,
             cut=self.cut,
+            told=self.told,
+            kept=self.kept,
         )
 
     def _checksum(self) -> str:
