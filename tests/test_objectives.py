@@ -449,7 +449,7 @@ def test_bad_held_out_text_and_layouts(runs, tmp_path):
         pretrain(recipe, tmp_path / "masked", tmp_path / "run")
     with pytest.raises(ValueError, match="tokenizer: expected one with a eos_token for causal rows, found none; train"):
         prepare(text, tmp_path / "masked" / "tokenizer", tmp_path / "x", layout=CausalRows(32))
-    with pytest.raises(ValueError, match="tokenizer: expected bpe or chars for span rows, got wordpiece"):
+    with pytest.raises(ValueError, match="tokenizer: expected bpe, unigram or chars for span rows, got wordpiece"):
         prepare(text, "wordpiece:200", tmp_path / "x", layout=SpanRows(32))
     with pytest.raises(ValueError, match=r"data: .*masked holds no validation rows; prepare it again with"):
         open_dataset(tmp_path / "masked", split="validation")
