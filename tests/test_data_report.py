@@ -71,7 +71,7 @@ def test_what_cleaning_took_has_a_line_each():
     manifest = {"report": {"set_aside": aside}, "cleaning": {"rules": {"repair": taken, "duplicate": dropped}}}
     assert list(cleaning_lines(SimpleNamespace(manifest=manifest))) == [
         "  set aside: 1,000 malformed JSON (first: a:3)",
-        '  repair: 1 document dropped, 2 documents changed, 1 character (first: a:1: "b" became "c")',
+        '  repair: 1 document dropped, 2 documents changed, 1 character (first: a:1: "b\\n" became "c")',
         '  duplicate: 1 document dropped, 2,000 characters (first: a:2: "d")',
     ]
 

@@ -76,7 +76,7 @@ def cleaning_lines(dataset: Dataset) -> Iterator[str]:
 
 
 def _quoted(text: str) -> str:
-    return json.dumps(text[:_SHOWN].strip(), ensure_ascii=False)
+    return json.dumps(text[:_SHOWN], ensure_ascii=False)
 
 
 def _pieces(shard: Shard, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
