@@ -155,8 +155,8 @@ struct Order {
 };
 
 // One head of the next block of keys, from memory to the cache. The processor's own prefetchers lose the thread where
-// rows of a block are read in turn: with this a core reads at the rate of a plain loop over the same bytes, float32, or
-// 0.87 of it, bfloat16; without it at 0.98 and 0.58 (LOG.md, 2026-11-30).
+// rows of a block are read in turn: with this a core reads as fast as a plain loop over the same bytes, float32, or at
+// 0.87 of it, bfloat16; without it at 0.98 and 0.6 (LOG.md, 2026-11-30).
 template <class T>
 FASTLM_INLINE void prefetch(const T* x, int64_t stride, int64_t d) {
   for (int64_t n = BLOCK; n < 2 * BLOCK; ++n) {
