@@ -16,7 +16,9 @@ namespace {
 // Bytes between a load and its prefetch, which is in the order of memory: the rows of a block are too short, and too
 // many on a page, for the machine's own prefetch. One core, int8, 768 columns: 12 GB/s, 5 without, and 15 of a plain
 // read.
-constexpr int64_t AHEAD = 4096;
+// Into the second-level cache, since x fills the first: eight rows of x, float32, 9.4 GB/s; 7.3 with 4 KB into the
+// first.
+constexpr int64_t AHEAD = 16384;
 constexpr int64_t kGroup = 12;  // rows: what one block reads is in the first-level cache for further rows of x
 
 template <int LANES>
@@ -100,7 +102,7 @@ FASTLM_INLINE void sum_block(const char* w, int64_t row_bytes, int64_t cols, con
   int64_t c = 0;
   for (; c + L <= n; c += L) {
 #pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r) __builtin_prefetch(w + AHEAD + (c * ROWS + r * L) * 4);
+    for (int r = 0; r < ROWS; ++r) __builtin_prefetch(w + AHEAD + (c * ROWS + r * L) * 4, 0, 2);
     Float part[ROWS][W::PARTS];
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) W::template load<L>(w + r * row_bytes + c * 4, part[r]);

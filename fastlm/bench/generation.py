@@ -226,7 +226,8 @@ def run_case(case: Case, args: argparse.Namespace, scratch: Path) -> list[dict]:
     writers: dict[str, Write] = {f"fastlm {weights}": fastlm_writer(case, weights) for weights in args.weights}
     writers["transformers"] = transformers_writer(case)
     peers, batch = [], len(case.prompts)
-    print(f"\n{case.name}, batch {batch}, prompts of {PROMPT}, {args.tokens} tokens, {case.threads} threads")
+    title = f"{case.name}, batch {batch}, prompts of {PROMPT}, {args.tokens} tokens, {case.threads} threads"
+    print(f"\n{title}", flush=True)
     if args.peers_python:
         wanted = [("ctranslate2", "float32"), ("ctranslate2", "int8"), ("onnxruntime", "float32")]
         for library, weights in wanted:
