@@ -46,10 +46,6 @@ app = typer.Typer(
 # Options that take several values, `--data a b c`; everything up to the next option belongs to them.
 _SEVERAL = ("--data", "--set", "--text", "--label")
 
-_finetune = typer.Typer(cls=_Commands, no_args_is_help=True, help="Fine-tune a model on labelled examples.")
-finetune_cli.add_commands(_finetune)
-app.add_typer(_finetune, name="finetune")
-
 DataOption = Annotated[
     list[str],
     typer.Option(
@@ -453,6 +449,9 @@ def tune(
     typer.echo(f"{sum(map(len, found.values()))} configurations: {out}")
 
 
+_finetune = typer.Typer(cls=_Commands, no_args_is_help=True, help="Fine-tune a model on labelled examples.")
+finetune_cli.add_commands(_finetune)
+app.add_typer(_finetune, name="finetune")
 app.command()(finetune_cli.predict)
 
 
