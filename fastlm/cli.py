@@ -45,11 +45,6 @@ app = typer.Typer(
 # Options that take several values, `--data a b c`; everything up to the next option belongs to them.
 _SEVERAL = ("--data", "--set", "--text", "--label")
 
-_finetune = typer.Typer(cls=_Commands, no_args_is_help=True, help="Fine-tune a model on labelled examples.")
-finetune_cli.add_commands(_finetune)
-app.add_typer(_finetune, name="finetune")
-app.command()(finetune_cli.predict)
-
 DataOption = Annotated[
     list[str], typer.Option("--data", metavar="PATH...", help="Text files and directories, or one `prepare` output.")
 ]
@@ -376,6 +371,12 @@ def tune(
     found = tuner.tune(ops, getattr(torch, dtype), say=typer.echo)
     tuner.write_table(out, gpu, found)
     typer.echo(f"{sum(map(len, found.values()))} configurations: {out}")
+
+
+_finetune = typer.Typer(cls=_Commands, no_args_is_help=True, help="Fine-tune a model on labelled examples.")
+finetune_cli.add_commands(_finetune)
+app.add_typer(_finetune, name="finetune")
+app.command()(finetune_cli.predict)
 
 
 def _say(text: str, stream=None) -> None:

@@ -269,7 +269,7 @@ def test_messages_break_between_words(monkeypatch, fastlm, tmp_path):
 def test_unknown_commands(name, hint, fastlm):
     status, out, err = fastlm(name, "bert-mini")
     assert (status, out) == (2, "")
-    names = "predict, info, prepare, data, pretrain, recipe, fill-mask, evaluate, demo, profile, tune, finetune"
+    names = "info, prepare, data, pretrain, recipe, fill-mask, evaluate, demo, profile, tune, predict, finetune"
     assert err.startswith(f"error: command: expected one of {names}")
     assert f"got '{name}'; {hint}" in err
     assert "mean tune" not in err

@@ -99,6 +99,9 @@ KINDS = {
 }
 
 
+EACH = [pytest.param(kind, marks=[pytest.mark.long] if kind == "pairs" else []) for kind in KINDS]
+
+
 @pytest.fixture(scope="module")
 def finished(model, tmp_path_factory):
     """Runs of KINDS by name, made once each: (directory, data)."""
@@ -116,7 +119,7 @@ def finished(model, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EACH)
 def test_a_run_learns_and_leaves_its_figures(kind, finished):
     out, _ = finished(kind)
     *_, figure, least = KINDS[kind]
@@ -138,7 +141,7 @@ def test_a_run_learns_and_leaves_its_figures(kind, finished):
     assert best[f"val_{figure}"] == max(row[f"val_{figure}"] for row in rows if f"val_{figure}" in row)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EACH)
 def test_pipelines_of_transformers_agree_with_predict(kind, finished):
     """OUT/hf loads with names of labels, and gives the probabilities that `fastlm predict` writes."""
     out, data = finished(kind)

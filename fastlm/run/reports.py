@@ -162,7 +162,7 @@ def plot_confusion(confusion: dict, path: Path, *, title: str) -> None:
         counts = np.array([[counts[np.ix_(a, b)].sum() for b in groups] for a in groups])
         names = [names[index] for index in first] + [f"{len(rest)} others"]
     size = 2.6 + 0.42 * len(names)
-    canvas = _figure(max(4.0, size + 0.6), max(3.4, size))
+    canvas = _figure(max(5.4, size + 0.8), max(3.6, size))
     axes = canvas.add_subplot()
     shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)

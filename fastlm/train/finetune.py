@@ -19,6 +19,7 @@ from fastlm.run.recipe import Recipe
 from fastlm.run.reports import write_seeds
 from fastlm.run.tracking import check_logs
 from fastlm.storage import atomic_directory
+from fastlm.tasks import find_task
 from fastlm.train.loop import Result, run
 
 
@@ -35,6 +36,7 @@ def finetune(recipe: Recipe, model, data, out, *, device: str = "cpu", resume: s
     initial = find_initial(model)
     recipe = initial.recipe(recipe)
     recipe, found = open_examples(recipe, data, initial.tokenizer, initial.labels())
+    find_task(recipe.task)(recipe, found.train, parse_device(device), found.validation).figure()  # or it is unknown
 
     def checked(start: Checkpoint | None) -> runs.Data:
         if start is not None:
