@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import json
 import os
 import sys
 import warnings
@@ -14,8 +12,8 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from fastlm import _malloc, _threads, finetune_cli
-from fastlm.terminal import width_of, wrap
+from fastlm import _malloc, _threads, finetune_cli, text_cli
+from fastlm.terminal import say, width_of
 
 _FINE_TUNING = "did you mean finetune, as fastlm finetune classify?"
 _ELSEWHERE = dict.fromkeys(("fine-tune", "fine_tune", "sft"), _FINE_TUNING)  # no commands of fastlm's
@@ -121,19 +119,19 @@ def prepare(
         chosen.task, table, data, out, processes=processes, executor=executor, ray_address=ray_address
     )
     report = dataset.manifest["report"]
-    _say(
+    say(
         f"{out}: {counted(dataset.rows, 'row')} of {dataset.row_tokens} tokens from {report['kept']:,} of "
         f"{counted(report['read'], 'document')}, {' and '.join(f'{share:.0%}' for share in dataset.fill)} full; "
         f"vocabulary {dataset.tokenizer.vocab_size:,}, unigram entropy {dataset.unigram_entropy:.3f} nats"
     )
     if (held := dataset.manifest["validation"])["rows"]:
-        _say(f"  held out: {counted(held['rows'], 'row')} of {counted(held['documents'], 'document')}")
+        say(f"  held out: {counted(held['rows'], 'row')} of {counted(held['documents'], 'document')}")
     if unknown := dataset.manifest.get("unknown"):  # older preparations did not count it
-        _say(f"  [UNK]: {unknown['tokens']:.2%} of the tokens, for {unknown['characters']:.2%} of the characters")
+        say(f"  [UNK]: {unknown['tokens']:.2%} of the tokens, for {unknown['characters']:.2%} of the characters")
     for line in cleaning_lines(dataset):
-        _say(line)
+        say(line)
     for line in trained_on(dataset):
-        _say(f"  {line}")
+        say(f"  {line}")
 
 
 @app.command()
@@ -148,10 +146,10 @@ def data(
 
     dataset = open_dataset(directory)
     for line in report(dataset, rows):
-        _say(line)
+        say(line)
     plot = plot or directory.absolute().with_name(directory.absolute().name + ".png")
     plot_contents(dataset, plot)
-    _say(f"lengths and fill: {plot}")
+    say(f"lengths and fill: {plot}")
 
 
 @app.command()
@@ -223,7 +221,7 @@ def _measure_rate(dtype: str) -> None:
 
     dtype = getattr(torch, dtype)
     if cpu_rate.known(dtype) is None:
-        _say("Measuring this CPU's matrix products once, for MFU ...", sys.stderr)
+        say("Measuring this CPU's matrix products once, for MFU ...", sys.stderr)
         cpu_rate.remember(dtype, cpu_rate.measure(dtype))
 
 
@@ -238,139 +236,9 @@ def recipe(
     typer.echo(load_recipe(name).with_settings(settings or []).as_toml(), nl=False)
 
 
-@app.command()
-def fill_mask(
-    text: Annotated[str, typer.Argument(help="Text with the model's mask token, as [MASK], once or more.")],
-    model: Annotated[Path, typer.Option(help="A model's directory, as OUT/hf.")],
-    top: Annotated[int, typer.Option(min=1, help="How many candidates.")] = 5,
-) -> None:
-    """Show what a model would put in place of each mask."""
-    from fastlm.fill_mask import fill_mask as fill
-
-    _threads.for_work()
-    for place, candidates in enumerate(fill(model, text, top=top)):
-        if place:
-            typer.echo()
-        for candidate in candidates:
-            typer.echo(f"{candidate.probability:7.1%}  {candidate.token:<16}  {candidate.text}")
-
-
-@app.command()
-def generate(
-    model: Annotated[Path, typer.Option(help="A GPT-2's or T5's directory, as OUT/hf.")],
-    prompt: Annotated[str | None, typer.Option(help="Text to continue (GPT-2), or to answer (T5).")] = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option("--data", metavar="PATH...", help='Files of prompts instead: a line each, or JSONL\'s "prompt".'),
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="JSON lines to write, one a prompt.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0: the most probable token; else tokens are drawn.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Draw from so many likeliest tokens. 0: from all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens with this probability. 1: all.")] = 1.0,
-    num_beams: Annotated[int, typer.Option(help="Beam search with so many. 1: none.")] = 1,
-    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer; again for more.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
-    batch: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 8,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; else a GPU where there is one.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    weights: Annotated[
-        str | None, typer.Option(help="On a CPU, float32 weights read as bfloat16 or int8: faster, rounded.")
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE...", help="Any setting of generation, as repetition_penalty=1.2."),
-    ] = None,
-) -> None:
-    """Write text: a prompt's as it comes, or answers to the prompts of a file. Speed goes to standard error."""
-    from fastlm.run.recipe import parse_settings
-
-    if (prompt is None) == (not data):
-        raise ValueError(
-            "--prompt: expected this, or --data with a file of prompts, got " + ("both" if data else "none")
-        )
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"--dtype: expected float32, bfloat16 or float16, got {dtype!r}")
-
-    import torch
-
-    from fastlm.chip import parse_device
-    from fastlm.generate import files
-
-    _threads.for_work()
-    device = parse_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    prompts = files.read_prompts(data) if data else [files.Prompt(prompt, "--prompt")]
-    writer = files.Writer.load(model, device=device, dtype=getattr(torch, dtype))
-    options = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "num_beams": num_beams,
-        "stop": stop or (),
-        "seed": seed,
-        "weights": weights,
-        **parse_settings(settings or []),
-    }
-    speed = files.Speed()
-    if not (data or out or as_json) and options["num_beams"] == 1:
-        for piece in writer.pieces(prompts[0], speed, **options):
-            print(piece, end="", flush=True)
-        print()
-    else:
-        with out.open("w", encoding="utf-8") if out else contextlib.nullcontext(sys.stdout) as target:
-            for asked, answer in writer.answers(prompts, batch, speed, **options):
-                text = asked.text + answer.text if writer.continues else answer.text
-                print(files.as_json(asked, answer) if out or as_json else text, file=target, flush=True)
-    _say(str(speed), sys.stderr)
-
-
-@app.command()
-def evaluate(
-    model: Annotated[str, typer.Option(help="A model: a run, a checkpoint, or a Hugging Face directory.")],
-    data: DataOption,
-    documents: Annotated[str, typer.Option(help="A document of a text file: file, line, blank.")] = "file",
-    field: Annotated[str, typer.Option(help="Of JSON lines and tables: the name of the text.")] = "text",
-    window: Annotated[int | None, typer.Option(help="Tokens of a window. Default: as trained.")] = None,
-    stride: Annotated[int | None, typer.Option(help="GPT-2: from window to window. Default: half of it.")] = None,
-    share: Annotated[float | None, typer.Option(help="BERT: of the tokens to mask. Default: about 4096.")] = None,
-    ends: Annotated[bool, typer.Option("--ends/--no-ends", help="GPT-2: predict ends of documents too.")] = True,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens of a forward.")] = 4096,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; else a GPU where there is one.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Measure how well a model predicts a text.
-
-    GPT-2: perplexity and bits a byte; BERT: pseudo-perplexity; T5: the loss of span corruption.
-    """
-    import torch
-
-    from fastlm.evaluate import describe
-    from fastlm.evaluate import evaluate as measure
-
-    if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"--dtype: expected float32 or bfloat16, got {dtype!r}")
-    _threads.for_work()
-    result = measure(
-        model,
-        data,
-        documents=documents,
-        fields=tuple(name.strip() for name in field.split(",")),
-        window=window,
-        stride=stride,
-        share=share,
-        ends=ends,
-        batch_tokens=batch_tokens,
-        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        dtype=getattr(torch, dtype),
-    )
-    if as_json:
-        typer.echo(json.dumps(result, indent=2))
-        return
-    for line in describe(result):
-        _say(line)
+app.command()(text_cli.fill_mask)
+app.command()(text_cli.generate)
+app.command()(text_cli.evaluate)
 
 
 @app.command()
@@ -455,11 +323,6 @@ app.add_typer(_finetune, name="finetune")
 app.command()(finetune_cli.predict)
 
 
-def _say(text: str, stream=None) -> None:
-    stream = stream or sys.stdout
-    print(wrap(text, width_of(stream)), file=stream)
-
-
 def _repeat_options(arguments: list[str]) -> list[str]:
     """`--data a b` as `--data a --data b`, which is what click knows. ValueError where no value follows."""
     out, several = [], None
@@ -487,7 +350,7 @@ def main() -> None:
     arguments = sys.argv[1:]
     _malloc.tune()
     _threads.wait_policy()
-    warnings.showwarning = lambda message, *_: _say(f"warning: {message}", sys.stderr)
+    warnings.showwarning = lambda message, *_: say(f"warning: {message}", sys.stderr)
     try:
         app(_repeat_options(arguments))
     except (ValueError, OSError, FloatingPointError) as error:
@@ -497,5 +360,5 @@ def main() -> None:
 
 
 def _fail(error: Exception) -> int:
-    _say(f"error: {error}", sys.stderr)
+    say(f"error: {error}", sys.stderr)
     return 2

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 import textwrap
+from typing import TextIO
 
 
 def width_of(stream) -> int | None:
@@ -39,3 +41,9 @@ def fit(fields: list[str], width: int) -> str:
             break
         text += f"  {field}"
     return text
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Print text, wrapped to the width of the stream, standard output by default."""
+    stream = stream or sys.stdout
+    print(wrap(text, width_of(stream)), file=stream)

@@ -49,7 +49,8 @@ FLOORS = {
     "predict": MODELS | {"tasks"},
     "predict_answers": RUN | {"predict"},
     "finetune_cli": RUN | {"train", "terminal", "predict", "predict_answers"},
-    "cli": RUN | {"train", "fill_mask", "evaluate", "generate", "bench", "demo", "info", "terminal", "finetune_cli"},
+    "text_cli": RUN | {"terminal", "fill_mask", "evaluate", "generate"},
+    "cli": RUN | {"train", "bench", "demo", "info", "terminal", "finetune_cli", "text_cli"},
     "__main__": {"cli"},
     "__init__": set(),
 }
