@@ -136,6 +136,7 @@ def test_span_loss_is_transformers(tmp_path, text):
     assert found["loss"] == pytest.approx(nats / predicted, rel=1e-5)
     assert evaluate(tmp_path, text, window=12)["predicted"] > predicted  # each part has sentinels and </s> of its own
     assert "perplexity" not in found
+    assert evaluate(tmp_path, text, dtype=torch.bfloat16)["loss"] == pytest.approx(found["loss"], rel=2e-3)
 
 
 def test_a_run_has_the_loss_of_its_own_evaluation(tmp_path, capsys):
