@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from training import corpus, set_options
 
-from fastlm import _malloc, _threads, cli
+from fastlm import _malloc, _threads, cli, terminal
 from fastlm.data import Tokenizer
 from fastlm.fill_mask import fill_mask
 from fastlm.models import Bert, BertConfig
@@ -256,7 +256,7 @@ def test_notes_break_between_words():
 
 
 def test_messages_break_between_words(monkeypatch, fastlm, tmp_path):
-    monkeypatch.setattr(cli, "width_of", lambda stream: 40)
+    monkeypatch.setattr(terminal, "width_of", lambda stream: 40)
     _, _, err = fastlm("fill-mask", "--model", tmp_path / "none", "a [MASK]")
     assert " ".join(err.split()).startswith("error: model: expected a directory, as OUT/hf after")
     assert all(len(line) <= 40 or " " not in line for line in err.splitlines())

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from models import to_transformers, widen
+from models import widen
 from pages import command_of, run_command
 
 from fastlm.data import Tokenizer
@@ -16,7 +16,6 @@ from fastlm.models import GPT2, T5, GPT2Config, T5Config
 from fastlm.run.labelled import open_examples
 from fastlm.run.recipe import Recipe
 from fastlm.tasks import find_task
-from fastlm.tasks._generated import greedy
 from fastlm.tasks._text_scores import check_measures, figures_of, text_scores
 from fastlm.train.finetune import finetune
 
@@ -35,27 +34,6 @@ def t5():
     sizes = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 1, "num_heads": 2}
     ids = {"pad_token_id": 0, "decoder_start_token_id": 0, "eos_token_id": 1}
     return widen(T5(T5Config(vocab_size=VOCAB, **sizes, **ids))).eval()
-
-
-@pytest.mark.parametrize("make", [gpt2, t5])
-def test_greedy_texts_are_those_of_transformers(make):
-    model = make()
-    theirs = to_transformers(model)
-    draw = torch.Generator().manual_seed(1)
-    prompts = [torch.randint(2, VOCAB, (n,), generator=draw).tolist() for n in (3, 9, 1)]
-    ends = {theirs.generate(torch.tensor([prompts[1]]), max_new_tokens=4, do_sample=False)[0, -1].item(), 1}
-    found = greedy(model, prompts, 8, ends, VOCAB)
-    for prompt, ours in zip(prompts, found):
-        out = theirs.generate(
-            torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=sorted(ends), pad_token_id=0
-        )[0].tolist()
-        new = out[1:] if make is t5 else out[len(prompt) :]
-        assert ours == new[: next((i for i, id in enumerate(new) if id in ends), len(new))]
-    assert any(len(row) < 8 for row in found)
-
-
-def test_greedy_ends_with_the_positions():
-    assert [len(row) for row in greedy(gpt2(positions=10), [[5] * 7, [6] * 10], 8, (), VOCAB)] == [3, 0]
 
 
 def test_figures_are_those_of_the_packages():

@@ -66,3 +66,18 @@ def rows_at(g, n: int, seed: int, source: int = 0) -> tuple[np.ndarray, np.ndarr
     g = np.asarray(g, dtype=np.int64)
     epoch, place = g // n, g % n
     return epoch, perm(place, n, epoch, seed, source)
+
+
+class Endless:
+    """What `Batches` asks of data with `rows` rows: their order, epoch after epoch."""
+
+    rows: int
+
+    @property
+    def endless_rows(self) -> int:
+        """Global rows that the order has: epochs stay below 2^32 and global row numbers below 2^63."""
+        return min(self.rows << 32, 2**63)
+
+    def order(self, g, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """(epoch, row), both int64 of g's shape, of the global row numbers `g`; see `rows_at`."""
+        return rows_at(g, self.rows, seed)

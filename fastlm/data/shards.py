@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastlm.data.order import rows_at
+from fastlm.data.order import Endless
 from fastlm.data.packing import Shard, ragged
 from fastlm.data.sources import MANIFEST, TOKENIZER
 from fastlm.data.tokenizer import Tokenizer
@@ -85,7 +85,7 @@ def read_manifest(directory: Path) -> dict:
     return manifest
 
 
-class Dataset:
+class Dataset(Endless):
     """Prepared rows, open for reading. Make one with `open_dataset`.
 
     rows             how many, over the accepted shards
@@ -155,15 +155,6 @@ class Dataset:
     def sources(self) -> tuple[Dataset, ...]:
         """Itself alone: `fastlm.data.mixture` has several."""
         return (self,)
-
-    @property
-    def endless_rows(self) -> int:
-        """Global rows that the order has: epochs stay below 2^32 and global row numbers below 2^63."""
-        return min(self.rows << 32, 2**63)
-
-    def order(self, g, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """(epoch, row), both int64 of g's shape, of the global row numbers `g`; see `fastlm.data.order`."""
-        return rows_at(g, self.rows, seed)
 
     def shards(self) -> Iterator[Shard]:
         """The accepted shards in the rows' order, memory-mapped."""

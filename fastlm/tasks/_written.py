@@ -13,7 +13,6 @@ import torch
 from fastlm.data import Tokenizer
 from fastlm.data.labelled import choose_columns, text_of
 from fastlm.settings import Table, key
-from fastlm.tasks._generated import greedy
 from fastlm.tasks._labelled import LabelledData, LabelledTask, LabelledTrain
 from fastlm.tasks._tables import split_names
 from fastlm.tasks._task import Micro, perplexity
@@ -102,7 +101,8 @@ class WrittenTask(LabelledTask):
         if not micro.outputs:
             return loss, None
         tokenizer, longest = self.dataset.tokenizer, self.recipe.data.max_target
-        found = greedy(model, self.prompts(micro)[: micro.outputs], longest, (tokenizer.eos_id,), tokenizer.vocab_size)
+        prompts, options = self.prompts(micro)[: micro.outputs], {"eos_token_id": tokenizer.eos_id}
+        found = [text.ids for text in model.generate(prompts, max_new_tokens=longest, tokenizer=tokenizer, **options)]
         outputs = torch.full((micro.outputs, longest), -1.0, device=loss.device)
         for row, ids in zip(outputs, found):
             row[: len(ids)] = torch.tensor(ids, dtype=outputs.dtype)

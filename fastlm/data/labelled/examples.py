@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastlm.data.order import perm
+from fastlm.data.order import Endless, perm
 from fastlm.data.sources import Report
 from fastlm.data.tokenizer import Tokenizer
 
@@ -48,7 +48,7 @@ class Ragged:
         return self.values[np.repeat(starts, lengths) + within]
 
 
-class Examples:
+class Examples(Endless):
     """Encoded examples of a task. `ids` has what the model reads; the task knows the other fields.
 
     ids         Ragged, token ids, special tokens among them
