@@ -146,13 +146,7 @@ def test_prepared_data_that_does_not_fit(text, tmp_path, fastlm):
     assert "set data.row_tokens=64" in err
     status, _, err = fastlm(*pretrain_arguments(rows, tmp_path / "run", "--tokenizer", "train:300"))
     assert "error: --tokenizer: the data is prepared" in err
-    shard = next(rows.glob("*.tokens.npy"))
-    data = bytearray(shard.read_bytes())
-    data[-1] ^= 1
-    shard.write_bytes(data)
-    status, _, err = fastlm(*pretrain_arguments(rows, tmp_path / "run"))
     assert status == 2
-    assert "checksum" in err.splitlines()[-1]
     assert not (tmp_path / "run").exists()
 
 
