@@ -152,14 +152,8 @@ def test_prepared_data_that_does_not_fit(text, tmp_path, fastlm):
     assert not (tmp_path / "run").exists()
     status, _, err = fastlm(*pretrain_arguments(rows, tmp_path / "run", "--tokenizer", "train:300"))
     assert "error: --tokenizer: the data is prepared" in err
-    shard = next(rows.glob("*.tokens.npy"))
-    data = bytearray(shard.read_bytes())
-    data[-1] ^= 1
-    shard.write_bytes(data)
-    fits = "--set", "data.row_tokens=64", "train.batch_tokens=128"
-    status, _, err = fastlm(*pretrain_arguments(rows, tmp_path / "run"), *fits)
     assert status == 2
-    assert "checksum" in err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
 
 
 def test_fill_mask_errors(tmp_path, fastlm):
