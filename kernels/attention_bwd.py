@@ -157,7 +157,7 @@ def _dkdv(
                 position = n0 - (tl.load(features.cu_k_ptr + sequence) if PACKED else 0)
                 query, sequence_head = m0 + m - plan.first.col_start, (sequence if PACKED else b) * heads + head
                 keep = keep_tile(drop, position, query, sequence_head, BLOCK_M, BLOCK_N, not PACKED, True)
-                kept, dp = tl.where(keep, p, zero), tl.where(keep, dp * dropout_scale, 0.0)
+                kept, dp = tl.where(keep, p, zero), tl.where(keep, dp, 0.0) * dropout_scale
             dv = accumulate(dv, kept.to(dout_tile.dtype), dout_tile, zero, PRECISION)
             ds = p * (dp - delta[None, :])
             if HAS_SOFTCAP:
@@ -201,7 +201,7 @@ def _dkdv(
                     position = n0 - tl.load(features.cu_k_ptr + sequence)
                     query, sequence_head = row - tl.load(features.cu_q_ptr + sequence), sequence * heads + head
                 keep = keep_tile(drop, position, query, sequence_head, BLOCK_M, BLOCK_N, not PACKED, True)
-                kept, dp = tl.where(keep, p, zero), tl.where(keep, dp * dropout_scale, 0.0)
+                kept, dp = tl.where(keep, p, zero), tl.where(keep, dp, 0.0) * dropout_scale
             dv = accumulate(dv, kept.to(dout_tile.dtype), dout_tile, zero, PRECISION)
             ds = p * (dp - delta[None, :])
             if HAS_SOFTCAP:
@@ -315,7 +315,7 @@ def _dq(
         if DROPOUT:
             position = n0 - plan.first.col_start
             keep = keep_tile(drop, position, row - seen.start, sequence_head, BLOCK_M, BLOCK_N, True, False)
-            dp = tl.where(keep, dp * dropout_scale, 0.0)
+            dp = tl.where(keep, dp, 0.0) * dropout_scale
         ds = p * (dp - delta[:, None])
         du = ds
         if HAS_SOFTCAP:
@@ -347,7 +347,7 @@ def _dq(
         if DROPOUT:
             position = n0 - (seen.col_start if PACKED else 0)
             keep = keep_tile(drop, position, row - seen.start, sequence_head, BLOCK_M, BLOCK_N, not PACKED, False)
-            dp = tl.where(keep, dp * dropout_scale, 0.0)
+            dp = tl.where(keep, dp, 0.0) * dropout_scale
         ds = p * (dp - delta[:, None])
         du = ds
         if HAS_SOFTCAP:

@@ -142,9 +142,9 @@ def _kept(word, threshold):
     """
     small = threshold <= 128
     carry = (word & 0x7F7F7F7F) + (tl.where(small, 128, 256) - threshold).to(tl.uint32) * 0x01010101
-    either = tl.where(small, 0xFFFFFFFF, 0).to(tl.uint32)
-    kept = (((carry & word) | (either & (carry | word))) >> 7) & 0x01010101
-    return (kept * 0x01020408) >> 24  # moves bits 0, 8, 16, 24 to 24..27
+    either = ((threshold - 129) >> 31).to(tl.uint32)  # all ones if small: the majority of three is one LOP3
+    kept = ((carry & word) | (either & (carry | word))) & 0x80808080
+    return (kept * 0x00204081) >> 28  # moves bits 7, 15, 23, 31 to 28..31
 
 
 @triton.jit
