@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import warnings
 from itertools import pairwise
 
@@ -425,6 +427,36 @@ def test_seeds(model, tmp_path):
     assert content["best"] == f"seed-{3 + one.index(best)}"
     assert Predictor(tmp_path / "run").labels == ("neg", "pos")
     assert one[0]["examples"] == {"train": 54, "validation": 6, "test": 20}
+
+
+@pytest.mark.long
+def test_two_processes_train_and_evaluate_the_same(model, tmp_path):
+    data = write_csv(tmp_path / "a.csv", reviews(90))
+    words = [
+        "finetune",
+        "classify",
+        "--model",
+        model,
+        "--data",
+        data,
+        "--epochs",
+        2,
+        "--batch-size",
+        16,
+        "--device",
+        "cpu",
+    ]
+    words += ["--set", "train.micro_batch_size=8", "train.lr=5e-3", *(f"{name}={value}" for name, value in OFF.items())]
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    found = []
+    for name, start in (("one", []), ("two", launch)):
+        command = [sys.executable, *start, "-m", "fastlm", *words, "--out", tmp_path / name]
+        subprocess.run(list(map(str, command)), env=environment, check=True, capture_output=True)
+        figures = json.loads((tmp_path / name / "metrics.json").read_text())["metrics"]
+        found.append((figures, [row["loss"] for row in read_metrics(tmp_path / name / "metrics.jsonl")]))
+    assert found[0][0] == pytest.approx(found[1][0], abs=1e-3)
+    assert found[0][1] == pytest.approx(found[1][1], abs=1e-4)
 
 
 def test_a_checkpoint_or_a_fine_tuned_model_is_a_start(finished, model, tmp_path):
