@@ -172,7 +172,7 @@ def same_tokens(ids: list[list[int]], others: list[list[int]]) -> float:
     agreed = 0
     for ours, theirs in zip(ids, others):
         agreed += next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), len(ours))
-    return agreed / sum(map(len, ids))
+    return agreed / max(sum(map(len, ids)), sum(map(len, others)))
 
 
 def measure(case: Case, writers: dict[str, Write], tokens: int, rounds: int) -> dict[str, tuple[float, list]]:
