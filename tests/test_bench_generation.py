@@ -47,6 +47,7 @@ def test_a_row_that_falls_short_says_of_what():
 
 def test_the_share_of_equal_tokens_ends_at_the_first_different_one():
     assert generation.same_tokens([[1, 2, 3], [4, 5, 6]], [[1, 9, 3], [4, 5, 6]]) == pytest.approx(4 / 6)
+    assert generation.same_tokens([[1, 2]], [[1, 2, 3, 4]]) == 0.5  # a row that ended early
 
 
 def test_a_peer_answers_with_seconds_and_ids_or_why_it_is_missing(monkeypatch, capsys):

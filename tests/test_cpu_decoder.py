@@ -9,6 +9,7 @@ from models import offsets, widen
 from fastlm import _native
 from fastlm.generate import cpu_decoder
 from fastlm.generate.cpu_decoder import CpuDecoder
+from fastlm.generate.decoder import PlainDecoder
 from fastlm.models import GPT2, T5, GPT2Config, T5Config
 from fastlm.testing.compare import ModelComparison
 
@@ -40,7 +41,8 @@ def texts(lengths, seed=0):
 
 
 def decoder_of(model, rows, weights="float32"):
-    return CpuDecoder(model, model.new_cache(rows, max(PROMPTS) + STEPS), weights)
+    cache = model.new_cache(rows, max(PROMPTS) + STEPS)
+    return PlainDecoder(model, cache) if weights == "plain" else CpuDecoder(model, cache, weights)
 
 
 def prefill(decoder, prompts):
@@ -103,12 +105,12 @@ def test_products_are_those_of_the_rounded_weights_in_every_batch(cols, weights)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("weights", ["plain", "float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("name", [*SIZES])
 def test_logits_are_those_of_whole_forwards_with_the_rounded_weights(name, weights):
     """To the float32 bound of whole models: rounding the weights, once, is all that bfloat16 and int8 change.
 
-    The model's own weights are rounded here, since it reads the prompts.
+    The model's own weights are rounded here, since it reads the prompts. "plain": its own step, in torch and ops.
     """
     model, comparison = make(name), ModelComparison()
     for parameter in model.parameters():

@@ -10,7 +10,7 @@ from recorded_graph import Recorded
 
 import fastlm
 from fastlm.generate import Settings, fill_spans, generate, graph, stream
-from fastlm.generate.decoder import make_decoder
+from fastlm.generate.decoders import make_decoder
 from fastlm.generate.loop import pack
 from fastlm.generate.sampling import chances, draw, penalise, uniforms
 from fastlm.generate.text import Text
