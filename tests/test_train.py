@@ -136,8 +136,8 @@ def test_bad_recipe_files(tmp_path):
         ("lr = 1", "expected task and the tables model, data, train, got 'lr'"),
         ("[train\n", "is not valid TOML"),
         ("[train]\nlr = '1'", "train.lr: expected a number, got '1'"),
-        ("task = 'mlm'", "span_corruption, got 'mlm'"),
-        ("[task]\nname = 'masked_lm'", "span_corruption, got {"),
+        ("task = 'mlm'", ", got 'mlm'"),
+        ("[task]\nname = 'masked_lm'", ", got {"),
         ("[model]\narchitecture = 'gpt2'", "model.architecture: expected 'bert', got 'gpt2'"),
     ):
         (tmp_path / "r.toml").write_text(content)
