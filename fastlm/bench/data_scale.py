@@ -1,6 +1,6 @@
 """A whole preparation of much text: seconds, rate and peak memory of each process.
 
-The text is Python's own library, its documentation, and made documents (`fastlm.bench.data`) up to the size. It is
+The text is Python's own library, its documentation, and made documents (`fastlm.bench.made_text`) up to the size. It is
 written as JSON lines into a temporary directory, which takes two and a half times its size with the part files and is
 removed at the end. The preparation runs in a process of its own, from this Python.
 """
@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
-from fastlm.bench.data import made_documents
+from fastlm.bench.made_text import made_documents
 from fastlm.data.corpus import python_documentation
 
 _PREPARE = "import sys; from fastlm.bench.data_scale import prepare_here; prepare_here(*sys.argv[1:])"

@@ -377,13 +377,20 @@ def _list(names) -> str:
     return ", ".join(names[:12]) + (f", ... ({len(names)} in all)" if len(names) > 12 else "") or "none"
 
 
+BARE = "words without a token"  # an entry of Examples.cut
+
+
 def reading_notes(name: str, examples: Examples) -> list[str]:
     """What was set aside and cut of the rows that were read, in lines; none where nothing was."""
     notes, report = [], examples.report
     if report.set_aside:
         notes.append(f"{name}: {report.kept:,} examples of {report.read:,} rows; set aside: {report.reasons()}")
-    if told := [f"{count:,} {what}" for what, count in examples.cut.items() if count]:
-        notes.append(f"{name}: cut off at {examples.manifest['settings']['max_length']} tokens: {', '.join(told)}")
+    told = {what: f"{count:,} {what}" for what, count in examples.cut.items() if count}
+    if bare := told.pop(BARE, None):
+        notes.append(f"{name}: the tokenizer makes nothing of {bare.removesuffix(' without a token')}")
+    if told:
+        longest = examples.manifest["settings"]["max_length"]
+        notes.append(f"{name}: cut off at {longest} tokens: {', '.join(told.values())}")
     if told := [f"{count:,} {what}" for what, count in examples.told.items() if count]:
         notes.append(f"{name}: {', '.join(told)}")
     return notes

@@ -15,7 +15,7 @@ from fastlm.data.labelled import Examples, Ragged, choose_columns
 from fastlm.data.labelled.columns import TAGS, TOKENS
 from fastlm.models import BertForTokenClassification
 from fastlm.ops import IGNORE_INDEX
-from fastlm.tasks._labelled import LabelledTask, named_labels, without
+from fastlm.tasks._labelled import BARE, LabelledTask, named_labels, without
 from fastlm.tasks._scores import confusion, entity_scores, single_label
 from fastlm.tasks._task import Micro
 from fastlm.tasks._texts import check_room
@@ -79,7 +79,7 @@ class Tag(LabelledTask):
             settings={"max_length": data.max_length},
             labels=labels,
             report=report,
-            cut={"texts": int(sum(row > 0 for row in cut)), "labels": int(sum(cut)), "words without a token": none},
+            cut={"texts": int(sum(row > 0 for row in cut)), "labels": int(sum(cut)), BARE: none},
         )
 
     def head(self):
