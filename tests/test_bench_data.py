@@ -4,24 +4,24 @@ import itertools
 
 import pytest
 
-from fastlm.bench import data, data_scale
+from fastlm.bench import data, data_scale, made_text
 
 
 @pytest.fixture(autouse=True)
 def few_words(monkeypatch):
-    monkeypatch.setattr(data, "_VOCABULARY", 300)
+    monkeypatch.setattr(made_text, "_VOCABULARY", 300)
 
 
 def test_the_text_is_a_function_of_the_seed():
-    texts = data.made_text(150_000, seed=3)
-    assert texts == data.made_text(150_000, seed=3) != data.made_text(150_000, seed=4)
+    texts = made_text.made_text(150_000, seed=3)
+    assert texts == made_text.made_text(150_000, seed=3) != made_text.made_text(150_000, seed=4)
     assert 150_000 <= sum(len(text.encode()) for text in texts) < 400_000
     found = set("".join(texts))
-    assert sum(len(found.intersection(letters)) > 15 for letters, _ in data._SCRIPTS.values()) >= 5
+    assert sum(len(found.intersection(letters)) > 15 for letters, _ in made_text._SCRIPTS.values()) >= 5
 
 
 def test_every_stage_has_a_row():
-    texts, now = data.made_text(10_000, seed=1), itertools.count(step=0.25)
+    texts, now = made_text.made_text(10_000, seed=1), itertools.count(step=0.25)
     rows = {row["stage"]: row for row in data.measure(texts, 1, lambda: next(now))}
     made = {data.LIBRARY, "tokenising, packing", "tokenising, best fit"}
     assert set(rows) == {"read JSONL", "read JSONL, gzip", "read Parquet", *data.STAGES, "all", *made}

@@ -1,7 +1,8 @@
 """What each stage of data preparation takes: the program of benchmarks/bench_data.py.
 
-The text is made (`fastlm.bench.made_text`). A stage's rate is its megabytes of UTF-8 in a second of processor time, of all threads together, so
-that it is that of one core on a busy machine too. The best of the rounds counts. Loading models is not timed.
+The text is made (`fastlm.bench.made_text`). A stage's rate is its megabytes of UTF-8 in a second of processor time, of
+all threads together, so that it is that of one core on a busy machine too. The best of the rounds counts. Loading
+models is not timed.
 """
 
 from __future__ import annotations
