@@ -102,7 +102,7 @@ def evaluate(
     settings = module.settings(trained, tokenizer, **{name: given[name] for name in module.SETTINGS})
     unknown = 0
 
-    def count_unknown(chunk: str, ids: np.ndarray) -> None:
+    def count_unknown(chunks: list[str], ids: np.ndarray, lengths: np.ndarray) -> None:
         nonlocal unknown
         unknown += int((ids == tokenizer.unk_id).sum()) if tokenizer.unk_id is not None else 0
 

@@ -68,7 +68,8 @@ def copies(documents: Iterable[np.ndarray], tokenizer: Tokenizer, window: int, s
     layout = MaskedRows(window)
     for ordinal, document in enumerate(documents):
         for number, part in enumerate(parts(document, layout.fits((0,)))):
-            ids, sample = layout.piece(part, tokenizer).astype(np.int64), sample_id(ordinal, number, layout)
+            before, after = layout.frame(tokenizer)
+            ids, sample = np.array([*before, *part, *after], np.int64), sample_id(ordinal, number, layout)
             places = np.arange(1, len(ids) - 1)
             words = philox4x32(places, 0, sample & 0xFFFFFFFF, sample >> 32, *key(EVALUATION_SEED, MASK_DOMAIN))
             for place in places[words[0] < threshold(share)].tolist():
