@@ -117,6 +117,21 @@ def test_bad_rows_are_counted_with_their_places(tmp_path):
     }
 
 
+def test_quotes_of_a_table(tmp_path):
+    """In a .tsv file they are text. In a .csv file one that is not closed is told where its row begins."""
+    rows = ['1\t"Unfinished', "0\tfoo", '1\tbar"']
+    (tmp_path / "a.tsv").write_text("\n".join(["label\ttext", *rows]))
+    report = Report()
+    records = read_records(tmp_path / "a.tsv", report, plain="class").rows
+    assert ["\t".join(record.values.values()) for record in records] == rows
+    assert not report.set_aside
+    (tmp_path / "a.csv").write_text('label,text\n1,fine\n0,"never closed\n1,bar\n0,foo\n')
+    assert len(read_records(tmp_path / "a.csv", report, plain="class").rows) == 1
+    assert report.set_aside == {
+        "malformed CSV (from a quote that is not closed to the end)": {"count": 1, "first": ["a.csv:3"]}
+    }
+
+
 def test_without_a_header_columns_have_numbers(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("fine,pos\ngood,neg\n")
@@ -184,6 +199,19 @@ def test_a_split_is_stratified_and_decided_by_its_seed():
     assert len(hold_out(100, 0.25, 3)[1]) == 25
     assert len(hold_out(100, 0.0, 3)[1]) == 0
     assert len(hold_out(1, 0.9, 3)[1]) == 0
+
+
+def test_small_classes_do_not_drain_the_others():
+    groups = ["z"] * 60 + [f"lone {number}" for number in range(500)]
+    held = hold_out(len(groups), 0.1, 0, groups)[1]
+    assert len(held) in (6, 7)
+    assert held.max() < 60
+    sets = ["z"] * 60 + [f"{number // 2}" for number in range(500)]
+    held = hold_out(len(sets), 0.1, 0, sets, whole=True)[1]
+    assert len(held) == 56
+    assert sum(sets[i] == "z" for i in held) == 6
+    two = hold_out(len(sets), 0.4, 0, sets)[0]
+    assert {sets[i] for i in two} == set(sets)
 
 
 def test_ragged_rows():

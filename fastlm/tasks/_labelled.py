@@ -6,7 +6,7 @@ so that no padding is computed; or padded to the longest of the batch, where tha
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -170,12 +170,7 @@ class LabelledTask(Task):
     @classmethod
     def split(cls, examples: Examples, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """(numbers of the examples to train on, of those held out), as `hold_out`."""
-        return hold_out(examples.rows, share, seed, cls.groups(examples))
-
-    @classmethod
-    def groups(cls, examples: Examples) -> Sequence[Hashable] | None:
-        """The class of each example, for a stratified split; None without classes."""
-        return None
+        return hold_out(examples.rows, share, seed)
 
     def figure(self) -> str:
         """The figure that the best checkpoint is chosen by, as "accuracy". ValueError for an unknown one."""

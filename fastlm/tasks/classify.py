@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from fastlm.data.labelled import Examples, choose_columns, text_of
+from fastlm.data.labelled import Examples, choose_columns, hold_out, text_of
 from fastlm.data.labelled.columns import LABELS, TEXTS
 from fastlm.models import BertForSequenceClassification
 from fastlm.ops import IGNORE_INDEX
@@ -81,9 +81,11 @@ class Classify(LabelledTask):
         return text_examples(kept, values, places, recipe, tokenizer, report, labels)
 
     @classmethod
-    def groups(cls, examples):
-        labels = examples.fields["labels"]
-        return labels.tolist() if labels.ndim == 1 else [row.tobytes() for row in labels]
+    def split(cls, examples, share, seed):
+        """Stratified by the class, or by the set of labels."""
+        labels, several = examples.fields["labels"], examples.fields["labels"].ndim == 2
+        groups = [row.tobytes() for row in labels] if several else labels.tolist()
+        return hold_out(examples.rows, share, seed, groups, whole=several)
 
     def head(self):
         problem = "multi_label_classification" if self.several else "single_label_classification"

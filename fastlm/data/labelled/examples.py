@@ -128,21 +128,35 @@ class Examples(Endless):
         return self.ids.lengths
 
 
-def hold_out(count: int, share: float, seed: int, groups: Sequence[Hashable] | None = None):
+def hold_out(
+    count: int, share: float, seed: int, groups: Sequence[Hashable] | None = None, *, whole: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """(numbers of the examples to train on, of those held out), ascending, int64: a function of the arguments.
 
     count    how many examples there are
-    groups   the class of each: of every class the same share is held out, so rounded that the shares add up, and of a
-             class with one member none. None: all are of one
+    groups   the class of each: the same share of every class is held out. A class of fewer than 1/share examples is
+             too small for that: the share is of all such classes together, and one example of each is trained on.
+             None: all examples are of one class
+    whole    whether all examples of such a small class may be held out, as where a group is a set of labels
     """
     members = defaultdict(list)
     for number in range(count):
         members[None if groups is None else groups[number]].append(number)
-    held, due = np.zeros(count, bool), 0.0
+    parts, pooled, small = [], [], 0
     for name in sorted(members, key=repr):
         numbers = np.array(members[name])
-        due += share * len(numbers)
-        taken = max(0, min(math.floor(due + 0.5), len(numbers) - 1))
-        due -= taken
-        held[numbers[perm(np.arange(taken), len(numbers), 0, seed)]] = True
+        if len(members) > 1 and len(numbers) * share < 1:
+            pooled.append(numbers if whole else numbers[1:])
+            small += len(numbers)
+        else:
+            parts.append((len(numbers), numbers))
+    if pooled:
+        parts.append((small, np.concatenate(pooled)))
+    held, due = np.zeros(count, bool), 0.0
+    for size, numbers in parts:
+        due += share * size
+        taken = max(0, min(math.floor(due + 0.5), len(numbers), size - 1))
+        due = min(0.5, max(-0.5, due - taken))  # what a class cannot give is not due of the next one
+        if taken:
+            held[numbers[perm(np.arange(taken), len(numbers), 0, seed)]] = True
     return np.flatnonzero(~held), np.flatnonzero(held)

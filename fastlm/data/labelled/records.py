@@ -1,6 +1,7 @@
 """Rows of labelled files, each a dictionary of its columns.
 
-- `.csv`, `.tsv`: the first line names the columns; without (`header=False`) they are "1", "2", ...
+- `.csv`, `.tsv`: the first line names the columns; without (`header=False`) they are "1", "2", ...; in a .tsv file a
+  line is a row, and quotes are characters of the text, as in GLUE's files
 - `.jsonl`, `.ndjson`, `.json`: an object on each line, or one array of objects
 - `.parquet`, `.arrow`, a directory by `datasets`: its rows; class numbers become the names that the file gives
 - plain text, `plain="class"`: a file a class, {"text": a line, "label": the file's name}; or a directory a class,
@@ -111,16 +112,20 @@ def _read(file: SourceFile, stream, root: Path | None, plain: str, header: bool,
 def _csv(stream, file: SourceFile, header: bool, report: Report) -> Iterator[Record]:
     csv.field_size_limit(max(csv.field_size_limit(), _LONGEST))  # of the process; the default is 128 KiB
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    quoting = csv.QUOTE_MINIMAL
+    quoting = csv.QUOTE_NONE if file.delimiter == "\t" else csv.QUOTE_MINIMAL
     rows, columns = csv.reader(text, delimiter=file.delimiter, strict=True, quoting=quoting), None
     while True:
+        first = rows.line_num + 1
         try:
             row = next(rows)
         except StopIteration:
             return
         except csv.Error as error:
             report.read += 1
-            report.reject(f"malformed CSV ({error})", f"{file.name}:{rows.line_num}")
+            if "unexpected end of data" in str(error):
+                report.reject("malformed CSV (from a quote that is not closed to the end)", f"{file.name}:{first}")
+            else:
+                report.reject(f"malformed CSV ({error})", f"{file.name}:{rows.line_num}")
             continue
         if columns is None:
             columns = row if header else [str(number) for number in range(1, len(row) + 1)]
