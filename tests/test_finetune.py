@@ -25,6 +25,7 @@ from fastlm.run.labelled import open_examples
 from fastlm.run.metrics import read_metrics
 from fastlm.run.recipe import Recipe
 from fastlm.tasks import find_task
+from fastlm.train import finetune as finetuning
 from fastlm.train import loop, pretrain
 from fastlm.train.best import Best
 from fastlm.train.finetune import finetune, finetune_seeds
@@ -407,14 +408,32 @@ def test_best_figures():
     assert not best.add(5, {"val_rmse": 1.5})
     assert best.exhausted
     assert (counters.best, counters.best_step, counters.stale) == (1.0, 3, 2)
+    counters = Counters()
+    best = Best(Of(), counters)
+    assert [best.add(step, {"val_rmse": value}) for step, value in enumerate([np.nan, 2.0, np.nan, 3.0])] == [
+        False,
+        True,
+        False,
+        False,
+    ]
 
 
-def test_seeds(model, tmp_path):
-    data = write_csv(tmp_path / "a.csv", reviews(60))
-    recipe = recipe_of(
-        "classify", train__epochs=1.0, data__test=str(write_csv(tmp_path / "b.csv", reviews(20, seed=2)))
-    )
+def test_seeds(model, tmp_path, monkeypatch):
+    """A label may hold what matplotlib takes for a formula, and the model is predicted with as it was trained."""
+    rows = [("unrelated", text, {"pos": "a $_$"}.get(label, label)) for text, label in reviews(80, seed=2)]
+    data = write_csv(tmp_path / "a.csv", rows[20:], ("text", "note", "label"))
+    test = write_csv(tmp_path / "b.csv", rows[:20], ("text", "note", "label"))
+    recipe = recipe_of("classify", train__epochs=1.0, data__text="note", data__test=str(test))
+    with monkeypatch.context() as patch:  # under torchrun
+        patch.setenv("RANK", "1")
+        patch.setattr(finetuning, "finetune", lambda *args, **options: loop.Result(tmp_path, 1, {}))
+        finetune_seeds(recipe, model, data, tmp_path / "run", range(3, 5))
+    assert not (tmp_path / "run").exists()
     results = finetune_seeds(recipe, model, data, tmp_path / "run", range(3, 5))
+    with pytest.raises(ValueError, match=r"got .*seed-3, which holds checkpoints and metrics\.jsonl and summary\.json"):
+        finetune_seeds(recipe, model, data, tmp_path / "run" / "seed-3", range(2))
+    with pytest.raises(ValueError, match="holds runs, which `never` would overwrite"):
+        finetune_seeds(recipe, model, data, tmp_path / "run", range(7, 9), resume="never")
     assert [result.out.name for result in results] == ["seed-3", "seed-4"]
     content = json.loads((tmp_path / "run" / "metrics.json").read_text())
     one = [json.loads((result.out / "metrics.json").read_text()) for result in results]
@@ -425,7 +444,9 @@ def test_seeds(model, tmp_path):
     assert one[0]["metrics"]["loss"] != one[1]["metrics"]["loss"]
     best = max(one, key=lambda each: each["metrics"]["accuracy"])
     assert content["best"] == f"seed-{3 + one.index(best)}"
-    assert Predictor(tmp_path / "run").labels == ("neg", "pos")
+    assert Predictor(tmp_path / "run").labels == ("a $_$", "neg")
+    (said,) = Predictor(tmp_path / "run").predict(read_records(test, Report(), plain="line").rows[:1], Report())
+    assert said["text"] == rows[0][1]
     assert one[0]["examples"] == {"train": 54, "validation": 6, "test": 20}
 
 

@@ -8,6 +8,8 @@ OUT/cuda_graph.json   on a GPU: whether steps are a CUDA graph; see fastlm.train
 OUT/tensorboard/, OUT/wandb/     where asked for; see fastlm.run.tracking
 OUT/summary.json, OUT/loss.png, OUT/hf/     at the end
 OUT/metrics.json, OUT/curves.png, OUT/confusion.png     of a fine-tuning, at the end; see fastlm.run.reports
+
+With --seeds, OUT/seed-0, OUT/seed-1 and so on are such directories, and OUT has recipe.json, metrics.json and hf alone.
 """
 
 from __future__ import annotations
@@ -128,6 +130,18 @@ def find_start(recipe: Recipe, out: Path, resume: str) -> Start:
             f"{' and '.join(finished)}. Delete what is there to train anew, or name another directory"
         )
     return Start(start, origin, branches=start is not None and newest is None)
+
+
+def check_series(out: Path, resume: str) -> None:
+    """ValueError where runs in OUT/seed-S, and their metrics.json and hf in OUT, would overwrite another run."""
+    single = [name for name in (CHECKPOINTS, METRICS, SUMMARY) if (out / name).exists()]
+    if single:
+        raise ValueError(
+            f"out: expected a directory without a run of its own for several seeds, got {out}, which holds "
+            f"{' and '.join(single)}; name another directory"
+        )
+    if resume == "never" and _holds_run(out):
+        raise ValueError(f"resume: {out} holds runs, which `never` would overwrite; name another directory")
 
 
 def _holds_run(out: Path) -> bool:

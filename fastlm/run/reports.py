@@ -10,6 +10,7 @@ metrics.json:
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Protocol
 
 import numpy as np
 
-from fastlm.run.directory import MODEL, REPORTS
+from fastlm.run.directory import MODEL, RECIPE, REPORTS
 from fastlm.run.metrics import RERUN
 from fastlm.run.progress import duration
 from fastlm.run.summary import columns
@@ -80,7 +81,10 @@ def _title(task: LabelledTask, outcome: Outcome) -> str:
 
 
 def write_seeds(out: Path, runs: Sequence[Path]) -> None:
-    """OUT/metrics.json with the mean and the spread of the runs' figures, and OUT/hf, the model of the best run."""
+    """OUT/metrics.json with the mean and the spread of the runs' figures, and OUT/hf, the model of the best run.
+
+    OUT/recipe.json is that of the best run, and metrics.json has its null_threshold: `predict` reads both beside OUT/hf.
+    """
     found = [json.loads((run / FIGURES).read_text(encoding="utf-8")) for run in runs]
     figure = found[0]["metric"]
     content = {"task": found[0]["task"], "metric": figure, "runs": [run.name for run in runs]}
@@ -88,14 +92,20 @@ def write_seeds(out: Path, runs: Sequence[Path]) -> None:
         if found[0][part] is not None:
             content[part] = {name: _spread([one[part][name] for one in found]) for name in found[0][part]}
     content["seconds"] = {name: _spread([one["seconds"][name] for one in found]) for name in found[0]["seconds"]}
-    best = runs[0]
+    chosen = 0
     if found[0]["metrics"] is not None:
-        best = max(zip(runs, found), key=lambda pair: best_sign(figure) * pair[1]["metrics"][figure])[0]
+        values = [best_sign(figure) * one["metrics"][figure] for one in found]
+        chosen = max(range(len(runs)), key=lambda i: -math.inf if math.isnan(values[i]) else values[i])
+    best = runs[chosen]
     content["best"] = best.name
+    if "null_threshold" in found[chosen]:
+        content["null_threshold"] = found[chosen]["null_threshold"]
     with atomic_directory(out / MODEL, what="the best model", kept=RERUN) as partial:
         shutil.copytree(best / MODEL, partial, dirs_exist_ok=True)
         if (out / MODEL).exists():
             shutil.rmtree(out / MODEL)
+    with atomic_file(out / RECIPE, what="the recipe of the best model", kept=RERUN) as partial:
+        shutil.copyfile(best / RECIPE, partial)
     replace_json(out / FIGURES, content, what="the figures", kept=RERUN)
 
 
@@ -148,7 +158,7 @@ def plot_curves(rows: list[dict], path: Path, *, figure: str, best: int, title: 
         one.grid(alpha=0.25)
         one.spines[["top", "right"]].set_visible(False)
         one.legend(frameon=False, fontsize=8)
-    canvas.suptitle(title, fontsize=10)
+    canvas.suptitle(title, fontsize=10, parse_math=False)
     _save(canvas, path, "the plot of the curves")
 
 
@@ -168,8 +178,9 @@ def plot_confusion(confusion: dict, path: Path, *, title: str) -> None:
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     canvas.colorbar(image, ax=axes, fraction=0.046, pad=0.03, label="share of the true class")
     ticks = range(len(names))
-    axes.set_xticks(ticks, names, rotation=45 if len(names) > 3 else 0, ha="right" if len(names) > 3 else "center")
-    axes.set_yticks(ticks, names)
+    turned = {"rotation": 45, "ha": "right"} if len(names) > 3 else {}
+    axes.set_xticks(ticks, names, parse_math=False, **turned)  # a label may hold $
+    axes.set_yticks(ticks, names, parse_math=False)
     for i in ticks:
         for j in ticks:
             if counts[i, j]:

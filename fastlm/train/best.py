@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from fastlm.tasks._labelled import LabelledTask, best_sign
@@ -20,9 +21,12 @@ class Best:
         self._counters = counters
 
     def add(self, step: int, figures: Mapping[str, float]) -> bool:
-        """Whether the evaluation after `step` is better than those before; of equal ones the first is the best."""
+        """Whether the evaluation after `step` is better than those before; of equal ones the first is the best.
+
+        A NaN is never the best.
+        """
         value, best = figures[self.figure], self._counters.best
-        if best is not None and self._sign * value <= self._sign * best:
+        if math.isnan(value) or (best is not None and self._sign * value <= self._sign * best):
             self._counters.stale += 1
             return False
         self._counters.best, self._counters.best_step, self._counters.stale = value, step, 0

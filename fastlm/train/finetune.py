@@ -6,6 +6,7 @@ metrics.jsonl. fastlm/run/directory.py lists the files.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -58,9 +59,11 @@ def finetune_seeds(recipe: Recipe, model, data, out, seeds: Sequence[int], **opt
     The split is the same for all. A call that was stopped by a signal ends the series; the same call continues it.
     """
     out, results = Path(out), []
+    runs.check_series(out, options.get("resume", "auto"))
     for seed in seeds:
         results.append(finetune(recipe.with_values({"train.seed": seed}), model, data, out / f"seed-{seed}", **options))
         if results[-1].stopped_by is not None:
             return results
-    write_seeds(out, [out / f"seed-{seed}" for seed in seeds])
+    if os.environ.get("RANK", "0") == "0":  # under torchrun the first process writes, as in a run
+        write_seeds(out, [out / f"seed-{seed}" for seed in seeds])
     return results

@@ -333,7 +333,7 @@ class _Run:
 
     def _take_best(self) -> None:
         """The weights of the best evaluation, and its figures; what there is to test is tested with them."""
-        best = self.counters.best_step if self.best is not None else self.counters.step
+        best = self.counters.best_step or self.counters.step  # the last ones where no evaluation was the best
         if best != self.counters.step:
             self.world.barrier()  # the first process has written it
             part = self.shards.part if self.shards is not None else (lambda whole: whole)
@@ -472,15 +472,15 @@ class _Run:
             self.line.note(
                 f"{counters.dropped} selected tokens, beyond the capacity of their batch, were not predicted"
             )
-        if self.task.scored:
-            write_reports(self.out, self.task, rows, summary, self.final)
-        else:
-            plot_loss(rows, self.out / runs.PLOT, levels=self.task.metrics(), title=f"fastlm {self.recipe.name}")
         model = self.out / runs.MODEL
         with atomic_directory(model, what="the model", need=4 * summary["parameters"], kept=RERUN) as partial:
             whole.eval().save_pretrained(partial, self.dataset.tokenizer)
             if model.exists():  # this run's too: from a later checkpoint, or it was killed before the summary
                 shutil.rmtree(model)
+        if self.task.scored:  # after the model, which an error in a plot must not cost
+            write_reports(self.out, self.task, rows, summary, self.final)
+        else:
+            plot_loss(rows, self.out / runs.PLOT, levels=self.task.metrics(), title=f"fastlm {self.recipe.name}")
         replace_json(self.out / runs.SUMMARY, summary, what="the summary", kept=RERUN)
         return summary
 
