@@ -146,6 +146,7 @@ def predict(
     from fastlm.data.labelled import stream_records
     from fastlm.data.labelled.squad import stream_rows
     from fastlm.data.sources import Report
+    from fastlm.data.sources.files import inner_suffix
     from fastlm.models import BertForQuestionAnswering
     from fastlm.predict_answers import AnswerPredictor
     from fastlm.storage import atomic_file, replace_json
@@ -166,7 +167,7 @@ def predict(
         predictor, reader = AnswerPredictor(model, null_threshold=null_threshold, **options), stream_rows
     else:
         predictor = predicting.Predictor(model, text="" if text is None else ",".join(text), **options)
-        plain = "conll" if predictor.tags and all(Path(path).suffix in _CONLL for path in paths) else "line"
+        plain = "conll" if predictor.tags and all(inner_suffix(Path(path)) in _CONLL for path in paths) else "line"
         reader = partial(stream_records, names={}, plain=plain, header=header)
     answers = {}
     with ExitStack() as stack:

@@ -16,6 +16,7 @@ import torch
 from fastlm.data import Tokenizer
 from fastlm.data.labelled import Ragged, Record, choose_columns, text_of
 from fastlm.data.labelled.columns import TEXTS, TOKENS
+from fastlm.data.labelled.records import is_text
 from fastlm.data.sources import Report
 from fastlm.models import BertForSequenceClassification, BertForTokenClassification, Model
 from fastlm.models._checkpoint import read_json
@@ -80,12 +81,16 @@ class Predictor:
         {"place", "text", "label", "probability", "probabilities"}, with several labels "labels" in place of the first
         two, with numbers "value"; with tags {"place", "tokens", "tags", "probabilities", "entities"}.
         """
-        records = iter(records)
+        records, columns = iter(records), None
         while rows := list(islice(records, window)):
-            yield from (self._tagged if self.tags else self._classified)(rows, report, tokens)
+            if columns is None:
+                defaults = (*TOKENS, *TEXTS) if self.tags else TEXTS
+                columns = choose_columns("data.text", self.text, defaults, rows)
+            yield from (self._tagged if self.tags else self._classified)(rows, columns, report, tokens)
 
-    def _classified(self, rows: Sequence[Record], report: Report, tokens: int) -> Iterator[dict]:
-        columns = choose_columns("data.text", self.text, TEXTS, rows)
+    def _classified(
+        self, rows: Sequence[Record], columns: tuple[str, ...], report: Report, tokens: int
+    ) -> Iterator[dict]:
         kept = _kept(((row, text_of(row, columns)) for row in rows), report)
         encoded = encode_texts([text for _, text in kept], self.tokenizer, self.longest)
         self.cut += encoded.cut
@@ -109,8 +114,9 @@ class Predictor:
                 said |= {"label": best, "probability": probabilities[best], "probabilities": probabilities}
             yield said
 
-    def _tagged(self, rows: Sequence[Record], report: Report, tokens: int) -> Iterator[dict]:
-        columns = choose_columns("data.text", self.text, (*TOKENS, *TEXTS), rows)
+    def _tagged(
+        self, rows: Sequence[Record], columns: tuple[str, ...], report: Report, tokens: int
+    ) -> Iterator[dict]:
         kept = _kept(((row, self._words(row, columns[0])) for row in rows), report)
         sentences = [words for _, words in kept]
         ids, firsts, cut, _ = encode_words(sentences, self.tokenizer, self.longest)
@@ -141,7 +147,7 @@ class Predictor:
     def _words(self, row: Record, column: str) -> list[str] | str:
         """The words of a list, or of a text as the tokenizer divides it; a string in place of a list is the reason."""
         value = row.values.get(column)
-        if isinstance(value, list) and value and all(isinstance(word, str) for word in value):
+        if isinstance(value, list) and value and all(isinstance(word, str) and is_text(word) for word in value):
             return value
         text = text_of(row, (column,))
         if isinstance(text, str):

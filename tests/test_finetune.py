@@ -17,7 +17,7 @@ from models import to_transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastlm.data import Tokenizer
-from fastlm.data.labelled import read_records
+from fastlm.data.labelled import Record, read_records
 from fastlm.data.sources import Report
 from fastlm.models import BertConfig, BertForSequenceClassification, BertForTokenClassification, Counts
 from fastlm.predict import Predictor
@@ -617,6 +617,30 @@ def test_labels_of_several_kinds(model, tmp_path):
     assert made.dataset.labels == ("x", "y", "z")
     digits = write_csv(tmp_path / "c.csv", [("a film", i) for i in (10, 2, 1)] * 5)
     assert loaded("classify", digits, model)[0].dataset.labels == ("1", "2", "10")
+
+
+def test_held_out_rows_have_as_many_labels_as_the_training_examples(model, tmp_path):
+    one = write_jsonl(tmp_path / "a.jsonl", [{"text": text, "label": label} for text, label in reviews(8)])
+    lists = [{"text": "a film", "label": ["pos"]}, {"text": "a film", "label": ["pos", "neg"]}]
+    several = write_jsonl(tmp_path / "b.jsonl", lists)
+    made, _ = loaded("classify", one, model, data__validation=str(several))
+    assert made.validation.fields["labels"].tolist() == [1]
+    assert list(made.validation.report.set_aside) == ['not one label in column "label", as training examples have']
+    made, _ = loaded("classify", several, model, data__validation=str(one))
+    assert made.validation.fields["labels"].shape == (8, 2)
+
+
+def test_a_row_without_the_column_is_set_aside_by_predict(finished):
+    rows = [Record(f"x:{number}", {"text": "a film"}) for number in range(3)]
+    rows[0] = Record("x:0", {"other": "a film"})
+    rows[2] = Record("x:2", {"text": "cut \ud83d"})
+    report, predictor = Report(), Predictor(finished("classes")[0])
+    assert [said["place"] for said in predictor.predict([rows[1], *rows], report, window=1)] == ["x:1", "x:1"]
+    assert len(list(predictor.predict(rows, report))) == 1
+    assert {reason: entry["count"] for reason, entry in report.set_aside.items()} == {
+        'no string in column "text"': 2,
+        'not UTF-8 in column "text"': 2,
+    }
 
 
 # ---- sizes

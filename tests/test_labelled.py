@@ -77,6 +77,7 @@ def test_every_format_gives_the_same_rows(name, tmp_path):
     by_class = name in ("files", "directories")
     assert (sorted(found) if by_class else found) == (sorted(ROWS) if by_class else ROWS)
     assert not report.set_aside
+    assert report.read == len(ROWS)
     if name in ("a.parquet", "saved"):
         assert records.names == {"label": ["neg", "pos"]}
     first = records.rows[0].place
@@ -172,6 +173,10 @@ def test_columns(tmp_path):
     assert choose_columns("data.label", "", LABELS, other, needed=False) == ()
     assert text_of(other[0], ("y",)) == ("1",)
     assert text_of(other[0], ("z",)) == 'no string in column "z"'
+    lines = write_jsonl(tmp_path / "a.jsonl", [{"label": 1}, {"text": "cut \ud83d", "label": 1}])
+    rows = read_records(lines, Report(), plain="line").rows
+    assert choose_columns("data.text", "", TEXTS, rows) == ("text",)  # the first row lacks it
+    assert text_of(rows[1], ("text",)) == 'not UTF-8 in column "text"'
 
 
 def test_the_splits_of_a_saved_dataset(tmp_path):

@@ -28,7 +28,8 @@ def test_single_labels_are_scikit_learns(classes):
 
 def test_several_labels_are_scikit_learns():
     metrics = pytest.importorskip("sklearn.metrics")
-    true, said = DRAW.random((50, 5)) < 0.3, DRAW.random((50, 5)) < 0.4
+    true, said = DRAW.random((50, 6)) < 0.3, DRAW.random((50, 6)) < 0.4
+    true[:, 5] = said[:, 5] = False  # a label that does not occur
     scores = _scores.several_labels(true, said)
     for average in ("micro", "macro", "weighted"):
         assert scores[f"f1_{average}"] == pytest.approx(metrics.f1_score(true, said, average=average, zero_division=0))

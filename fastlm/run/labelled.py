@@ -34,11 +34,11 @@ def open_examples(recipe: Recipe, data, tokenizer_directory: Path, known: Sequen
     recipe = replace(recipe, data=replace(table, max_length=longest if limit is None else min(longest, limit[1])))
     every = _read(recipe, [splits["train"]] if "train" in splits else paths, tokenizer, known=known)
     if held:
-        train, validation = every, _read(recipe, [held], tokenizer, labels=every.labels)
+        train, validation = every, _read(recipe, [held], tokenizer, **task.as_trained(every))
     else:
         chosen, left = task.split(every, table.validation_share, table.split_seed)
         train, validation = every.select(chosen), every.select(left) if len(left) else None
-    tested = _read(recipe, [test], tokenizer, labels=every.labels) if test else None
+    tested = _read(recipe, [test], tokenizer, **task.as_trained(every)) if test else None
     return _resolved(recipe, train, validation), Data(train, validation, tested)
 
 

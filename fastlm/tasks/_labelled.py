@@ -153,6 +153,11 @@ class LabelledTask(Task):
         raise NotImplementedError
 
     @classmethod
+    def as_trained(cls, examples: Examples) -> dict[str, object]:
+        """Arguments of `encode` for held-out examples: what the training examples decide."""
+        return {"labels": examples.labels}
+
+    @classmethod
     def tokenizer(cls, directory) -> Tokenizer:
         """The model's. ValueError where it lacks a special token that the task needs."""
         tokenizer = Tokenizer.load(directory)

@@ -2,7 +2,8 @@
 
 With n_c the predicted, m_c the true and k_c the correct examples of class c:
     precision_c = k_c / n_c,   recall_c = k_c / m_c,   F1_c = 2 k_c / (n_c + m_c),   0 where the divisor is 0
-    macro: the mean over the classes that occur, predicted or true;  weighted: the mean weighted with m_c
+    macro: the mean over the classes that occur, predicted or true, and of several labels over all of them
+    weighted: the mean weighted with m_c
     micro: F1 of the sums
     Matthews (Gorodkin 2004): (s k - Σ n_c m_c) / sqrt((s² - Σ n_c²) (s² - Σ m_c²)), s examples, k correct
 """
@@ -63,7 +64,8 @@ def matthews(matrix: np.ndarray) -> float:
 def several_labels(true: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
     """f1_micro, f1_macro, f1_weighted, and exact, the share of examples with all labels right; (k, classes) bool."""
     counts = (true & predicted).sum(0), predicted.sum(0), true.sum(0)
-    return {**f1_scores(*counts), "exact": float((true == predicted).all(1).mean())}
+    macro = float(class_scores(*counts)["f1"].mean())  # over all labels, as scikit-learn's of several labels
+    return {**f1_scores(*counts), "f1_macro": macro, "exact": float((true == predicted).all(1).mean())}
 
 
 def numbers(true: np.ndarray, predicted: np.ndarray) -> dict[str, float]:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from fastlm.data.labelled import Examples, choose_columns, hold_out, text_of
 from fastlm.data.labelled.columns import LABELS, TEXTS
+from fastlm.data.labelled.records import is_text
 from fastlm.models import BertForSequenceClassification
 from fastlm.ops import IGNORE_INDEX
 from fastlm.settings import Table, key
@@ -53,7 +54,8 @@ class Classify(LabelledTask):
         return (len(self.dataset.labels),)
 
     @classmethod
-    def encode(cls, records, recipe, tokenizer, report, *, labels=None, known=(), names=None):
+    def encode(cls, records, recipe, tokenizer, report, *, labels=None, known=(), names=None, several=None):
+        """several: whether the training examples have several labels each; None: these are they, and decide it."""
         data, rows = recipe.data, records
         texts, columns = choose_columns("data.text", data.text, TEXTS, rows), None
         check_texts(texts)
@@ -64,10 +66,14 @@ class Classify(LabelledTask):
             if isinstance(text, str) or isinstance(label, str):
                 report.reject(text if isinstance(text, str) else label, record.place)
                 continue
+            if several is False and len(label) != 1:
+                report.reject(f'not one label in column "{columns[0]}", as training examples have', record.place)
+                continue
             kept.append(text)
             found.append(label)
             places.append(record.place)
-        several = len(columns) > 1 or bool(data.label_separator) or any(isinstance(label, list) for label in found)
+        if several is None:
+            several = len(columns) > 1 or bool(data.label_separator) or any(isinstance(label, list) for label in found)
         given = columns if len(columns) > 1 else (names or {}).get(columns[0])
         found = [list(label) for label in found]
         labels = named_labels(found, places, columns[0], labels, known, given)
@@ -79,6 +85,10 @@ class Classify(LabelledTask):
         else:
             values = np.array([numbers[name] for (name,) in found], np.int64)
         return text_examples(kept, values, places, recipe, tokenizer, report, labels)
+
+    @classmethod
+    def as_trained(cls, examples):
+        return {**super().as_trained(examples), "several": examples.fields["labels"].ndim == 2}
 
     @classmethod
     def split(cls, examples, share, seed):
@@ -158,7 +168,7 @@ def _name(value) -> str | None:
         return str(value)
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
-    return value.strip() or None if isinstance(value, str) else None
+    return value.strip() or None if isinstance(value, str) and is_text(value) else None
 
 
 def check_texts(texts: tuple[str, ...]) -> None:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from fastlm.data.labelled import Examples, Ragged, choose_columns
 from fastlm.data.labelled.columns import TAGS, TOKENS
+from fastlm.data.labelled.records import is_text
 from fastlm.models import BertForTokenClassification
 from fastlm.ops import IGNORE_INDEX
 from fastlm.tasks._labelled import BARE, LabelledTask, named_labels, without
@@ -133,7 +134,11 @@ def _wrong(words, tags, words_column: str, tags_column: str) -> str | None:
     """Why a row is none; None for a good one."""
     if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
         return f'no list of words in column "{words_column}"'
-    if not isinstance(tags, list) or any(tag is None or isinstance(tag, (list, dict)) for tag in tags):
+    if not is_text("".join(words)):
+        return f'not UTF-8 in column "{words_column}"'
+    if not isinstance(tags, list) or any(
+        tag is None or isinstance(tag, (list, dict)) or not is_text(str(tag)) for tag in tags
+    ):
         return f'no list of tags in column "{tags_column}"'
     if len(words) != len(tags):
         return f'another number of tags in column "{tags_column}" than of words in column "{words_column}"'

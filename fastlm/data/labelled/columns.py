@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fastlm.data.labelled.records import Record
+from fastlm.data.labelled.records import Record, is_text
 
 # Names that tables have, the first that is there is taken; two texts where there are two.
 TEXTS = (
@@ -17,9 +17,14 @@ TEXTS = (
     ("review",),
     ("content",),
 )
+_LOOKED_AT = 1024  # rows whose columns are looked at: a line of JSON may leave one out
 LABELS = (("label",), ("labels",), ("class",), ("category",), ("target",), ("score",))
 TOKENS = (("tokens",), ("words",))
 TAGS = (("tags",), ("ner_tags",), ("labels",))
+
+
+class MissingColumn(ValueError):
+    """No row has a column that is needed."""
 
 
 def choose_columns(
@@ -29,15 +34,15 @@ def choose_columns(
 
     setting  the key of the recipe, for messages, as "data.text"
     needed   False: () where no default is there
-    ValueError where a column is missing in the first row, with its place and the columns that are there.
+    MissingColumn where none of the first rows has it, with the place of the first and the columns that are there.
     """
     first = rows[0]
-    there = list(first.values)
+    there = list(dict.fromkeys(name for row in rows[:_LOOKED_AT] for name in row.values))
     if asked:
         names = tuple(name.strip() for name in asked.split(","))
         missing = [name for name in names if name not in there]
         if missing:
-            raise ValueError(
+            raise MissingColumn(
                 f'{setting}: expected a column "{missing[0]}" in {first.place}, found {_named(there)}; name one of them'
             )
         return names
@@ -47,7 +52,7 @@ def choose_columns(
     if not needed:
         return ()
     expected = " or ".join(" and ".join(f'"{name}"' for name in names) for names in defaults)
-    raise ValueError(
+    raise MissingColumn(
         f"{setting}: expected a column {expected} in {first.place}, found {_named(there)}; name one with --set "
         f"{setting}=NAME"
     )
@@ -66,5 +71,7 @@ def text_of(record: Record, columns: Sequence[str]) -> tuple[str, ...] | str:
             return f'no string in column "{column}"'
         if not value.strip():
             return f'empty text in column "{column}"'
+        if not is_text(value):
+            return f'not UTF-8 in column "{column}"'
         texts.append(value)
     return tuple(texts)

@@ -98,7 +98,7 @@ def _read(file: SourceFile, stream, root: Path | None, plain: str, header: bool,
     if file.kind == "json":
         return _json(stream, file, report)
     if file.kind in ("parquet", "arrow"):
-        return _table(stream, file, names)
+        return _table(stream, file, report, names)
     if plain == "conll":
         return _conll(stream, file, report)
     if plain == "line":
@@ -142,14 +142,15 @@ def _csv(stream, file: SourceFile, header: bool, report: Report) -> Iterator[Rec
         place = f"{file.name}:{rows.line_num}"
         if len(row) != len(columns):
             report.reject(f"row of other than {len(columns)} columns", place)
-        elif not _is_text("".join(row)):
-            column = next(name for name, value in zip(columns, row) if not _is_text(value))
+        elif not is_text("".join(row)):
+            column = next(name for name, value in zip(columns, row) if not is_text(value))
             report.reject(f'not UTF-8 in column "{column}"', place)
         else:
             yield Record(place, dict(zip(columns, row)))
 
 
-def _is_text(value: str) -> bool:
+def is_text(value: str) -> bool:
+    """Whether UTF-8 can hold it: half of a surrogate pair, as of an emoji that was cut in JSON, is no character."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -239,7 +240,7 @@ def _sentence(tokens, tags, wrong, last, report: Report) -> Iterator[Record]:
     yield Record(last, {"tokens": tokens, "tags": tags})
 
 
-def _table(stream, file: SourceFile, names: dict[str, list[str]]) -> Iterator[Record]:
+def _table(stream, file: SourceFile, report: Report, names: dict[str, list[str]]) -> Iterator[Record]:
     if file.kind == "parquet":
         parquet = open_parquet(stream)
         schema, batches = parquet.schema_arrow, parquet.iter_batches(_BATCH_ROWS, use_threads=False)
@@ -259,6 +260,7 @@ def _table(stream, file: SourceFile, names: dict[str, list[str]]) -> Iterator[Re
         for batch in batches:
             for row in batch.to_pylist():
                 number += 1
+                report.read += 1
                 yield Record(
                     f"{file.name}:{number}",
                     {k: _named(value, classes[k]) if k in classes else value for k, value in row.items()},
