@@ -168,7 +168,8 @@ def predict(
     else:
         predictor = predicting.Predictor(model, text="" if text is None else ",".join(text), **options)
         plain = "conll" if predictor.tags and all(inner_suffix(Path(path)) in _CONLL for path in paths) else "line"
-        reader = partial(stream_records, names={}, plain=plain, header=header)
+        column = predictor.text if predictor.text and "," not in predictor.text else "text"
+        reader = partial(stream_records, names={}, plain=plain, header=header, column=column)
     answers = {}
     with ExitStack() as stack:
         spool = stack.enter_context(tempfile.TemporaryDirectory())

@@ -114,9 +114,7 @@ class Predictor:
                 said |= {"label": best, "probability": probabilities[best], "probabilities": probabilities}
             yield said
 
-    def _tagged(
-        self, rows: Sequence[Record], columns: tuple[str, ...], report: Report, tokens: int
-    ) -> Iterator[dict]:
+    def _tagged(self, rows: Sequence[Record], columns: tuple[str, ...], report: Report, tokens: int) -> Iterator[dict]:
         kept = _kept(((row, self._words(row, columns[0])) for row in rows), report)
         sentences = [words for _, words in kept]
         ids, firsts, cut, _ = encode_words(sentences, self.tokenizer, self.longest)

@@ -19,8 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastlm.data import Tokenizer
 from fastlm.data.labelled import Record, read_records
 from fastlm.data.sources import Report
+from fastlm.finetune_cli import predict
 from fastlm.models import BertConfig, BertForSequenceClassification, BertForTokenClassification, Counts
 from fastlm.predict import Predictor
+from fastlm.run.initial import find_initial
 from fastlm.run.labelled import open_examples
 from fastlm.run.metrics import read_metrics
 from fastlm.run.recipe import Recipe
@@ -55,8 +57,6 @@ def _quiet():
 
 def loaded(task, data, model, **settings):
     """The task on its data, and the model with its new head."""
-    from fastlm.run.initial import find_initial
-
     initial = find_initial(model)
     recipe, found = open_examples(initial.recipe(recipe_of(task, **settings)), data, initial.tokenizer)
     made = find_task(task)(recipe, found.train, CPU, found.validation)
@@ -115,6 +115,8 @@ def finished(model, tmp_path_factory):
             folder = tmp_path_factory.mktemp(kind)
             task, write, settings, *_ = KINDS[kind]
             data = write(folder)
+            if kind == "tags":
+                settings = {"data__test": str(write_conll(folder / "test.conll", sentences(10, seed=3)))}
             finetune(recipe_of(task, **settings), model, data, folder / "run")
             made[kind] = folder / "run", data
         return made[kind]
@@ -132,6 +134,7 @@ def test_a_run_learns_and_leaves_its_figures(kind, finished):
     assert content["seconds"]["training"] > 0
     held = content["examples"]["validation"]
     assert held == round(0.1 * (held + content["examples"]["train"]))
+    assert content["examples"]["test"] == (10 if kind == "tags" else None)
     assert (out / "curves.png").read_bytes()[:4] == b"\x89PNG"
     if kind != "several":
         assert (out / "confusion.png").read_bytes()[:4] == b"\x89PNG"
@@ -312,6 +315,10 @@ def test_what_is_cut_off_is_counted_and_predicted_as_outside(model, tmp_path):
     true = sum(len(made.validation.fields["tags"].take(np.array([i]))) for i in range(made.validation.rows))
     assert len(outputs) < true
     assert scores["recall"] < 1.0
+    rows = [([*"aaaa", "Rome"], [*"yyyy", "x"]), (["Rome"], ["x"])] * 6  # no tag is "O": nothing is predicted
+    made, _ = loaded("tag", write_conll(tmp_path / "b.conll", rows), model, data__max_length=6)
+    kept = made.validation.fields["tags"].values[made.validation.fields["borne"].values >= 0]
+    assert made.scores(np.eye(2)[kept])["accuracy"] == len(kept) / len(made.validation.fields["tags"].values) < 1.0
     texts, _ = loaded("classify", write_csv(tmp_path / "a.csv", reviews(20)), model, data__max_length=5)
     assert texts.dataset.cut["texts"] > 0
     assert texts.dataset.row_tokens == 5
@@ -418,11 +425,11 @@ def test_best_figures():
     ]
 
 
-def test_seeds(model, tmp_path, monkeypatch):
+def test_seeds(model, tmp_path, monkeypatch, capsys):
     """A label may hold what matplotlib takes for a formula, and the model is predicted with as it was trained."""
     rows = [("unrelated", text, {"pos": "a $_$"}.get(label, label)) for text, label in reviews(80, seed=2)]
     data = write_csv(tmp_path / "a.csv", rows[20:], ("text", "note", "label"))
-    test = write_csv(tmp_path / "b.csv", rows[:20], ("text", "note", "label"))
+    test = write_csv(tmp_path / "b.csv", [*rows[:20], ("x", "", "neg")], ("text", "note", "label"))
     recipe = recipe_of("classify", train__epochs=1.0, data__text="note", data__test=str(test))
     with monkeypatch.context() as patch:  # under torchrun
         patch.setenv("RANK", "1")
@@ -447,6 +454,12 @@ def test_seeds(model, tmp_path, monkeypatch):
     assert Predictor(tmp_path / "run").labels == ("a $_$", "neg")
     (said,) = Predictor(tmp_path / "run").predict(read_records(test, Report(), plain="line").rows[:1], Report())
     assert said["text"] == rows[0][1]
+    (tmp_path / "lines.txt").write_text("a film is good\n")  # of the column "note"
+    predict(tmp_path / "run", [str(tmp_path / "lines.txt")], out=tmp_path / "said.jsonl", header=True, dtype="float32")
+    assert json.loads((tmp_path / "said.jsonl").read_text())["text"] == "a film is good"
+    assert one[0]["read"]["data"]["set_aside"] == {}
+    assert one[0]["read"]["test"]["set_aside"] == {'empty text in column "note"': {"count": 1, "first": ["b.csv:22"]}}
+    assert 'test: 20 examples of 21 rows; set aside: 1 empty text in column "note"' in capsys.readouterr().err
     assert one[0]["examples"] == {"train": 54, "validation": 6, "test": 20}
 
 
@@ -641,6 +654,22 @@ def test_a_row_without_the_column_is_set_aside_by_predict(finished):
         'no string in column "text"': 2,
         'not UTF-8 in column "text"': 2,
     }
+
+
+def test_a_test_split_without_labels_is_left_out(model, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    texts, labels = zip(*reviews(30))
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])})
+    rows = datasets.Dataset.from_dict({"text": texts, "label": labels}, features=features)
+    secret = datasets.Dataset.from_dict({"text": texts, "label": [-1] * 30}, features=features)
+    datasets.DatasetDict(train=rows, validation=rows, test=secret).save_to_disk(tmp_path / "d")
+    initial = find_initial(model)
+    recipe = initial.recipe(recipe_of("classify"))
+    with pytest.warns(UserWarning, match=r"split .*test has no labels and is left out \(.*30 no label in column"):
+        assert open_examples(recipe, tmp_path / "d", initial.tokenizer)[1].test is None
+    recipe = recipe.with_values({"data.test": str(tmp_path / "d" / "test")})
+    with pytest.raises(ValueError, match="found none that can be used"):
+        open_examples(recipe, tmp_path / "d", initial.tokenizer)
 
 
 # ---- sizes

@@ -26,6 +26,17 @@ def test_single_labels_are_scikit_learns(classes):
             assert scores["matthews"] == pytest.approx(metrics.matthews_corrcoef(true, said))
 
 
+def test_examples_without_a_prediction_are_wrong():
+    metrics = pytest.importorskip("sklearn.metrics")
+    true, said = DRAW.integers(0, 3, 60), DRAW.integers(0, 4, 60)  # 3: none
+    scores = _scores.single_label(_scores.confusion(true, said, 3, none=True))
+    assert scores["accuracy"] == pytest.approx(metrics.accuracy_score(true, said))
+    assert scores["matthews"] == pytest.approx(metrics.matthews_corrcoef(true, said))
+    for average in ("macro", "weighted"):
+        expected = metrics.f1_score(true, said, average=average, labels=[0, 1, 2], zero_division=0)
+        assert scores[f"f1_{average}"] == pytest.approx(expected), average
+
+
 def test_several_labels_are_scikit_learns():
     metrics = pytest.importorskip("sklearn.metrics")
     true, said = DRAW.random((50, 6)) < 0.3, DRAW.random((50, 6)) < 0.4

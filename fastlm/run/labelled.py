@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from fastlm.data import Tokenizer
 from fastlm.data.labelled import Examples, saved_splits
+from fastlm.data.labelled.columns import MissingColumn
 from fastlm.data.sources import Report
 from fastlm.run.directory import Data
 from fastlm.run.recipe import Recipe
 from fastlm.tasks import find_task
 
 
+class Unusable(ValueError):
+    """Rows of which none is an example, as those of a test whose labels are kept secret."""
+
+
 def open_examples(recipe: Recipe, data, tokenizer_directory: Path, known: Sequence[str] = ()) -> tuple[Recipe, Data]:
     """(the recipe with what the data decides, the examples): steps, evaluations, and the longest length.
 
     data    a path or several: what `read_records` reads; of a directory that datasets.DatasetDict wrote, its splits
+            where its test has no labels, as GLUE's, that is left out with a warning
     known   names of the classes of the model
     ValueError where there are none, or they do not fit the task.
     """
@@ -38,7 +45,14 @@ def open_examples(recipe: Recipe, data, tokenizer_directory: Path, known: Sequen
     else:
         chosen, left = task.split(every, table.validation_share, table.split_seed)
         train, validation = every.select(chosen), every.select(left) if len(left) else None
-    tested = _read(recipe, [test], tokenizer, **task.as_trained(every)) if test else None
+    tested = None
+    if test:
+        try:
+            tested = _read(recipe, [test], tokenizer, **task.as_trained(every))
+        except (Unusable, MissingColumn) as error:
+            if table.test:
+                raise
+            warnings.warn(f"the split {test} has no labels and is left out ({error})", stacklevel=2)
     return _resolved(recipe, train, validation), Data(train, validation, tested)
 
 
@@ -52,7 +66,7 @@ def _read(recipe: Recipe, paths: list, tokenizer: Tokenizer, **options) -> Examp
         raise ValueError(f"data: expected labelled rows, found none in {named} ({report.reasons()})")
     examples = task.encode(records.rows, recipe, tokenizer, report, names=records.names, **options)
     if not examples.rows:
-        raise ValueError(f"data: expected labelled rows, found none that can be used in {named} ({report.reasons()})")
+        raise Unusable(f"data: expected labelled rows, found none that can be used in {named} ({report.reasons()})")
     return examples
 
 

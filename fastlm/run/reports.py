@@ -3,7 +3,8 @@
 metrics.json:
     task, model, metrics {name: figure on the held-out examples}, test {name: figure}, best_step, steps, epochs
     seconds {"training": of the steps, "other": of evaluations and checkpoints}
-    examples {"train", "validation", "test"}, labels, set_aside, cut
+    examples {"train", "validation", "test"}, labels
+    read {"data": {"rows", "examples", "set_aside", "cut", "told"}, the same for "validation" and "test" of other files}
     classes {name: {"precision", "recall", "f1", "support"}}, confusion {"labels", "counts"}
 """
 
@@ -18,6 +19,7 @@ from typing import Protocol
 
 import numpy as np
 
+from fastlm.data.labelled import Examples
 from fastlm.run.directory import MODEL, RECIPE, REPORTS
 from fastlm.run.metrics import RERUN
 from fastlm.run.progress import duration
@@ -34,13 +36,15 @@ class Outcome(Protocol):
 
     validation: tuple[dict[str, float], np.ndarray] | None
     test: tuple[dict[str, float], np.ndarray] | None
+    test_task: LabelledTask | None
 
 
 def write_reports(out: Path, task: LabelledTask, rows: list[dict], summary: dict, outcome: Outcome) -> None:
     """Write the files. rows: of metrics.jsonl; summary: what summary.json will hold."""
     details = {} if outcome.validation is None else task.details(outcome.validation[1])
     scatter, train = details.pop("scatter", None), task.dataset
-    test = None if outcome.test is None else len(outcome.test[1])
+    held, test = task.validation, None if outcome.test_task is None else outcome.test_task.validation
+    read = {"data": train, "validation": held if task.apart else None, "test": test}
     content = {
         "task": task.recipe.task,
         "metrics": _named(outcome.validation),
@@ -53,12 +57,11 @@ def write_reports(out: Path, task: LabelledTask, rows: list[dict], summary: dict
         "examples_per_s": round(summary["steps"] * task.recipe.batch_rows / summary["seconds"], 1),
         "examples": {
             "train": train.rows,
-            "validation": None if task.validation is None else task.validation.rows,
-            "test": test,
+            "validation": None if held is None else held.rows,
+            "test": None if test is None else test.rows,
         },
         "labels": list(train.labels),
-        "set_aside": train.report.set_aside,
-        "cut": train.cut,
+        "read": {part: _reading(examples) for part, examples in read.items() if examples is not None},
         "layout": task.layout,
         **details,
     }
@@ -68,6 +71,13 @@ def write_reports(out: Path, task: LabelledTask, rows: list[dict], summary: dict
         plot_confusion(details["confusion"], out / CONFUSION, title=_title(task, outcome))
     elif scatter is not None:
         plot_numbers(scatter, out / CONFUSION, title=_title(task, outcome))
+
+
+def _reading(examples: Examples) -> dict[str, object]:
+    """What became of the rows of the files that the examples are from."""
+    report = examples.report
+    counts = {"rows": report.read, "examples": report.kept, "set_aside": report.set_aside}
+    return {**counts, "cut": examples.cut, "told": examples.told}
 
 
 def _named(evaluation) -> dict[str, float] | None:
@@ -83,7 +93,7 @@ def _title(task: LabelledTask, outcome: Outcome) -> str:
 def write_seeds(out: Path, runs: Sequence[Path]) -> None:
     """OUT/metrics.json with the mean and the spread of the runs' figures, and OUT/hf, the model of the best run.
 
-    OUT/recipe.json is that of the best run, and metrics.json has its null_threshold: `predict` reads both beside OUT/hf.
+    OUT/recipe.json is that of the best run, and metrics.json has its null_threshold: `predict` reads both.
     """
     found = [json.loads((run / FIGURES).read_text(encoding="utf-8")) for run in runs]
     figure = found[0]["metric"]

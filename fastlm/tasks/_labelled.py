@@ -197,11 +197,11 @@ class LabelledTask(Task):
         )
 
     def notes(self) -> list[str]:
-        lines = reading_notes("training" if self._apart else "data", self.dataset)
-        return lines + (reading_notes("held out", self.validation) if self._apart else [])
+        lines = reading_notes("training" if self.apart else "data", self.dataset)
+        return lines + (reading_notes("held out", self.validation) if self.apart else [])
 
     @property
-    def _apart(self) -> bool:
+    def apart(self) -> bool:
         """Whether the held-out examples were read from other files."""
         return self.validation is not None and self.validation.report is not self.dataset.report
 

@@ -17,9 +17,13 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 
-def confusion(true: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
-    """(classes, classes) int64: how often class i was predicted as class j."""
-    return np.bincount(true * classes + predicted, minlength=classes * classes).reshape(classes, classes)
+def confusion(true: np.ndarray, predicted: np.ndarray, classes: int, none: bool = False) -> np.ndarray:
+    """(classes, classes) int64: how often class i was predicted as class j.
+
+    none: whether there is a column more, of the examples for which the prediction is `classes`, none of them
+    """
+    columns = classes + none
+    return np.bincount(true * columns + predicted, minlength=classes * columns).reshape(classes, columns)
 
 
 def f1_scores(correct: np.ndarray, predicted: np.ndarray, true: np.ndarray) -> dict[str, float]:
@@ -47,8 +51,8 @@ def _ratio(above, below):
 
 
 def single_label(matrix: np.ndarray) -> dict[str, float]:
-    """accuracy, f1_macro, f1_weighted and matthews of a confusion matrix."""
-    correct, predicted, true = np.diagonal(matrix), matrix.sum(0), matrix.sum(1)
+    """accuracy, f1_macro, f1_weighted and matthews of a confusion matrix, which may have a column of no class."""
+    correct, predicted, true = np.diagonal(matrix), matrix.sum(0)[: len(matrix)], matrix.sum(1)
     scores = f1_scores(correct, predicted, true)
     del scores["f1_micro"]  # it is the accuracy
     return {"accuracy": float(_ratio(correct.sum(), matrix.sum())), **scores, "matthews": matthews(matrix)}
@@ -58,7 +62,7 @@ def matthews(matrix: np.ndarray) -> float:
     matrix = matrix.astype(float)
     predicted, true, total = matrix.sum(0), matrix.sum(1), matrix.sum()
     spread = (total**2 - (predicted**2).sum()) * (total**2 - (true**2).sum())
-    return float((total * np.trace(matrix) - predicted @ true) / math.sqrt(spread)) if spread > 0 else 0.0
+    return float((total * np.trace(matrix) - predicted[: len(true)] @ true) / math.sqrt(spread)) if spread > 0 else 0.0
 
 
 def several_labels(true: np.ndarray, predicted: np.ndarray) -> dict[str, float]:

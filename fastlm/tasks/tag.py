@@ -1,7 +1,8 @@
 """Tagging: a label for each word, as entities in IOB2 or parts of speech (Devlin et al. 2018, 5.3).
 
 A word may be several tokens. The first one bears its label and says its tag; the loss leaves the others out. A word
-that is cut off, or that the tokenizer makes nothing of, is predicted as "O" and counted.
+that is cut off, or that the tokenizer makes nothing of, is predicted as "O" and counted. Where no tag is "O", the
+prediction for it is wrong.
 """
 
 from __future__ import annotations
@@ -99,9 +100,9 @@ class Tag(LabelledTask):
         return F.cross_entropy(logits, labels[labels != IGNORE_INDEX], reduction="sum"), logits
 
     def _predicted(self, outputs: np.ndarray) -> np.ndarray:
-        """(words,) the number of the tag of every word of the held-out examples."""
+        """(words,) the number of the tag of every word of the held-out examples; one more than all for no tag."""
         borne, names = self.validation.fields["borne"].values, self.dataset.labels
-        tags = np.full(len(borne), names.index(OUTSIDE) if OUTSIDE in names else 0)
+        tags = np.full(len(borne), names.index(OUTSIDE) if OUTSIDE in names else len(names))
         tags[borne >= 0] = outputs.argmax(1)
         return tags
 
@@ -115,18 +116,19 @@ class Tag(LabelledTask):
 
     def _confusion(self, outputs: np.ndarray) -> np.ndarray:
         true = self.validation.fields["tags"].values
-        return confusion(true.astype(np.int64), self._predicted(outputs), len(self.dataset.labels))
+        return confusion(true.astype(np.int64), self._predicted(outputs), len(self.dataset.labels), none=True)
 
     def scores(self, outputs):
         words = single_label(self._confusion(outputs))
         return {**self._entities(outputs)[0], "accuracy": words["accuracy"]} if self.entities else words
 
     def details(self, outputs):
-        matrix, names = self._confusion(outputs), self.dataset.labels
+        whole, names = self._confusion(outputs), self.dataset.labels
+        matrix = whole[:, : len(names)]
         if self.entities:
             classes = self._entities(outputs)[1]
         else:
-            classes = by_class(names, np.diagonal(matrix), matrix.sum(0), matrix.sum(1))
+            classes = by_class(names, np.diagonal(matrix), matrix.sum(0), whole.sum(1))
         return {"classes": classes, "confusion": {"labels": list(names), "counts": matrix.tolist()}}
 
 

@@ -9,6 +9,7 @@ import torch
 
 from fastlm.models import Model
 from fastlm.tasks import Task
+from fastlm.tasks._labelled import reading_notes
 from fastlm.train.parallel import ALONE, World
 
 
@@ -90,6 +91,10 @@ class Final:
             self.validation = self._latest[1]
         if self.test_task is not None:
             self.test = evaluation(model, self.test_task, *self._how)
+
+    def notes(self) -> list[str]:
+        """What was set aside and cut of the rows of the test."""
+        return [] if self.test_task is None else reading_notes("test", self.test_task.validation)
 
     def figures(self) -> dict[str, float]:
         """val_ and test_ of the best weights."""

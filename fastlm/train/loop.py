@@ -255,6 +255,8 @@ class _Run:
         ):
             self.watch.start(self.line, (row["loss"] for row in before))
             self.watch.headline(self.model, self.memory)
+            for note in self.final.notes():
+                self.line.note(note)
             if self.world.main:
                 self.metrics = Tracked(self.metrics, self.log, self.recipe, self.out, first, self.line.note)
             if self.metrics.rows < first:

@@ -8,7 +8,7 @@
   {"text": a file, "label": the directory's name}
 - plain text, `plain="conll"`: {"tokens": [...], "tags": [...]}: on a line a token, a tab or spaces, and its tag; a
   blank line ends a row
-- plain text, `plain="line"`: {"text": a line}
+- plain text, `plain="line"`: {"text": a line}, or another name by `column`
 
 Any of them may be compressed (`.gz`, `.zst`). The place of a row is its file and the number of its last line, or of its
 row in a table. A row that cannot be read is entered in the report with its place, and reading goes on.
@@ -65,9 +65,19 @@ def read_records(paths: Iterable, report: Report, *, plain: str, header: bool = 
 
 
 def stream_records(
-    paths: Iterable, report: Report, names: dict[str, list[str]], *, plain: str, header: bool = True, spool=None
+    paths: Iterable,
+    report: Report,
+    names: dict[str, list[str]],
+    *,
+    plain: str,
+    header: bool = True,
+    spool=None,
+    column: str = "text",
 ) -> Iterator[Record]:
-    """`read_records`, one after another; `names` gets the names of classes."""
+    """`read_records`, one after another; `names` gets the names of classes.
+
+    column: of a line of plain text, with plain="line"
+    """
     if plain not in PLAIN:
         raise ValueError(f"plain: expected one of {', '.join(PLAIN)}, got {plain!r}")
     for given in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
@@ -75,7 +85,10 @@ def stream_records(
         for file in find_files([given], report, spool=spool):
             try:
                 with open_bytes(file) as stream:
-                    yield from _read(file, stream, root, plain, header, report, names)
+                    if plain == "line" and file.kind == "text":
+                        yield from _lines_of(stream, file, report, {}, column)
+                    else:
+                        yield from _read(file, stream, root, plain, header, report, names)
             except OSError as error:
                 raise ValueError(f"data: {file.name} cannot be read: {error.strerror or error}") from error
             except Damaged as error:
@@ -101,8 +114,6 @@ def _read(file: SourceFile, stream, root: Path | None, plain: str, header: bool,
         return _table(stream, file, report, names)
     if plain == "conll":
         return _conll(stream, file, report)
-    if plain == "line":
-        return _lines_of(stream, file, report, {})
     directory = root is not None and file.path.parent != root
     if not directory:
         return _lines_of(stream, file, report, {"label": Path(file.name.split("/")[-1]).name.split(".")[0]})
@@ -197,11 +208,11 @@ def _decoded(stream, file: SourceFile, report: Report) -> Iterator[tuple[str, st
             report.reject("line that is not UTF-8", place)
 
 
-def _lines_of(stream, file: SourceFile, report: Report, more: dict) -> Iterator[Record]:
+def _lines_of(stream, file: SourceFile, report: Report, more: dict, column: str = "text") -> Iterator[Record]:
     for place, line in _decoded(stream, file, report):
         if line.strip():
             report.read += 1
-            yield Record(place, {"text": line.strip(), **more})
+            yield Record(place, {column: line.strip(), **more})
 
 
 def _whole(stream, file: SourceFile, report: Report, more: dict) -> Iterator[Record]:
