@@ -16,6 +16,7 @@ from labelled import TINY, make_model, reviews, sentences, write_conll, write_cs
 from models import to_transformers
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastlm import _threads
 from fastlm.data import Tokenizer
 from fastlm.data.labelled import Record, read_records
 from fastlm.data.sources import Report
@@ -454,6 +455,7 @@ def test_seeds(model, tmp_path, monkeypatch, capsys):
     assert Predictor(tmp_path / "run").labels == ("a $_$", "neg")
     (said,) = Predictor(tmp_path / "run").predict(read_records(test, Report(), plain="line").rows[:1], Report())
     assert said["text"] == rows[0][1]
+    monkeypatch.setattr(_threads, "for_work", lambda *_: None)
     (tmp_path / "lines.txt").write_text("a film is good\n")  # of the column "note"
     predict(tmp_path / "run", [str(tmp_path / "lines.txt")], out=tmp_path / "said.jsonl", header=True, dtype="float32")
     assert json.loads((tmp_path / "said.jsonl").read_text())["text"] == "a film is good"
