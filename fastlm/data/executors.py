@@ -45,9 +45,10 @@ def in_processes(processes: int) -> Iterator[Run]:
 
     try:
         yield run
-    except BaseException:
+    except BaseException as error:
         if pool is not None:
-            pool.shutdown(wait=False, cancel_futures=True)
+            # After a ValueError `fastlm.data.kept` removes the directory of the parts, in which other workers write.
+            pool.shutdown(wait=isinstance(error, ValueError), cancel_futures=True)
         raise
     if pool is not None:
         pool.shutdown()
