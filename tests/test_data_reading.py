@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from training import corpus, small
 
-from fastlm.data import Batches, open_dataset, prepare, shards
+from fastlm.data import Batches, Mixture, mixture, open_dataset, prepare, shards
+from fastlm.data.mixture import token_counts
 from fastlm.data.order import rows_at
 from fastlm.data.verification import Verification
 from fastlm.run.directory import open_data
@@ -206,6 +207,29 @@ def test_a_shard_is_checked_once_and_only_its_readers_wait():
     verification._thread.join(60)
     assert verification.need([1]) == {3: "bad"}
     assert sorted(checked) == [0, 1, 2, 3]
+
+
+def test_tokens_are_counted_in_the_shards_that_the_first_rows_are_from(prepared, monkeypatch):
+    dataset = open_dataset(prepared, lazy=True)
+    monkeypatch.setattr(mixture, "_COUNTED_SHARDS", len(dataset.accepted))
+    for source in (dataset, Mixture([dataset], "1")):
+        rows = source.order(np.arange(source.rows), 5)[1]
+        assert np.array_equal(source.nearby(rows, len(dataset.accepted)), rows)
+        expected = np.bincount(dataset.gather(rows)[0].ravel(), minlength=dataset.tokenizer.vocab_size)
+        assert np.array_equal(token_counts(source, 5), expected)
+    monkeypatch.setattr(mixture, "_COUNTED_SHARDS", 2)
+    for kind in (lambda source: source, lambda source: Mixture([source], "1")):
+        lazy = open_dataset(prepared, lazy=True)
+        source = kind(lazy)
+        rows = source.order(np.arange(source.rows), 5)[1]
+        near = source.nearby(rows, 2)
+        first = list(dict.fromkeys((rows // 10).tolist()))[:2]
+        assert sorted(set((near // 10).tolist())) == sorted(first)
+        assert len(set(near.tolist())) > 10
+        counts = token_counts(source, 5)
+        assert counts.sum() == expected.sum()
+        assert lazy._verification._left == len(lazy.accepted) - len({0, *first})
+        assert np.minimum(counts, expected).sum() > 0.5 * expected.sum()
 
 
 ROWS, SHARDS = 10**9, 1000  # of a shard, and how many

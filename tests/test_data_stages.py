@@ -14,6 +14,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -341,6 +342,24 @@ def test_a_workers_error_waits_for_the_other_workers(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="the first one"), executors.in_processes(2) as run:
         list(run(task, [0, 1]))
     assert done == [1]
+
+
+def test_an_error_on_ray_waits_for_the_other_tasks(monkeypatch):
+    waited = []
+
+    def wait(running, num_returns):
+        waited.append((list(running), num_returns))
+        return running[:num_returns], running[num_returns:]
+
+    def get(done):
+        raise ValueError(f"of task {done}")
+
+    ray = SimpleNamespace(is_initialized=lambda: True, remote=lambda _: SimpleNamespace(remote=lambda _, task: task))
+    ray.wait, ray.get = wait, get
+    monkeypatch.setattr(executors, "require", lambda name: ray)
+    with pytest.raises(ValueError, match="of task 1"), executors.on_ray(3, "") as run:
+        list(run(None, [1, 2, 3, 4]))
+    assert waited == [([1, 2, 3], 1), ([2, 3], 2)]
 
 
 @pytest.mark.long

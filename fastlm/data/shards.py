@@ -168,6 +168,17 @@ class Dataset(Endless):
             self._verified([index])
             yield self._shard(index)
 
+    def nearby(self, rows: np.ndarray, shards: int) -> np.ndarray:
+        """(k,) for the random `rows` (k,) as many random ones of the `shards` shards that come first among them.
+
+        They are `rows` themselves where these lie in so few. A row may be there twice.
+        """
+        homes, first = np.unique(np.searchsorted(self._first, rows, side="right") - 1, return_index=True)
+        if len(homes) <= shards:
+            return rows
+        home = homes[np.argsort(first)[:shards]][np.arange(len(rows)) % shards]
+        return self._first[home] + rows % np.diff(self._first)[home]
+
     def gather(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of the rows numbered `rows` (k,): tokens (k, width), how many pieces in each (k,), the pieces (p, 2 or 3).
 
