@@ -1,6 +1,7 @@
 """`prepare` and `open_dataset`: deterministic, complete or absent, and a damaged file is never used."""
 
 import fcntl
+import importlib.util
 import json
 import math
 import os
@@ -15,6 +16,9 @@ import numpy as np
 import pytest
 
 from fastlm.data import Batches, Tokenizer, is_prepared, open_dataset, prepare, python_documentation
+from fastlm.data.layouts import CausalRows, SpanRows
+from fastlm.data.unigram import smallest_unigram
+from fastlm.data.vocabulary import smallest_bpe
 from fastlm.storage import atomic_directory, file_checksum, json_checksum
 
 TEXT = "\n".join(f"Line {i} of the text says that {i} times {i} is {i * i}, and nothing else." for i in range(60))
@@ -267,7 +271,26 @@ def test_the_remedy_for_damage_works(corpus, prepared):
     with pytest.raises(ValueError, match=f"is damaged .* delete {prepared} and prepare the data again"):
         prepare([corpus], "train:120", prepared, **OPTIONS)  # it may hold hours of work: it is not ours to delete
     shutil.rmtree(prepared)
+    held = prepare([corpus], "train:120", prepared, validation_share=0.2, **OPTIONS)
+    assert open_dataset(prepared, split="validation").rows
+    for name in ("00000", "validation-00000"):
+        flip(prepared / f"{name}.tokens.npy")
+        with pytest.raises(ValueError, match=f"shard {name}: checksum .* delete {prepared} and prepare the data again"):
+            prepare([corpus], "train:120", prepared, validation_share=0.2, **OPTIONS)
+        flip(prepared / f"{name}.tokens.npy")
+    assert prepare([corpus], "train:120", prepared, validation_share=0.2, **OPTIONS).accepted == held.accepted
+    shutil.rmtree(prepared)
     assert prepare([corpus], "train:120", prepared, **OPTIONS).accepted == before
+
+
+def test_another_version_of_bpe_is_another_preparation(corpus, tmp_path, monkeypatch):
+    layout = CausalRows(32)
+    prepare([corpus], "train:300", tmp_path / "bpe", layout=layout, documents="line")
+    prepare([corpus], "train:120", tmp_path / "wordpiece", **OPTIONS)
+    monkeypatch.setattr("fastlm.data.tokenizer.VERSION", 0)
+    with pytest.raises(ValueError, match="or another version of fastlm prepared it"):
+        prepare([corpus], "train:300", tmp_path / "bpe", layout=layout, documents="line")
+    prepare([corpus], "train:120", tmp_path / "wordpiece", **OPTIONS)
 
 
 def test_a_tokenizer_that_a_later_library_words_otherwise_still_opens(prepared, monkeypatch):
@@ -345,7 +368,8 @@ def test_nothing_left_of_a_corpus(tmp_path):
     (tmp_path / "a.txt").write_text(" \n\n")
     (tmp_path / "b.jsonl").write_text("{\n")
     message = r"data: no text is left of 2 records .* 1 empty \(first: .*a\.txt\), 1 malformed JSON"
-    for tokenizer in ("train:100", Tokenizer.train(lambda: [TEXT], 100)):
+    unigram = ["unigram:1000"] if importlib.util.find_spec("sentencepiece") else []
+    for tokenizer in ("train:100", "bpe:300", *unigram, Tokenizer.train(lambda: [TEXT], 100)):
         with pytest.raises(ValueError, match=message):
             prepare([tmp_path / "a.txt", tmp_path / "b.jsonl"], tokenizer, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "b.jsonl"]
@@ -369,6 +393,7 @@ def test_nothing_left_of_a_corpus(tmp_path):
         ({"tokenizer": None}, "tokenizer: expected `train:8192`, a tokenizer's directory or a Tokenizer, got None"),
         ({"tokenizer": ""}, "tokenizer: expected `train:8192`, a tokenizer's directory or a Tokenizer, got ''"),
         ({"tokenizer": "bert-base"}, "tokenizer: expected `train:8192` or a tokenizer's directory, got 'bert-base'"),
+        ({"tokenizer": "bpe:100"}, r"tokenizer: expected at least 261 tokens for a byte-level BPE .*masked.*, got 100"),
         ({"paths": "nowhere.txt"}, r"data: expected a file or a directory of text, but nowhere\.txt does not exist"),
     ],
 )
@@ -377,6 +402,22 @@ def test_bad_arguments(corpus, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         prepare(**arguments)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "wordpiece"])
+def test_a_tokenizer_that_does_not_fit_is_refused_before_the_text_is_read(kind, corpus, tmp_path):
+    smallest = {"bpe": smallest_bpe("span"), "unigram": smallest_unigram("span"), "wordpiece": 301}[kind]
+    if kind == "unigram":
+        pytest.importorskip("sentencepiece", reason="the package sentencepiece, of the extra unigram")
+
+    def progress(stage, done, total):
+        raise AssertionError(stage)
+
+    with pytest.raises(ValueError, match="tokenizer: expected"):
+        prepare([corpus], f"{kind}:{smallest - 1}", tmp_path / "out", layout=SpanRows(32), progress=progress)
+    if kind != "wordpiece":
+        made = prepare([corpus], f"{kind}:{smallest}", tmp_path / "out", layout=SpanRows(32), documents="line")
+        assert made.tokenizer.vocab_size <= smallest
 
 
 def test_progress(corpus, tmp_path):

@@ -1,6 +1,7 @@
 """Reading prepared rows: no row of a damaged shard is given out, nothing waits for shards that it does not read, and
 memory does not grow with the rows."""
 
+import errno
 import gc
 import json
 import os
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 from training import corpus, small
 
-from fastlm.data import Batches, open_dataset, prepare, shards
+from fastlm.data import Batches, Mixture, mixture, open_dataset, prepare, shards
+from fastlm.data.mixture import token_counts
 from fastlm.data.order import rows_at
 from fastlm.data.verification import Verification
 from fastlm.run.directory import open_data
@@ -82,17 +84,88 @@ def test_a_run_stops_on_damaged_rows_and_goes_on_where_they_are_restored(prepare
     assert pretrain(recipe, prepared, tmp_path / "run", device="cpu").summary is not None
 
 
-def test_the_files_are_closed_with_the_dataset(prepared):
+def test_no_file_stays_open_and_the_mappings_end_with_the_dataset(prepared):
+    def mapped():
+        with open("/proc/self/maps") as maps:
+            return sum(str(prepared) in line for line in maps)
+
     gc.disable()
     try:
         before = len(os.listdir("/proc/self/fd"))
         dataset = open_dataset(prepared, lazy=True)
-        dataset.gather(np.arange(dataset.rows))
-        assert len(os.listdir("/proc/self/fd")) >= before + 3
+        tokens = dataset.gather(np.arange(dataset.rows))[0]
+        assert np.array_equal(
+            tokens, np.concatenate([np.load(path) for path in sorted(prepared.glob("0*.tokens.npy"))])
+        )
+        assert mapped() == 3 * len(dataset.accepted)
+        # Of a mix's sources, each has its shards mapped: open files would be three for each of them.
+        assert len(os.listdir("/proc/self/fd")) == before
+        kept = dataset._shard(0).tokens
+        assert not kept.flags.writeable
         del dataset
-        assert len(os.listdir("/proc/self/fd")) == before, "a cycle keeps them"
+        assert mapped() == 1, "a cycle keeps them"
+        assert np.array_equal(kept, tokens[: len(kept)])
+        del kept
+        assert mapped() == 0
     finally:
         gc.enable()
+
+
+def test_a_file_that_shrinks_under_a_run_is_an_error(prepared):
+    dataset = open_dataset(prepared)
+    os.truncate(prepared / "00001.tokens.npy", 200)
+    with pytest.raises(ValueError, match=r"00001\.tokens\.npy was changed while it was in use: 200 bytes, expected"):
+        dataset.gather(np.array([10]))
+
+
+def test_the_first_shards_header_is_checked_before_another_is_read_by_it(prepared):
+    path = prepared / "00000.offsets.npy"
+    data = path.read_bytes()
+    assert data.count(b"'<i8'") == 1
+    path.write_bytes(data.replace(b"'<i8'", b"'>i8'"))
+    with pytest.raises(ValueError, match="shard 00000: checksum"):
+        open_dataset(prepared, lazy=True).gather(np.array([10]))
+    with pytest.raises(ValueError, match="shard 00000: checksum"):
+        next(open_dataset(prepared, lazy=True).shards())
+
+
+def test_a_flipped_bit_of_a_header_is_no_crash(prepared):
+    entry = json.loads((prepared / "manifest.json").read_text())["shards"][1]
+    path = prepared / "00001.tokens.npy"
+    data = path.read_bytes()
+    reasons = set()
+    for bit in range(0, 128 * 8, 3):
+        changed = bytearray(data)
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
+        reasons.add(shards._missing(prepared, entry))
+    assert "00001.tokens.npy: it is not the array that was written" in reasons
+
+
+def test_an_error_that_may_pass_is_not_remembered_as_damage(prepared, monkeypatch):
+    dataset, read, failing = open_dataset(prepared, lazy=True), shards.file_checksum, [errno.EMFILE]
+
+    def checksum(*paths):
+        if failing:
+            raise OSError(failing[0], os.strerror(failing[0]))  # without a file's name, as of `read`
+        return read(*paths)
+
+    monkeypatch.setattr(shards, "file_checksum", checksum)
+    with pytest.raises(OSError, match="Too many open files"):
+        dataset.gather(np.array([0]))
+    dataset.verify_ahead()
+    dataset._verification._thread.join(60)
+    with pytest.raises(OSError, match="Too many open files"):
+        dataset.gather(np.array([0]))
+    failing.clear()
+    dataset.gather(np.arange(dataset.rows))
+    dataset = open_dataset(prepared, lazy=True)
+    failing.append(errno.EIO)
+    with pytest.raises(ValueError, match=r"shard 00000: one of its files: Input/output error\. Its rows were not used"):
+        dataset.gather(np.array([0]))
+    failing[0] = errno.EMFILE
+    with pytest.raises(OSError, match="Too many open files"):
+        open_dataset(prepared, lazy=True)  # of the tokenizer
 
 
 def test_what_a_glance_shows_is_set_aside_at_the_start(prepared):
@@ -134,6 +207,29 @@ def test_a_shard_is_checked_once_and_only_its_readers_wait():
     verification._thread.join(60)
     assert verification.need([1]) == {3: "bad"}
     assert sorted(checked) == [0, 1, 2, 3]
+
+
+def test_tokens_are_counted_in_the_shards_that_the_first_rows_are_from(prepared, monkeypatch):
+    dataset = open_dataset(prepared, lazy=True)
+    monkeypatch.setattr(mixture, "_COUNTED_SHARDS", len(dataset.accepted))
+    for source in (dataset, Mixture([dataset], "1")):
+        rows = source.order(np.arange(source.rows), 5)[1]
+        assert np.array_equal(source.nearby(rows, len(dataset.accepted)), rows)
+        expected = np.bincount(dataset.gather(rows)[0].ravel(), minlength=dataset.tokenizer.vocab_size)
+        assert np.array_equal(token_counts(source, 5), expected)
+    monkeypatch.setattr(mixture, "_COUNTED_SHARDS", 2)
+    for kind in (lambda source: source, lambda source: Mixture([source], "1")):
+        lazy = open_dataset(prepared, lazy=True)
+        source = kind(lazy)
+        rows = source.order(np.arange(source.rows), 5)[1]
+        near = source.nearby(rows, 2)
+        first = list(dict.fromkeys((rows // 10).tolist()))[:2]
+        assert sorted(set((near // 10).tolist())) == sorted(first)
+        assert len(set(near.tolist())) > 10
+        counts = token_counts(source, 5)
+        assert counts.sum() == expected.sum()
+        assert lazy._verification._left == len(lazy.accepted) - len({0, *first})
+        assert np.minimum(counts, expected).sum() > 0.5 * expected.sum()
 
 
 ROWS, SHARDS = 10**9, 1000  # of a shard, and how many
@@ -189,4 +285,4 @@ def test_a_million_million_rows_take_constant_memory(whole, tmp_path, monkeypatc
     finally:
         tracemalloc.stop()
     assert peak < 4 << 20, peak  # one byte a row would be 10^12
-    assert len(os.listdir("/proc/self/fd")) <= files + 3 * shards._MAPPED
+    assert len(os.listdir("/proc/self/fd")) == files

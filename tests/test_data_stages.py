@@ -1,6 +1,7 @@
 """`prepare` with rules of cleaning, near duplicates and part files: the same bytes by any number of processes."""
 
 import gzip
+import itertools
 import json
 import os
 import random
@@ -8,8 +9,12 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +25,7 @@ from fastlm.data.counts import Counts
 from fastlm.data.estimate import estimate
 from fastlm.data.selection import HELD_OUT, TRAINED, choose, fingerprint, first_equal, is_held_out
 from fastlm.data.sources import Report, find_files
+from fastlm.data.stages import Reading
 from fastlm.run.recipe import Recipe, load_recipe
 
 OPTIONS = {"row_tokens": 32, "documents": "line", "shard_rows": 10}
@@ -288,6 +294,72 @@ def test_a_killed_preparation_continues(corpus, tmp_path, monkeypatch):
         assert len(names) == len(set(names)) > 4, "a finished part is not made again"
     assert files(out) == files(whole)
     assert not list(tmp_path.glob(".out.*"))
+
+
+def test_parts_of_another_version_are_not_continued(corpus, tmp_path, monkeypatch):
+    clean = stages.clean
+
+    def killed(task):
+        clean(task)
+        task.prints.unlink()  # which an older version did not write
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as older:
+        older.setattr("fastlm.data.preparation.PARTS_VERSION", 0)
+        older.setattr(texts, "clean", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare([corpus], "train:120", tmp_path / "out", near_duplicates=0.8, **OPTIONS)
+    assert len(list(tmp_path.glob(".out.parts-*"))) == 1
+    assert prepare([corpus], "train:120", tmp_path / "out", near_duplicates=0.8, **OPTIONS).rows
+    assert not list(tmp_path.glob(".out.*"))
+
+
+def test_signatures_are_listed_by_number_without_reading_the_directory(corpus, tmp_path, monkeypatch):
+    text = stages.CleanedText(find_files([corpus], Report()), Reading("line", ("text",), Cleaning(), 0.8), tmp_path, "")
+    (task,) = text.tasks
+    expected = [task.signatures(number) for number in (9998, 9999, 10000)]
+    for path in expected:
+        path.touch()
+    monkeypatch.setattr(Path, "glob", None)
+    monkeypatch.setattr(stages, "count", lambda: itertools.count(9998))
+    assert text.signatures() == expected
+
+
+def test_a_workers_error_waits_for_the_other_workers(tmp_path, monkeypatch):
+    """Since the directory that they write into is removed then; threads stand for processes."""
+    monkeypatch.setattr(executors, "ProcessPoolExecutor", lambda processes, *_, **__: ThreadPoolExecutor(processes))
+    begun, done = threading.Event(), []
+
+    def task(number):
+        if number:
+            begun.set()
+            time.sleep(0.3)
+            done.append(number)
+            return number
+        assert begun.wait(60)
+        raise ValueError("the first one")
+
+    with pytest.raises(ValueError, match="the first one"), executors.in_processes(2) as run:
+        list(run(task, [0, 1]))
+    assert done == [1]
+
+
+def test_an_error_on_ray_waits_for_the_other_tasks(monkeypatch):
+    waited = []
+
+    def wait(running, num_returns):
+        waited.append((list(running), num_returns))
+        return running[:num_returns], running[num_returns:]
+
+    def get(done):
+        raise ValueError(f"of task {done}")
+
+    ray = SimpleNamespace(is_initialized=lambda: True, remote=lambda _: SimpleNamespace(remote=lambda _, task: task))
+    ray.wait, ray.get = wait, get
+    monkeypatch.setattr(executors, "require", lambda name: ray)
+    with pytest.raises(ValueError, match="of task 1"), executors.on_ray(3, "") as run:
+        list(run(None, [1, 2, 3, 4]))
+    assert waited == [([1, 2, 3], 1), ([2, 3], 2)]
 
 
 @pytest.mark.long

@@ -310,6 +310,18 @@ def test_a_trained_unigram(purpose, tmp_path):
         Tokenizer.train(lambda: texts, 300, "unigram", purpose)
 
 
+def test_unigram_learns_from_text_without_spaces_and_spells_every_block():
+    pytest.importorskip("sentencepiece", reason="the package sentencepiece, of the extra unigram")
+    words = ["天地玄黄", "宇宙洪荒", "日月盈昃", "辰宿列张", "寒来暑往", "秋收冬藏"]
+    order = np.random.default_rng(0).integers(0, len(words), (60, 50))
+    lines = ["".join(words[word] for word in line) for line in order]
+    for others in ([], [*TEXTS, "a bar ▅▅ of ▄▅▆ blocks"]):
+        learned = Tokenizer.train(lambda others=others: [*lines, *others], 800, "unigram")
+        rows = learned.encode_batch([*lines, *others, "▅ and ▅"])
+        assert [learned.decode(ids) for ids in rows] == [*lines, *others, "▅ and ▅"]
+        assert sum(map(len, rows[:60])) < 60 * 200 / 3  # three characters a token; three tokens a character before
+
+
 def test_unigram_names_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with pytest.raises(ValueError, match=r"need the package sentencepiece; pip install fastlm\[unigram\]"):

@@ -17,6 +17,7 @@ from fastlm.data.layouts import CausalRows, SpanRows
 from fastlm.data.mixture import Joined, parse_weights, schedule
 from fastlm.data.order import perm
 from fastlm.data.packing import PADDING_SAMPLE
+from fastlm.run.directory import prepare_for
 from fastlm.run.metrics import read_metrics
 from fastlm.run.recipe import Recipe, load_recipe
 from fastlm.run.summary import summary_table
@@ -110,8 +111,15 @@ def test_weights():
     for wrong in ("", "1,", "1,x", "0,1", "-1,2", "1/0", "nan,1", "inf"):
         with pytest.raises(ValueError, match="weights: expected positive numbers by commas"):
             parse_weights(wrong)
-    with pytest.raises(ValueError, match=r"weights: expected multiples of a 1,000,000th .* 10,000,000th; round them"):
+    with pytest.raises(
+        ValueError, match=r"weights: expected multiples of a 1,000,000th .* which are finer; round them"
+    ):
         parse_weights("0.1234567,0.8765433")
+    for huge in ("1e-5000,1", "1E+999999999,1"):
+        with pytest.raises(ValueError, match="weights: expected numbers with an exponent of two digits at most"):
+            parse_weights(huge)
+    with pytest.raises(ValueError, match=r"weights: expected multiples of a 1,000,000th"):
+        parse_weights(",".join(["1e-99"] * 60 + [f"1/{10**70 + n}" for n in range(80)]))
     with pytest.raises(ValueError, match=r"weights: expected 2, one for each of x x, got '1,2,3'"):
         Mixture([fake(3), fake(4)], "1,2,3")
     recipe = small()
@@ -160,6 +168,8 @@ def test_samples_of_different_sources_do_not_collide(rows):
             found[real, 0] -= documents << 24
             assert np.array_equal(found, theirs[2][bounds[row] - theirs[1][row] : bounds[row]])
         first, documents = first + source.rows, documents + source.documents
+    for found, expected in zip(joined.gather(order[:0]), sources[0].gather(order[:0]), strict=True):
+        assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
     assert len(seen) == (pieces[:, 0] != PADDING_SAMPLE).sum()
     assert {sample >> 24 for sample in seen} == set(range(documents))
 
@@ -278,7 +288,13 @@ def test_what_does_not_mix(rows, tmp_path):
         pretrain(small(data__weights="1,2,3"), [a, b], tmp_path / "run")
     with pytest.raises(ValueError, match=r"data\.weights: expected 1, one for each of .*, got '1,2'"):
         pretrain(small(data__weights="1,2"), a, tmp_path / "run")
-    for data, weights in (([a, text], ""), ([a, text], "1,2"), ([text], "1")):
+    with pytest.raises(
+        ValueError, match=r"data\.weights: expected prepared directories to mix, got text, .*a\.txt, and"
+    ):
+        pretrain(small(data__weights="1"), [text], tmp_path / "run")
+    with pytest.raises(ValueError, match=r"data\.weights: expected none while text is prepared, got 1,2"):
+        prepare_for("masked_lm", small(data__weights="1,2").data, [text], tmp_path / "run")
+    for data, weights in (([a, text], ""), ([a, text], "1,2")):
         with pytest.raises(ValueError, match=r"data: expected text alone, or prepared .* of which .*a\.txt is text"):
             pretrain(small(data__weights=weights), data, tmp_path / "run")
     other = prepare(text, "train:180", tmp_path / "other", row_tokens=32, documents="line", validation_share=0.1)

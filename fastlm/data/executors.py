@@ -45,9 +45,10 @@ def in_processes(processes: int) -> Iterator[Run]:
 
     try:
         yield run
-    except BaseException:
+    except BaseException as error:
         if pool is not None:
-            pool.shutdown(wait=False, cancel_futures=True)
+            # After a ValueError `fastlm.data.kept` removes the directory of the parts, in which other workers write.
+            pool.shutdown(wait=isinstance(error, ValueError), cancel_futures=True)
         raise
     if pool is not None:
         pool.shutdown()
@@ -76,9 +77,12 @@ def on_ray(processes: int | None, address: str) -> Iterator[Run]:
         where = {"address": address} if address else {"address": "local", "num_cpus": processes}
         ray.init(**where, log_to_driver=False, logging_level="ERROR")
 
+    running: list = []
+
     def run(function: Callable, tasks: Sequence) -> Iterator:
+        nonlocal running
         most = processes or int(ray.cluster_resources()["CPU"])
-        remote, left, running = ray.remote(_of_one_core), deque(tasks), []
+        remote, left = ray.remote(_of_one_core), deque(tasks)
         while left or running:
             while left and len(running) < most:
                 running.append(remote.remote(function, left.popleft()))
@@ -93,6 +97,10 @@ def on_ray(processes: int | None, address: str) -> Iterator[Run]:
 
     try:
         yield run
+    except ValueError:
+        if running:  # as in `in_processes`
+            ray.wait(running, num_returns=len(running))
+        raise
     finally:
         if started:
             ray.shutdown()

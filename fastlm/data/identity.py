@@ -29,14 +29,17 @@ def setting_differences(settings: dict, before: dict) -> list[str]:
 
 
 def already(out: Path, identity: str, settings: dict) -> Dataset:
-    """What lies in `out`, where it is the preparation `identity` by `settings`."""
+    """What lies in `out`, where it is the preparation `identity` by `settings`. ValueError where a shard is damaged."""
     if not is_prepared(out):
         raise ValueError(f"out: {out} exists and holds something else; name another directory, or delete it")
     manifest = read_manifest(out)
     if manifest["preparation"] != identity:
         differences = setting_differences(settings, manifest["settings"])
-        raise OtherPreparation(out, differences or ["files of the text were changed, added or removed"])
-    return open_dataset(out, lazy=True)
+        other = "files of the text were changed, added or removed, or another version of fastlm prepared it"
+        raise OtherPreparation(out, differences or [other])
+    if manifest["validation"]["rows"]:
+        open_dataset(out, split="validation", strict=True)
+    return open_dataset(out, strict=True)
 
 
 def checksums(files: Iterable[SourceFile], progress: Progress) -> list[list[str]]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import heapq
 import math
+import re
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from functools import cached_property
@@ -29,7 +30,9 @@ from fastlm.data.packing import PADDING_SAMPLE, PIECE_BITS
 from fastlm.data.shards import Dataset, ragged
 
 LARGEST_SUM = 1_000_000  # of the weights: six decimals; a schedule of so many rows takes 1.5 s and 9 MB
+_HUGE = re.compile(r"e[+-]?\d{3}", re.IGNORECASE)  # a Fraction has all digits of 1e-999999999
 _COUNTED_ROWS = 1 << 14  # two million tokens at 128 a row
+_COUNTED_SHARDS = 16  # of a source: 0.6 GB to check first, at two bytes a token
 
 
 def parse_weights(text: str, sources: Sequence[object] | None = None) -> tuple[int, ...]:
@@ -39,6 +42,8 @@ def parse_weights(text: str, sources: Sequence[object] | None = None) -> tuple[i
 
     ValueError for another number of weights, what is no positive number, or a sum of more than LARGEST_SUM.
     """
+    if _HUGE.search(text):
+        raise ValueError(f"weights: expected numbers with an exponent of two digits at most, got {text!r}")
     try:
         given = [Fraction(weight.strip()) for weight in text.split(",")]
     except (ValueError, ZeroDivisionError):
@@ -55,8 +60,8 @@ def parse_weights(text: str, sources: Sequence[object] | None = None) -> tuple[i
     weights = tuple(weight // divisor for weight in weights)
     if sum(weights) > LARGEST_SUM:
         raise ValueError(
-            f"weights: expected multiples of a {LARGEST_SUM:,}th of their sum, got {text!r}, which are multiples of a "
-            f"{sum(weights):,}th; round them"
+            f"weights: expected multiples of a {LARGEST_SUM:,}th of their sum, got {text!r}, which are finer; round "
+            "them"
         )
     return weights
 
@@ -121,8 +126,17 @@ class Joined:
         places = [(source, np.flatnonzero(home == source)) for source in np.unique(home).tolist()]
         return [(source, at, rows[at] - self._first[source]) for source, at in places]
 
+    def nearby(self, rows: np.ndarray, shards: int) -> np.ndarray:
+        """As `Dataset.nearby`, of as many shards of each source."""
+        found = np.empty_like(rows)
+        for source, at, local in self.split(rows):
+            found[at] = self._first[source] + self.sources[source].nearby(local, shards)
+        return found
+
     def gather(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """As `Dataset.gather`."""
+        if not len(rows):
+            return self.sources[0].gather(rows)
         parts = [(at, *self._gather(source, local)) for source, at, local in self.split(rows)]
         tokens = np.empty((len(rows), self.width), parts[0][1].dtype)
         counts = np.empty(len(rows), np.int64)
@@ -204,9 +218,12 @@ class Mixture(Joined):
 
 
 def token_counts(dataset: Dataset | Mixture, seed: int) -> np.ndarray:
-    """(vocab_size,) int64: how often each token occurs in the rows that training with `seed` sees first."""
+    """(vocab_size,) int64: how often each token occurs in the rows that training with `seed` sees first.
+
+    Of many shards, other rows are counted in those that the first rows are from, which training has to check anyway.
+    """
     rows = dataset.order(np.arange(min(_COUNTED_ROWS, dataset.rows)), seed)[1]
-    tokens, _, _ = dataset.gather(rows)
+    tokens, _, _ = dataset.gather(dataset.nearby(rows, _COUNTED_SHARDS))
     return np.bincount(tokens.ravel(), minlength=dataset.tokenizer.vocab_size)
 
 

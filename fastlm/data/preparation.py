@@ -36,8 +36,9 @@ from fastlm.data.sources import (
     is_prepared,
 )
 from fastlm.data.stages import SMALL, Reading
+from fastlm.data.stages import VERSION as PARTS_VERSION
 from fastlm.data.texts import Progress, Staged, Streamed, Texts
-from fastlm.data.tokenizer import SAMPLE, TRAINED_ON, Tokenizer, ToTrain, parse
+from fastlm.data.tokenizer import SAMPLE, TRAINED_ON, Tokenizer, ToTrain, check_trainable, parse
 from fastlm.storage import NoSpace, atomic_directory, json_checksum, write_json
 
 _SHARD_TOKENS = 1 << 24  # 32 MiB of two-byte tokens in a shard: one is held in memory while preparing
@@ -107,8 +108,9 @@ def prepare(
     Standard input and datasets by name are written into `.NAME.sources` beside `out`; it stays, so that a second call
     need not download again.
 
-    Where `out` already holds the same preparation (same text, settings and tokenizer), it is opened as it is;
-    so it is where another process prepared the same meanwhile. ValueError where it holds anything else or cannot be
+    Where `out` already holds the same preparation (same text, settings and tokenizer), its checksums are checked and it
+    is opened as it is; so it is where another process prepared the same meanwhile. ValueError where a shard of it is
+    damaged, where it holds anything else or cannot be
     written, for a missing path, a bad setting, a corpus of which nothing is left, or one that the tokenizer cannot
     spell: [UNK] is nine tenths of its tokens, or stands for nine tenths of its characters. A twentieth warns.
     """
@@ -138,6 +140,8 @@ def prepare(
     tokenizer = parse(tokenizer)
     if isinstance(tokenizer, Tokenizer):
         layout.check(tokenizer)
+    else:
+        check_trainable(tokenizer.kind, tokenizer.size, layout.name)
     progress = progress or (lambda stage, done, total: None)
 
     work = _Work(layout, tokenizer, reading, packing, validation_share, shard_rows)
@@ -184,11 +188,12 @@ class _Work:
     shard_rows: int
 
     def versions(self, validation: bool) -> list[int]:
-        """Of the code that the rows depend on; that of rules and of validation text only where there are any."""
+        """Of the code that the rows depend on; that of rules, validation text and so on only where there are any."""
         rules = [] if self.reading.plain else [RULES_VERSION]
         near = [duplicates.VERSION] if self.reading.threshold else []
         compared = [selection.VERSION] if validation else []
-        return [VERSION, cleaning.VERSION, *rules, *near, *compared]
+        trained = self.tokenizer.versions(self.layout.name) if isinstance(self.tokenizer, ToTrain) else []
+        return [VERSION, cleaning.VERSION, *rules, *near, *compared, *trained]
 
     def settings(self) -> dict[str, object]:
         """What the rows depend on, beside the text."""
@@ -265,7 +270,7 @@ def _texts(
         return
     with ExitStack() as stack:
         try:
-            directory = stack.enter_context(kept_parts(out, identity))
+            directory = stack.enter_context(kept_parts(out, json_checksum([identity, PARTS_VERSION])))
         except OSError as error:
             raise ValueError(f"out: expected a directory that can be written, got {out} ({error})") from error
         if out.exists() and is_prepared(out):

@@ -8,16 +8,18 @@
     OUT/validation-00000...      the same of text that is held out
 
 Rows are numbered through the accepted shards in the manifest's order. Nothing is pickled. Of many shards, those that
-were read last are mapped: memory and open files do not grow with the data, but for 8 bytes a shard and its name.
+were read last are mapped: memory does not grow with the data, but for 8 bytes a shard and its name. No file stays open.
 """
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import json
 import math
-import mmap
 import os
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator
 from functools import lru_cache, partial
 from pathlib import Path
@@ -35,7 +37,8 @@ from fastlm.storage import file_checksum, json_checksum
 FORMAT = "fastlm rows"
 VERSION = 2
 SPLITS = ("train", "validation")
-_MAPPED = 100  # shards at a time, three open files each: a process may often have 1024, and has a second split
+_MAPPED = 100  # shards at a time, three mappings each: a process may have 65,530 on Linux
+_LOST = (errno.ENOENT, errno.EIO)  # what damage looks like; any other error of reading may be over at the next try
 
 
 def _paths(directory: Path, name: str) -> list[Path]:
@@ -127,7 +130,7 @@ class Dataset(Endless):
         self._names = list(accepted)
         entries = [shard for shard in part["shards"] if shard["name"] in accepted]
         like = [_header(path) for path in _paths(directory, self._names[0])]
-        # Not a method: the files of a dataset are closed with its last reference, which a cycle would keep.
+        # Not a method: the files of a dataset are unmapped with its last reference, which a cycle would keep.
         self._shard = lru_cache(_MAPPED)(partial(_mapped, directory, entries, like))
         # (shards + 1,) the number of each shard's first row, and after the last the number of rows
         self._first = np.cumsum([0] + [shard["rows"] for shard in entries])
@@ -143,8 +146,11 @@ class Dataset(Endless):
             self._verification.start()
 
     def _verified(self, shards: Iterable[int]) -> None:
-        """ValueError where one of these shards, or another one until now, does not have its checksum."""
-        if self._verification is not None and (bad := self._verification.need(shards)):
+        """ValueError where one of these shards, or another one until now, does not have its checksum.
+
+        The first shard is always checked with them: all are read by its headers.
+        """
+        if self._verification is not None and (bad := self._verification.need({0, *shards})):
             reasons = "; ".join(f"shard {self._names[index]}: {reason}" for index, reason in sorted(bad.items()))
             raise ValueError(
                 f"data: in {self.directory}, {reasons}. Its rows were not used. Restore it, or "
@@ -161,6 +167,17 @@ class Dataset(Endless):
         for index in range(len(self._names)):
             self._verified([index])
             yield self._shard(index)
+
+    def nearby(self, rows: np.ndarray, shards: int) -> np.ndarray:
+        """(k,) for the random `rows` (k,) as many random ones of the `shards` shards that come first among them.
+
+        They are `rows` themselves where these lie in so few. A row may be there twice.
+        """
+        homes, first = np.unique(np.searchsorted(self._first, rows, side="right") - 1, return_index=True)
+        if len(homes) <= shards:
+            return rows
+        home = homes[np.argsort(first)[:shards]][np.arange(len(rows)) % shards]
+        return self._first[home] + rows % np.diff(self._first)[home]
 
     def gather(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of the rows numbered `rows` (k,): tokens (k, width), how many pieces in each (k,), the pieces (p, 2 or 3).
@@ -212,7 +229,8 @@ def open_dataset(
     try:
         found = tokenizer_checksum(directory)
     except OSError as error:
-        raise ValueError(f"data: {error.filename}: {error.strerror}; {remedy(directory)}") from error
+        reason = _lost(error, "one of its files")
+        raise ValueError(f"data: {directory / TOKENIZER}: {reason}; {remedy(directory)}") from error
     if found != manifest["tokenizer"]["checksum"]:
         raise ValueError(
             f"data: {directory / TOKENIZER} is not the one the data was prepared with; restore it, or "
@@ -279,10 +297,29 @@ def _lengths(entry: dict) -> tuple[int, int, int]:
     return entry["rows"], entry["rows"] + 1, entry["pieces"]
 
 
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_LIBC.mmap.restype = ctypes.c_void_p
+_LIBC.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_int64)
+_LIBC.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_PROT_READ, _MAP_SHARED, _MAP_FAILED = 1, 1, ctypes.c_void_p(-1).value
+
+
 def _mapped_array(path: Path, length: int, like: _Header) -> np.ndarray:
+    """By the C library: Python's `mmap` keeps a descriptor for each file (but with 3.13's trackfd=False), of which a
+    process often has 1024. It is unmapped with the last array on it."""
+    size = like.size(length)
     with open(path, "rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    return np.frombuffer(mapped, like.dtype, offset=like.offset).reshape(length, *like.shape[1:])
+        if (found := os.fstat(file.fileno()).st_size) != size:  # beyond its end, reading would end the process
+            raise ValueError(f"data: {path} was changed while it was in use: {found:,} bytes, expected {size:,}")
+        address = _LIBC.mmap(None, size, _PROT_READ, _MAP_SHARED, file.fileno(), 0)
+    if address == _MAP_FAILED:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), str(path))
+    memory = (ctypes.c_char * size).from_address(address)
+    weakref.finalize(memory, _LIBC.munmap, address, size).atexit = False
+    array = np.frombuffer(memory, like.dtype, offset=like.offset).reshape(length, *like.shape[1:])
+    array.flags.writeable = False
+    return array
 
 
 def _mapped(directory: Path, entries: list[dict], like: list[_Header], index: int) -> Shard:
@@ -291,26 +328,31 @@ def _mapped(directory: Path, entries: list[dict], like: list[_Header], index: in
 
 
 def _missing(directory: Path, entry: dict) -> str | None:
-    """Why the shard cannot be used, as far as its files' headers and sizes show, or None."""
+    """Why the shard cannot be used, as far as its files' headers and sizes show, or None. OSError as of `_damage`."""
     for path, length in zip(_paths(directory, entry["name"]), _lengths(entry), strict=True):
         try:
             header, found = _header(path), path.stat().st_size
+            entries, expected = header.shape[0], header.size(length)
         except OSError as error:
-            return f"{path.name}: {error.strerror}"
-        except ValueError:
+            return _lost(error, path.name)
+        except Exception:  # NumPy reads a header as Python source: a flipped bit is a SyntaxError or a TokenError too
             return f"{path.name}: it is not the array that was written"
-        if header.shape[0] != length or found != header.size(length):
-            return (
-                f"{path.name}: {header.shape[0]:,} entries in {found:,} bytes, expected {length:,} in "
-                f"{header.size(length):,}"
-            )
+        if entries != length or found != expected:
+            return f"{path.name}: {entries:,} entries in {found:,} bytes, expected {length:,} in {expected:,}"
     return None
 
 
 def _damage(directory: Path, name: str, checksum: str) -> str | None:
-    """Why the shard cannot be used, or None."""
+    """Why the shard cannot be used, or None. OSError for an error of reading that does not say that a file is lost."""
     try:
         found = file_checksum(*_paths(directory, name))
     except OSError as error:
-        return f"{os.path.basename(error.filename)}: {error.strerror}"
+        return _lost(error, "one of its files")
     return None if found == checksum else f"checksum {found[:12]}, expected {checksum[:12]}"
+
+
+def _lost(error: OSError, what: str) -> str:
+    """What `error` says of a file that is gone or unreadable for good; any other error is raised again."""
+    if error.errno not in _LOST:
+        raise error
+    return f"{os.path.basename(error.filename or what)}: {error.strerror}"

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import count, islice, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +36,7 @@ from fastlm.data.selection import REASONS, fingerprint
 from fastlm.data.sources import FIELDS, Part, Report, SourceFile, read_documents, split
 from fastlm.storage import atomic_file
 
+VERSION = 1  # of the part files and of what lies in them; those of another version are not continued
 PART_BYTES = (
     16 << 20
 )  # of the source in a task: about 10 s of cleaning, and the text that is cleaned again after a kill
@@ -182,7 +183,7 @@ class CleanedText:
 
     def signatures(self) -> list[Path]:
         """The files of signatures in the documents' order."""
-        return [path for task in self.tasks for path in sorted(task.path.parent.glob(f"{task.path.stem}.*.signatures"))]
+        return [path for task in self.tasks for path in takewhile(Path.exists, map(task.signatures, count()))]
 
     def chosen(self, codes: np.ndarray) -> list[np.ndarray]:
         """`codes` (documents,) of `choose`, cut into those of each part."""

@@ -21,8 +21,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from fastlm.data._checks import integer
 from fastlm.data._extras import require
 from fastlm.data.sample import Sample
-from fastlm.data.unigram import train_unigram
-from fastlm.data.vocabulary import SPECIAL, train_bpe, train_characters
+from fastlm.data.unigram import smallest_unigram, train_unigram
+from fastlm.data.vocabulary import SPECIAL, smallest_bpe, train_bpe, train_characters
 from fastlm.storage import json_checksum, write_json
 
 _BERT = SPECIAL["masked"]
@@ -38,6 +38,7 @@ LONGEST = 100  # characters of a word; a longer one is [UNK] whole, as in BERT
 _DISTINCT = 4_000_000
 # Bytes of the text that a tokenizer is trained on. A word takes a byte at least, so that its count fits 31 bits.
 SAMPLE, LARGEST_SAMPLE = 1 << 28, (1 << 31) - 1
+VERSION = 1  # of BPE and Unigram as they are trained here: another one may give other tokens of the same text
 TRAINED_ON = "trained_on"  # in tokenizer_config.json: {"bytes": of the sample, "of": all of the text}
 _WORD = re.compile(r"\s*(\S+)")
 # What may be a word that is too long: a run without white space, ASCII or general punctuation, or Chinese characters.
@@ -161,18 +162,14 @@ class Tokenizer:
         nothing, with a warning, from words that are first seen after four million characters of distinct ones: 600 MB
         at most. Unigram is as BPE in this.
         """
-        kind = kind or _USUAL[purpose]
+        kind = check_trainable(kind, vocab_size, purpose)
         if kind == "chars":
             return cls(*train_characters(texts, purpose))
-        vocab_size = integer("vocab_size", vocab_size, _SMALLEST, _LARGEST)
+        vocab_size = int(vocab_size)
         if kind in ("bpe", "unigram"):
             train = train_bpe if kind == "bpe" else train_unigram
             cuts = (chunk for text in texts() for chunk in chunks(text))
             return cls(*train(_bounded(cuts), vocab_size, purpose))
-        if purpose != "masked":
-            raise ValueError(
-                f"tokenizer: expected bpe, unigram or chars for {purpose} rows, got wordpiece, which loses spaces"
-            )
         return cls._train_wordpiece(texts, vocab_size)
 
     @classmethod
@@ -290,6 +287,29 @@ class Tokenizer:
             (directory / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
 
 
+def check_trainable(kind: str | None, vocab_size: int | None, purpose: str) -> str:
+    """The kind that `Tokenizer.train` trains. ValueError for one of these that does not fit the others."""
+    kind = kind or _USUAL[purpose]
+    if kind == "chars":
+        return kind
+    integer("vocab_size", vocab_size, _SMALLEST, _LARGEST)
+    if kind == "wordpiece" and purpose != "masked":
+        raise ValueError(
+            f"tokenizer: expected bpe, unigram or chars for {purpose} rows, got wordpiece, which loses spaces"
+        )
+    least, what = {
+        "wordpiece": (_SMALLEST, ""),
+        "bpe": (smallest_bpe(purpose), f"byte-level BPE (256 bytes and the special tokens of {purpose} rows)"),
+        "unigram": (
+            smallest_unigram(purpose),
+            f"Unigram of {purpose} rows (256 bytes, the special tokens, and pieces)",
+        ),
+    }[kind]
+    if vocab_size < least:
+        raise ValueError(f"tokenizer: expected at least {least} tokens for a {what}, got {vocab_size}")
+    return kind
+
+
 def chunks(text: str) -> Iterator[str]:
     """`text` in cuts of about `_CHUNK_CHARS` characters; tokens are the same but where so many have no space."""
     start = 0
@@ -399,6 +419,10 @@ class ToTrain:
             tokenizer = Tokenizer.train(sample.texts, self.size, self.kind, purpose)
         tokenizer.config[TRAINED_ON] = {"bytes": sample.size, "of": sample.total}
         return tokenizer
+
+    def versions(self, purpose: str) -> list[int]:
+        """Of the code that the tokens depend on; WordPiece and characters are those of version 0.1."""
+        return [VERSION] if (self.kind or _USUAL[purpose]) in ("bpe", "unigram") else []
 
     def __str__(self) -> str:
         return "chars" if self.kind == "chars" else f"{self.kind or 'train'}:{self.size}"

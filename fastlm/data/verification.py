@@ -12,6 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 _UNKNOWN, _UNDER_WAY, _GOOD, _BAD = range(4)
 
@@ -19,7 +20,8 @@ _UNKNOWN, _UNDER_WAY, _GOOD, _BAD = range(4)
 class Verification:
     """The state of `count` shards.
 
-    check   called with a shard's number, in any thread, once a shard: why it cannot be used, or None
+    check   called with a shard's number, in any thread, once a shard: why it cannot be used, or None. An error that it
+            raises leaves the shard unchecked: `need` raises it, and the next `need` of the shard checks again
     """
 
     def __init__(self, count: int, check: Callable[[int], str | None]):
@@ -49,7 +51,9 @@ class Verification:
 
     def _check_all(self) -> None:
         for shard in range(len(self._states)):
-            self._one(shard)
+            # An error of the check says nothing of the shard: `need` checks it again, and raises it in the reader.
+            with suppress(Exception):
+                self._one(shard)
 
     def _one(self, shard: int) -> None:
         with self._changed:

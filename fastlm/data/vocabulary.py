@@ -38,23 +38,22 @@ SPECIAL: dict[str, dict[str, str]] = {
 Texts = Callable[[], Iterable[str]]
 
 
+def smallest_bpe(purpose: str) -> int:
+    """The least `vocab_size`: 256 bytes and the special tokens."""
+    return 256 + len(set(SPECIAL[purpose].values())) + (SENTINELS if purpose == "span" else 0)
+
+
 def train_bpe(texts: Iterable[str], vocab_size: int, purpose: str) -> tuple[tokenizers.Tokenizer, dict]:
     """(backend, tokenizer_config.json) of a byte-level BPE (Radford et al. 2019) of at most `vocab_size` tokens.
 
-    The 256 bytes and the special tokens are always in it.
+    The 256 bytes and the special tokens are always in it. vocab_size: at least `smallest_bpe`
     """
-    roles = {role: token for role, token in SPECIAL[purpose].items() if role != "unk_token" or purpose != "causal"}
+    roles = SPECIAL[purpose]
     special = list(dict.fromkeys(roles.values()))
     last = _SENTINEL_NAMES if purpose == "span" else []
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    smallest = len(special) + len(last) + len(alphabet)
-    if vocab_size < smallest:
-        raise ValueError(
-            f"tokenizer: expected at least {smallest} tokens for a byte-level BPE (256 bytes and the special tokens of "
-            f"{purpose} rows), got {vocab_size}"
-        )
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(last),
         min_frequency=2,

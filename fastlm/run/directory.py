@@ -286,7 +286,14 @@ def prepare_for(task: str, table: DataTable, paths, directory: Path, outputs: It
     """Prepare the text in `paths` as rows for `task`, as its table [data] says, with progress on the terminal.
 
     executor: `processes`, `executor` and `ray_address` of `fastlm.data.prepare`
+
+    ValueError for `data.weights`, which mix what is prepared already, and for what `fastlm.data.prepare` refuses.
     """
+    if table.weights:
+        raise ValueError(
+            f"data.weights: expected none while text is prepared, got {table.weights}; leave them out here, and give "
+            "them to `fastlm pretrain` with the prepared directories"
+        )
     return prepare_with_progress(
         paths,
         parse(table.tokenizer, table.tokenizer_sample),
@@ -314,6 +321,11 @@ def open_data(recipe: Recipe, data, out: Path, start: Checkpoint | None) -> Data
     text = [path for path in paths if not is_prepared(path)]
     given, stored = " ".join(map(str, paths)), None if start is None else start.state["data"]
     if recipe.data.weights or len(text) < len(paths):
+        if len(text) == len(paths):
+            raise ValueError(
+                f"data.weights: expected prepared directories to mix, got text, {given}, and the weights "
+                f"{recipe.data.weights}; leave data.weights out, or prepare each source with `fastlm prepare`"
+            )
         if text:
             raise ValueError(
                 f"data: expected text alone, or prepared directories alone, which data.weights mixes; got {given}, of "

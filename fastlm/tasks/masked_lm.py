@@ -111,7 +111,7 @@ class MaskedLM(Task):
 def log_frequencies(dataset: Dataset | Mixture, seed: int) -> torch.Tensor:
     """(vocab_size,) float32: log of each token's share of the text, special ones aside, half a token added to each.
 
-    Counted on the rows that training sees first, which are a random sample.
+    Counted on a random sample of rows: `fastlm.data.mixture.token_counts`.
     """
     counts = token_counts(dataset, seed)
     counts[list(dataset.tokenizer.special_ids)] = 0

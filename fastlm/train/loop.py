@@ -207,7 +207,8 @@ class _Run:
         if initial is None:
             ids = self.task.token_ids(tokenizer)
             model = make_model(recipe, tokenizer.vocab_size, tokenizer.pad_id, **ids)
-            self.task.initialize(model)
+            if start.checkpoint is None:  # else all weights are restored, and its rows need not be read
+                self.task.initialize(model)
         else:
             model = initial.model(recipe, tokenizer, self.task.head())
         self.memory = check_step(self.task, model.config)
