@@ -9,7 +9,7 @@ from models import to_transformers, widen
 from recorded_graph import Recorded
 
 import fastlm
-from fastlm.generate import Settings, fill_spans, generate, graph, stream
+from fastlm.generate import Settings, api, fill_spans, generate, graph, stream
 from fastlm.generate.decoders import make_decoder
 from fastlm.generate.loop import pack
 from fastlm.generate.sampling import chances, draw, penalise, uniforms
@@ -339,9 +339,16 @@ def test_transformers_tokenizer_and_context():
 
 @pytest.fixture
 def recorded(monkeypatch):
-    made = []
+    made, caches = [], []
+
+    def decoder(*args, **options):
+        made = make_decoder(*args, **options)
+        caches[:] = [made.cache]
+        return made
+
+    monkeypatch.setattr(api, "make_decoder", decoder)
     monkeypatch.setattr(graph, "possible", lambda device: True)
-    monkeypatch.setattr(graph, "CudaGraph", lambda: made.append(Recorded()) or made[-1])
+    monkeypatch.setattr(graph, "CudaGraph", lambda: made.append(Recorded(caches)) or made[-1])
     return made
 
 
@@ -367,6 +374,16 @@ def test_a_graph_of_the_step_gives_the_same_tokens(name, options, recorded, requ
     monkeypatch.undo()
     assert generate(model, prompts, **options) == got
     assert len(recorded) == 1
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_keys_of_later_steps_follow_their_beam_in_a_graph(name, recorded, request, monkeypatch):
+    """`reorder` copies as many keys as the host says, which a capture reads once."""
+    model, options = request.getfixturevalue(name), {"num_beams": 4, "max_new_tokens": 25, "eos_token_id": ()}
+    got = generate(model, PROMPTS[:2], **options)
+    assert recorded[0].replays > 20
+    monkeypatch.undo()
+    assert generate(model, PROMPTS[:2], **options) == got
 
 
 def test_where_there_is_no_graph(gpt2, recorded, monkeypatch):
