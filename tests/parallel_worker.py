@@ -9,8 +9,14 @@ import signal
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
+from fastlm.models import GPT2, T5, GPT2Config, T5Config
+from fastlm.models._cache import whole_weights
 from fastlm.run.recipe import Recipe
 from fastlm.train import loop, pretrain
+from fastlm.train.parallel import _shard
 
 RECIPE = {
     "task": "masked_lm",  # micro-batches with very unequal numbers of predicted tokens: rows of one or several lines
@@ -44,6 +50,33 @@ MUON = {"shard": True, "optimizer": "muon"}
 RUNS = {"ddp": (None, {}), "ddp-first": (5, {}), "fsdp-first": (5, MUON), "from-one": (None, MUON)}
 
 
+def write_sharded() -> None:
+    """A sharded model writes what it writes whole, and its loss and gradients are the same before and after."""
+    for model in (
+        GPT2(GPT2Config(vocab_size=60, n_positions=32, n_embd=32, n_layer=2, n_head=2)),
+        T5(T5Config(vocab_size=60, d_model=32, d_kv=16, d_ff=48, num_layers=1, num_heads=2)),
+    ):
+        torch.manual_seed(0)
+        for p in model.eval().parameters():
+            torch.nn.init.normal_(p, std=0.3)
+        ids, options = torch.tensor([[4, 5, 6], [7, 8, 1]]), {"max_new_tokens": 9, "eos_token_id": (), "num_beams": 2}
+        wanted, results = model.generate(ids, **options), []
+        _shard(model)
+        for _ in range(2):
+            loss = model(ids, labels=ids)
+            loss.backward()
+            results.append(torch.stack([loss.detach(), *(p.grad.full_tensor().norm() for p in model.parameters())]))
+            model.zero_grad()
+            with torch.no_grad():
+                model(ids, labels=ids)
+                with whole_weights(model):
+                    assert model.generate(ids, **options) == wanted
+            assert all(hasattr(p, "full_tensor") for p in model.parameters())
+        assert torch.equal(*results)
+        with pytest.raises(ValueError, match="model: expected whole weights, "):
+            model.generate(ids)
+
+
 def main() -> None:
     folder, kill = Path(sys.argv[1]), sys.argv[2:] == ["kill"]
     original, steps, told = loop.train_step, [], {"at": None}
@@ -61,6 +94,8 @@ def main() -> None:
         steps.clear()
         told["at"] = at
         pretrain(recipe(**settings), folder / "rows", folder / name)
+    if not kill:
+        write_sharded()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ from fastlm import _native
 from fastlm.generate import cpu_decoder
 from fastlm.generate.cpu_decoder import CpuDecoder
 from fastlm.generate.decoder import PlainDecoder
+from fastlm.generate.decoders import make_decoder
 from fastlm.models import GPT2, T5, GPT2Config, T5Config
+from fastlm.nn.linear import Linear
 from fastlm.testing.compare import ModelComparison
 
 pytestmark = pytest.mark.skipif(bool(_native.missing_cpu()), reason=str(_native.missing_cpu()))
@@ -148,6 +150,58 @@ def test_weights_are_packed_once_and_anew_after_a_change():
         model.layers[0].out.weight.mul_(2.0)
     assert cpu_decoder.pack(model, "int8") is not first
     assert cpu_decoder.pack(model, "float32").bytes > 3.5 * first.bytes
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("weights", [*cpu_decoder.FORMS])
+def test_changed_and_new_parameters_are_read(weights):
+    """`.data` does not raise the version, and a new parameter may lie where the old one was."""
+    model, prompts, tokens = make("t5"), texts(PROMPTS), torch.tensor([[3, 4, 5]])
+    decode(model, prompts, tokens, weights)
+    for parameter in model.decoder.parameters():
+        parameter.data.copy_(torch.randn_like(parameter) / 4)
+    assert torch.equal(decode(model, prompts, tokens, weights), decode(copy.deepcopy(model), prompts, tokens, weights))
+    out = model.decoder.layers[0].attention.out
+    for _ in range(10):
+        shape, out.weight = out.weight.shape, None
+        out.weight = torch.nn.Parameter(torch.randn(shape))
+        fresh = decode(copy.deepcopy(model), prompts, tokens, weights)
+        assert torch.equal(decode(model, prompts, tokens, weights), fresh)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_a_decoder_keeps_the_weights_that_it_reads(name):
+    model, prompts, tokens = make(name), texts(PROMPTS), torch.tensor([3, 4, 5])
+    wanted = decode(model, prompts, tokens[None])[1]
+    decoder = decoder_of(model, 3)
+    prefill(decoder, prompts)
+    shapes = [parameter.shape for parameter in model.parameters()]
+    model.to(torch.float64)
+    others = [torch.full(shape, torch.nan) for shape in shapes for _ in range(2)]  # where the weights were
+    assert torch.equal(decoder.step(tokens), wanted)
+    assert len(others) == 2 * len(shapes)
+
+
+def test_the_model_itself_decodes_where_the_step_would_leave_something_out():
+    class Twice(Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = make("gpt2")
+    assert cpu_decoder.missing(model) is None
+    hook = model.layers[0].mlp.register_forward_hook(lambda module, args, result: 0 * result)
+    assert "layers.0.mlp has a forward hook" in cpu_decoder.missing(model)
+    assert isinstance(make_decoder(model, [3], 4), PlainDecoder)
+    with pytest.raises(ValueError, match=r"weights: expected None, .*layers\.0\.mlp has a forward hook"):
+        make_decoder(model, [3], 4, weights="int8")
+    hook.remove()
+    assert isinstance(make_decoder(model, [3], 4), CpuDecoder)
+    model.layers[1].qkv = Twice(48, 144)
+    assert "layers.1.qkv is a test_cpu_decoder." in cpu_decoder.missing(model)
+    model = make("gpt2")
+    model.layers[1].out.forward = lambda x: x
+    assert "layers.1.out has a forward hook, or a forward of its own" in cpu_decoder.missing(model)
 
 
 @torch.no_grad()

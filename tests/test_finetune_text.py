@@ -139,6 +139,21 @@ def test_the_loss_is_on_the_targets_alone(run):
     assert figures["generated"][0]["wanted"] == held[0]["target"]
 
 
+def test_a_model_whose_logits_are_nan_writes_nothing(run):
+    task, out, recipe, _ = run
+    model = {"causal": GPT2, "seq2seq": T5}[task].from_pretrained(out / "hf").eval()
+    resolved, data = open_examples(recipe, out.parents[1] / "pairs.jsonl", out / "hf")
+    written = find_task(task)(resolved, data.train, torch.device("cpu"), data.validation)
+    micro = next(iter(written.evaluation()))
+    with torch.no_grad():
+        assert (written.score(model, micro)[1] >= 0).any()
+        torch.nn.init.constant_((model.norm if task == "causal" else model.decoder.norm).weight, torch.nan)
+        loss, outputs = written.score(model, micro)
+    assert loss.isnan()
+    assert (outputs == -1).all()
+    assert outputs.shape == (micro.outputs, 8)
+
+
 def test_packed_padded_and_filled_rows_have_the_same_loss(run):
     """On a device every micro-batch has the same shapes, filled up with sequences of padding."""
     task, out, recipe, _ = run

@@ -1,15 +1,17 @@
 """Generation with a cache: Transformers' tokens, draws by seed, row and position, ends, and a graph of the step."""
 
+import copy
 import math
 
 import pytest
+import tokenizers
 import torch
 import transformers
 from models import to_transformers, widen
 from recorded_graph import Recorded
 
 import fastlm
-from fastlm.generate import Settings, fill_spans, generate, graph, stream
+from fastlm.generate import Settings, api, fill_spans, generate, graph, stream
 from fastlm.generate.decoders import make_decoder
 from fastlm.generate.loop import pack
 from fastlm.generate.sampling import chances, draw, penalise, uniforms
@@ -238,11 +240,22 @@ def test_the_iterator_yields_what_generate_returns(gpt2):
         mine = [token for token in tokens if token.row == row]
         assert [token.id for token in mine if token.finish != "eos"] == wanted.ids
         assert [token.finish for token in mine] == [None] * (len(mine) - 1) + [wanted.finish]
-    steps = stream(gpt2.train(), PROMPTS, **SAMPLED)
-    assert [next(steps).row for _ in range(5)][:4] == [0, 1, 2, 3]
-    steps.close()
-    assert gpt2.training
-    gpt2.eval()
+
+
+def test_the_caller_keeps_modes_and_autocast_between_tokens(gpt2):
+    whole, model = generate(gpt2, PROMPTS, **SAMPLED), copy.deepcopy(gpt2).train()
+    model.layers[0].mlp.eval()
+    modes = [module.training for module in model.modules()]
+    with torch.autocast("cpu", torch.bfloat16):
+        first, second = (stream(model, PROMPTS, **SAMPLED) for _ in range(2))
+        for _ in range(5):
+            assert next(first)[:2] == next(second)[:2]
+            assert [module.training for module in model.modules()] == modes
+            assert torch.is_autocast_enabled("cpu")
+        first.close()
+        assert len([*second]) > 5
+        assert generate(model, PROMPTS, **SAMPLED) == whole
+    assert [module.training for module in model.modules()] == modes
 
 
 def test_forms_of_the_prompts(gpt2):
@@ -275,6 +288,7 @@ def test_a_row_ends_with_the_models_positions(gpt2):
     assert (len(long.ids), long.finish, len(short.ids)) == (3, "length", 9)
     assert gpt2.generate([[1] * 30], **options) == [long]
     assert [len(row.ids) for row in gpt2.generate([[1] * 32, [2] * 29], num_beams=2, **options)] == [1, 4]
+    assert make_decoder(gpt2, [30, 2], 31).cache.k.shape[2] == 32
 
 
 class Letters:
@@ -337,11 +351,33 @@ def test_transformers_tokenizer_and_context():
     assert text.fresh(False) == " w3"
 
 
+def test_added_tokens_of_a_transformers_tokenizer_are_written():
+    """Its vocab_size leaves them out, and len counts them; a model's ids beyond all of these are never written."""
+    words = tokenizers.models.WordLevel({f"w{i}": i for i in range(50)}, unk_token="w0")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(words))
+    tokenizer.add_special_tokens({"eos_token": "<end>"})
+    assert (tokenizer.vocab_size, len(tokenizer), tokenizer.eos_token_id) == (50, 51, 50)
+    model = GPT2(GPT2Config(vocab_size=52, n_embd=32, n_layer=1, n_head=2, bos_token_id=50, eos_token_id=50))
+    torch.nn.init.normal_(model.norm.bias)
+    with torch.no_grad():
+        model.word[50:] = torch.tensor([[1.0], [2.0]]) * model.norm.bias  # 51 is the most probable, then the end
+    for options in ({}, {"num_beams": 2}, {"repetition_penalty": 1.2}):  # the prompt has an id without a word
+        (got,) = generate(model, [[1, 51, 3]], max_new_tokens=5, tokenizer=tokenizer, **options)
+        assert (got.ids, got.finish) == ([], "eos")
+
+
 @pytest.fixture
 def recorded(monkeypatch):
-    made = []
+    made, caches = [], []
+
+    def decoder(*args, **options):
+        made = make_decoder(*args, **options)
+        caches[:] = [made.cache]
+        return made
+
+    monkeypatch.setattr(api, "make_decoder", decoder)
     monkeypatch.setattr(graph, "possible", lambda device: True)
-    monkeypatch.setattr(graph, "CudaGraph", lambda: made.append(Recorded()) or made[-1])
+    monkeypatch.setattr(graph, "CudaGraph", lambda: made.append(Recorded(caches)) or made[-1])
     return made
 
 
@@ -367,6 +403,16 @@ def test_a_graph_of_the_step_gives_the_same_tokens(name, options, recorded, requ
     monkeypatch.undo()
     assert generate(model, prompts, **options) == got
     assert len(recorded) == 1
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_keys_of_later_steps_follow_their_beam_in_a_graph(name, recorded, request, monkeypatch):
+    """`reorder` copies as many keys as the host says, which a capture reads once."""
+    model, options = request.getfixturevalue(name), {"num_beams": 4, "max_new_tokens": 25, "eos_token_id": ()}
+    got = generate(model, PROMPTS[:2], **options)
+    assert recorded[0].replays > 20
+    monkeypatch.undo()
+    assert generate(model, PROMPTS[:2], **options) == got
 
 
 def test_where_there_is_no_graph(gpt2, recorded, monkeypatch):

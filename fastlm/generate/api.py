@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fastlm.data import Tokenizer
 from fastlm.generate import beams, loop
 from fastlm.generate.decoder import Decoder
 from fastlm.generate.decoders import make_decoder
@@ -45,7 +46,8 @@ def generate(model: GPT2 | T5, input_ids, **options) -> list[Generated]:
             padded tensor (B, S) with attention_mask. T5's end with </s>, as its tokenizer writes it.
         attention_mask: (B, S), nonzero for real tokens, padding on either side; None: all are real.
         tokenizer: spells the tokens, for `text` and `stop`: an object with `decode(ids, skip_special_tokens=)`. A model
-            whose vocabulary is rounded up writes none of the ids beyond a fastlm.data.Tokenizer's.
+            whose vocabulary is rounded up writes none of the ids beyond a fastlm.data.Tokenizer's `vocab_size`, or
+            beyond `len(tokenizer)` of one of Transformers.
         rows: the number of each row, on which its draws depend, from 0 on; default 0, 1, ... The text of a row does not
             depend on the rows beside it, but for the rounding of its logits.
         **options: the others are those of `Settings`.
@@ -60,11 +62,12 @@ def generate(model: GPT2 | T5, input_ids, **options) -> list[Generated]:
         with _inference(model):
             return _search(model, request)
     ids, texts, finish = [[] for _ in range(count)], [""] * count, [""] * count
-    for token in _stream(model, request):
-        if token.finish != "eos":
-            ids[token.row].append(token.id)
-        texts[token.row] += token.text
-        finish[token.row] = token.finish
+    with _inference(model):
+        for token in loop.run(_decoder(model, request), request, model.word.device):
+            if token.finish != "eos":
+                ids[token.row].append(token.id)
+            texts[token.row] += token.text
+            finish[token.row] = token.finish
     spelled = [None] * count if request.tokenizer is None else texts
     return [Generated(*row) for row in zip(ids, spelled, finish)]
 
@@ -72,7 +75,8 @@ def generate(model: GPT2 | T5, input_ids, **options) -> list[Generated]:
 def stream(model: GPT2 | T5, input_ids, **options) -> Iterator[Token]:
     """The tokens of `generate`, as they come. Arguments and errors as there, but no beams.
 
-    On a device they come a few at a time. The model is in evaluation mode until the iterator ends or is closed.
+    On a device they come a few at a time. Between tokens the model is in the mode in which the caller left it, and
+    autocast is the caller's.
     """
     request = _request(model, input_ids, **options)
     if request.settings.num_beams > 1:
@@ -80,13 +84,16 @@ def stream(model: GPT2 | T5, input_ids, **options) -> Iterator[Token]:
             f"num_beams: expected 1 where tokens are streamed, got {request.settings.num_beams}, which change until "
             "the end; call generate"
         )
-    return _stream(model, request)
+    return _stream(model, loop.run(_decoder(model, request), request, model.word.device))
 
 
-def _stream(model, request: Request) -> Iterator[Token]:
-    decoder = _decoder(model, request)
-    with _inference(model):
-        yield from loop.run(decoder, request, model.word.device)
+def _stream(model, tokens: Iterator[Token]) -> Iterator[Token]:
+    while True:
+        with _inference(model):
+            token = next(tokens, None)
+        if token is None:
+            return
+        yield token
 
 
 def _search(model, request: Request) -> list[Generated]:
@@ -112,13 +119,15 @@ def _decoder(model, request: Request, copies: int = 1) -> Decoder:
 @contextmanager
 def _inference(model):
     """The model in evaluation mode, without autocast: keys and values are kept in the dtype of its weights."""
-    training = model.training
-    model.eval()
+    training = [module for module in model.modules() if module.training]  # some may be in evaluation mode already
+    for module in training:
+        module.training = False
     try:
         with torch.autocast(model.word.device.type, enabled=False):
             yield
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
 
 
 def check_prompt(config, ids: list[int], place: str) -> None:
@@ -143,6 +152,11 @@ def _request(
 ) -> Request:
     if not isinstance(model, FAMILIES):
         raise ValueError(f"model: expected a fastlm.models.GPT2 or T5, got a {type(model).__name__}")
+    if sharded := next((name for name, p in model.named_parameters() if hasattr(p, "full_tensor")), None):
+        raise ValueError(
+            f"model: expected whole weights, {sharded} is divided among processes (a DTensor); gather them first, as "
+            "FSDPModule.unshard with set_reshard_after_forward(False)"
+        )
     unknown = sorted(options.keys() - Settings.__dataclass_fields__.keys())
     if unknown:
         raise ValueError(f"{unknown[0]}: expected one of {', '.join(Settings.__dataclass_fields__)}")
@@ -150,7 +164,7 @@ def _request(
     if settings.stop and tokenizer is None:
         raise ValueError("tokenizer: expected one with stop strings, which are looked for in the text, got None")
     prompts = _prompts(input_ids, attention_mask)
-    vocab = min(config.vocab_size, getattr(tokenizer, "vocab_size", None) or config.vocab_size)
+    vocab = min(config.vocab_size, _spelled(tokenizer) or config.vocab_size)
     limits = []
     for row, ids in enumerate(prompts):
         check_prompt(config, ids, f"prompt {row}")
@@ -171,6 +185,13 @@ def _request(
         tokenizer=tokenizer,
         start=config.decoder_start_token_id if isinstance(model, T5) else None,
     )
+
+
+def _spelled(tokenizer: Decodes | None) -> int | None:
+    """How many ids the tokenizer has; None where it does not say. `vocab_size` of Transformers' leaves out added ones."""
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer.vocab_size
+    return len(tokenizer) if hasattr(tokenizer, "__len__") else None
 
 
 def _numbers(rows, count: int) -> list[int]:

@@ -186,6 +186,9 @@ def search(decoder: Decoder, request: Request, device: torch.device) -> list[Fou
                 decoder.reorder(beams.keep(torch.tensor(still)))
                 prompts[:] = [prompts[place] for place in still]
         if advance is None:
+            if static and settings.cuda_graph is not False:
+                # A capture keeps the `longest` of its own step, while the rows that `reorder` copies grow.
+                decoder.cache.longest = decoder.cache.k.shape[2]
             advance = graph.choose(
                 step,
                 [decoder.cache.lengths, *beams.state()],

@@ -13,19 +13,28 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
-from fastlm import _native
+from fastlm import _native, nn
 from fastlm.generate.decoder import PlainDecoder
-from fastlm.models import GPT2, T5, Cache, Generative
+from fastlm.models import GPT2, T5, Cache, Generative, gpt2, t5
 from fastlm.models._config import GELUS
+from fastlm.nn.linear import Linear
 from fastlm.ops import _checks
 from fastlm.ops._relative_bias import relative_buckets
 
 FORMS = {"float32": 0, "bfloat16": 1, "int8": 2}  # WeightForm of csrc/cpu/matvec.h
 WORDS = {"float32": 1, "bfloat16": 2, "int8": 4}  # columns that share a word of 32 bits
 ACTIVATIONS = {"relu": 0, "none": 1, "tanh": 2}  # DecodeActivation of csrc/cpu/decode.h; a GELU by its form
+_SAMPLES = 32  # values of a parameter, about, that are compared
+# Those whose work the C++ step does: a module of another class, as one that adapts a weight, would be left out.
+_MODULES = {
+    torch.nn.ModuleList,
+    *(gpt2.Layer, t5.Layer, t5.Stack, t5.SelfAttention, t5.CrossAttention),
+    *(Linear, nn.LayerNorm, nn.RMSNorm, nn.MLP, nn.Dropout),
+}
 
 
 @dataclass
@@ -35,6 +44,7 @@ class PackedWeights:
     layers      of each layer the arguments DecodeLayer, without the caches: None in their places
     constants   the arguments of DecodeStep that do not change
     bytes       of the weights that a step reads
+    tensors     own the memory at these addresses, also where a parameter gets another memory or leaves the model
     """
 
     layers: list[list]
@@ -47,7 +57,15 @@ def missing(model: Generative) -> str | None:
     """Why the C++ step cannot run this model, or None."""
     if reason := _native.missing_cpu():
         return reason
+    for name, module in model.named_modules():
+        if name and type(module) not in _MODULES:  # the class of the model itself is the caller's matter
+            kind = type(module)
+            return f"expected the modules of fastlm.models, {name} is a {kind.__module__}.{kind.__qualname__}"
+        if name and (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)):
+            return f"expected modules without hooks, {name} has a forward hook, or a forward of its own"
     for name, parameter in model.named_parameters():
+        if type(parameter) is not torch.nn.Parameter:  # a DTensor has no memory of its own
+            return f"expected plain parameters, {name} is a {type(parameter).__name__}"
         if parameter.device.type != "cpu" or parameter.dtype != torch.float32 or not parameter.is_contiguous():
             dtype = str(parameter.dtype).removeprefix("torch.")
             return f"expected contiguous float32 weights on the CPU, {name} is {dtype} on {parameter.device}"
@@ -76,8 +94,12 @@ class _Packer:
     def address(self, tensor: torch.Tensor | None) -> int | None:
         if tensor is None:
             return None
-        self.packed.tensors.append(tensor)
         self.packed.bytes += tensor.numel() * tensor.element_size()
+        return self.table(tensor)
+
+    def table(self, tensor: torch.Tensor) -> int:
+        """The address of a tensor of which a step reads a few rows."""
+        self.packed.tensors.append(tensor.detach())  # a Parameter would not hold the memory it has now
         return tensor.data_ptr()
 
     def matrix(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> tuple:
@@ -115,9 +137,9 @@ def _pack_gpt2(model: GPT2, pack: _Packer) -> None:
         "width": config.n_embd,
         "heads": config.n_head,
         "d": d,
-        "words": model.word.data_ptr(),
+        "words": pack.table(model.word),
         "vocab": config.vocab_size,
-        "positions": model.position.data_ptr(),
+        "positions": pack.table(model.position),
         "most_positions": config.n_positions,
         "distance_bias": None,
         "distances": 0,
@@ -147,7 +169,7 @@ def _pack_t5(model: T5, pack: _Packer) -> None:
         "width": config.d_model,
         "heads": config.num_heads,
         "d": config.d_kv,
-        "words": model.word.data_ptr(),
+        "words": pack.table(model.word),
         "vocab": config.vocab_size,
         "positions": None,
         "most_positions": 0,
@@ -164,27 +186,51 @@ def _pack_t5(model: T5, pack: _Packer) -> None:
     }
 
 
-# Of each model its newest packed weights, and the state of the parameters that they were made from.
-_packed: weakref.WeakKeyDictionary[Generative, tuple[object, PackedWeights]] = weakref.WeakKeyDictionary()
+class _Copies(NamedTuple):
+    """Packed weights that are copies, and what tells whether the parameters have changed since.
+
+    state    form, and address and version of each parameter
+    sources  the parameters: while they hold their memory, no other parameter gets the same address
+    sample   as of `_sample`
+    """
+
+    state: tuple
+    sources: list[torch.Tensor]
+    sample: torch.Tensor
+    packed: PackedWeights
+
+
+_copies: weakref.WeakKeyDictionary[Generative, _Copies] = weakref.WeakKeyDictionary()  # of each model the newest
+
+
+def _sample(parameters: list[torch.Tensor]) -> torch.Tensor:
+    """Some values of each: a change through `.data` does not raise the version. GPT-2's 148 take 1 ms."""
+    return torch.cat([p.view(-1)[:: max(1, p.numel() // _SAMPLES)] for p in parameters])
 
 
 def pack(model: Generative, weights: str) -> PackedWeights:
-    """The weights of `model` in one of FORMS. They are made anew where a parameter has changed since.
+    """The weights of `model` in one of FORMS.
+
+    Those of bfloat16 and int8 are copies, made anew where a parameter has changed since. A change through `.data` is
+    seen by some values of every parameter: one that leaves those as they were is not seen.
 
     ValueError for another form, and where the C++ step cannot run this model.
     """
     _checks.one_of("weights", weights, FORMS)
     if reason := missing(model):
         raise ValueError(f"weights: expected None, since the step in C++ cannot run ({reason}), got {weights!r}")
-    tracked = not any(parameter.is_inference() for parameter in model.parameters())
-    state = weights, *((p.data_ptr(), p._version if tracked else None) for p in model.parameters())
-    found = _packed.get(model)
-    if tracked and found is not None and found[0] == state:
-        return found[1]
+    sources = [parameter.detach() for parameter in model.parameters()]
+    tracked = weights != "float32" and not any(parameter.is_inference() for parameter in model.parameters())
+    if tracked:
+        state, sample = (weights, *((p.data_ptr(), p._version) for p in sources)), _sample(sources)
+        found = _copies.get(model)
+        if found is not None and found.state == state and torch.equal(found.sample, sample):
+            return found.packed
     packer = _Packer(weights)
     with torch.no_grad():
         (_pack_t5 if isinstance(model, T5) else _pack_gpt2)(model, packer)
-    _packed[model] = state, packer.packed
+    if tracked:
+        _copies[model] = _Copies(state, sources, sample, packer.packed)
     return packer.packed
 
 
@@ -229,7 +275,7 @@ class CpuDecoder(PlainDecoder):
             threads=_native.threads(),
         )
         cache.lengths[: cache.rows] += 1
-        cache.longest += 1
+        cache.longest = min(cache.longest + 1, cache.k.shape[2])
         return logits
 
     def _with_caches(self) -> list[tuple]:

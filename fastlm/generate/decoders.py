@@ -18,6 +18,8 @@ def make_decoder(
     """
     # The last new token is never read. T5's prompt is the encoder's; its decoder begins with one token.
     length = (1 if isinstance(model, T5) else max(prompts)) + max(0, new_tokens - 1)
+    if model.config.length is not None:
+        length = min(length, model.config.longest[1])
     cache = model.new_cache(copies * len(prompts), length)
     if weights is None and cpu_decoder.missing(model):
         return PlainDecoder(model, cache)

@@ -59,7 +59,7 @@ class Scores:
         if self.penalty != 1.0:
             seen = torch.zeros(len(request.prompts), self.vocab, dtype=torch.bool)
             for row in range(len(request.prompts)):
-                seen[row, request.before(row)] = True
+                seen[row, [id for id in request.before(row) if id < self.vocab]] = True
             self.seen = seen.repeat_interleave(copies, 0).to(device)
 
     def __call__(self, scores: torch.Tensor, count: torch.Tensor) -> torch.Tensor:

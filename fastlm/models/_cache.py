@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from fastlm import ops
@@ -113,6 +116,26 @@ class Cache:
         self.lengths[:rows] = self.lengths[index]
         self.origin[:rows] = self.origin[index]
         self.rows = rows
+
+
+@contextmanager
+def whole_weights(model: torch.nn.Module) -> Iterator[None]:
+    """Every process has the whole weights in the block, where torch's fully_shard divided the model; else no change.
+
+    Generation calls layers by themselves, as often as each process needs. `unshard` alone would not do: each layer's
+    forward would free its weights again. All processes must enter. Afterwards all weights are divided, and forwards
+    gather and free them as fully_shard sets it up: the root keeps its own until the backward.
+    """
+    sharded = [module for module in model.modules() if hasattr(module, "set_reshard_after_forward")]
+    try:
+        for module in sharded:
+            module.set_reshard_after_forward(False, recurse=False)
+            module.unshard()
+        yield
+    finally:
+        for module in sharded:
+            module.set_reshard_after_forward(module is not model, recurse=False)
+            module.reshard()
 
 
 class Generative(Model):

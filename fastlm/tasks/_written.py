@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,6 +13,7 @@ import torch
 
 from fastlm.data import Tokenizer
 from fastlm.data.labelled import choose_columns, text_of
+from fastlm.models._cache import whole_weights
 from fastlm.settings import Table, key
 from fastlm.tasks._labelled import LabelledData, LabelledTask, LabelledTrain
 from fastlm.tasks._tables import split_names
@@ -96,16 +98,18 @@ class WrittenTask(LabelledTask):
             left -= min(left, micro.outputs)
 
     def score(self, model, micro):
-        """Also (micro.outputs, max_target): ids that the model writes, then -1."""
+        """Also (micro.outputs, max_target): ids that the model writes, then -1. No text where its logits are NaN."""
         loss = model(**micro.inputs)
         if not micro.outputs:
             return loss, None
         tokenizer, longest = self.dataset.tokenizer, self.recipe.data.max_target
         prompts, options = self.prompts(micro)[: micro.outputs], {"eos_token_id": tokenizer.eos_id}
-        found = [text.ids for text in model.generate(prompts, max_new_tokens=longest, tokenizer=tokenizer, **options)]
         outputs = torch.full((micro.outputs, longest), -1.0, device=loss.device)
-        for row, ids in zip(outputs, found):
-            row[: len(ids)] = torch.tensor(ids, dtype=outputs.dtype)
+        # Generation leaves autocast: it computes in the dtype of the weights, also where the loss is bfloat16's.
+        with whole_weights(model), contextlib.suppress(FloatingPointError):  # logits that are NaN write no text
+            found = model.generate(prompts, max_new_tokens=longest, tokenizer=tokenizer, **options)
+            for row, text in zip(outputs, found):
+                row[: len(text.ids)] = torch.tensor(text.ids, dtype=outputs.dtype)
         return loss, outputs
 
     def prompts(self, micro: Micro) -> list[list[int]]:
