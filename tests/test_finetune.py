@@ -1,5 +1,6 @@
 """Fine-tuning: tasks on labelled examples, on the trainer's loop, and what a run leaves."""
 
+import gzip
 import json
 import os
 import signal
@@ -309,7 +310,10 @@ def test_what_is_cut_off_is_counted_and_predicted_as_outside(model, tmp_path):
     rows = [(["a", "a", "a", "a", "Rome"], ["O", "O", "O", "O", "B-place"]), (["Rome"], ["B-place"])] * 6
     made, started = loaded("tag", write_conll(tmp_path / "a.conll", rows), model, data__max_length=6)
     assert made.dataset.cut == {"texts": 6, "labels": 6, "words without a token": 0}
-    assert made.notes() == ["data: cut off at 6 tokens: 6 texts, 6 labels"]
+    assert made.notes() == [
+        "data: cut off at 6 tokens: 6 texts, 6 labels",
+        "held out: 1 of 1 examples have a text that is trained on",
+    ]
     assert made.dataset.row_tokens == 6
     outputs = np.concatenate([made.score(started.eval(), micro)[1].detach() for micro in made.evaluation()])
     scores = made.scores(np.eye(2)[np.full(len(outputs), made.dataset.labels.index("B-place"))])
@@ -463,6 +467,9 @@ def test_seeds(model, tmp_path, monkeypatch, capsys):
     assert one[0]["read"]["test"]["set_aside"] == {'empty text in column "note"': {"count": 1, "first": ["b.csv:22"]}}
     assert 'test: 20 examples of 21 rows; set aside: 1 empty text in column "note"' in capsys.readouterr().err
     assert one[0]["examples"] == {"train": 54, "validation": 6, "test": 20}
+    write_csv(test, rows[:19], ("text", "note", "label"))
+    with pytest.raises(ValueError, match="is not what the run was started on"):
+        finetune_seeds(recipe, model, data, tmp_path / "run", range(3, 5))
 
 
 @pytest.mark.long
@@ -615,7 +622,7 @@ def test_bad_rows_are_counted_and_told(model, tmp_path):
         'no label in column "label"': {"count": 1, "first": ["a.csv:22"]},
         'empty text in column "text"': {"count": 1, "first": ["a.csv:23"]},
     }
-    (note,) = made.notes()
+    note, *_ = made.notes()
     assert note.startswith("data: 20 examples of 22 rows; set aside: 1 no label in column")
 
 
@@ -632,6 +639,12 @@ def test_labels_of_several_kinds(model, tmp_path):
     assert made.dataset.labels == ("x", "y", "z")
     digits = write_csv(tmp_path / "c.csv", [("a film", i) for i in (10, 2, 1)] * 5)
     assert loaded("classify", digits, model)[0].dataset.labels == ("1", "2", "10")
+    odd = [{"text": "\u200b" if i == 0.5 else "a film", "label": i} for i in (0.5, 2.0, "--1")] * 5
+    made, _ = loaded("classify", write_jsonl(tmp_path / "d.jsonl", odd), model)
+    assert made.dataset.labels == ("--1", "0.5", "2")
+    assert made.dataset.told == {"texts without a token": 5}
+    counts = write_csv(tmp_path / "e.csv", [("a film", i) for i in (1, "1_0", "2e0")], ("text", "score"))
+    assert loaded("regress", counts, model)[0].dataset.fields["labels"].tolist() == [1.0, 2.0]
 
 
 def test_held_out_rows_have_as_many_labels_as_the_training_examples(model, tmp_path):
@@ -672,6 +685,14 @@ def test_a_test_split_without_labels_is_left_out(model, tmp_path):
     recipe = recipe.with_values({"data.test": str(tmp_path / "d" / "test")})
     with pytest.raises(ValueError, match="found none that can be used"):
         open_examples(recipe, tmp_path / "d", initial.tokenizer)
+
+
+def test_tags_of_a_compressed_file_are_no_text(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(_threads, "for_work", lambda *_: None)
+    with gzip.open(tmp_path / "a.conll.gz", "wt") as file:
+        file.write("Anna\tB-person\nfound\tO\n")
+    predict(finished("tags")[0], [str(tmp_path / "a.conll.gz")], out=tmp_path / "said", header=True, dtype="float32")
+    assert json.loads((tmp_path / "said").read_text())["tokens"] == ["Anna", "found"]
 
 
 # ---- sizes

@@ -99,6 +99,29 @@ def test_tokens_and_tags(tmp_path):
     assert report.set_aside[reason] == {"count": 1, "first": [f"a.conll:{line}"]}
 
 
+def test_lines_of_conll_that_are_hard_to_tell(tmp_path):
+    path = tmp_path / "a.conll"
+    path.write_bytes(
+        b"# text = x y\n-DOCSTART- O\nAnna B\nM\xfcller I\n\n# SYM\n5 NUM\n\n# id = 3\n# new\na\tX\n\n# only\n\nb X\n# Y\n"
+    )
+    report = Report()
+    rows = [record.values for record in read_records(path, report, plain="conll").rows]
+    found = [(row["tokens"], row["tags"]) for row in rows]
+    assert found == [(["#", "5"], ["SYM", "NUM"]), (["a"], ["X"]), (["b", "#"], ["X", "Y"])]
+    assert report.set_aside == {"line that is not UTF-8": {"count": 1, "first": ["a.conll:4"]}}
+    assert report.read == 4
+
+
+def test_an_array_after_a_byte_order_mark_and_classes_with_a_point(tmp_path):
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf\n [{"text": "a"}]')
+    assert [row.values for row in read_records(tmp_path / "a.json", Report(), plain="line").rows] == [{"text": "a"}]
+    for name in ("1.0", "1.5"):
+        with gzip.open(tmp_path / f"{name}.txt.gz", "wt") as file:
+            file.write("a\n")
+    rows = read_records(sorted(tmp_path.glob("*.gz")), Report(), plain="class").rows
+    assert [row.values["label"] for row in rows] == ["1.0", "1.5"]
+
+
 def test_bad_rows_are_counted_with_their_places(tmp_path):
     path = tmp_path / "a.csv"
     path.write_bytes(b"text,label\nfine,pos\nonly one\n\xff\xfe,pos\n\ngood,neg\n")

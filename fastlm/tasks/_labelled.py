@@ -198,7 +198,13 @@ class LabelledTask(Task):
 
     def notes(self) -> list[str]:
         lines = reading_notes("training" if self.apart else "data", self.dataset)
-        return lines + (reading_notes("held out", self.validation) if self.apart else [])
+        if self.validation is None:
+            return lines
+        lines += reading_notes("held out", self.validation) if self.apart else []
+        trained = set(self.dataset.texts())
+        if same := sum(text in trained for text in self.validation.texts()):
+            lines.append(f"held out: {same:,} of {self.validation.rows:,} examples have a text that is trained on")
+        return lines
 
     @property
     def apart(self) -> bool:
@@ -367,7 +373,7 @@ def named_labels(
         return tuple(known)
     if given is not None and names == set(given):
         return tuple(given)
-    if all(name.lstrip("-").isdecimal() for name in names):
+    if all(name.removeprefix("-").isdecimal() for name in names):
         return tuple(sorted(names, key=int))
     return tuple(sorted(names))
 

@@ -14,19 +14,26 @@ _AT_ONCE = 4096  # texts that are tokenized in one call
 
 
 class Encoded(NamedTuple):
-    """ids and types: Ragged, a row a text or a pair; types is None where none has a second text. cut: how many were."""
+    """Rows of `ids` and `types` are a text or a pair each.
+
+    types   None where none has a second text
+    cut     how many rows were cut
+    bare    in how many rows the tokenizer makes nothing of a text
+    """
 
     ids: Ragged
     types: Ragged | None
     cut: int
+    bare: int
 
 
 def encode_texts(texts: Sequence[tuple[str, ...]], tokenizer: Tokenizer, longest: int) -> Encoded:
     """One or two texts a row, of at most `longest` tokens with the special ones; the longer of two is cut first."""
     pieces = [_tokens([row[i] for row in texts], tokenizer) for i in range(len(texts[0]) if texts else 1)]
-    room, cut, rows, types = longest - 1 - len(pieces), 0, [], []
+    room, cut, bare, rows, types = longest - 1 - len(pieces), 0, 0, [], []
     check_room(longest, len(pieces))
     for parts in zip(*pieces):
+        bare += not all(parts)
         if sum(map(len, parts)) > room:
             cut += 1
             parts = _shortened(parts, room)
@@ -37,7 +44,7 @@ def encode_texts(texts: Sequence[tuple[str, ...]], tokenizer: Tokenizer, longest
         if len(parts) == 2:
             first = len(parts[0]) + 2
             types.append([0] * first + [1] * (len(row) - first))
-    return Encoded(Ragged.of(rows), Ragged.of(types, np.int8) if types else None, cut)
+    return Encoded(Ragged.of(rows), Ragged.of(types, np.int8) if types else None, cut, bare)
 
 
 def check_room(longest: int, texts: int) -> None:

@@ -7,6 +7,7 @@ label columns of 0 and 1, or with data.label_separator.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import ClassVar
@@ -166,8 +167,8 @@ def _name(value) -> str | None:
     """A label as a string; None where it is none."""
     if isinstance(value, (bool, int)):
         return str(value)
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
+    if isinstance(value, float) and math.isfinite(value):
+        return str(int(value)) if value.is_integer() else str(value)
     return value.strip() or None if isinstance(value, str) and is_text(value) else None
 
 
@@ -190,6 +191,7 @@ def text_examples(texts, values, places, recipe, tokenizer, report, labels) -> E
         labels=labels,
         report=report,
         cut={"texts": encoded.cut},
+        told={"texts without a token": encoded.bare},
     )
 
 

@@ -64,6 +64,8 @@ class Regress(LabelledTask):
 
 
 def _number(value) -> float | None:
+    if isinstance(value, str) and "_" in value:
+        return None  # float takes "1_0" for 10
     try:
         number = float(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else math.nan
     except ValueError:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -111,6 +112,11 @@ class Examples(Endless):
             told=self.told,
             kept=self.kept,
         )
+
+    def texts(self) -> Iterator[bytes]:
+        """The token ids of each example, as a key."""
+        values, offsets = self.ids.values, self.ids.offsets.tolist()
+        return (values[start:stop].tobytes() for start, stop in pairwise(offsets))
 
     def _checksum(self) -> str:
         """SHA-256 of the ids and of every field."""

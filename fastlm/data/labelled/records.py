@@ -7,7 +7,7 @@
 - plain text, `plain="class"`: a file a class, {"text": a line, "label": the file's name}; or a directory a class,
   {"text": a file, "label": the directory's name}
 - plain text, `plain="conll"`: {"tokens": [...], "tags": [...]}: on a line a token, a tab or spaces, and its tag; a
-  blank line ends a row
+  blank line ends a row; lines before it that begin with "# " are comments, but for a token "#" in columns like the next
 - plain text, `plain="line"`: {"text": a line}, or another name by `column`
 
 Any of them may be compressed (`.gz`, `.zst`). The place of a row is its file and the number of its last line, or of its
@@ -20,19 +20,23 @@ import csv
 import io
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastlm.data._extras import require
 from fastlm.data.sources import Report, SourceFile, find_files
-from fastlm.data.sources.files import SAVED_SPLITS
+from fastlm.data.sources.files import COMPRESSIONS, KIND_OF, SAVED_SPLITS
 from fastlm.data.sources.streams import Damaged, open_bytes
 from fastlm.data.sources.tables import open_parquet
 
 PLAIN = ("class", "conll", "line")  # what a plain-text file holds
+_NOT_UTF8 = "line that is not UTF-8"
+_NO_TAG = "sentence with a line that is not a token, a tab and a tag"
 _LONGEST = 64 << 20  # bytes of a field of a CSV file, and of a line
 _BATCH_ROWS = 1024
+_ARRAY = re.compile(rb"(\xef\xbb\xbf)?\s*\[")  # how a JSON file begins that is one array
 
 
 @dataclass(frozen=True)
@@ -116,8 +120,17 @@ def _read(file: SourceFile, stream, root: Path | None, plain: str, header: bool,
         return _conll(stream, file, report)
     directory = root is not None and file.path.parent != root
     if not directory:
-        return _lines_of(stream, file, report, {"label": Path(file.name.split("/")[-1]).name.split(".")[0]})
+        return _lines_of(stream, file, report, {"label": _class_of(file)})
     return _whole(stream, file, report, {"label": file.path.parent.name})
+
+
+def _class_of(file: SourceFile) -> str:
+    """The file's name without the suffixes of its kind and compression: "1.5" of "1.5.txt.gz"."""
+    name = file.name.split("/")[-1]
+    for suffixes in (COMPRESSIONS, KIND_OF):
+        if Path(name).suffix.lower() in suffixes:
+            name = Path(name).stem
+    return name
 
 
 def _csv(stream, file: SourceFile, header: bool, report: Report) -> Iterator[Record]:
@@ -170,7 +183,7 @@ def is_text(value: str) -> bool:
 
 
 def _json(stream, file: SourceFile, report: Report) -> Iterator[Record]:
-    if stream.peek(1)[:1] == b"[":
+    if _ARRAY.match(stream.peek(4096)):
         try:
             rows = json.loads(stream.read())
         except (ValueError, RecursionError) as error:
@@ -199,13 +212,22 @@ def _json_lines(stream, file: SourceFile, report: Report) -> Iterator[tuple[str,
 
 def _decoded(stream, file: SourceFile, report: Report) -> Iterator[tuple[str, str]]:
     """(place, line) of each line that is UTF-8, without its end."""
-    for number, line in enumerate(iter(stream.readline, b""), 1):
-        place = f"{file.name}:{number}"
-        try:
-            yield place, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-        except UnicodeDecodeError:
+    for place, line in _decoded_lines(stream, file):
+        if line is None:
             report.read += 1
-            report.reject("line that is not UTF-8", place)
+            report.reject(_NOT_UTF8, place)
+        else:
+            yield place, line
+
+
+def _decoded_lines(stream, file: SourceFile) -> Iterator[tuple[str, str | None]]:
+    """(place, line) of every line, without its end; None where it is not UTF-8."""
+    for number, line in enumerate(iter(stream.readline, b""), 1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+        except UnicodeDecodeError:
+            text = None
+        yield f"{file.name}:{number}", text
 
 
 def _lines_of(stream, file: SourceFile, report: Report, more: dict, column: str = "text") -> Iterator[Record]:
@@ -225,30 +247,46 @@ def _whole(stream, file: SourceFile, report: Report, more: dict) -> Iterator[Rec
 
 def _conll(stream, file: SourceFile, report: Report) -> Iterator[Record]:
     """Of each line the first column is the token, the last one its tag; -DOCSTART- lines and "# " comments are none."""
-    tokens, tags, wrong, last = [], [], None, f"{file.name}:1"
-    for place, line in _decoded(stream, file, report):
-        if line.strip():
-            if line.startswith(("-DOCSTART-", "# ")) and not tokens:
-                continue
-            columns = line.rstrip().split("\t") if "\t" in line else line.split()
-            wrong = wrong or (place if len(columns) < 2 or not columns[0].strip() else None)
-            tokens.append(columns[0])
-            tags.append(columns[-1])
-            last = place
+    lines: list[tuple[str, str | None]] = []
+    for place, line in _decoded_lines(stream, file):
+        if line is None or line.strip():
+            lines.append((place, line))
             continue
-        yield from _sentence(tokens, tags, wrong, last, report)
-        tokens, tags, wrong = [], [], None
-    yield from _sentence(tokens, tags, wrong, last, report)
+        yield from _sentence(lines, report)
+        lines = []
+    yield from _sentence(lines, report)
 
 
-def _sentence(tokens, tags, wrong, last, report: Report) -> Iterator[Record]:
-    if not tokens:
+def _sentence(lines: list[tuple[str, str | None]], report: Report) -> Iterator[Record]:
+    """The row of the lines between two blank ones, if they are one."""
+    comments = 0
+    while comments < len(lines) and (lines[comments][1] or "").startswith(("# ", "-DOCSTART-")):
+        comments += 1
+    rows = [_columns(line) for _, line in lines]
+    if 0 < comments < len(lines) and _is_token(rows[comments - 1], lines[comments][1]):
+        comments -= 1
+    if comments == len(lines):
         return
     report.read += 1
-    if wrong is not None:
-        report.reject("sentence with a line that is not a token, a tab and a tag", wrong)
-        return
-    yield Record(last, {"tokens": tokens, "tags": tags})
+    for (place, line), row in zip(lines[comments:], rows[comments:]):
+        if line is None or len(row) < 2 or not row[0].strip():
+            report.reject(_NOT_UTF8 if line is None else _NO_TAG, place)
+            return
+    rows = rows[comments:]
+    yield Record(lines[-1][0], {"tokens": [row[0] for row in rows], "tags": [row[-1] for row in rows]})
+
+
+def _columns(line: str | None) -> list[str]:
+    if line is None:
+        return []
+    return line.rstrip().split("\t") if "\t" in line else line.split()
+
+
+def _is_token(columns: list[str], following: str | None) -> bool:
+    """Whether a line that begins with "# " is the token "#": in spaces, with as many columns as the line after it."""
+    if columns[0] != "#" or columns[2:3] == ["="] or following is None or "\t" in following:
+        return False
+    return len(columns) == len(following.split())
 
 
 def _table(stream, file: SourceFile, report: Report, names: dict[str, list[str]]) -> Iterator[Record]:
