@@ -187,6 +187,31 @@ def test_files_without_questions(base, tmp_path, content, message):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("name", ["validation", "test"])
+def test_held_out_questions_without_answers(base, tmp_path, name):
+    squad(tmp_path / "squad.json", 4, seed=1)
+    (tmp_path / "asked.jsonl").write_text('{"question": "Who?", "context": "A text."}\n')
+    asked = recipe(**{f"data__{name}": str(tmp_path / "asked.jsonl")})
+    with pytest.raises(ValueError, match=r"found none that can be used in .*asked.* .*question without answers"):
+        finetune(asked, base, tmp_path / "squad.json", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_context_without_tokens_has_no_answer(base, tmp_path):
+    """U+200B is no white space, and the tokenizer's normalizer drops it."""
+    rows = [{"id": i, "question": "Where was Anna?", "context": "\u200b", "answers": []} for i in range(4)]
+    right = [{"text": "sat", "answer_start": 5}]
+    rows.append({"id": 4, "question": "Where?", "context": "Anna sat.", "answers": right})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"data__validation": str(tmp_path / "rows.jsonl"), "train__max_steps": 1, "train__epochs": 1}
+    finetune(recipe(**settings), base, tmp_path / "rows.jsonl", tmp_path / "run")
+    report = Report()
+    said = list(AnswerPredictor(tmp_path / "run").predict(stream_rows(tmp_path / "rows.jsonl", report), report))
+    assert [(one["answer"], one["margin"], one["spans"]) for one in said[:4]] == [("", None, [])] * 4
+    assert len(said) == 5
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["metrics"]["unanswerable_exact"] == 1.0
+
+
 def test_columns_are_not_to_be_named():
     with pytest.raises(ValueError, match=r"data\.text: expected none for task answer, whose columns are id, question"):
         recipe(data__text="passage")

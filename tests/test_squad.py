@@ -200,6 +200,7 @@ def test_best_spans_are_those_of_all_pairs():
         assert found.shape == (count, 3)
         torch.testing.assert_close(found[: len(pairs)], torch.tensor(pairs), rtol=1e-6, atol=1e-6)
         assert (found[len(pairs) :, 0] == -torch.inf).all()
+    assert (best_spans(torch.empty(0), torch.empty(0), 3, 5) == -torch.inf).all()  # of a context without tokens
 
 
 def test_windows_of_a_question_are_combined():
@@ -268,3 +269,5 @@ def test_the_best_threshold_is_the_best_of_all():
         threshold, best = best_threshold(margin, scores, answerable)
         assert mean(threshold) == pytest.approx(best)
         assert best == pytest.approx(max(mean(x) for x in np.arange(-6, 6, 0.5)))
+    nowhere = np.full(2, np.inf)  # neither context has a token
+    assert best_threshold(nowhere, np.zeros(2), np.array([False, True])) == (0.0, 0.5)

@@ -71,11 +71,10 @@ class Answer(LabelledTask):
     def encode(cls, records, recipe, tokenizer, report, *, labels=None, known=(), names=None):
         data, training = recipe.data, labels is None
         questions = questions_of(records, report)
-        if training:
-            for question in questions:
-                if question.answers is None:
-                    report.reject("question without answers", question.place)
-            questions = [question for question in questions if question.answers is not None]
+        for question in questions:
+            if question.answers is None:
+                report.reject("question without answers", question.place)
+        questions = [question for question in questions if question.answers is not None]
         windows = encode_questions(
             questions,
             tokenizer,
@@ -151,11 +150,10 @@ class Answer(LabelledTask):
         return figures
 
     def _predictions(self, outputs: np.ndarray) -> tuple[list[Question], list[Prediction]]:
-        """The held-out questions whose answers are known, and what is predicted for them."""
+        """The held-out questions, and what is predicted for them."""
         fields, kept = self.validation.fields, self.validation.kept
         found = predictions(outputs, fields["question"], fields["context"], kept)
-        known = [number for number in found if kept.questions[number].answers is not None]
-        return [kept.questions[number] for number in known], [found[number] for number in known]
+        return [kept.questions[number] for number in found], list(found.values())
 
     def details(self, outputs):
         return {"questions": len(self._predictions(outputs)[0]), "null_threshold": self.threshold}
