@@ -12,6 +12,7 @@ from pages import command_of, run_command
 from squad_definition import official
 
 from fastlm.data import Tokenizer
+from fastlm.data.labelled import Record
 from fastlm.data.labelled.squad import stream_rows
 from fastlm.data.sources import Report
 from fastlm.models import Bert, BertConfig
@@ -210,6 +211,21 @@ def test_a_context_without_tokens_has_no_answer(base, tmp_path):
     assert [(one["answer"], one["margin"], one["spans"]) for one in said[:4]] == [("", None, [])] * 4
     assert len(said) == 5
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["metrics"]["unanswerable_exact"] == 1.0
+
+
+def test_predict_has_the_windows_of_the_run_not_its_longest_example(base, tmp_path):
+    squad(tmp_path / "squad.json", 4, seed=1, fill=0)  # 11 to 21 tokens
+    finetune(recipe(train__max_steps=1, train__epochs=1), base, tmp_path / "squad.json", tmp_path / "run")
+    stored = json.loads((tmp_path / "run" / "recipe.json").read_text())["data"]
+    assert stored["longest"] < stored["max_length"] == 48
+    predictor, report = AnswerPredictor(tmp_path / "run"), Report()
+    assert predictor.data.max_length == 48
+    rows = [{"id": i, "question": "Was Anna " * i + "?", "context": f"{FILLER} Anna sat."} for i in (1, 60, 6)]
+    said = predictor.predict([Record(f"row {row['id']}", row) for row in rows], report, questions=2)
+    assert [one["id"] for one in said] == ["1", "6"]
+    assert (report.kept, predictor.cut) == (2, 0)
+    assert report.set_aside == {"question that leaves no room for its context": {"count": 1, "first": ["row 60"]}}
+    assert list(predictor.predict([Record("row", rows[1])], report)) == []
 
 
 def test_columns_are_not_to_be_named():

@@ -17,7 +17,7 @@ from fastlm.tasks import find_task
 
 
 def open_examples(recipe: Recipe, data, tokenizer_directory: Path, known: Sequence[str] = ()) -> tuple[Recipe, Data]:
-    """(the recipe with what the data decides, the examples): steps, evaluations, and the longest length.
+    """(the recipe with what the data decides, the examples): steps, evaluations, the longest length and its limit.
 
     data    a path or several: what `read_records` reads; of a directory that datasets.DatasetDict wrote, its splits
     known   names of the classes of the model
@@ -61,7 +61,7 @@ def _resolved(recipe: Recipe, train: Examples, validation: Examples | None) -> R
     longest = max(train.row_tokens, 0 if validation is None else validation.row_tokens)
     return recipe.with_values(
         {
-            "data.max_length": longest,
+            "data.longest": longest,
             "train.max_steps": table.max_steps or math.ceil(table.epochs * steps),
             "train.eval_every": table.eval_every or math.ceil(steps),
         }

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fastlm.data.labelled.squad import Answer, Question
+from fastlm.data.sources import Report
 from fastlm.data.tokenizer import Tokenizer
 
 
@@ -55,6 +56,7 @@ def encode_questions(
     stride: int,
     max_question: int,
     training: bool,
+    report: Report | None = None,
 ) -> Windows:
     """The windows of the questions, in order.
 
@@ -62,24 +64,28 @@ def encode_questions(
     stride        tokens of the context from one window to the next; fewer where a window has not room for as many
     max_question  tokens of a question; more are cut
     training      whether the windows are trained on: a question without a known answer has none
+    report        where a question is entered that leaves no room for its context, which has no windows
 
-    ValueError where a question and three special tokens leave no room for the context.
+    ValueError where a question and three special tokens leave no room for the context, without a report.
     """
     windows = Windows()
     texts = tokenizer.encode_batch([question.text for question in questions])
     contexts = tokenizer.encode_offsets([question.context for question in questions])
     for number, (question, text, (ids, offsets)) in enumerate(zip(questions, texts, contexts, strict=True)):
         windows.offsets.append(offsets)
-        if len(text) > max_question:
-            windows.count("questions cut")
-        text = text[:max_question]
+        whole, text = len(text), text[:max_question]
         room = max_length - 3 - len(text)
+        if room < 1 and report is not None:
+            report.reject("question that leaves no room for its context", question.place)
+            continue
         if room < 1:
             raise ValueError(
                 f"data.max_length: expected room for a question, three special tokens and a context, got {max_length} "
                 f"for the {len(text)} tokens of the question in {question.place}; set it higher, or data.max_question "
                 "lower"
             )
+        if len(text) < whole:
+            windows.count("questions cut")
         span = _span(question, offsets, room, windows)
         if span is None and training:
             continue
