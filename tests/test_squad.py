@@ -9,7 +9,7 @@ from squad_definition import official
 
 from fastlm.data import Tokenizer
 from fastlm.data.labelled import Record
-from fastlm.data.labelled.squad import Question, questions_of, squad_rows, stream_rows
+from fastlm.data.labelled.squad import Answer, Question, questions_of, squad_rows, stream_rows
 from fastlm.data.labelled.windows import encode_questions, tokens_of
 from fastlm.data.sources import Report
 from fastlm.tasks._spans import best_spans, combine
@@ -155,6 +155,23 @@ def test_windows_cover_a_long_context_and_label_the_answer(tokenizer):
     assert inside >= 1
     assert np.diff(windows.context).tolist() == [10] * (len(windows.ids) - 1)
     assert windows.counts == {}
+
+
+def test_windows_overlap_by_half_where_the_stride_is_longer(tokenizer):
+    ((ids, offsets),) = tokenizer.encode_offsets([CONTEXT])
+    spans = [(first, first + size - 1) for size in (3, 6, 8) for first in range(len(ids) - size + 1)]
+    answers = [CONTEXT[offsets[first, 0] : offsets[last, 1]].strip() for first, last in spans]
+    asked = [
+        Question("p", str(i), "?", CONTEXT, (Answer(text, CONTEXT.index(text, offsets[first, 0])),))
+        for i, ((first, _), text) in enumerate(zip(spans, answers))
+    ]
+    room = 8
+    head = len(tokenizer.encode_batch(["?"])[0]) + 3
+    windows = encode_questions(asked, tokenizer, max_length=head + room, stride=128, max_question=64, training=True)
+    assert set(np.diff(windows.context[: windows.question.index(1)])) == {4}
+    inside = {number for number, start in zip(windows.question, windows.start) if start}
+    assert inside >= {i for i, (first, last) in enumerate(spans) if last - first < 4}
+    assert windows.counts["answers in no window"] == len(spans) - len(inside) > 0
 
 
 def test_answers_that_tokenisation_splits_and_other_troubles_are_counted(tokenizer):

@@ -29,7 +29,7 @@ from fastlm.tasks._task import Micro
 
 @dataclass(frozen=True)
 class AnswerData(LabelledData):
-    stride: int = key(128, "tokens of the text from one window to the next", least=1)
+    stride: int = key(128, "tokens of the text from one window to the next; at most half of a window's", least=1)
     max_question: int = key(64, "tokens of a question; longer ones are cut", least=1)
     max_answer: int = key(30, "tokens of a predicted answer, at most", least=1)
     best: int = key(20, "spans of a window that are looked at", least=1)
