@@ -77,7 +77,6 @@ class AnswerPredictor:
             max_length=data.max_length,
             stride=data.stride,
             max_question=data.max_question,
-            training=False,
             report=report,
         )
         self.cut += windows.counts.get("questions cut", 0)

@@ -128,7 +128,7 @@ def test_windows_cover_a_long_context_and_label_the_answer(tokenizer):
     row = {"id": 0, "question": "Who did build what?", "context": context}
     row["answers"] = [{"text": "Anna Čapek", "answer_start": begin}]
     (asked,) = questions_of([Record("p", row)], Report())
-    windows = encode_questions([asked], tokenizer, max_length=48, stride=10, max_question=64, training=True)
+    windows = encode_questions([asked], tokenizer, max_length=48, stride=10, max_question=64)
     ((ids, offsets),) = tokenizer.encode_offsets([context])
     assert ids.tolist() == tokenizer.encode_batch([context])[0]
     seen, inside = np.zeros(len(ids), int), 0
@@ -167,7 +167,7 @@ def test_windows_overlap_by_half_where_the_stride_is_longer(tokenizer):
     ]
     room = 8
     head = len(tokenizer.encode_batch(["?"])[0]) + 3
-    windows = encode_questions(asked, tokenizer, max_length=head + room, stride=128, max_question=64, training=True)
+    windows = encode_questions(asked, tokenizer, max_length=head + room, stride=128, max_question=64)
     assert set(np.diff(windows.context[: windows.question.index(1)])) == {4}
     inside = {number for number, start in zip(windows.question, windows.start) if start}
     assert inside >= {i for i, (first, last) in enumerate(spans) if last - first < 4}
@@ -188,8 +188,8 @@ def test_answers_that_tokenisation_splits_and_other_troubles_are_counted(tokeniz
         question(answers=None, id="unknown"),
     ]
     options = {"max_length": 24, "stride": 8, "max_question": 12}
-    windows = encode_questions(asked, tokenizer, **options, training=True)
-    assert set(windows.question) == {0, 1, 3, 4}
+    windows = encode_questions(asked, tokenizer, **options)
+    assert set(windows.question) == set(range(6))
     assert windows.counts == {
         "answers inside a token": 1,
         "answers longer than a window": 1,
@@ -197,11 +197,9 @@ def test_answers_that_tokenisation_splits_and_other_troubles_are_counted(tokeniz
         "questions cut": 1,
     }
     assert all(start == 0 for start, number in zip(windows.start, windows.question) if number in (1, 4))
-    held = encode_questions(asked, tokenizer, **options, training=False)
-    assert set(held.question) == set(range(6))
-    assert {start for start, number in zip(held.start, held.question) if number in (2, 5)} == {-100}
+    assert {start for start, number in zip(windows.start, windows.question) if number in (2, 5)} == {-100}
     with pytest.raises(ValueError, match=r"data\.max_length: expected room for a question, three special tokens"):
-        encode_questions(asked, tokenizer, max_length=12, stride=8, max_question=12, training=True)
+        encode_questions(asked, tokenizer, max_length=12, stride=8, max_question=12)
 
 
 # ---- spans

@@ -39,6 +39,7 @@ def open_examples(recipe: Recipe, data, tokenizer_directory: Path, known: Sequen
         chosen, left = task.split(every, table.validation_share, table.split_seed)
         train, validation = every.select(chosen), every.select(left) if len(left) else None
     tested = _read(recipe, [test], tokenizer, labels=every.labels) if test else None
+    train = task.learnable(train)
     return _resolved(recipe, train, validation), Data(train, validation, tested)
 
 

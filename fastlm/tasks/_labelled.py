@@ -174,6 +174,11 @@ class LabelledTask(Task):
         return hold_out(examples.rows, share, seed, cls.groups(examples))
 
     @classmethod
+    def learnable(cls, examples: Examples) -> Examples:
+        """Those of `examples`, none of them held out, that can be trained on. ValueError where there are none."""
+        return examples
+
+    @classmethod
     def groups(cls, examples: Examples) -> Sequence[Hashable] | None:
         """The class of each example, for a stratified split; None without classes."""
         return None

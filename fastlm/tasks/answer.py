@@ -69,7 +69,7 @@ class Answer(LabelledTask):
 
     @classmethod
     def encode(cls, records, recipe, tokenizer, report, *, labels=None, known=(), names=None):
-        data, training = recipe.data, labels is None
+        data = recipe.data
         questions = questions_of(records, report)
         for question in questions:
             if question.answers is None:
@@ -81,7 +81,6 @@ class Answer(LabelledTask):
             max_length=data.max_length,
             stride=data.stride,
             max_question=data.max_question,
-            training=training,
         )
         report.kept = len(questions)
         cut = {"questions": windows.counts.pop("questions cut", 0)}
@@ -109,13 +108,23 @@ class Answer(LabelledTask):
         rows = np.isin(text, held)
         return np.flatnonzero(~rows), np.flatnonzero(rows)
 
+    @classmethod
+    def learnable(cls, examples):
+        """Those whose answer is known to be where its answer_start says, or not there at all."""
+        rows = np.flatnonzero(examples.fields["start"] != IGNORE_INDEX)
+        if not len(rows):
+            told = ", ".join(f"{count:,} {what}" for what, count in examples.told.items())
+            raise ValueError(f"data: expected answers that begin at their answer_start, found none ({told})")
+        return examples if len(rows) == examples.rows else examples.select(rows)
+
     def head(self):
         return {"labels": ("LABEL_0", "LABEL_1")}  # the start and the end; Transformers names them so
 
     @property
     def threshold(self) -> float | None:
         """data.null_threshold; None, for there always being an answer, where no training example is without one."""
-        unanswerable = any(not question.answers for question in self.dataset.kept.questions)
+        data = self.dataset  # `kept` has the questions that are held out too
+        unanswerable = any(not data.kept.questions[number].answers for number in np.unique(data.fields["question"]))
         return self.recipe.data.null_threshold if unanswerable else None
 
     def make_rows(self, data, rows, rng, capacity=None):

@@ -56,7 +56,6 @@ def encode_questions(
     max_length: int,
     stride: int,
     max_question: int,
-    training: bool,
     report: Report | None = None,
 ) -> Windows:
     """The windows of the questions, in order.
@@ -64,7 +63,6 @@ def encode_questions(
     max_length    tokens of a window, at most
     stride        tokens of the context from one window to the next; at most half of the room for it
     max_question  tokens of a question; more are cut
-    training      whether the windows are trained on: a question without a known answer has none
     report        where a question is entered that leaves no room for its context, which has no windows
 
     ValueError where a question and three special tokens leave no room for the context, without a report.
@@ -88,8 +86,6 @@ def encode_questions(
         if len(text) < whole:
             windows.count("questions cut")
         span, found = _span(question, offsets, windows), False
-        if span is None and training:
-            continue
         head = np.array([tokenizer.cls_id, *text, tokenizer.sep_id])
         for at in _starts(len(ids), room, min(stride, max(1, room // 2))):
             part = ids[at : at + room]
