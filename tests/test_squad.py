@@ -1,6 +1,9 @@
 """Question answering without a model: SQuAD's files, windows, spans, and its figures by a definition written anew."""
 
+import io
 import json
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -117,6 +120,16 @@ def test_files_of_both_kinds_and_damaged_ones(tmp_path):
     (tmp_path / "a.json").write_bytes(b'{"data": "\xff"}')
     with pytest.raises(ValueError, match=r"data: .*a.json is not UTF-8"):
         list(stream_rows(tmp_path / "a.json", Report()))
+
+
+def test_standard_input_is_json(tmp_path, monkeypatch):
+    row = {"id": "a", "question": "Who?", "answers": []}
+    for content in (json.dumps(nested(row), indent=1), json.dumps({**row, "context": CONTEXT}) + "\n"):
+        monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(content.encode())))
+        report = Report()
+        (found,) = questions_of(stream_rows(["-"], report, spool=tmp_path), report)
+        assert (found.id, found.context, found.answers) == ("a", CONTEXT, ())
+        assert (report.read, report.set_aside) == (1, {})
 
 
 # ---- windows

@@ -49,9 +49,10 @@ class Bad(ValueError):
 def stream_rows(paths: Iterable, report: Report, *, spool=None) -> Iterator[Record]:
     """The rows of SQuAD files, and of others as `stream_records` reads them. ValueError for a file that is damaged.
 
-    spool: a directory for what comes from standard input
+    spool: a directory for what comes from standard input; "-" is JSON there, since plain text has no questions
     """
     paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+    paths = ["-.jsonl" if os.fspath(path) == "-" else path for path in paths]
     for file in find_files(paths, report, spool=spool):
         rows = _squad_file(file, report) if file.kind == "json" else None
         yield from stream_records([file.path], report, {}, plain="line") if rows is None else rows
