@@ -74,6 +74,9 @@ def test_bad_rows_are_set_aside_with_their_place():
         good,
         good,
         {"question": "Where?", "answers": [{"text": "Anna", "answer_start": 2}]},
+        {"question": "Who \ud83d?"},
+        {"question": "Who?", "context": "Anna \ud83d"},
+        {"question": "Who?", "id": "\ud83d"},
     )
     file["data"] += [3, {"title": "x"}]
     file["data"][0]["paragraphs"].append({"qas": [good]})
@@ -95,10 +98,13 @@ def test_bad_rows_are_set_aside_with_their_place():
         'neither a string nor an integer under "id"': [f"{at}[7]"],
         "no JSON object": [f"{at}[8]", "dev.json: data[1]"],
         "id of an earlier question": [f"{at}[10]"],
+        'not UTF-8 under "question"': [f"{at}[12]"],
+        'not UTF-8 under "context"': [f"{at}[13]"],
+        'not UTF-8 under "id"': [f"{at}[14]"],
         'no string under "context"': ["dev.json: data[0].paragraphs[1].qas[0]"],
         'no list under "paragraphs"': ["dev.json: data[2].paragraphs"],
     }
-    assert report.read == 15
+    assert report.read == 18
 
 
 def test_files_of_both_kinds_and_damaged_ones(tmp_path):

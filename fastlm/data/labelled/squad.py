@@ -125,10 +125,20 @@ def _question(place: str, row: Mapping[str, object]) -> Question:
             raise Bad(f'no string under "{name}"')
         if not value.strip():
             raise Bad(f'empty text under "{name}"')
+        _check_utf8(name, value)
     identity = row.get("id", place)
     if isinstance(identity, bool) or not isinstance(identity, (str, int)):
         raise Bad('neither a string nor an integer under "id"')
+    _check_utf8("id", str(identity))
     return Question(place, str(identity), text, context, _answers(row, context))
+
+
+def _check_utf8(name: str, value: str) -> None:
+    """JSON may have half of a surrogate pair, as of an emoji that was cut; no tokenizer and no file takes it."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise Bad(f'not UTF-8 under "{name}"') from None
 
 
 def _answers(row: Mapping[str, object], context: str) -> tuple[Answer, ...] | None:
