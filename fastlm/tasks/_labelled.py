@@ -164,6 +164,11 @@ class LabelledTask(Task):
         return tokenizer
 
     @classmethod
+    def learnable(cls, examples: Examples) -> Examples:
+        """Those of `examples`, none of them held out, that can be trained on. ValueError where there are none."""
+        return examples
+
+    @classmethod
     def read(cls, paths: Sequence, recipe, report: Report) -> Records:
         """The rows of files."""
         return read_records(paths, report, plain=cls.plain, header=recipe.data.header)
@@ -172,11 +177,6 @@ class LabelledTask(Task):
     def split(cls, examples: Examples, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """(numbers of the examples to train on, of those held out), as `hold_out`."""
         return hold_out(examples.rows, share, seed, cls.groups(examples))
-
-    @classmethod
-    def learnable(cls, examples: Examples) -> Examples:
-        """Those of `examples`, none of them held out, that can be trained on. ValueError where there are none."""
-        return examples
 
     @classmethod
     def groups(cls, examples: Examples) -> Sequence[Hashable] | None:
