@@ -56,12 +56,13 @@ class Predictor:
                 in Transformers' layout
     text        columns of the text, by commas; "": those that the model was trained on, where the directory is that of
                 a run, or the defaults of fastlm.data.labelled.columns
-    longest     tokens of a row that the model takes; cut: how many rows were longer
+    longest     tokens of a row, at most: the model's, or data.max_length of the run; cut: how many rows were longer
     """
 
     def __init__(self, directory, *, text: str = "", device: torch.device | str = "cpu", dtype=torch.float32):
         self.directory = model_directory(directory)
-        self.text, self.device, self.dtype, self.cut = text or _trained_on(self.directory), device, dtype, 0
+        trained = _trained_on(self.directory)
+        self.text, self.device, self.dtype, self.cut = text or trained.get("text", ""), device, dtype, 0
         architecture = architecture_of(self.directory)
         if architecture not in _MODELS:
             raise ValueError(
@@ -70,6 +71,7 @@ class Predictor:
             )
         self.model: Model = _MODELS[architecture].from_pretrained(self.directory).eval().to(device)
         self.longest = self.model.config.max_position_embeddings
+        self.longest = min(trained.get("max_length") or self.longest, self.longest)
         self.tokenizer, self.labels = Tokenizer.load(self.directory), self.model.config.labels
         self.tags = isinstance(self.model, BertForTokenClassification)
 
@@ -166,10 +168,10 @@ class Predictor:
             yield chosen, logits.float().cpu().numpy()
 
 
-def _trained_on(directory: Path) -> str:
-    """The text columns in the recipe of the run that left `directory`; "" where there is none."""
-    path = directory.parent / "recipe.json"
-    return (read_json(path).get("data") or {}).get("text", "") if path.is_file() else ""
+def _trained_on(directory: Path) -> dict:
+    """The table "data" in the recipe of the run that left `directory`; {} where there is none."""
+    path = directory.absolute().parent / "recipe.json"
+    return (read_json(path).get("data") or {}) if path.is_file() else {}
 
 
 def _kept(rows: Iterable[tuple[Record, Sequence[str] | str]], report: Report) -> list[tuple[Record, Sequence[str]]]:

@@ -64,11 +64,12 @@ class AnswerPredictor:
         records, ids = iter(records), set()
         while rows := list(islice(records, questions)):
             asked = questions_of(rows, report, ids)
-            report.kept += len(asked)
-            if asked:
-                yield from (self._said(*pair) for pair in zip(asked, self._predictions(asked, tokens)))
+            found = self._predictions(asked, report, tokens) if asked else {}
+            report.kept += len(found)
+            yield from (self._said(asked[number], one) for number, one in found.items())
 
-    def _predictions(self, asked: list[Question], tokens: int) -> list[Prediction]:
+    def _predictions(self, asked: list[Question], report: Report, tokens: int) -> dict[int, Prediction]:
+        """By number of the question; one that leaves no room for its context is entered in the report."""
         data = self.data
         windows = encode_questions(
             asked,
@@ -76,17 +77,18 @@ class AnswerPredictor:
             max_length=data.max_length,
             stride=data.stride,
             max_question=data.max_question,
-            training=False,
+            report=report,
         )
         self.cut += windows.counts.get("questions cut", 0)
+        if not windows.ids:
+            return {}
         columns = {"input_ids": (Ragged.of(windows.ids), 0), "token_type_ids": (Ragged.of(windows.types), 0)}
         outputs = np.empty((len(windows.ids), 1 + data.best, 3), np.float32)
         for chosen in batches(columns["input_ids"][0].lengths, tokens):
             outputs[chosen] = self._forward(packed(columns, chosen))
-        found = predictions(
+        return predictions(
             outputs, np.array(windows.question), np.array(windows.context), Asked(asked, windows.offsets)
         )
-        return [found[number] for number in range(len(asked))]
 
     @torch.inference_mode()
     def _forward(self, inputs: dict) -> np.ndarray:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from labelled import reviews, write_csv
 from models import to_transformers, widen
 from pages import command_of, run_command
 from training import corpus
@@ -22,6 +23,7 @@ from fastlm.models import GPT2, T5, Bert, BertConfig, GPT2Config, T5Config
 from fastlm.run.recipe import Recipe
 from fastlm.tasks import EVALUATION_SEED
 from fastlm.train import pretrain
+from fastlm.train.finetune import finetune
 
 BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 TEXTS = ["anna found the river.", "boris", "a small house near the old clock, and two green stones in the garden."]
@@ -186,6 +188,7 @@ def test_commands_of_the_page(tmp_path, capsys):
 def test_errors_name_the_remedy(tmp_path, text):
     make("bert", tmp_path)
     (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "nothing.txt").write_text("\u200b")  # the tokenizer's normalizer drops it
     for message, options in {
         "model: expected the directory of a model": {"model": tmp_path / "none"},
         r"data: expected at least one document in .*empty.txt, found none": {"data": tmp_path / "empty.txt"},
@@ -193,9 +196,22 @@ def test_errors_name_the_remedy(tmp_path, text):
         "ends: expected none for a bert model": {"ends": False},
         "share: expected a share of the tokens": {"share": 1.5},
         "window: expected an integer from 3 to 16, got 17": {"window": 17},
+        "share: expected one that chooses a token, got 1e-06, which chooses none of": {"share": 1e-6},
+        "data: expected a token to predict, found none in 0 tokens of 1 documents": {"data": tmp_path / "nothing.txt"},
     }.items():
         with pytest.raises(ValueError, match=message):
             evaluate(options.pop("model", tmp_path), options.pop("data", text), **options)
+
+
+def test_a_checkpoint_of_a_fine_tuning_is_an_error(tmp_path, text):
+    make("bert", tmp_path)
+    data = write_csv(tmp_path / "a.csv", reviews(20))
+    recipe = Recipe("classify").with_values({"train.max_steps": 1, "train.epochs": 1})
+    finetune(recipe, tmp_path, data, tmp_path / "run")
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step-*")
+    message = "model: expected BertForMaskedLM with its trained head in .*found BertForSequenceClassification, fine"
+    with pytest.raises(ValueError, match=message):
+        evaluate(checkpoint, text)
 
 
 def test_a_missing_head_is_an_error(tmp_path, text):

@@ -179,6 +179,18 @@ def test_pipelines_of_transformers_agree_with_predict(kind, finished):
             assert said["probabilities"] == pytest.approx(expected, abs=1e-4)
 
 
+def test_predict_cuts_texts_where_the_run_did(finished, tmp_path):
+    out, data = finished("classes")
+    assert Predictor(out).longest == 48  # data.max_length was not given
+    stored = json.loads((out / "recipe.json").read_text())
+    assert stored["data"]["longest"] < stored["data"]["max_length"] == 48
+    (tmp_path / "hf").symlink_to(out / "hf")
+    (tmp_path / "recipe.json").write_text(json.dumps({"data": {"max_length": 5}}))
+    predictor, records = Predictor(tmp_path), read_records(data, Report(), plain="line").rows[:9]
+    assert len(list(predictor.predict(records, Report()))) == 9
+    assert (predictor.longest, predictor.cut) == (5, 9)
+
+
 # ---- the same as Transformers
 
 

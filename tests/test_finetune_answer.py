@@ -8,15 +8,19 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from labelled import write_jsonl
 from pages import command_of, run_command
 from squad_definition import official
 
 from fastlm.data import Tokenizer
+from fastlm.data.labelled import Record, hold_out
 from fastlm.data.labelled.squad import stream_rows
 from fastlm.data.sources import Report
 from fastlm.models import Bert, BertConfig
 from fastlm.predict_answers import AnswerPredictor
+from fastlm.run.labelled import open_examples
 from fastlm.run.recipe import Recipe
+from fastlm.tasks import find_task
 from fastlm.train.finetune import finetune
 
 PLACES = ("old garden", "river", "station hall", "house", "clock tower", "fish market")
@@ -185,6 +189,78 @@ def test_files_without_questions(base, tmp_path, content, message):
     with pytest.raises(ValueError, match=message):
         finetune(recipe(), base, tmp_path / "rows.jsonl", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["validation", "test"])
+def test_held_out_questions_without_answers(base, tmp_path, name):
+    squad(tmp_path / "squad.json", 4, seed=1)
+    (tmp_path / "asked.jsonl").write_text('{"question": "Who?", "context": "A text."}\n')
+    asked = recipe(**{f"data__{name}": str(tmp_path / "asked.jsonl")})
+    with pytest.raises(ValueError, match=r"found none that can be used in .*asked.* .*question without answers"):
+        finetune(asked, base, tmp_path / "squad.json", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_context_without_tokens_has_no_answer(base, tmp_path):
+    """U+200B is no white space, and the tokenizer's normalizer drops it."""
+    rows = [{"id": i, "question": "Where was Anna?", "context": "\u200b", "answers": []} for i in range(4)]
+    right = [{"text": "sat", "answer_start": 5}]
+    rows.append({"id": 4, "question": "Where?", "context": "Anna sat.", "answers": right})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"data__validation": str(tmp_path / "rows.jsonl"), "train__max_steps": 1, "train__epochs": 1}
+    finetune(recipe(**settings), base, tmp_path / "rows.jsonl", tmp_path / "run")
+    report = Report()
+    said = list(AnswerPredictor(tmp_path / "run").predict(stream_rows(tmp_path / "rows.jsonl", report), report))
+    assert [(one["answer"], one["margin"], one["spans"]) for one in said[:4]] == [("", None, [])] * 4
+    assert len(said) == 5
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["metrics"]["unanswerable_exact"] == 1.0
+
+
+def test_predict_has_the_windows_of_the_run_not_its_longest_example(base, tmp_path):
+    squad(tmp_path / "squad.json", 4, seed=1, fill=0)  # 11 to 21 tokens
+    finetune(recipe(train__max_steps=1, train__epochs=1), base, tmp_path / "squad.json", tmp_path / "run")
+    stored = json.loads((tmp_path / "run" / "recipe.json").read_text())["data"]
+    assert stored["longest"] < stored["max_length"] == 48
+    predictor, report = AnswerPredictor(tmp_path / "run"), Report()
+    assert predictor.data.max_length == 48
+    rows = [{"id": i, "question": "Was Anna " * i + "?", "context": f"{FILLER} Anna sat."} for i in (1, 60, 6)]
+    said = predictor.predict([Record(f"row {row['id']}", row) for row in rows], report, questions=2)
+    assert [one["id"] for one in said] == ["1", "6"]
+    assert (report.kept, predictor.cut) == (2, 0)
+    assert report.set_aside == {"question that leaves no room for its context": {"count": 1, "first": ["row 60"]}}
+    assert list(predictor.predict([Record("row", rows[1])], report)) == []
+
+
+def test_held_out_questions_are_the_same_from_a_split_and_from_a_file(base, tmp_path):
+    """Half of the answers are not at their answer_start: nothing is trained on them, and their texts count."""
+    held = set(hold_out(10, 0.3, 0)[1].tolist())
+    rows = [[], []]
+    for text in range(10):
+        context, place = f"{FILLER} Anna sat near the {PLACES[text % 6]}. {text}", PLACES[text % 6]
+        rows[text in held] += [
+            {
+                "id": f"{text}-{number}",
+                "question": "Where was Anna?",
+                "context": context,
+                "answers": [{"text": place, "answer_start": start}] if start is not None else [],
+            }
+            for number, start in enumerate((context.index(place), 0, *([None] if text in held else [])))
+        ]
+    write_jsonl(tmp_path / "all.jsonl", sorted(rows[0] + rows[1], key=lambda row: row["id"]))
+    train, dev = (write_jsonl(tmp_path / f"{name}.jsonl", part) for name, part in zip(("train", "dev"), rows))
+    _, split = open_examples(recipe(data__validation_share=0.3), tmp_path / "all.jsonl", base)
+    filled, files = open_examples(recipe(data__validation=str(dev)), train, base)
+    for ours, theirs, questions in ((split.train, files.train, 7), (split.validation, files.validation, 9)):
+        assert ours.ids.values.tolist() == theirs.ids.values.tolist()
+        assert ours.fields["start"].tolist() == theirs.fields["start"].tolist()
+        assert len(set(ours.fields["question"])) == questions
+    assert -100 in split.validation.fields["start"]
+    assert -100 not in split.train.fields["start"]
+    for found in (split, files):  # no question that is trained on is without an answer
+        assert find_task("answer")(filled, found.train, torch.device("cpu"), found.validation).threshold is None
+    wrong = write_jsonl(tmp_path / "wrong.jsonl", [row for row in rows[0] if row["id"].endswith("-1")])
+    with pytest.raises(ValueError, match=r"found none \(7 answers not at their answer_start"):
+        open_examples(recipe(), wrong, base)
 
 
 def test_columns_are_not_to_be_named():

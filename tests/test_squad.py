@@ -1,6 +1,9 @@
 """Question answering without a model: SQuAD's files, windows, spans, and its figures by a definition written anew."""
 
+import io
 import json
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -9,7 +12,7 @@ from squad_definition import official
 
 from fastlm.data import Tokenizer
 from fastlm.data.labelled import Record
-from fastlm.data.labelled.squad import Question, questions_of, squad_rows, stream_rows
+from fastlm.data.labelled.squad import Answer, Question, questions_of, squad_rows, stream_rows
 from fastlm.data.labelled.windows import encode_questions, tokens_of
 from fastlm.data.sources import Report
 from fastlm.tasks._spans import best_spans, combine
@@ -71,6 +74,9 @@ def test_bad_rows_are_set_aside_with_their_place():
         good,
         good,
         {"question": "Where?", "answers": [{"text": "Anna", "answer_start": 2}]},
+        {"question": "Who \ud83d?"},
+        {"question": "Who?", "context": "Anna \ud83d"},
+        {"question": "Who?", "id": "\ud83d"},
     )
     file["data"] += [3, {"title": "x"}]
     file["data"][0]["paragraphs"].append({"qas": [good]})
@@ -92,10 +98,13 @@ def test_bad_rows_are_set_aside_with_their_place():
         'neither a string nor an integer under "id"': [f"{at}[7]"],
         "no JSON object": [f"{at}[8]", "dev.json: data[1]"],
         "id of an earlier question": [f"{at}[10]"],
+        'not UTF-8 under "question"': [f"{at}[12]"],
+        'not UTF-8 under "context"': [f"{at}[13]"],
+        'not UTF-8 under "id"': [f"{at}[14]"],
         'no string under "context"': ["dev.json: data[0].paragraphs[1].qas[0]"],
         'no list under "paragraphs"': ["dev.json: data[2].paragraphs"],
     }
-    assert report.read == 15
+    assert report.read == 18
 
 
 def test_files_of_both_kinds_and_damaged_ones(tmp_path):
@@ -119,6 +128,16 @@ def test_files_of_both_kinds_and_damaged_ones(tmp_path):
         list(stream_rows(tmp_path / "a.json", Report()))
 
 
+def test_standard_input_is_json(tmp_path, monkeypatch):
+    row = {"id": "a", "question": "Who?", "answers": []}
+    for content in (json.dumps(nested(row), indent=1), json.dumps({**row, "context": CONTEXT}) + "\n"):
+        monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(content.encode())))
+        report = Report()
+        (found,) = questions_of(stream_rows(["-"], report, spool=tmp_path), report)
+        assert (found.id, found.context, found.answers) == ("a", CONTEXT, ())
+        assert (report.read, report.set_aside) == (1, {})
+
+
 # ---- windows
 
 
@@ -128,7 +147,7 @@ def test_windows_cover_a_long_context_and_label_the_answer(tokenizer):
     row = {"id": 0, "question": "Who did build what?", "context": context}
     row["answers"] = [{"text": "Anna Čapek", "answer_start": begin}]
     (asked,) = questions_of([Record("p", row)], Report())
-    windows = encode_questions([asked], tokenizer, max_length=48, stride=10, max_question=64, training=True)
+    windows = encode_questions([asked], tokenizer, max_length=48, stride=10, max_question=64)
     ((ids, offsets),) = tokenizer.encode_offsets([context])
     assert ids.tolist() == tokenizer.encode_batch([context])[0]
     seen, inside = np.zeros(len(ids), int), 0
@@ -157,6 +176,23 @@ def test_windows_cover_a_long_context_and_label_the_answer(tokenizer):
     assert windows.counts == {}
 
 
+def test_windows_overlap_by_half_where_the_stride_is_longer(tokenizer):
+    ((ids, offsets),) = tokenizer.encode_offsets([CONTEXT])
+    spans = [(first, first + size - 1) for size in (3, 6, 8) for first in range(len(ids) - size + 1)]
+    answers = [CONTEXT[offsets[first, 0] : offsets[last, 1]].strip() for first, last in spans]
+    asked = [
+        Question("p", str(i), "?", CONTEXT, (Answer(text, CONTEXT.index(text, offsets[first, 0])),))
+        for i, ((first, _), text) in enumerate(zip(spans, answers))
+    ]
+    room = 8
+    head = len(tokenizer.encode_batch(["?"])[0]) + 3
+    windows = encode_questions(asked, tokenizer, max_length=head + room, stride=128, max_question=64)
+    assert set(np.diff(windows.context[: windows.question.index(1)])) == {4}
+    inside = {number for number, start in zip(windows.question, windows.start) if start}
+    assert inside >= {i for i, (first, last) in enumerate(spans) if last - first < 4}
+    assert windows.counts["answers in no window"] == len(spans) - len(inside) > 0
+
+
 def test_answers_that_tokenisation_splits_and_other_troubles_are_counted(tokenizer):
     inside = question(answers=["99"])  # in the middle of 1990s
     ((_, offsets),) = tokenizer.encode_offsets([CONTEXT])
@@ -171,8 +207,8 @@ def test_answers_that_tokenisation_splits_and_other_troubles_are_counted(tokeniz
         question(answers=None, id="unknown"),
     ]
     options = {"max_length": 24, "stride": 8, "max_question": 12}
-    windows = encode_questions(asked, tokenizer, **options, training=True)
-    assert set(windows.question) == {0, 1, 3, 4}
+    windows = encode_questions(asked, tokenizer, **options)
+    assert set(windows.question) == set(range(6))
     assert windows.counts == {
         "answers inside a token": 1,
         "answers longer than a window": 1,
@@ -180,11 +216,9 @@ def test_answers_that_tokenisation_splits_and_other_troubles_are_counted(tokeniz
         "questions cut": 1,
     }
     assert all(start == 0 for start, number in zip(windows.start, windows.question) if number in (1, 4))
-    held = encode_questions(asked, tokenizer, **options, training=False)
-    assert set(held.question) == set(range(6))
-    assert {start for start, number in zip(held.start, held.question) if number in (2, 5)} == {-100}
+    assert {start for start, number in zip(windows.start, windows.question) if number in (2, 5)} == {-100}
     with pytest.raises(ValueError, match=r"data\.max_length: expected room for a question, three special tokens"):
-        encode_questions(asked, tokenizer, max_length=12, stride=8, max_question=12, training=True)
+        encode_questions(asked, tokenizer, max_length=12, stride=8, max_question=12)
 
 
 # ---- spans
@@ -200,6 +234,7 @@ def test_best_spans_are_those_of_all_pairs():
         assert found.shape == (count, 3)
         torch.testing.assert_close(found[: len(pairs)], torch.tensor(pairs), rtol=1e-6, atol=1e-6)
         assert (found[len(pairs) :, 0] == -torch.inf).all()
+    assert (best_spans(torch.empty(0), torch.empty(0), 3, 5) == -torch.inf).all()  # of a context without tokens
 
 
 def test_windows_of_a_question_are_combined():
@@ -268,3 +303,5 @@ def test_the_best_threshold_is_the_best_of_all():
         threshold, best = best_threshold(margin, scores, answerable)
         assert mean(threshold) == pytest.approx(best)
         assert best == pytest.approx(max(mean(x) for x in np.arange(-6, 6, 0.5)))
+    nowhere = np.full(2, np.inf)  # neither context has a token
+    assert best_threshold(nowhere, np.zeros(2), np.array([False, True])) == (0.0, 0.5)

@@ -18,11 +18,11 @@ from fastlm.data.sources import FIELDS, Report, find_files, read_documents
 from fastlm.evaluate import causal, masked, spans
 from fastlm.evaluate._sums import Sums
 from fastlm.models import Model
-from fastlm.pretrained import load_pretrained
+from fastlm.pretrained import FAMILIES, load_pretrained
 from fastlm.run.directory import read_recipe
 from fastlm.run.initial import find_initial
 from fastlm.run.recipe import Recipe
-from fastlm.tasks import bits_per_byte, perplexity
+from fastlm.tasks import bits_per_byte, find_task, perplexity
 
 BATCH_TOKENS = 4096
 _SPAN_WINDOW = 512  # tokens of T5's encoder where no recipe says how many it was trained on: those of its pretraining
@@ -86,7 +86,8 @@ def evaluate(
     batch_tokens  tokens of a forward, at most, where a single window is not longer
     dtype         of the matrix products: torch.float32 or torch.bfloat16
 
-    ValueError for what is no model or has no text, and for an argument of another family or out of range.
+    ValueError for what is no such model or has no token to predict, and for an argument of another family or out of
+    range.
     """
     paths, device = [data] if isinstance(data, (str, Path)) else list(data), parse_device(device)
     integer("batch_tokens", batch_tokens, 1)
@@ -110,8 +111,13 @@ def evaluate(
     sums = Sums(trained.to(device), dtype, batch_tokens)
     found = module.run(sums, encode_documents(texts, tokenizer, count_unknown), tokenizer, settings)
     texts.check()
+    if not sums.predicted:
+        of = f"{found['tokens']:,} tokens of {texts.count:,} documents"
+        if given["share"] is not None and found["tokens"]:
+            raise ValueError(f"share: expected one that chooses a token, got {share:g}, which chooses none of {of}")
+        raise ValueError(f"data: expected a token to predict, found none in {of}; name other files")
     seconds = time.perf_counter() - start
-    loss = sums.nats / max(1, sums.predicted)
+    loss = sums.nats / sums.predicted
     result = {
         "model": str(model),
         "family": family,
@@ -140,7 +146,14 @@ def _find(model) -> tuple[Model, Tokenizer, dict | None]:
     initial = find_initial(model, "model")
     if initial.checkpoint is not None:
         stored, tokenizer = initial.checkpoint.state["recipe"], Tokenizer.load(initial.tokenizer)
-        trained = initial.model(Recipe.from_dict(stored), tokenizer).eval()
+        recipe = Recipe.from_dict(stored)
+        found, wanted = find_task(recipe.task).model_class(recipe.model.model_type), FAMILIES[recipe.model.model_type]
+        if found is not wanted:
+            raise ValueError(
+                f"model: expected {wanted.architecture} with its trained head in {model}, found {found.architecture}, "
+                f"fine-tuned by task {recipe.task}; its figures are in metrics.json of the run"
+            )
+        trained = initial.model(recipe, tokenizer).eval()
         tokenizer.check_size(trained.config.vocab_size, model)
         return trained, tokenizer, stored
     trained, tokenizer = load_pretrained(initial.directory)

@@ -23,7 +23,7 @@ class Unusable(ValueError):
 
 
 def open_examples(recipe: Recipe, data, tokenizer_directory: Path, known: Sequence[str] = ()) -> tuple[Recipe, Data]:
-    """(the recipe with what the data decides, the examples): steps, evaluations, and the longest length.
+    """(the recipe with what the data decides, the examples): steps, evaluations, the longest length and its limit.
 
     data    a path or several: what `read_records` reads; of a directory that datasets.DatasetDict wrote, its splits
             where its test has no labels, as GLUE's, that is left out with a warning
@@ -55,6 +55,7 @@ def open_examples(recipe: Recipe, data, tokenizer_directory: Path, known: Sequen
             warnings.warn(f"the split {test} has no labels and is left out ({error})", stacklevel=2)
     parts = {"validation": validation, "test": tested}
     train.manifest["held_out"] = {name: part.manifest["checksum"] for name, part in parts.items() if part is not None}
+    train = task.learnable(train)
     return _resolved(recipe, train, validation), Data(train, validation, tested)
 
 
@@ -77,7 +78,7 @@ def _resolved(recipe: Recipe, train: Examples, validation: Examples | None) -> R
     longest = max(train.row_tokens, 0 if validation is None else validation.row_tokens)
     return recipe.with_values(
         {
-            "data.max_length": longest,
+            "data.longest": longest,
             "train.max_steps": table.max_steps or math.ceil(table.epochs * steps),
             "train.eval_every": table.eval_every or math.ceil(steps),
         }

@@ -41,6 +41,7 @@ class LabelledData(Table):
     )
     test: str = key("", "examples that the best checkpoint is evaluated on at the end, a path")
     split_seed: int = key(0, "of the choice of the held-out examples", least=0, most=2**63 - 1)
+    longest: int = key(0, "tokens of the longest example; a run sets it to what the data has", least=0)
     layout: str = key(
         "auto", "how examples lie in a batch: packed, or padded to the longest", one_of=("auto", "packed", "padded")
     )
@@ -50,8 +51,8 @@ class LabelledData(Table):
 
     @property
     def row_tokens(self) -> int:
-        """The longest example; 1 while that is not known."""
-        return self.max_length or 1
+        """The longest example; its limit while that is not known; 1 without a limit."""
+        return self.longest or self.max_length or 1
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,11 @@ class LabelledTask(Task):
                 f"model: expected a tokenizer with [CLS] and [SEP], as BERT's, found another in {directory}"
             )
         return tokenizer
+
+    @classmethod
+    def learnable(cls, examples: Examples) -> Examples:
+        """Those of `examples`, none of them held out, that can be trained on. ValueError where there are none."""
+        return examples
 
     @classmethod
     def read(cls, paths: Sequence, recipe, report: Report) -> Records:

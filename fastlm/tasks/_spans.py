@@ -17,6 +17,8 @@ def best_spans(start: torch.Tensor, end: torch.Tensor, count: int, longest: int)
     longest      tokens of a span, at most
     """
     start, end = start.float(), end.float()
+    if not len(start):  # the tokenizer makes nothing of the context
+        return start.new_full((count, 3), -torch.inf)
     longest = min(longest, len(end))
     band = F.pad(end, (0, longest - 1), value=-torch.inf).unfold(0, longest, 1)  # [i, k] is the end at i + k
     best, places = (start[:, None] + band).flatten().topk(min(count, band.numel()))

@@ -66,7 +66,7 @@ def squad_figures(exact: np.ndarray, f1: np.ndarray, answerable: np.ndarray) -> 
 def best_threshold(margin: np.ndarray, scores: np.ndarray, answerable: np.ndarray) -> tuple[float, float]:
     """(threshold, mean score) of the best threshold, the lowest of equals: "" is predicted where `margin` is above it.
 
-    margin      (questions,) the score of "" less that of the best span
+    margin      (questions,) the score of "" less that of the best span; inf where there is no span
     scores      (questions,) of the best span, were it predicted for every question
     answerable  bool (questions,); "" scores 1 where this is False
     """
@@ -77,5 +77,5 @@ def best_threshold(margin: np.ndarray, scores: np.ndarray, answerable: np.ndarra
     last = np.append(sorted_margin[1:] > sorted_margin[:-1], True)  # equal margins are on one side of the threshold
     allowed = np.concatenate([[True], last])
     best = int(np.argmax(np.where(allowed, totals, -np.inf)))
-    lowest = sorted_margin[0] - 1.0 if len(margin) else 0.0
+    lowest = sorted_margin[0] - 1.0 if np.isfinite(margin).any() else 0.0
     return float(sorted_margin[best - 1] if best else lowest), float(totals[best] / max(1, len(margin)))

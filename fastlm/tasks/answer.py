@@ -29,7 +29,7 @@ from fastlm.tasks._task import Micro
 
 @dataclass(frozen=True)
 class AnswerData(LabelledData):
-    stride: int = key(128, "tokens of the text from one window to the next", least=1)
+    stride: int = key(128, "tokens of the text from one window to the next; at most half of a window's", least=1)
     max_question: int = key(64, "tokens of a question; longer ones are cut", least=1)
     max_answer: int = key(30, "tokens of a predicted answer, at most", least=1)
     best: int = key(20, "spans of a window that are looked at", least=1)
@@ -69,20 +69,18 @@ class Answer(LabelledTask):
 
     @classmethod
     def encode(cls, records, recipe, tokenizer, report, *, labels=None, known=(), names=None):
-        data, training = recipe.data, labels is None
+        data = recipe.data
         questions = questions_of(records, report)
-        if training:
-            for question in questions:
-                if question.answers is None:
-                    report.reject("question without answers", question.place)
-            questions = [question for question in questions if question.answers is not None]
+        for question in questions:
+            if question.answers is None:
+                report.reject("question without answers", question.place)
+        questions = [question for question in questions if question.answers is not None]
         windows = encode_questions(
             questions,
             tokenizer,
             max_length=data.max_length,
             stride=data.stride,
             max_question=data.max_question,
-            training=training,
         )
         report.kept = len(questions)
         cut = {"questions": windows.counts.pop("questions cut", 0)}
@@ -110,13 +108,23 @@ class Answer(LabelledTask):
         rows = np.isin(text, held)
         return np.flatnonzero(~rows), np.flatnonzero(rows)
 
+    @classmethod
+    def learnable(cls, examples):
+        """Those whose answer is known to be where its answer_start says, or not there at all."""
+        rows = np.flatnonzero(examples.fields["start"] != IGNORE_INDEX)
+        if not len(rows):
+            told = ", ".join(f"{count:,} {what}" for what, count in examples.told.items())
+            raise ValueError(f"data: expected answers that begin at their answer_start, found none ({told})")
+        return examples if len(rows) == examples.rows else examples.select(rows)
+
     def head(self):
         return {"labels": ("LABEL_0", "LABEL_1")}  # the start and the end; Transformers names them so
 
     @property
     def threshold(self) -> float | None:
         """data.null_threshold; None, for there always being an answer, where no training example is without one."""
-        unanswerable = any(not question.answers for question in self.dataset.kept.questions)
+        data = self.dataset  # `kept` has the questions that are held out too
+        unanswerable = any(not data.kept.questions[number].answers for number in np.unique(data.fields["question"]))
         return self.recipe.data.null_threshold if unanswerable else None
 
     def make_rows(self, data, rows, rng, capacity=None):
@@ -151,11 +159,10 @@ class Answer(LabelledTask):
         return figures
 
     def _predictions(self, outputs: np.ndarray) -> tuple[list[Question], list[Prediction]]:
-        """The held-out questions whose answers are known, and what is predicted for them."""
+        """The held-out questions, and what is predicted for them."""
         fields, kept = self.validation.fields, self.validation.kept
         found = predictions(outputs, fields["question"], fields["context"], kept)
-        known = [number for number in found if kept.questions[number].answers is not None]
-        return [kept.questions[number] for number in known], [found[number] for number in known]
+        return [kept.questions[number] for number in found], list(found.values())
 
     def details(self, outputs):
         return {"questions": len(self._predictions(outputs)[0]), "null_threshold": self.threshold}

@@ -49,9 +49,10 @@ class Bad(ValueError):
 def stream_rows(paths: Iterable, report: Report, *, spool=None) -> Iterator[Record]:
     """The rows of SQuAD files, and of others as `stream_records` reads them. ValueError for a file that is damaged.
 
-    spool: a directory for what comes from standard input
+    spool: a directory for what comes from standard input; "-" is JSON there, since plain text has no questions
     """
     paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+    paths = ["-.jsonl" if os.fspath(path) == "-" else path for path in paths]
     for file in find_files(paths, report, spool=spool):
         rows = _squad_file(file, report) if file.kind == "json" else None
         yield from stream_records([file.path], report, {}, plain="line") if rows is None else rows
@@ -124,10 +125,20 @@ def _question(place: str, row: Mapping[str, object]) -> Question:
             raise Bad(f'no string under "{name}"')
         if not value.strip():
             raise Bad(f'empty text under "{name}"')
+        _check_utf8(name, value)
     identity = row.get("id", place)
     if isinstance(identity, bool) or not isinstance(identity, (str, int)):
         raise Bad('neither a string nor an integer under "id"')
+    _check_utf8("id", str(identity))
     return Question(place, str(identity), text, context, _answers(row, context))
+
+
+def _check_utf8(name: str, value: str) -> None:
+    """JSON may have half of a surrogate pair, as of an emoji that was cut; no tokenizer and no file takes it."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise Bad(f'not UTF-8 under "{name}"') from None
 
 
 def _answers(row: Mapping[str, object], context: str) -> tuple[Answer, ...] | None:

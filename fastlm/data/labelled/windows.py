@@ -2,10 +2,11 @@
 
     [CLS] question [SEP] tokens i ... j of the context [SEP]
 
-A context that is longer than there is room for has several windows, `stride` tokens apart, the last of which ends with
-it. A window is labelled with the first and last token of the answer where all of it is inside, and otherwise with [CLS]
-twice, which says that the answer is not here. The tokens of an answer are those that share a character with it: where
-it begins or ends inside a token, as "1990" in "1990s", they are more than the answer.
+A context that is longer than the room for it has several windows, `stride` tokens apart, but at most half of that room:
+they overlap. The last one ends with the context. A window is labelled with the first and last token of the answer where
+all of it is inside, and otherwise with [CLS] twice, which says that the answer is not here. The tokens of an answer are
+those that share a character with it: where it begins or ends inside a token, as "1990" in "1990s", they are more than
+the answer.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fastlm.data.labelled.squad import Answer, Question
+from fastlm.data.sources import Report
 from fastlm.data.tokenizer import Tokenizer
 
 
@@ -30,7 +32,7 @@ class Windows:
     start, end      columns of the answer's first and last token; 0 without one; -100 where the answer is not known
     offsets         (tokens of the context, 2) int64: first character of each, and the one after its last
     counts          {"questions cut": ..., "answers inside a token": ..., "answers longer than a window": ...,
-                    "answers not at their answer_start": ...}
+                    "answers in no window": shorter ones, "answers not at their answer_start": ...}
     """
 
     ids: list[np.ndarray] = field(default_factory=list)
@@ -54,37 +56,38 @@ def encode_questions(
     max_length: int,
     stride: int,
     max_question: int,
-    training: bool,
+    report: Report | None = None,
 ) -> Windows:
     """The windows of the questions, in order.
 
     max_length    tokens of a window, at most
-    stride        tokens of the context from one window to the next; fewer where a window has not room for as many
+    stride        tokens of the context from one window to the next; at most half of the room for it
     max_question  tokens of a question; more are cut
-    training      whether the windows are trained on: a question without a known answer has none
+    report        where a question is entered that leaves no room for its context, which has no windows
 
-    ValueError where a question and three special tokens leave no room for the context.
+    ValueError where a question and three special tokens leave no room for the context, without a report.
     """
     windows = Windows()
     texts = tokenizer.encode_batch([question.text for question in questions])
     contexts = tokenizer.encode_offsets([question.context for question in questions])
     for number, (question, text, (ids, offsets)) in enumerate(zip(questions, texts, contexts, strict=True)):
         windows.offsets.append(offsets)
-        if len(text) > max_question:
-            windows.count("questions cut")
-        text = text[:max_question]
+        whole, text = len(text), text[:max_question]
         room = max_length - 3 - len(text)
+        if room < 1 and report is not None:
+            report.reject("question that leaves no room for its context", question.place)
+            continue
         if room < 1:
             raise ValueError(
                 f"data.max_length: expected room for a question, three special tokens and a context, got {max_length} "
                 f"for the {len(text)} tokens of the question in {question.place}; set it higher, or data.max_question "
                 "lower"
             )
-        span = _span(question, offsets, room, windows)
-        if span is None and training:
-            continue
+        if len(text) < whole:
+            windows.count("questions cut")
+        span, found = _span(question, offsets, windows), False
         head = np.array([tokenizer.cls_id, *text, tokenizer.sep_id])
-        for at in _starts(len(ids), room, min(stride, room)):
+        for at in _starts(len(ids), room, min(stride, max(1, room // 2))):
             part = ids[at : at + room]
             windows.ids.append(np.concatenate([head, part, [tokenizer.sep_id]]))
             windows.types.append(np.repeat([0, 1], [len(head), len(part) + 1]))
@@ -94,6 +97,9 @@ def encode_questions(
             start, end = _label(span, at, len(part), len(head))
             windows.start.append(start)
             windows.end.append(end)
+            found |= start > 0
+        if span is not None and span[0] >= 0 and not found:
+            windows.count("answers longer than a window" if span[1] - span[0] >= room else "answers in no window")
     return windows
 
 
@@ -102,7 +108,7 @@ def _starts(tokens: int, room: int, stride: int) -> range:
     return range(0, max(1, tokens - room + stride), stride)
 
 
-def _span(question: Question, offsets: np.ndarray, room: int, windows: Windows) -> tuple[int, int] | None:
+def _span(question: Question, offsets: np.ndarray, windows: Windows) -> tuple[int, int] | None:
     """The first and last token of the context in the first answer; (-1, -1) without one; None if that is not known."""
     if question.answers is None:
         return None
@@ -118,8 +124,6 @@ def _span(question: Question, offsets: np.ndarray, room: int, windows: Windows) 
         return None
     if offsets[span[0], 0] != answer.start or offsets[span[1], 1] != answer.start + len(answer.text):
         windows.count("answers inside a token")
-    if span[1] - span[0] >= room:
-        windows.count("answers longer than a window")
     return span
 
 
