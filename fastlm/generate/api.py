@@ -188,7 +188,7 @@ def _request(
 
 
 def _spelled(tokenizer: Decodes | None) -> int | None:
-    """How many ids the tokenizer has; None where it does not say. `vocab_size` of Transformers' leaves out added ones."""
+    """How many ids the tokenizer has; None where it does not say. Transformers' `vocab_size` leaves out added ones."""
     if isinstance(tokenizer, Tokenizer):
         return tokenizer.vocab_size
     return len(tokenizer) if hasattr(tokenizer, "__len__") else None

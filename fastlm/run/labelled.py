@@ -53,9 +53,8 @@ def open_examples(recipe: Recipe, data, tokenizer_directory: Path, known: Sequen
             if table.test:
                 raise
             warnings.warn(f"the split {test} has no labels and is left out ({error})", stacklevel=2)
-    parts = {"validation": validation, "test": tested}
+    train, parts = task.learnable(train), {"validation": validation, "test": tested}
     train.manifest["held_out"] = {name: part.manifest["checksum"] for name, part in parts.items() if part is not None}
-    train = task.learnable(train)
     return _resolved(recipe, train, validation), Data(train, validation, tested)
 
 
