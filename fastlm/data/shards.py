@@ -18,6 +18,7 @@ import errno
 import json
 import math
 import os
+import threading
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator
@@ -31,7 +32,7 @@ from fastlm.data.order import Endless
 from fastlm.data.packing import Shard, ragged
 from fastlm.data.sources import MANIFEST, TOKENIZER
 from fastlm.data.tokenizer import Tokenizer
-from fastlm.data.verification import Verification
+from fastlm.data.verification import Verification, check_ahead
 from fastlm.storage import file_checksum, json_checksum
 
 FORMAT = "fastlm rows"
@@ -140,11 +141,6 @@ class Dataset(Endless):
             for index, shard in enumerate(entries)  # older preparations have no such entry
         )
 
-    def verify_ahead(self) -> None:
-        """Check all shards' checksums in a thread, where `open_dataset` has not: see `fastlm.data.verification`."""
-        if self._verification is not None:
-            self._verification.start()
-
     def _verified(self, shards: Iterable[int]) -> None:
         """ValueError where one of these shards, or another one until now, does not have its checksum.
 
@@ -182,7 +178,7 @@ class Dataset(Endless):
     def gather(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of the rows numbered `rows` (k,): tokens (k, width), how many pieces in each (k,), the pieces (p, 2 or 3).
 
-        ValueError where `open_dataset` was lazy and a shard does not have its checksum; see `verify_ahead`.
+        ValueError where `open_dataset` was lazy and a shard does not have its checksum.
         """
         home = np.searchsorted(self._first, rows, side="right") - 1
         homes = np.unique(home).tolist()
@@ -199,6 +195,11 @@ class Dataset(Endless):
         for shard, at, local in places:
             pieces[ragged(ends[at] - counts[at], counts[at])] = shard.pieces[ragged(shard.offsets[local], counts[at])]
         return tokens, counts, pieces
+
+
+def verify_ahead(datasets: Iterable[Dataset]) -> threading.Thread:
+    """The thread that checks all shards' checksums, where `open_dataset` has not: see `fastlm.data.verification`."""
+    return check_ahead([dataset._verification for dataset in datasets if dataset._verification is not None])
 
 
 def _part(manifest: dict, split: str) -> dict:
@@ -219,7 +220,7 @@ def open_dataset(
                A dict from `Dataset.accepted` (a checkpoint's): exactly those shards, and any that fails raises.
     split      "train", or "validation": the text that was held out
     lazy       check only that the shards' files are there with their sizes. The checksum of each is checked before a
-               row of it is given out, and one that fails raises then; `Dataset.verify_ahead` has a thread check them
+               row of it is given out, and one that fails raises then; `verify_ahead` has a thread check them
 
     ValueError where a manifest, a tokenizer or (as above) a shard is missing or damaged, or no shard is left.
     """
