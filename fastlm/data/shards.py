@@ -20,7 +20,6 @@ import math
 import os
 import threading
 import warnings
-import weakref
 from collections.abc import Iterable, Iterator
 from functools import lru_cache, partial
 from pathlib import Path
@@ -305,9 +304,21 @@ _LIBC.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _PROT_READ, _MAP_SHARED, _MAP_FAILED = 1, 1, ctypes.c_void_p(-1).value
 
 
+class _Mapping:
+    """Bytes of a file at `address`, unmapped with the last array on them."""
+
+    def __init__(self, address: int, size: int, like: _Header, length: int):
+        self._place = address, size
+        place = {"data": (address + like.offset, True), "shape": (length, *like.shape[1:])}  # True: for reading alone
+        self.__array_interface__ = {"version": 3, "typestr": like.dtype.str, **place}
+
+    def __del__(self):
+        _LIBC.munmap(*self._place)
+
+
 def _mapped_array(path: Path, length: int, like: _Header) -> np.ndarray:
     """By the C library: Python's `mmap` keeps a descriptor for each file (but with 3.13's trackfd=False), of which a
-    process often has 1024. It is unmapped with the last array on it."""
+    process often has 1024."""
     size = like.size(length)
     with open(path, "rb") as file:
         if (found := os.fstat(file.fileno()).st_size) != size:  # beyond its end, reading would end the process
@@ -316,11 +327,7 @@ def _mapped_array(path: Path, length: int, like: _Header) -> np.ndarray:
     if address == _MAP_FAILED:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code), str(path))
-    memory = (ctypes.c_char * size).from_address(address)
-    weakref.finalize(memory, _LIBC.munmap, address, size).atexit = False
-    array = np.frombuffer(memory, like.dtype, offset=like.offset).reshape(length, *like.shape[1:])
-    array.flags.writeable = False
-    return array
+    return np.asarray(_Mapping(address, size, like, length))
 
 
 def _mapped(directory: Path, entries: list[dict], like: list[_Header], index: int) -> Shard:
