@@ -37,7 +37,7 @@ from fastlm.storage import file_checksum, json_checksum
 FORMAT = "fastlm rows"
 VERSION = 2
 SPLITS = ("train", "validation")
-_MAPPED = 100  # shards at a time, three mappings each: a process may have 65,530 on Linux
+_MAPPED = 300  # shards of a split at a time, three mappings each: a process may have 65,530 on Linux
 _LOST = (errno.ENOENT, errno.EIO)  # what damage looks like; any other error of reading may be over at the next try
 
 
