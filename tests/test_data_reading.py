@@ -16,7 +16,8 @@ from training import corpus, small
 from fastlm.data import Batches, Mixture, mixture, open_dataset, prepare, shards
 from fastlm.data.mixture import token_counts
 from fastlm.data.order import rows_at
-from fastlm.data.verification import Verification
+from fastlm.data.shards import verify_ahead
+from fastlm.data.verification import Verification, check_ahead
 from fastlm.run.directory import open_data
 from fastlm.storage import json_checksum
 from fastlm.train import pretrain
@@ -66,8 +67,7 @@ def test_a_flipped_byte_is_found_before_a_row_of_its_shard_is_used(prepared):
 def test_a_thread_finds_it_ahead(prepared):
     flip(prepared / "00001.pieces.npy")
     dataset = open_dataset(prepared, lazy=True)
-    dataset.verify_ahead()
-    dataset._verification._thread.join(60)
+    verify_ahead([dataset]).join(60)
     with pytest.raises(ValueError, match=DAMAGE):
         dataset.gather(np.array([0]))
 
@@ -153,8 +153,7 @@ def test_an_error_that_may_pass_is_not_remembered_as_damage(prepared, monkeypatc
     monkeypatch.setattr(shards, "file_checksum", checksum)
     with pytest.raises(OSError, match="Too many open files"):
         dataset.gather(np.array([0]))
-    dataset.verify_ahead()
-    dataset._verification._thread.join(60)
+    verify_ahead([dataset]).join(60)
     with pytest.raises(OSError, match="Too many open files"):
         dataset.gather(np.array([0]))
     failing.clear()
@@ -180,11 +179,26 @@ def test_what_a_glance_shows_is_set_aside_at_the_start(prepared):
     dataset.gather(np.arange(dataset.rows))
 
 
-def test_the_threads_of_a_run_check_both_splits(prepared):
-    data = open_data(small(data__validation_share=0.1), prepared, prepared / "run", None)
-    for dataset in (data.train, data.validation):
-        dataset._verification._thread.join(60)
-        assert dataset._verification._left == 0
+def test_one_thread_of_a_run_checks_both_splits_of_all_sources(prepared, tmp_path, monkeypatch):
+    shutil.copytree(prepared, tmp_path / "more")
+    checked, read = set(), shards._damage
+
+    def damage(directory, name, checksum):
+        checked.add((directory, name, threading.current_thread()))
+        return read(directory, name, checksum)
+
+    monkeypatch.setattr(shards, "_damage", damage)
+    recipe = small(data__validation_share=0.1, data__weights="2,1")
+    data = open_data(recipe, [prepared, tmp_path / "more"], prepared / "run", None)
+    for thread in threading.enumerate():
+        if thread.name == "checksums of shards":
+            thread.join(60)
+    sources = [*data.train.sources, *data.validation.sources]
+    assert [source._verification._left for source in sources] == [0] * 4
+    assert {entry[:2] for entry in checked} == {
+        (source.directory, name) for source in sources for name in source.accepted
+    }
+    assert len({thread for *_, thread in checked}) == 1
 
 
 def test_a_shard_is_checked_once_and_only_its_readers_wait():
@@ -197,14 +211,14 @@ def test_a_shard_is_checked_once_and_only_its_readers_wait():
         return "bad" if shard == 3 else None
 
     verification = Verification(4, check)
-    verification.start()
+    thread = check_ahead([verification])
     assert verification.need([1, 2]) == {}  # the thread is held at shard 0
     assert sorted(checked) == [1, 2]
     waiting = threading.Thread(target=verification.need, args=([0],))
     waiting.start()
     hold.set()
     waiting.join(60)
-    verification._thread.join(60)
+    thread.join(60)
     assert verification.need([1]) == {3: "bad"}
     assert sorted(checked) == [0, 1, 2, 3]
 

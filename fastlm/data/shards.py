@@ -18,8 +18,8 @@ import errno
 import json
 import math
 import os
+import threading
 import warnings
-import weakref
 from collections.abc import Iterable, Iterator
 from functools import lru_cache, partial
 from pathlib import Path
@@ -31,13 +31,13 @@ from fastlm.data.order import Endless
 from fastlm.data.packing import Shard, ragged
 from fastlm.data.sources import MANIFEST, TOKENIZER
 from fastlm.data.tokenizer import Tokenizer
-from fastlm.data.verification import Verification
+from fastlm.data.verification import Verification, check_ahead
 from fastlm.storage import file_checksum, json_checksum
 
 FORMAT = "fastlm rows"
 VERSION = 2
 SPLITS = ("train", "validation")
-_MAPPED = 100  # shards at a time, three mappings each: a process may have 65,530 on Linux
+_MAPPED = 300  # shards of a split at a time, three mappings each: a process may have 65,530 on Linux
 _LOST = (errno.ENOENT, errno.EIO)  # what damage looks like; any other error of reading may be over at the next try
 
 
@@ -140,11 +140,6 @@ class Dataset(Endless):
             for index, shard in enumerate(entries)  # older preparations have no such entry
         )
 
-    def verify_ahead(self) -> None:
-        """Check all shards' checksums in a thread, where `open_dataset` has not: see `fastlm.data.verification`."""
-        if self._verification is not None:
-            self._verification.start()
-
     def _verified(self, shards: Iterable[int]) -> None:
         """ValueError where one of these shards, or another one until now, does not have its checksum.
 
@@ -182,7 +177,7 @@ class Dataset(Endless):
     def gather(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of the rows numbered `rows` (k,): tokens (k, width), how many pieces in each (k,), the pieces (p, 2 or 3).
 
-        ValueError where `open_dataset` was lazy and a shard does not have its checksum; see `verify_ahead`.
+        ValueError where `open_dataset` was lazy and a shard does not have its checksum.
         """
         home = np.searchsorted(self._first, rows, side="right") - 1
         homes = np.unique(home).tolist()
@@ -199,6 +194,11 @@ class Dataset(Endless):
         for shard, at, local in places:
             pieces[ragged(ends[at] - counts[at], counts[at])] = shard.pieces[ragged(shard.offsets[local], counts[at])]
         return tokens, counts, pieces
+
+
+def verify_ahead(datasets: Iterable[Dataset]) -> threading.Thread:
+    """The thread that checks all shards' checksums, where `open_dataset` has not: see `fastlm.data.verification`."""
+    return check_ahead([dataset._verification for dataset in datasets if dataset._verification is not None])
 
 
 def _part(manifest: dict, split: str) -> dict:
@@ -219,7 +219,7 @@ def open_dataset(
                A dict from `Dataset.accepted` (a checkpoint's): exactly those shards, and any that fails raises.
     split      "train", or "validation": the text that was held out
     lazy       check only that the shards' files are there with their sizes. The checksum of each is checked before a
-               row of it is given out, and one that fails raises then; `Dataset.verify_ahead` has a thread check them
+               row of it is given out, and one that fails raises then; `verify_ahead` has a thread check them
 
     ValueError where a manifest, a tokenizer or (as above) a shard is missing or damaged, or no shard is left.
     """
@@ -304,9 +304,21 @@ _LIBC.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _PROT_READ, _MAP_SHARED, _MAP_FAILED = 1, 1, ctypes.c_void_p(-1).value
 
 
+class _Mapping:
+    """Bytes of a file at `address`, unmapped with the last array on them."""
+
+    def __init__(self, address: int, size: int, like: _Header, length: int):
+        self._place = address, size
+        place = {"data": (address + like.offset, True), "shape": (length, *like.shape[1:])}  # True: for reading alone
+        self.__array_interface__ = {"version": 3, "typestr": like.dtype.str, **place}
+
+    def __del__(self):
+        _LIBC.munmap(*self._place)
+
+
 def _mapped_array(path: Path, length: int, like: _Header) -> np.ndarray:
     """By the C library: Python's `mmap` keeps a descriptor for each file (but with 3.13's trackfd=False), of which a
-    process often has 1024. It is unmapped with the last array on it."""
+    process often has 1024."""
     size = like.size(length)
     with open(path, "rb") as file:
         if (found := os.fstat(file.fileno()).st_size) != size:  # beyond its end, reading would end the process
@@ -315,11 +327,7 @@ def _mapped_array(path: Path, length: int, like: _Header) -> np.ndarray:
     if address == _MAP_FAILED:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code), str(path))
-    memory = (ctypes.c_char * size).from_address(address)
-    weakref.finalize(memory, _LIBC.munmap, address, size).atexit = False
-    array = np.frombuffer(memory, like.dtype, offset=like.offset).reshape(length, *like.shape[1:])
-    array.flags.writeable = False
-    return array
+    return np.asarray(_Mapping(address, size, like, length))
 
 
 def _mapped(directory: Path, entries: list[dict], like: list[_Header], index: int) -> Shard:

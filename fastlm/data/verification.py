@@ -1,16 +1,16 @@
 """Checksums of shards while they are in use: a shard is checked before a row of it is given out.
 
-`need` checks the shards of a batch that were not checked yet, on as many threads as there are cores. `start` lets a
-thread check the others meanwhile. So the first step waits for its own shards alone, and a failing shard ends the run
-before a row of it is trained on, and by the next batch after the thread has found it. What changes on the disk after a
-shard was checked is not seen.
+`need` checks the shards of a batch that were not checked yet, on as many threads as there are cores. `check_ahead` lets
+one thread check the others meanwhile, of all datasets of a run: more threads would take cores from the steps. So the
+first step waits for its own shards alone, and a failing shard ends the run before a row of it is trained on, and by the
+next batch after the thread has found it. What changes on the disk after a shard was checked is not seen.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
@@ -30,13 +30,6 @@ class Verification:
         self._left = count  # that are not good
         self._reasons: dict[int, str] = {}
         self._changed = threading.Condition()
-        self._thread: threading.Thread | None = None
-
-    def start(self) -> None:
-        """Check all shards in a thread, the first first."""
-        if self._thread is None and self._left:
-            self._thread = threading.Thread(target=self._check_all, name="checksums of shards", daemon=True)
-            self._thread.start()
 
     def need(self, shards: Iterable[int]) -> dict[int, str]:
         """Wait until each of `shards` is checked; the reason of each shard that failed until now, these or others."""
@@ -49,7 +42,8 @@ class Verification:
                 self._one(missing[0])
         return self._reasons
 
-    def _check_all(self) -> None:
+    def check_all(self) -> None:
+        """Check the shards that were not checked yet, the first first."""
         for shard in range(len(self._states)):
             # An error of the check says nothing of the shard: `need` checks it again, and raises it in the reader.
             with suppress(Exception):
@@ -73,3 +67,15 @@ class Verification:
                 if state == _BAD:
                     self._reasons[shard] = reason
                 self._changed.notify_all()
+
+
+def check_ahead(verifications: Sequence[Verification]) -> threading.Thread:
+    """The thread, started here, that checks all shards of these, one after another."""
+
+    def check() -> None:
+        for verification in verifications:
+            verification.check_all()
+
+    thread = threading.Thread(target=check, name="checksums of shards", daemon=True)
+    thread.start()
+    return thread

@@ -28,7 +28,7 @@ from fastlm.data import Dataset, Mixture, is_prepared, open_dataset
 from fastlm.data.identity import OtherPreparation, setting_differences
 from fastlm.data.labelled import Examples
 from fastlm.data.mixture import Joined, parse_weights
-from fastlm.data.shards import read_manifest
+from fastlm.data.shards import read_manifest, verify_ahead
 from fastlm.data.sources import RUN_FILES
 from fastlm.data.tokenizer import parse
 from fastlm.run.checkpoint import Checkpoint, load_newest, read_checkpoint
@@ -313,10 +313,17 @@ def prepare_for(task: str, table: DataTable, paths, directory: Path, outputs: It
 
 def open_data(recipe: Recipe, data, out: Path, start: Checkpoint | None) -> Data:
     """The data of the run in `out`: prepared already, in one directory or several, or text that is prepared into
-    OUT/data. Threads check the shards.
+    OUT/data. A thread checks the shards.
 
     ValueError where its rows are not the recipe's, or it is not what `start` was trained on.
     """
+    opened = _open(recipe, data, out, start)
+    held = () if opened.validation is None else opened.validation.sources
+    verify_ahead([*opened.train.sources, *held])
+    return opened
+
+
+def _open(recipe: Recipe, data, out: Path, start: Checkpoint | None) -> Data:
     paths = [data] if isinstance(data, (str, os.PathLike)) else list(data)
     text = [path for path in paths if not is_prepared(path)]
     given, stored = " ".join(map(str, paths)), None if start is None else start.state["data"]
@@ -398,8 +405,4 @@ def _open_one(recipe: Recipe, directory: Path, stored: dict | None) -> Data:
             f"data.validation: {directory} was prepared without held-out text; prepare it again with --validation or "
             "--validation-share, or leave both out of the recipe"
         )
-    dataset.verify_ahead()
-    validation = open_dataset(directory, split="validation", lazy=True) if held else None
-    if validation is not None:
-        validation.verify_ahead()
-    return Data(dataset, validation)
+    return Data(dataset, open_dataset(directory, split="validation", lazy=True) if held else None)
