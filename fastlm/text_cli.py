@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -72,7 +73,7 @@ def generate(
     import torch
 
     from fastlm.chip import parse_device
-    from fastlm.generate import files
+    from fastlm.generate import Settings, files
 
     _threads.for_work()
     device = parse_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -89,14 +90,18 @@ def generate(
         "weights": weights,
         **parse_settings(settings or []),
     }
+    if unknown := sorted(options.keys() - Settings.__dataclass_fields__.keys()):
+        raise ValueError(f"{unknown[0]}: expected one of {', '.join(Settings.__dataclass_fields__)}")
     speed = files.Speed()
     if not (data or out or as_json) and options["num_beams"] == 1:
         for piece in writer.pieces(prompts[0], speed, **options):
             print(piece, end="", flush=True)
         print()
     else:
+        answers = writer.answers(prompts, batch, speed, **options)
+        first = next(answers)  # before --out is written, which a wrong option would leave empty
         with out.open("w", encoding="utf-8") if out else contextlib.nullcontext(sys.stdout) as target:
-            for asked, answer in writer.answers(prompts, batch, speed, **options):
+            for asked, answer in itertools.chain([first], answers):
                 text = asked.text + answer.text if writer.continues else answer.text
                 print(files.as_json(asked, answer) if out or as_json else text, file=target, flush=True)
     say(str(speed), sys.stderr)

@@ -2,7 +2,9 @@
 
 import copy
 import math
+import random
 
+import numpy as np
 import pytest
 import tokenizers
 import torch
@@ -11,6 +13,7 @@ from models import to_transformers, widen
 from recorded_graph import Recorded
 
 import fastlm
+from fastlm.data import Tokenizer
 from fastlm.generate import Settings, api, fill_spans, generate, graph, stream
 from fastlm.generate.decoders import make_decoder
 from fastlm.generate.loop import pack
@@ -266,6 +269,10 @@ def test_forms_of_the_prompts(gpt2):
         == gpt2.generate(PROMPTS[0], max_new_tokens=3)
         == gpt2.generate(torch.tensor(PROMPTS[:1]), max_new_tokens=3)
     )
+    for array in (np.array(PROMPTS[0]), [*np.array(PROMPTS[0])], np.array(PROMPTS[:1]), [np.array(PROMPTS[0])]):
+        assert gpt2.generate(array, max_new_tokens=3) == wanted[:1]
+    with pytest.raises(ValueError, match="attention_mask: expected a tensor, as input_ids, got a list"):
+        gpt2.generate(torch.tensor(PROMPTS[:1]), attention_mask=[[1, 1, 1]])
     for left in (True, False):
         padded = torch.full((4, 13), 49)
         for row, ids in zip(padded, PROMPTS):
@@ -349,6 +356,38 @@ def test_transformers_tokenizer_and_context():
     text = Text(Spaced(), context=[1, 2])
     text.add(3)
     assert text.fresh(False) == " w3"
+
+
+@pytest.mark.parametrize("purpose", ["causal", "span"])
+def test_texts_are_those_of_all_tokens_together(purpose, monkeypatch):
+    """Whatever the tokens are; and a long text decodes few tokens for each new one."""
+    texts = ["the caf\u00e9 \u4e2d\u6587 \U0001f600 sat. it's on the mat", "a dog saw the cat \ufffd"] * 5
+    tokenizer = Tokenizer.train(lambda: texts, {"causal": 300, "span": 400}[purpose], purpose=purpose)
+    draws, decode, counts = random.Random(0), tokenizer.decode, []
+    for prompt, written in ("the caf\u00e9 ", "\u4e2d\U0001f600 cat"), (texts[0], texts[1] * 9), ("\ufffd", "a. it's"):
+        ids = tokenizer.encode(prompt + written)
+        noise = [draws.randrange(tokenizer.vocab_size) for _ in range(200)]
+        for prompt_ids, new in (
+            *((ids[:at], ids[at:]) for at in range(1, len(ids) - 1)),  # in the middle of characters too
+            (ids, noise),
+        ):
+            text, given = Text(tokenizer, prompt_ids), ""
+            for id in new:
+                text.add(id)
+                given += text.fresh(False)
+            given += text.fresh(True)
+            assert given == text.text
+            context = decode(prompt_ids[-8:])
+            whole = decode([*prompt_ids[-8:], *new])
+            start = len(context if whole.startswith(context) else context.rstrip("\ufffd"))
+            assert text.text == whole[start:]
+    text = Text(tokenizer, stop=["mat END"])
+    monkeypatch.setattr(tokenizer, "decode", lambda ids, **o: counts.append(len(ids)) or decode(ids, **o))
+    for id in tokenizer.encode(texts[0] * 20 + " END of it"):
+        if not text.stopped:
+            text.add(id)
+    assert text.text == (texts[0] * 20).removesuffix("mat")
+    assert max(counts) <= 40
 
 
 def test_added_tokens_of_a_transformers_tokenizer_are_written():
@@ -462,6 +501,13 @@ def test_where_there_is_no_graph(gpt2, recorded, monkeypatch):
         ({"seed": 0.5}, "seed: expected an integer of 64 bits, got 0.5"),
         ({"cuda_graph": 1}, 'cuda_graph: expected True, False or "auto", got 1'),
         ({"rows": [1]}, r"rows: expected a number from 0 on for each of 4 prompts, got \[1\]"),
+        ({"rows": 5}, "rows: expected a number from 0 on for each of 4 prompts, got 5"),
+        ({"rows": ["a"] * 4}, "rows: expected a number from 0 on for each of 4 prompts, got "),
+        ({"stop": None}, "stop: expected a string, or several, got None"),
+        ({"eos_token_id": 1.5}, "eos_token_id: expected a token's id, or several, got 1.5"),
+        ({"temperature": 1e-300}, "temperature: expected 0, .* or at least 1.2e-38, .* got 1e-300"),
+        ({"min_new_tokens": 2, "eos_token_id": range(50)}, "min_new_tokens: expected 0 where each of the 50 ids ends"),
+        ({"attention_mask": [[1]]}, r"attention_mask: expected with a padded tensor of input_ids \(B, S\)"),
         ({"do_sample": True}, "do_sample: expected one of max_new_tokens, min_new_tokens"),
     ],
 )
@@ -479,6 +525,11 @@ def test_wrong_options(options, error, gpt2):
         ([[1] * 33], "input_ids: expected at most 32 tokens, the model's n_positions, got 33 in prompt 0; leave out"),
         ("text", "input_ids: expected token ids, .* got a str; a tokenizer turns text into ids"),
         (["text"], "input_ids: expected token ids"),
+        (["12"], "input_ids: expected token ids"),
+        ([[1.7, 2.2]], "input_ids: expected token ids"),
+        (np.ones(2), "input_ids: expected token ids"),
+        (torch.ones(2), "input_ids: expected integers, got torch.float32"),
+        (torch.ones(0, 3, dtype=torch.int64), "input_ids: expected at least one prompt, got none"),
         (torch.ones(1, 2), "input_ids: expected integers, got torch.float32"),
     ],
 )

@@ -140,6 +140,18 @@ def test_ids_beyond_the_tokenizer_are_never_written(models):
     assert max(plain[0].ids) >= tokenizer.vocab_size > max(known[0].ids)
 
 
+def test_a_mistake_leaves_older_answers(models, fastlm, tmp_path):
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "answers.jsonl"
+    for content, more in (("the\n" + "the cat " * 20, []), ("the\n", ["--set", "stop=5"])):
+        prompts.write_text(content)
+        out.write_text("older answers")
+        status, _, _ = fastlm("generate", "--model", models / "gpt2", "--data", prompts, "--out", out, *more)
+        assert (status, out.read_text()) == (2, "older answers")
+    prompts.write_bytes(b"\xef\xbb\xbfthe\r\ncat\n")
+    assert fastlm("generate", "--model", models / "gpt2", "--data", prompts, "--out", out, "--batch", "1")[0] == 0
+    assert [json.loads(line)["prompt"] for line in out.read_text().splitlines()] == ["the", "cat"]
+
+
 @pytest.mark.parametrize(
     ("words", "error"),
     [
@@ -162,6 +174,11 @@ def test_ids_beyond_the_tokenizer_are_never_written(models):
         (["gpt2", "--prompt", "a", "--dtype", "int8"], "--dtype: expected float32, bfloat16 or float16, got 'int8'"),
         (["gpt2", "--prompt", "a", "--top-k", "3"], "temperature: expected a positive one with top_k=3"),
         (["gpt2", "--prompt", "a", "--set", "beams=3"], "beams: expected one of max_new_tokens, "),
+        (["gpt2", "--prompt", "a", "--set", "rows=3", "--json"], "rows: expected one of max_new_tokens, "),
+        (["gpt2", "--prompt", "a", "--set", "tokenizer=3"], "tokenizer: expected one of max_new_tokens, "),
+        (["gpt2", "--prompt", "a", "--set", "stop=5"], "stop: expected a string, or several, got 5"),
+        (["gpt2", "--prompt", "a", "--dtype", "bfloat16", "--weights", "int8"], "weights: expected None, since"),
+        (["gpt2", "--prompt", "a", "--stop", "<|endoftext|>"], "stop: expected strings without special .*; eos_token_"),
         (["gpt2", "--prompt", "a", "--device", "tpu"], "device: expected cpu or cuda, got 'tpu'"),
     ],
 )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from fastlm.data import Tokenizer
@@ -19,6 +21,7 @@ from fastlm.generate.text import Decodes
 from fastlm.models import GPT2, T5
 
 FAMILIES = (GPT2, T5)
+_ARRAYS = (torch.Tensor, np.ndarray, np.generic)
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,9 @@ def generate(model: GPT2 | T5, input_ids, **options) -> list[Generated]:
 
     Args:
         model: on any device; it computes in the dtype of its weights, without dropout.
-        input_ids: token ids of the prompts, of any lengths: sequences of integers or 1-D tensors; one of them; or a
-            padded tensor (B, S) with attention_mask. T5's end with </s>, as its tokenizer writes it.
+        input_ids: token ids of the prompts, of any lengths: sequences of integers, 1-D tensors or
+            arrays; one of them; or a padded tensor (B, S) with attention_mask. T5's end with </s>, as its tokenizer
+            writes it.
         attention_mask: (B, S), nonzero for real tokens, padding on either side; None: all are real.
         tokenizer: spells the tokens, for `text` and `stop`: an object with `decode(ids, skip_special_tokens=)`. A model
             whose vocabulary is rounded up writes none of the ids beyond a fastlm.data.Tokenizer's `vocab_size`, or
@@ -163,6 +167,8 @@ def _request(
     settings, config = Settings(**options), model.config
     if settings.stop and tokenizer is None:
         raise ValueError("tokenizer: expected one with stop strings, which are looked for in the text, got None")
+    if settings.stop:
+        _check_stops(settings.stop, tokenizer)
     prompts = _prompts(input_ids, attention_mask)
     vocab = min(config.vocab_size, _spelled(tokenizer) or config.vocab_size)
     limits = []
@@ -175,6 +181,10 @@ def _request(
     ends = settings.ends(config.eos_token_id)
     if not all(0 <= id < config.vocab_size for id in ends):
         raise ValueError(f"eos_token_id: expected ids from 0 to {config.vocab_size - 1}, got {ends}")
+    if settings.min_new_tokens and len({id for id in ends if id < vocab}) == vocab:
+        raise ValueError(
+            f"min_new_tokens: expected 0 where each of the {vocab} ids ends a row, got {settings.min_new_tokens}"
+        )
     return Request(
         settings=settings,
         prompts=prompts,
@@ -194,43 +204,63 @@ def _spelled(tokenizer: Decodes | None) -> int | None:
     return len(tokenizer) if hasattr(tokenizer, "__len__") else None
 
 
+def _check_stops(stops: Sequence[str], tokenizer: Decodes) -> None:
+    """ValueError for a special token, which is in no text."""
+    for id in getattr(tokenizer, "special_ids", None) or getattr(tokenizer, "all_special_ids", ()):
+        token = tokenizer.decode([id], skip_special_tokens=False).strip()
+        found = next((stop for stop in stops if token and token in stop), None)
+        if found is not None and not tokenizer.decode([id], skip_special_tokens=True):
+            raise ValueError(
+                f"stop: expected strings without special tokens, which are left out of the text, got {found!r}; "
+                f"eos_token_id={id} ends a row at {token}"
+            )
+
+
 def _numbers(rows, count: int) -> list[int]:
-    numbers = list(range(count)) if rows is None else list(map(int, rows))
-    if len(numbers) != count or not all(0 <= number < 2**63 for number in numbers):
-        raise ValueError(f"rows: expected a number from 0 on for each of {count} prompts, got {numbers}")
+    try:
+        numbers = list(range(count)) if rows is None else list(map(operator.index, rows))
+    except TypeError:
+        numbers = None
+    if numbers is None or len(numbers) != count or not all(0 <= number < 2**63 for number in numbers):
+        raise ValueError(f"rows: expected a number from 0 on for each of {count} prompts, got {rows!r}")
     return numbers
 
 
 def _prompts(input_ids, attention_mask) -> list[list[int]]:
     """The token ids of each prompt."""
-    if isinstance(input_ids, torch.Tensor) and input_ids.dim() == 2:
-        if input_ids.is_floating_point():
-            raise ValueError(f"input_ids: expected integers, got {input_ids.dtype}")
-        if attention_mask is None:
-            return input_ids.tolist()
-        if attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"attention_mask: expected shape {tuple(input_ids.shape)}, as input_ids, got "
-                f"{tuple(attention_mask.shape)}"
-            )
-        return [row[real].tolist() for row, real in zip(input_ids, attention_mask.to(input_ids.device) != 0)]
+    if isinstance(input_ids, torch.Tensor) and (input_ids.is_floating_point() or input_ids.dtype == torch.bool):
+        raise ValueError(f"input_ids: expected integers, got {input_ids.dtype}")
     if attention_mask is not None:
-        raise ValueError("attention_mask: expected with a padded tensor of input_ids (B, S); leave it out")
-    if isinstance(input_ids, torch.Tensor):
+        return _unpadded(input_ids, attention_mask)
+    if isinstance(input_ids, _ARRAYS):
         input_ids = input_ids.tolist()
     if not isinstance(input_ids, Sequence) or isinstance(input_ids, (str, bytes)):
         raise ValueError(
             f"input_ids: expected token ids, or several sequences of them, got a {type(input_ids).__name__}; a "
             "tokenizer turns text into ids"
         )
-    rows = [row.tolist() if isinstance(row, torch.Tensor) else row for row in input_ids]
+    rows = [row.tolist() if isinstance(row, _ARRAYS) else row for row in input_ids]
     if rows and all(isinstance(id, int) for id in rows):
         rows = [rows]
     if not rows:
         raise ValueError("input_ids: expected at least one prompt, got none")
     try:
-        return [[int(id) for id in row] for row in rows]
-    except (TypeError, ValueError):
+        return [list(map(operator.index, row)) for row in rows]
+    except TypeError:
         raise ValueError(
-            "input_ids: expected token ids, or several sequences of them; a tokenizer makes them"
+            "input_ids: expected token ids, integers, or several sequences of them; a tokenizer makes them"
         ) from None
+
+
+def _unpadded(input_ids, attention_mask) -> list[list[int]]:
+    if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2:
+        raise ValueError("attention_mask: expected with a padded tensor of input_ids (B, S); leave it out")
+    if not isinstance(attention_mask, torch.Tensor):
+        raise ValueError(f"attention_mask: expected a tensor, as input_ids, got a {type(attention_mask).__name__}")
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask: expected shape {tuple(input_ids.shape)}, as input_ids, got {tuple(attention_mask.shape)}"
+        )
+    if not len(input_ids):
+        raise ValueError("input_ids: expected at least one prompt, got none")
+    return [row[real].tolist() for row, real in zip(input_ids, attention_mask.to(input_ids.device) != 0)]

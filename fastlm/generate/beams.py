@@ -18,6 +18,7 @@ from fastlm.generate import graph
 from fastlm.generate.decoder import Decoder
 from fastlm.generate.loop import BROKEN, CHECK, pack
 from fastlm.generate.rows import Request, Scores
+from fastlm.generate.text import Text
 
 
 class Found(NamedTuple):
@@ -133,15 +134,23 @@ class _Beams:
 
 
 def _stops(request: Request, prompts: list[int]):
-    """A function of candidates (P, K, most) and their length: bool (P, K), which contain a stop string."""
+    """A function of candidates (P, K, most) and their length: bool (P, K), which contain a stop string.
+
+    It is called once a step. prompts: those that are open, at each call.
+    """
+
+    before: dict[tuple[int, ...], Text] = {}  # of the prompt and tokens that the rows had a step ago
 
     def stops(tokens: torch.Tensor, count: int) -> torch.Tensor:
-        found = []
+        nonlocal before
+        found, texts = [], {}
         for prompt, candidates in zip(prompts, tokens[..., :count].tolist()):
-            texts = [request.text(prompt) for _ in candidates]
-            for text, ids in zip(texts, candidates):
-                text.add(*ids)
-            found.append([text.stopped for text in texts])
+            keys = [(prompt, *ids) for ids in candidates]
+            for key in keys:
+                texts[key] = before[key[:-1]].copy() if count > 1 else request.text(prompt)
+                texts[key].add(key[-1])
+            found.append([texts[key].stopped for key in keys])
+        before = texts
         return torch.tensor(found, device=tokens.device)
 
     return stops
@@ -153,9 +162,10 @@ def search(decoder: Decoder, request: Request, device: torch.device) -> list[Fou
     beams, settings, n = _Beams(request, device), request.settings, request.settings.num_beams
     found: list[Found | None] = [None] * len(request.prompts)
     prompts, most, static = list(range(len(found))), max(request.limits), graph.possible(device)
+    stops = _stops(request, prompts) if settings.stop else None
 
     def take(logits: torch.Tensor) -> None:
-        beams.take(logits, _stops(request, prompts) if settings.stop else None)
+        beams.take(logits, stops)
         # Rows of a closed prompt overwrite their last token: they leave neither the cache nor the model's positions.
         decoder.cache.lengths[: decoder.cache.rows] -= (
             (~beams.is_open).int().repeat_interleave(decoder.cache.rows // len(beams.is_open))

@@ -86,8 +86,10 @@ class Writer(NamedTuple):
             yield token.text
 
     def answers(self, prompts: list[Prompt], batch: int, speed: Speed, **options) -> Iterator[tuple[Prompt, Generated]]:
-        """Of each prompt, in their order, `batch` at a time. All prompts are checked before the first is answered."""
-        encoded = [self.encode(prompt) for prompt in prompts]
+        """Of each prompt, in their order, `batch` at a time. All prompts are checked first, by this call."""
+        return self._answers(prompts, [self.encode(prompt) for prompt in prompts], batch, speed, options)
+
+    def _answers(self, prompts, encoded, batch, speed, options) -> Iterator[tuple[Prompt, Generated]]:
         for start in range(0, len(prompts), batch):
             ids = encoded[start : start + batch]
             rows = range(start, start + len(ids))
@@ -110,8 +112,8 @@ def read_prompts(paths: Iterable[str]) -> list[Prompt]:
         except UnicodeDecodeError as error:
             raise ValueError(f"data: expected UTF-8 in {path}: {error}") from error
         read = _of_json if Path(path).suffix in (".jsonl", ".ndjson") else lambda line, place: line
-        # Not splitlines: a text may have other line breaks inside.
-        for number, line in enumerate(text.split("\n"), 1):
+        # Not splitlines: a text may have other line breaks inside. Windows may begin a file with a byte order mark.
+        for number, line in enumerate(text.removeprefix("\ufeff").split("\n"), 1):
             if line.strip():
                 place = f"{path}, line {number}"
                 prompts.append(Prompt(read(line.removesuffix("\r"), place), place))

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fastlm.generate.cpu_decoder import FORMS
 from fastlm.ops import _checks
+
+_LEAST = 2.0**-126  # a temperature below is 0 in float32, and may be flushed to it
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,11 @@ class Settings:
             )
         if not _number(self.temperature) or self.temperature < 0.0:
             raise ValueError(f"temperature: expected 0 or a positive number, got {self.temperature!r}")
+        if 0.0 < self.temperature < _LEAST:
+            raise ValueError(
+                f"temperature: expected 0, which takes the most probable token, or at least {_LEAST:.2g}, the least "
+                f"number of float32, got {self.temperature!r}"
+            )
         if not _number(self.top_p) or not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p: expected a number above 0 and at most 1, got {self.top_p!r}")
         if not _number(self.min_p) or not 0.0 <= self.min_p <= 1.0:
@@ -80,6 +89,8 @@ class Settings:
             _checks.one_of("weights", self.weights, FORMS)
         if not isinstance(self.seed, int) or not -(2**63) <= self.seed < 2**64:
             raise ValueError(f"seed: expected an integer of 64 bits, got {self.seed!r}")
+        if not isinstance(self.stop, Iterable):
+            raise ValueError(f"stop: expected a string, or several, got {self.stop!r}; () for none")
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         if not all(isinstance(text, str) and text for text in self.stop):
             raise ValueError(f"stop: expected strings that are not empty, got {self.stop!r}")
@@ -104,10 +115,11 @@ class Settings:
         ids = configured if self.eos_token_id is None else self.eos_token_id
         if ids is None:
             return ()
-        ids = (ids,) if isinstance(ids, int) else tuple(ids)
-        if not all(isinstance(id, int) and not isinstance(id, bool) for id in ids):
+        ids = ids.tolist() if hasattr(ids, "tolist") else ids  # a tensor's or an array's
+        ids = tuple(ids) if isinstance(ids, Iterable) and not hasattr(ids, "__index__") else (ids,)
+        if not all(hasattr(id, "__index__") and not isinstance(id, bool) for id in ids):
             raise ValueError(f"eos_token_id: expected a token's id, or several, got {self.eos_token_id!r}")
-        return ids
+        return tuple(map(operator.index, ids))
 
 
 def _number(value: object) -> bool:
