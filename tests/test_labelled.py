@@ -102,8 +102,8 @@ def test_tokens_and_tags(tmp_path):
 def test_lines_of_conll_that_are_hard_to_tell(tmp_path):
     path = tmp_path / "a.conll"
     path.write_bytes(
-        b"# text = x y\n-DOCSTART- O\nAnna B\nM\xfcller I\n\n# SYM\n5 NUM\n\n# id = 3\n# new\na\tX\n\n"
-        b"# only\n\nb X\n# Y\n"
+        b"# text = x y\n-DOCSTART- O\nAnna B\nM\xfcller I\n\n"
+        b"# SYM\n5 NUM\n\n# id = 3\n# new\na\tX\n\n# only\n\nb X\n# Y\n"
     )
     report = Report()
     rows = [record.values for record in read_records(path, report, plain="conll").rows]
