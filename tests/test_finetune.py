@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -657,6 +658,17 @@ def test_labels_of_several_kinds(model, tmp_path):
     assert made.dataset.told == {"texts without a token": 5}
     counts = write_csv(tmp_path / "e.csv", [("a film", i) for i in (1, "1_0", "2e0")], ("text", "score"))
     assert loaded("regress", counts, model)[0].dataset.fields["labels"].tolist() == [1.0, 2.0]
+
+
+def test_the_same_share_of_every_one_of_several_labels_is_held_out():
+    labels = np.random.default_rng(0).random((1000, 28)) < np.geomspace(0.3, 0.02, 28)  # about 700 sets of labels
+    examples = SimpleNamespace(rows=1000, fields={"labels": labels.astype(np.float32)})
+    train, held = find_task("classify").split(examples, 0.1, 0)
+    assert len(train) + len(held) == 1000
+    shares = labels[held].sum(0) / labels.sum(0)
+    assert abs(len(held) - 100) <= 1
+    assert shares.min() > 0.05
+    assert shares.max() < 0.15
 
 
 def test_held_out_rows_have_as_many_labels_as_the_training_examples(model, tmp_path):

@@ -20,6 +20,7 @@ from fastlm.models import Bert, BertConfig
 from fastlm.predict_answers import AnswerPredictor
 from fastlm.run.labelled import open_examples
 from fastlm.run.recipe import Recipe
+from fastlm.run.reports import write_seeds
 from fastlm.tasks import find_task
 from fastlm.train.finetune import finetune
 
@@ -72,6 +73,14 @@ def run(base, tmp_path_factory):
     line = command_of("finetuning-texts.md", "fastlm finetune answer")
     assert run_command(line, out, "--epochs=6", "--batch-size=16", "--lr=1e-2", "--device=cpu", "--set", *SMALL) == 0
     return out / "runs" / "answer", held
+
+
+def test_the_best_of_several_seeds_answers_as_its_run(run, tmp_path):
+    out, _ = run
+    write_seeds(tmp_path, [out])
+    series, single = AnswerPredictor(tmp_path), AnswerPredictor(out)
+    assert series.data == single.data
+    assert series.threshold == single.threshold == 0.0
 
 
 def test_figures_are_the_official_ones_of_the_predictions(run):

@@ -235,12 +235,11 @@ def test_small_classes_do_not_drain_the_others():
     held = hold_out(len(groups), 0.1, 0, groups)[1]
     assert len(held) in (6, 7)
     assert held.max() < 60
-    sets = ["z"] * 60 + [f"{number // 2}" for number in range(500)]
-    held = hold_out(len(sets), 0.1, 0, sets, whole=True)[1]
+    pairs = ["z"] * 60 + [f"{number // 2}" for number in range(500)]
+    train, held = hold_out(len(pairs), 0.1, 0, pairs)
     assert len(held) == 56
-    assert sum(sets[i] == "z" for i in held) == 6
-    two = hold_out(len(sets), 0.4, 0, sets)[0]
-    assert {sets[i] for i in two} == set(sets)
+    assert sum(pairs[i] == "z" for i in held) == 6
+    assert {pairs[i] for i in train} == set(pairs)
 
 
 def test_ragged_rows():

@@ -93,10 +93,12 @@ class Classify(LabelledTask):
 
     @classmethod
     def split(cls, examples, share, seed):
-        """Stratified by the class, or by the set of labels."""
-        labels, several = examples.fields["labels"], examples.fields["labels"].ndim == 2
-        groups = [row.tobytes() for row in labels] if several else labels.tolist()
-        return hold_out(examples.rows, share, seed, groups, whole=several)
+        """Stratified by the class, or by the rarest of several labels; there are too many sets of them for that."""
+        groups = examples.fields["labels"]
+        if groups.ndim == 2:
+            there, counts = groups > 0, groups.sum(0)
+            groups = np.where(there.any(1), np.where(there, counts, np.inf).argmin(1), -1)
+        return hold_out(examples.rows, share, seed, groups.tolist())
 
     def head(self):
         problem = "multi_label_classification" if self.several else "single_label_classification"

@@ -135,7 +135,7 @@ class Examples(Endless):
 
 
 def hold_out(
-    count: int, share: float, seed: int, groups: Sequence[Hashable] | None = None, *, whole: bool = False
+    count: int, share: float, seed: int, groups: Sequence[Hashable] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """(numbers of the examples to train on, of those held out), ascending, int64: a function of the arguments.
 
@@ -143,7 +143,6 @@ def hold_out(
     groups   the class of each: the same share of every class is held out. A class of fewer than 1/share examples is
              too small for that: the share is of all such classes together, and one example of each is trained on.
              None: all examples are of one class
-    whole    whether all examples of such a small class may be held out, as where a group is a set of labels
     """
     members = defaultdict(list)
     for number in range(count):
@@ -152,7 +151,7 @@ def hold_out(
     for name in sorted(members, key=repr):
         numbers = np.array(members[name])
         if len(members) > 1 and len(numbers) * share < 1:
-            pooled.append(numbers if whole else numbers[1:])
+            pooled.append(numbers[1:])
             small += len(numbers)
         else:
             parts.append((len(numbers), numbers))
