@@ -31,6 +31,7 @@ from .attention_plan import (
 from .attention_tile import (
     accumulate,
     bias_of,
+    biased,
     cap,
     exp,
     head_bias,
@@ -341,7 +342,8 @@ def _dq(
         if HAS_BIAS:
             single = plan.first.sequence == plan.last.sequence
             least, most = n0 - plan.last.diagonal, n0 + BLOCK_N - 1 - plan.first.diagonal
-            scores += bias_of(bias, key[None, :], seen.diagonal[:, None], least, most, single)
+            near = bias_of(bias, key[None, :], seen.diagonal[:, None], least, most, single)
+            scores = biased(scores, near, zero)
         p = tl.where(visible, exp(scores - lse[:, None], FLOAT32), 0.0)
         dp = product(dout_tile, v_tile, PRECISION)
         if DROPOUT:

@@ -27,6 +27,7 @@ from .attention_plan import (
 from .attention_tile import (
     accumulate,
     bias_of,
+    biased,
     cap,
     exp,
     head_bias,
@@ -144,7 +145,7 @@ def _fwd(
         if HAS_SOFTCAP:
             scores, still = cap(scores * qk_scale, features.softcap, FLOAT32), 1.0
         if HAS_BIAS:
-            scores, still = scores * still + near, 1.0
+            scores, still = biased(scores * still, near, zero), 1.0
         scores = tl.where(visible, scores, float("-inf"))
         m_new = tl.maximum(m, tl.max(scores, axis=1) * still)
         shift = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen no key yet

@@ -226,6 +226,15 @@ def near_bias(bias_ptr, rel, far):
 
 
 @triton.jit
+def biased(scores, near, zero):
+    """scores + near. zero: 0 that is not a constant, or the compiler begins a float32 product's sum with near.
+
+    `_dkdv` adds it behind the sum. Where forward does not, dk loses digits: lse is of other roundings than its scores.
+    """
+    return scores * (1.0 + zero) + near
+
+
+@triton.jit
 def bias_of(bias: Bias, to, origin, least, most, single):
     """The bias at rel = to - origin. single: of one sequence, with rel from `least` to `most`."""
     if single & ((most <= -bias.far) | (least >= bias.far_right)):

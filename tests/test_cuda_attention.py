@@ -119,6 +119,8 @@ def test_16_bit_products_are_on_the_tensor_cores_and_float32s_on_fma():
     of_64 = [name for name, (_, _, d), _ in cuobjdump("--dump-resource-usage", "-arch", arch) if d == "64"]
     seen = set()
     for _, (kernel, dtype, _), text in cuobjdump("-sass", "-arch", arch, "-fun", ",".join(of_64)):
+        if kernel == "cache":  # one query a sequence: nothing for the tensor cores
+            continue
         seen.add((kernel, dtype))
         products = {"fwd": 2, "dkdv": 4, "dq": 3}[kernel]
         tensor_cores, fma = (len(re.findall(rf"\b{word}\b", text)) for word in (r"HMMA\.16816\.F32", "FFMA"))
