@@ -16,6 +16,7 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton")
+from ptx.snippets import evaluate  # noqa: E402
 from ptx.sources import triton_features as tg  # noqa: E402
 
 from fastlm.ops import _registry  # noqa: E402
@@ -222,6 +223,22 @@ def test_a_bulk_copy_without_a_tensor_map():
 def test_a_tensor_map_has_the_drivers_limits(tensor, box, swizzle, message):
     with pytest.raises(ValueError, match=message):
         ptx.tensor_map(tensor, box, swizzle)
+
+
+# ---- pairs of integers ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("type_", ["u16", "s16"])
+@pytest.mark.parametrize(("opcode", "function"), [("add", np.add), ("min", np.minimum), ("max", np.maximum)])
+def test_pairs_of_integers(opcode, function, type_):
+    pairs = np.random.default_rng(0).integers(0, 1 << 32, (2, 300), dtype=np.uint32)
+    pairs[:, :4] = [[0xFFFF8000, 0x7FFF0001, 0, 0x80000001], [0x0001FFFF, 0x00017FFF, 0, 0x80007FFF]]
+    got = evaluate(f"{opcode}.{type_}x2 y, x0, x1;", "b32", *pairs, arch=90)
+    x, y = pairs.view(np.uint16 if type_ == "u16" else np.int16)
+    with np.errstate(over="ignore"):
+        np.testing.assert_array_equal(got.view(x.dtype), function(x, y))
+    with pytest.raises(ptx.UnknownInstruction, match="needs sm_90"):
+        evaluate(f"{opcode}.{type_}x2 y, x0, x1;", "b32", *pairs)
 
 
 # ---- layouts and types ---------------------------------------------------------------------------------------------

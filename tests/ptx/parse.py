@@ -14,7 +14,7 @@ SIZES = {
     for size, names in (
         (1, "b8 u8 s8 pred"),
         (2, "b16 u16 s16 f16 bf16"),
-        (4, "b32 u32 s32 f32 f16x2 bf16x2 tf32"),
+        (4, "b32 u32 s32 f32 f16x2 bf16x2 u16x2 s16x2 tf32"),
         (8, "b64 u64 s64 f64"),
     )
     for name in names.split()

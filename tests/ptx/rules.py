@@ -25,6 +25,7 @@ from ptx.decode import (
 from ptx.parse import SIZES, Function, Instruction, Module, PtxError
 
 INTEGERS = {"u8", "s8", "u16", "s16", "u32", "s32", "u64", "s64"}
+PAIRS = {"u16x2", "s16x2"}  # of integers
 HALVES = {"f16", "bf16", "f16x2", "bf16x2"}
 INTEGRAL = {"rni": 0, "rzi": 1, "rmi": 2, "rpi": 3}
 SIGNED, VOLATILE, NONCOHERENT, ACQUIRE, RELEASE, IN_BLOCK = 1, 2, 4, 8, 16, 64
@@ -86,6 +87,9 @@ def last_type(m: Modifiers, d: Decoder) -> str:
 def decode_add(d, ins, m):
     type_ = last_type(m, d)
     opcode = ins.opcode.split(".")[0]
+    if type_ in PAIRS:
+        d.needs(90)
+        return simple(d, ins, f"{opcode}.{type_}", [type_] * 2, type_)
     if type_ in INTEGERS:
         if m.take("cc"):
             return simple(d, ins, f"{opcode}.carry.{type_}", [type_] * 2, type_, [2])
@@ -152,7 +156,9 @@ def decode_approximate(d, ins, m):
 def decode_min(d, ins, m):
     type_ = last_type(m, d)
     opcode = ins.opcode.split(".")[0]
-    if type_ in INTEGERS:
+    if type_ in PAIRS:
+        d.needs(90)
+    if type_ in INTEGERS | PAIRS:
         return simple(d, ins, f"{opcode}.relu.{type_}" if m.take("relu") else f"{opcode}.{type_}", [type_] * 2, type_)
     flags = m.flags()
     if m.take("xorsign"):

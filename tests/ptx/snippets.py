@@ -10,10 +10,10 @@ from ptx.launch import run
 SIZES = {"b16": 2, "f16": 2, "bf16": 2, "b32": 4, "f32": 4, "b64": 8, "f64": 8}
 
 
-def assemble(body, parameters="", registers=""):
+def assemble(body, parameters="", registers="", arch=80):
     return f"""
 .version 8.7
-.target sm_80
+.target sm_{arch}
 .address_size 64
 .visible .entry k({parameters}) {{
   .reg .pred %p<20>; .reg .b16 %h<20>; .reg .b32 %r<40>; .reg .b64 %d<40>; {registers}
@@ -22,7 +22,7 @@ def assemble(body, parameters="", registers=""):
 }}"""
 
 
-def evaluate(instructions, result, *inputs, **options):
+def evaluate(instructions, result, *inputs, arch=80, **options):
     """Runs instructions on every row of the inputs: unsigned arrays of bit patterns in x0, x1, ...; the result is y.
 
     `result` is the type of y, b16, b32 or b64. options: of `run`.
@@ -41,7 +41,7 @@ def evaluate(instructions, result, *inputs, **options):
     code += f" ld.param.u64 %d0, [p{len(inputs)}]; mad.wide.u32 %d0, %r0, {size}, %d0; st.global.{result} [%d0], y;"
     out = np.zeros(n, f"u{size}")
     inputs = [np.ascontiguousarray(x) for x in inputs]
-    run(assemble(code, pointers, registers), "k", -(-n // 128), 128, [*inputs, out], **options)
+    run(assemble(code, pointers, registers, arch), "k", -(-n // 128), 128, [*inputs, out], **options)
     return out
 
 

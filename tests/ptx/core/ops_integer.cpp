@@ -509,9 +509,27 @@ void wide_bits_of(const char* type) {
   add("bfi" + t, lanes<Bfi<T>, T, T, T, u32, u32>);
 }
 
+// F of each half of 32 bits, T wide.
+template <class F, class T>
+struct Pair {
+  static u32 f(u32 a, u32 b) {
+    u32 low = u16(F::f(T(a), T(b))), high = u16(F::f(T(a >> 16), T(b >> 16)));
+    return low | high << 16;
+  }
+};
+template <class T>
+void pairs_of(const char* type) {
+  std::string t = std::string(".") + type;
+  add("add" + t, lanes<Pair<Add, T>, u32, u32, u32>, Kind::PLAIN, taint_halves);
+  add("min" + t, lanes<Pair<Min, T>, u32, u32, u32>, Kind::PLAIN, taint_halves);
+  add("max" + t, lanes<Pair<Max, T>, u32, u32, u32>, Kind::PLAIN, taint_halves);
+}
+
 }  // namespace
 
 void register_integer() {
+  pairs_of<u16>("u16x2");
+  pairs_of<i16>("s16x2");
   arithmetic_of<u16>("u16");
   arithmetic_of<i16>("s16");
   arithmetic_of<u32>("u32");
