@@ -22,7 +22,6 @@ constexpr int64_t TILE = SIDE * SIDE;  // words
 constexpr int64_t ROWS = 16;           // of x, whose columns are made into tiles together
 constexpr int64_t PARTS = 3;           // columns of a row of x
 constexpr int64_t TILES = ROWS * PARTS / SIDE;
-constexpr int64_t AHEAD = 8192;           // bytes between a load and its prefetch
 constexpr float DIGITS = 127 * 65536.0f;  // the largest number of three signed digits to the base 256, nearly
 constexpr int64_t MOST_COLS = 1 << 17;    // of int8: a sum of so many products of two bytes fits 32 bits
 
@@ -119,8 +118,6 @@ __attribute__((target("amx-tile,amx-int8,amx-bf16"))) void block(const char* w, 
   _tile_zero(1);
   _tile_zero(2);
   for (int64_t k = 0; k < words / SIDE; ++k) {
-    // Prefetched in the order of memory: the rows of a block are too short for the machine's own prefetch.
-    for (int64_t line = 0; line < SIDE; ++line) __builtin_prefetch(w + AHEAD + (k * SIDE + line) * 64);
     if constexpr (BF16) {
       FASTLM_STEP(_tile_dpbf16ps)
     } else {
@@ -133,22 +130,22 @@ __attribute__((target("amx-tile,amx-int8,amx-bf16"))) void block(const char* w, 
 }
 
 // sums (batch, ld) of a block, from out.
-FASTLM_CLONES void join_bf16(const uint32_t* out, int64_t rows, int64_t batch, float* sums, int64_t ld) {
+FASTLM_CLONES void join_bf16(const uint32_t* out, int64_t rows, int64_t batch, float* sums, int64_t ld, int64_t step) {
   for (int64_t b = 0; b < batch; ++b) {
     for (int64_t r = 0; r < rows; ++r) {
       const uint32_t* part = out + r * TILES * SIDE + b * PARTS;
-      sums[b * ld + r] = bits_to_float(part[0]) + (bits_to_float(part[1]) + bits_to_float(part[2]));
+      sums[b * ld + r * step] = bits_to_float(part[0]) + (bits_to_float(part[1]) + bits_to_float(part[2]));
     }
   }
 }
 
 FASTLM_CLONES void join_i8(const uint32_t* out, const float* scale, int64_t rows, int64_t batch, float* sums,
-                           int64_t ld) {
+                           int64_t ld, int64_t step) {
   for (int64_t b = 0; b < batch; ++b) {
     for (int64_t r = 0; r < rows; ++r) {
       const uint32_t* digit = out + r * TILES * SIDE + b * PARTS;
       const float low = 256.0f * float(int32_t(digit[1])) + float(int32_t(digit[2]));
-      sums[b * ld + r] = scale[b] * (65536.0f * float(int32_t(digit[0])) + low);
+      sums[b * ld + r * step] = scale[b] * (65536.0f * float(int32_t(digit[0])) + low);
     }
   }
 }
@@ -200,24 +197,29 @@ void amx_columns(const Matrix& m, const float* x, int64_t ldx, int64_t batch, ch
 
 void amx_times(const Matrix& m, int64_t begin, int64_t end, const char* columns, int64_t batch, float* sums,
                int64_t ld) {
-  const int64_t words = words_of(m), stride = m.row_bytes();
+  const int64_t words = words_of(m);
   alignas(64) uint32_t out[SIDE * TILES * SIDE];
-  configure(std::min(SIDE, end - begin));
-  for (int64_t r = begin; r < end; r += SIDE) {
-    const int64_t count = std::min(SIDE, end - r);
-    if (count < SIDE && r > begin) configure(count);
-    const char* const w = static_cast<const char*>(m.data) + r * stride;
+  // Rows of weights from `first` on, `apart` rows from each to the next.
+  const auto tile = [&](int64_t row, int64_t count, int64_t apart) {
+    const char* const w = static_cast<const char*>(m.data) + row * m.row_bytes();
     for_groups(m, batch, [&](int64_t first, int64_t rows, int64_t at) {
       const uint32_t* const tiles = reinterpret_cast<const uint32_t*>(columns + at + ROWS * 4);
-      float* const to = sums + first * ld + (r - begin);
+      float* const to = sums + first * ld + (row - begin);
       if (m.form == WeightForm::bf16) {
-        block<true>(w, stride, words, tiles, tiles_of(rows), out);
-        join_bf16(out, count, rows, to, ld);
+        block<true>(w, apart * m.row_bytes(), words, tiles, tiles_of(rows), out);
+        join_bf16(out, count, rows, to, ld, apart);
       } else {
-        block<false>(w, stride, words, tiles, tiles_of(rows), out);
-        join_i8(out, reinterpret_cast<const float*>(columns + at), count, rows, to, ld);
+        block<false>(w, apart * m.row_bytes(), words, tiles, tiles_of(rows), out);
+        join_i8(out, reinterpret_cast<const float*>(columns + at), count, rows, to, ld, apart);
       }
     });
+  };
+  const int64_t apart = (end - begin) / SIDE;
+  if (apart) configure(SIDE);
+  for (int64_t i = 0; i < apart; ++i) tile(begin + i, SIDE, apart);
+  if (const int64_t rest = end - begin - apart * SIDE) {
+    configure(rest);
+    tile(end - rest, rest, 1);
   }
   release();
 }
