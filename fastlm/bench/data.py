@@ -179,6 +179,7 @@ def main() -> int:
     parser.add_argument(
         "--whole", type=int, metavar="PROCESSES", help="prepare the text with rules, and show time and peak memory"
     )
+    parser.add_argument("--tokenizer", default="train:8192", help="of --whole; a trained one leaves its training out")
     arguments = parser.parse_args()
     if arguments.whole:
         return _whole(arguments)
@@ -201,7 +202,7 @@ def main() -> int:
 def _whole(arguments: argparse.Namespace) -> int:
     from fastlm.bench.data_scale import line, measure
 
-    row = measure(arguments.mb, arguments.whole, seed=arguments.seed)
+    row = measure(arguments.mb, arguments.whole, seed=arguments.seed, tokenizer=arguments.tokenizer)
     print(line(row))
     if arguments.json:
         arguments.json.write_text(json.dumps(row, indent=1) + "\n")

@@ -48,7 +48,7 @@ def write_text(path: Path, size: int, seed: int = 0) -> int:
     return written
 
 
-def prepare_here(text: str, out: str, processes: str, rules: str) -> None:
+def prepare_here(text: str, out: str, processes: str, rules: str, tokenizer: str) -> None:
     """Prepare `text` in this process and `processes` more; print the seconds and the peaks of memory as JSON.
 
     rules: "plain", or "rules" with encoding repair, scrubbing of addresses and near duplicates
@@ -64,7 +64,7 @@ def prepare_here(text: str, out: str, processes: str, rules: str) -> None:
 
     dataset = prepare(
         [text],
-        "train:8192",
+        tokenizer,
         out,
         processes=int(processes),
         progress=progress,
@@ -86,12 +86,20 @@ def prepare_here(text: str, out: str, processes: str, rules: str) -> None:
     print(json.dumps(found))
 
 
-def measure(megabytes: float, processes: int, rules: str = "rules", seed: int = 0, folder: str | None = None) -> dict:
+def measure(
+    megabytes: float,
+    processes: int,
+    rules: str = "rules",
+    seed: int = 0,
+    folder: str | None = None,
+    tokenizer: str = "train:8192",
+) -> dict:
     """What `prepare_here` printed for text of that size, with "mb", that of the text. folder: for temporary files."""
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         text = Path(temporary, "text.jsonl")
         written = write_text(text, int(megabytes * 1e6), seed)
-        command = [sys.executable, "-c", _PREPARE, str(text), str(Path(temporary, "rows")), str(processes), rules]
+        rows = Path(temporary, "rows")
+        command = [sys.executable, "-c", _PREPARE, str(text), str(rows), str(processes), rules, tokenizer]
         done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
     return {"mb": written / 1e6, "processes": processes, **json.loads(done.stdout)}
 

@@ -76,7 +76,7 @@ def write_tokenizer(directory: Path, vocab: int) -> None:
 
 def fastlm_writer(case: Case, weights: str) -> Write:
     def write(tokens: int):
-        cpu_decoder.pack(case.model, weights)  # of a model only the newest copies are kept: here those of the other form
+        cpu_decoder.pack(case.model, weights)  # ahead of the clock: only the form that was used last is kept
         began = time.perf_counter()
         out = generate(case.model, case.prompts, max_new_tokens=tokens, eos_token_id=(), weights=weights)
         return time.perf_counter() - began, [row.ids for row in out]
