@@ -57,12 +57,14 @@ class Predictor:
     text        columns of the text, by commas; "": those that the model was trained on, where the directory is that of
                 a run, or the defaults of fastlm.data.labelled.columns
     longest     tokens of a row, at most: the model's, or data.max_length of the run; cut: how many rows were longer
+    bare        of how many texts the tokenizer makes nothing: they are predicted from the special tokens alone
     """
 
     def __init__(self, directory, *, text: str = "", device: torch.device | str = "cpu", dtype=torch.float32):
         self.directory = model_directory(directory)
         trained = _trained_on(self.directory)
-        self.text, self.device, self.dtype, self.cut = text or trained.get("text", ""), device, dtype, 0
+        self.text, self.device, self.dtype = text or trained.get("text", ""), device, dtype
+        self.cut = self.bare = 0
         architecture = architecture_of(self.directory)
         if architecture not in _MODELS:
             raise ValueError(
@@ -96,6 +98,7 @@ class Predictor:
         kept = _kept(((row, text_of(row, columns)) for row in rows), report)
         encoded = encode_texts([text for _, text in kept], self.tokenizer, self.longest)
         self.cut += encoded.cut
+        self.bare += encoded.bare
         more = {} if encoded.types is None else {"token_type_ids": (encoded.types, 0)}
         logits = np.empty((len(kept), len(self.labels)), np.float32)
         for chosen, out in self._forward(encoded.ids, more, tokens):
@@ -201,3 +204,5 @@ def describe(predictor: Predictor, report: Report, seconds: float, say: Callable
         say(f"set aside: {report.reasons()}")
     if predictor.cut:
         say(f"cut to {predictor.longest} tokens: {predictor.cut:,} rows")
+    if predictor.bare:
+        say(f"the tokenizer makes no token of a text: {predictor.bare:,} rows, predicted from the special tokens alone")

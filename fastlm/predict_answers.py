@@ -34,12 +34,14 @@ class AnswerPredictor:
     null_threshold   the answer is "" where [CLS] scores more than this above the best span; None: as metrics.json
                      beside the directory says, and without it there always is an answer
     longest          tokens of a question, at most; cut: how many questions were longer
+    bare             0: a context without a token has no answer
 
     Windows are those of the run that left the directory, else the defaults of the task.
     """
 
     def __init__(self, directory, *, null_threshold: float | None = None, device="cpu", dtype=torch.float32):
-        self.directory, self.device, self.dtype, self.cut = model_directory(directory), device, dtype, 0
+        self.directory, self.device, self.dtype = model_directory(directory), device, dtype
+        self.cut = self.bare = 0
         self.model = BertForQuestionAnswering.from_pretrained(self.directory).eval().to(device)
         self.tokenizer = Tokenizer.load(self.directory)
         run, figures = self.directory.absolute().parent, {}

@@ -24,7 +24,7 @@ from fastlm.data.labelled import Record, read_records
 from fastlm.data.sources import Report
 from fastlm.finetune_cli import predict
 from fastlm.models import BertConfig, BertForSequenceClassification, BertForTokenClassification, Counts
-from fastlm.predict import Predictor
+from fastlm.predict import Predictor, describe
 from fastlm.run.initial import find_initial
 from fastlm.run.labelled import open_examples
 from fastlm.run.metrics import read_metrics
@@ -693,6 +693,14 @@ def test_a_row_without_the_column_is_set_aside_by_predict(finished):
         'no string in column "text"': 2,
         'not UTF-8 in column "text"': 2,
     }
+
+
+def test_predict_says_of_how_many_texts_the_tokenizer_makes_nothing(finished):
+    rows, said = [Record("x:0", {"text": "a film"}), Record("x:1", {"text": "\u200b"})], []
+    report, predictor = Report(), Predictor(finished("classes")[0])
+    assert len(list(predictor.predict(rows, report))) == 2
+    describe(predictor, report, 1.0, said.append)
+    assert said[-1].startswith("the tokenizer makes no token of a text: 1 rows")
 
 
 def test_a_test_split_without_labels_is_left_out(model, tmp_path):
