@@ -10,7 +10,7 @@ from fake_clock import FakeClock
 from fake_store import Store
 from training import corpus, small
 
-from fastlm import chip, cpu_rate, info
+from fastlm import chip, cli, cpu_rate, info
 from fastlm.bench.steps import find_step
 from fastlm.data import open_dataset, prepare
 from fastlm.run import settled
@@ -113,6 +113,15 @@ def test_both_rates_are_measured_once_where_one_is_not_known(machine, monkeypatc
         assert settled.with_dtype(recipe, CPU).train.dtype == "bfloat16"
     assert measured == [FLOAT32, BFLOAT16]
     assert capsys.readouterr().err.count("Measuring this CPU's matrix products once, for train.dtype and MFU") == 1
+
+
+def test_a_named_dtype_is_measured_for_mfu_alone(monkeypatch, capsys):
+    measured = []
+    monkeypatch.setattr(cpu_rate, "measure", lambda dtype: measured.append(dtype) or 1e11)
+    for name in ("auto", "bfloat16", "bfloat16"):
+        cli._measure_rate(name)
+    assert measured == [BFLOAT16]
+    assert capsys.readouterr().err.count("once, for MFU") == 1
 
 
 def test_a_slow_product_is_not_measured_for_long():
