@@ -301,7 +301,7 @@ def test_a_run_keeps_its_micro_batch(data, tmp_path, said, monkeypatch, interrup
 
 @pytest.mark.long
 def test_bfloat16_learns_as_float32(data, tmp_path):
-    """60 steps: the mean loss of the last ten is nearer to float32's than another seed's is."""
+    """60 steps: the mean loss of the last ten is within 0.002 nats of float32's, and nearer than another seed's."""
     final = {}
     for name, settings in {
         "float32": {},
@@ -315,4 +315,4 @@ def test_bfloat16_learns_as_float32(data, tmp_path):
         assert final[name] < found[0] - 1.0
     apart = {name: abs(final[name] - final["float32"]) for name in ("bfloat16", "seed")}
     print(apart)
-    assert apart["bfloat16"] < min(0.01, apart["seed"])
+    assert apart["bfloat16"] < min(0.002, apart["seed"])  # measured: 0.0001 and 0.06
