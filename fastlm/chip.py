@@ -1,4 +1,5 @@
-"""The device that a run is on: its name, and the peak rate of its matrix products, which MFU is measured against.
+"""The device that a run is on: its name, the peak rate of its matrix products, which MFU is measured against, and the
+dtype in which it multiplies faster.
 
     MFU = FLOPs of a step's matrix products (Model.flops) / (seconds · peak)
 
@@ -37,6 +38,9 @@ _PEAKS: dict[str, tuple[float | None, float]] = {
     "geforce rtx 4090": (165.2e12, 82.6e12),
     "geforce rtx 3090": (71e12, 35.6e12),
 }
+
+# Times float32's rate that makes bfloat16 worth it on a CPU: its casts, and ops that gain nothing, take back a part.
+GAIN = 1.3
 
 
 class Chip(NamedTuple):
@@ -120,6 +124,36 @@ def find_peak(device: torch.device, dtype: torch.dtype) -> Peak:
     if flops is None:
         return Peak(None, f"no peak of {chip_name(device)} in {name} is known")
     return Peak(flops, f"the data sheet's in {name}")
+
+
+class Dtype(NamedTuple):
+    """A value of `train.dtype`, and why it is the device's."""
+
+    name: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.name}, since {self.why}"
+
+
+def auto_dtype(device: torch.device) -> Dtype:
+    """The dtype of matrix products that `train.dtype = "auto"` means on `device`.
+
+    On a CPU bfloat16 from GAIN times float32's rate on, which is measured where it is not known: about a second. On a
+    GPU bfloat16 from sm_80 on, the first with units for it.
+    """
+    if device.type == "cuda":
+        chip, arch = chip_name(device), "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+        if torch.cuda.get_device_capability(device) >= (8, 0):
+            return Dtype("bfloat16", f"{chip} ({arch}) has units for it")
+        return Dtype("float32", f"{chip} ({arch}) has no units for bfloat16")
+    rates = cpu_rate.both()
+    gain, threads = rates[1] / rates[0], torch.get_num_threads()
+    with_threads = f"with {threads} thread{'s'[: threads > 1]}"
+    measured = f"measured {with_threads}: {rates[1] / 1e9:,.0f} and {rates[0] / 1e9:,.0f} GFLOP/s"
+    if gain >= GAIN:
+        return Dtype("bfloat16", f"this CPU multiplies {gain:.3g} times as fast in it as in float32 ({measured})")
+    return Dtype("float32", f"this CPU multiplies {gain:.3g} times as fast in bfloat16, less than {GAIN} ({measured})")
 
 
 def parse_device(name: str) -> torch.device:

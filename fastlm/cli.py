@@ -161,7 +161,7 @@ def pretrain(
     max_steps: Annotated[int | None, typer.Option(help="Same as --set train.max_steps=N.")] = None,
     seed: Annotated[int | None, typer.Option(help="Same as --set train.seed=S.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; else a GPU where there is one.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; same as --set train.dtype=...")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16; same as --set train.dtype=...")] = None,
     settings: SetOption = None,
     resume: Annotated[
         str,
@@ -214,11 +214,14 @@ def pretrain(
 
 
 def _measure_rate(dtype: str) -> None:
-    """Measure the CPU's matrix products where that was not done before: the peak of MFU."""
+    """Measure the CPU's matrix products where that was not done before: the peak of MFU. For "auto" the run does."""
     import torch
 
     from fastlm import cpu_rate
+    from fastlm.settings import AUTO
 
+    if dtype == AUTO:
+        return
     dtype = getattr(torch, dtype)
     if cpu_rate.known(dtype) is None:
         say("Measuring this CPU's matrix products once, for MFU ...", sys.stderr)

@@ -1,4 +1,4 @@
-"""The rate of this CPU's matrix products, which MFU on a CPU is measured against.
+"""The rate of this CPU's matrix products: MFU on a CPU is measured against it, and `train.dtype = "auto"` follows it.
 
 No data sheet has it, so it is measured: the best of large square products with the threads that are used. `measure`
 takes about a second for float32 and bfloat16 together. `remember` keeps the result in the user's cache directory, by
@@ -13,6 +13,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -21,11 +22,14 @@ from fastlm.storage import replace_json
 
 _SIZES = (1024, 2048, 4096, 8192)  # rows and columns: the larger ones where a product takes less than _SHORT
 _SHORT = 0.03  # seconds
-_SECONDS, _LEAST = 0.3, 5  # each size is measured for so long, and at least so many times
+_SECONDS, _LEAST = 0.3, 5  # each size is measured for so long, and at least so many times,
+_MOST = 1.0  # where these do not take longer: without units for it, bfloat16 may take a second a product
+BOTH = torch.float32, torch.bfloat16
 
 _measured: dict[str, float] = {}  # by this process, also where the directory cannot be written
 
 
+@cache
 def cpu_info() -> tuple[str, set[str]]:
     """Name and feature flags of the CPU; the flags are empty outside x86 Linux."""
     fields = {}
@@ -40,9 +44,10 @@ def path() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastlm" / "cpu-rates.json"
 
 
-def _key(dtype: torch.dtype) -> str:
+def key(dtype: torch.dtype, threads: int) -> str:
+    """What the file calls a measurement."""
     name = str(dtype).removeprefix("torch.")
-    return f"{cpu_info()[0]}; {torch.get_num_threads()} threads; torch {torch.__version__}; {name}"
+    return f"{cpu_info()[0]}; {threads} threads; torch {torch.__version__}; {name}"
 
 
 def _product(size: int, dtype: torch.dtype) -> Callable[[], object]:
@@ -60,7 +65,7 @@ def measure(
     best = 0.0
     for size in _SIZES:
         call, times = product(size, dtype), []
-        while len(times) < _LEAST or sum(times) < _SECONDS:
+        while sum(times) < _SECONDS or (len(times) < _LEAST and sum(times) < _MOST):
             began = clock()
             call()
             times.append(clock() - began)
@@ -72,8 +77,14 @@ def measure(
 
 def known(dtype: torch.dtype) -> float | None:
     """What was measured for this CPU, torch and number of threads; None where nothing was."""
-    key = _key(dtype)
-    return _measured.get(key) or _read().get(key)
+    name = key(dtype, torch.get_num_threads())
+    return _measured.get(name) or _read().get(name)
+
+
+def both() -> tuple[float, float]:
+    """FLOP/s in float32 and in bfloat16, measured one after the other where either is not known."""
+    rates = tuple(map(known, BOTH))
+    return tuple(remember(dtype, measure(dtype)) for dtype in BOTH) if None in rates else rates
 
 
 def remember(dtype: torch.dtype, flops: float) -> float:
@@ -81,11 +92,11 @@ def remember(dtype: torch.dtype, flops: float) -> float:
 
     Where the directory cannot be written, it is kept for this process alone.
     """
-    key = _key(dtype)
-    _measured[key] = flops = max(flops, known(dtype) or 0.0)
+    name = key(dtype, torch.get_num_threads())
+    _measured[name] = flops = max(flops, known(dtype) or 0.0)
     try:
         path().parent.mkdir(parents=True, exist_ok=True)
-        replace_json(path(), {**_read(), key: flops})
+        replace_json(path(), {**_read(), name: flops})
     except OSError:
         pass  # a home that is read-only or full: the run goes on, and the next one measures again
     return flops

@@ -74,7 +74,7 @@ def _command(task: str) -> Callable:
             int, typer.Option(min=1, help="Train with so many seeds, from --seed on, and print mean and spread.")
         ] = 1,
         device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; else a GPU where there is one.")] = None,
-        dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16.")] = None,
+        dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16. Default: auto.")] = None,
         settings: Settings = None,
         resume: Annotated[str, typer.Option(help="auto: continue the run in OUT. never: OUT must hold none.")] = "auto",
         log: Annotated[list[str] | None, typer.Option(help="tensorboard or wandb gets the metrics too.")] = None,

@@ -11,6 +11,7 @@ import torch
 
 import fastlm
 from fastlm import _malloc, _native, _threads, cpu_rate
+from fastlm.chip import auto_dtype
 from fastlm.ops import _registry  # importing it imports the ops, which register their backends
 
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "numpy")
@@ -96,10 +97,18 @@ def _architectures(cuda) -> str:
 def _rates() -> str:
     """Measures the CPU's matrix products; `fastlm pretrain` takes the result as the peak of MFU."""
     rates = {
-        name: cpu_rate.remember(dtype, cpu_rate.measure(dtype)) / 1e9
-        for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16))
+        str(dtype).removeprefix("torch."): cpu_rate.remember(dtype, cpu_rate.measure(dtype)) / 1e9
+        for dtype in cpu_rate.BOTH
     }
     return ", ".join(f"{name} {rate:,.0f} GFLOP/s" for name, rate in rates.items()) + " in large matrix products"
+
+
+def _auto_dtypes(gpu: bool) -> str:
+    """What train.dtype = "auto" is here. The CPU's rates are known: `_rates` measures them."""
+    found = [f"auto is {auto_dtype(torch.device('cpu'))}"]
+    if gpu:
+        found.append(f"on cuda {auto_dtype(torch.device('cuda'))}")
+    return "; ".join(found)
 
 
 def report() -> str:
@@ -119,6 +128,7 @@ def report() -> str:
         "CPU": f"{m['cpu']}, {m['cores']} cores",
         "threads": m["waiting"],
         "CPU's rate": _rates(),
+        "train.dtype": _auto_dtypes(bool(m["gpu"])),
         "CPU kernels": missing_cpu or f"built; they run {m['cpu_code']} code here",
         "AdamW": "torch's fused one" if missing_cpu else "fastlm's for float32 on the CPU, else torch's fused one",
         "OpenMP": ", ".join(openmp) if openmp else "none mapped",

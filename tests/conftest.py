@@ -11,10 +11,24 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastlm import cpu_rate
+from fastlm.storage import replace_json
+
 # What the tests measure of this machine, which others may load meanwhile, is no run's peak. Models stay where they are.
 _CACHE = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
 os.environ.setdefault("HF_HOME", str(Path(_CACHE, "huggingface")))
 os.environ["XDG_CACHE_HOME"] = str(Path(tempfile.gettempdir(), f"fastlm-test-cache-{os.getuid()}"))
+
+
+def _plant_rates():
+    """Equal rates in both dtypes, for any number of threads: train.dtype = "auto" is float32, and nothing is measured.
+
+    They are larger than what any test measures, which is not kept.
+    """
+    path = cpu_rate.path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    threads = range(1, max(64, os.cpu_count() or 1) + 1)
+    replace_json(path, {cpu_rate.key(dtype, n): 1e18 for dtype in cpu_rate.BOTH for n in threads})
 
 
 def pytest_addoption(parser):
@@ -25,6 +39,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     torch.set_num_threads(2)  # what a test asserts about threads must not depend on the machine
+    _plant_rates()
 
 
 def pytest_collection_modifyitems(config, items):

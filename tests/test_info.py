@@ -4,11 +4,12 @@ import json
 
 import torch
 
-from fastlm import _native, info
+from fastlm import _native, cpu_rate, info
 from fastlm.ops import _registry
 
 
-def test_report_names_every_op_and_what_runs_it():
+def test_report_names_every_op_and_what_runs_it(monkeypatch):
+    monkeypatch.setattr(cpu_rate, "measure", lambda dtype: 1e9)
     report = info.report()
     table = {line.split()[0]: line.split()[1:] for line in report.splitlines() if line.split()[:1]}
     header = table["on"][1:]
@@ -17,6 +18,7 @@ def test_report_names_every_op_and_what_runs_it():
         x = torch.zeros(1)
         assert cells[_registry.choose(op, "auto", x)].startswith("auto")
     assert torch.__version__ in report
+    assert "train.dtype   auto is float32, since this CPU multiplies 1 times as fast in bfloat16" in report
 
 
 def test_a_backend_that_cannot_run_has_its_reason():

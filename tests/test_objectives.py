@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 TEXTS = [f"Document {i} of the corpus: " + "the cat sat on a mat, " * (i % 7) + "the end." for i in range(60)]
 GPT2_SIZES = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 32}
 T5_SIZES = {"architecture": "t5", "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2}
-TRAIN = {"batch_tokens": 256, "max_steps": 24, "warmup_steps": 2, "lr": 1e-2, "eval_every": 10}
+TRAIN = {"batch_tokens": 256, "max_steps": 24, "warmup_steps": 2, "lr": 1e-2, "eval_every": 10, "dtype": "float32"}
 RECIPES = {
     "causal_lm": {
         "task": "causal_lm",

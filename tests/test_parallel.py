@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_store import Store
 from parallel_worker import MUON, RUNS, recipe
 from training import corpus
 
@@ -144,23 +145,6 @@ def test_processes_that_start_apart_are_refused():
         worlds[0].agree({"the step to start from": 4}, "share OUT")
     with pytest.raises(ValueError, match="the step to start from: rank 1 has 8, rank 0 has 4; share OUT"):
         worlds[1].agree({"the step to start from": 8}, "share OUT")
-
-
-class Store(dict):
-    """torchrun's store, in one process."""
-
-    def add(self, key, count):
-        self[key] = self.get(key, 0) + count
-        return self[key]
-
-    def set(self, key, value):
-        self[key] = value.encode()
-
-    def check(self, keys):
-        return all(key in self for key in keys)
-
-    def clone(self):
-        return self
 
 
 def test_a_silent_process_is_named_on_a_clock(monkeypatch):

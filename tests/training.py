@@ -21,6 +21,7 @@ SETTINGS = {
     "data.documents": "line",
     "data.mlm_probability": 0.15,
     "train.batch_tokens": 256,
+    "train.dtype": "float32",
     "train.max_steps": 12,
     "train.warmup_steps": 4,
     "train.lr": 5e-3,

@@ -55,7 +55,7 @@ class Time:
 
 def measure(recipe: str, settings: list[str], vocab_size: int, rounds: int, steps: int, directory: Path) -> list[dict]:
     """A row of seconds for each round; `steps` are those that are timed alone, before and after."""
-    training, inputs = find_step(recipe, settings, vocab_size)
+    training, inputs = find_step(recipe, settings, vocab_size, "cpu")
     model = inputs.model
     optimizer = make_optimizer(model, training.train)
     _, step = fastlm_step(model, training.train, inputs.batches, optimizer)

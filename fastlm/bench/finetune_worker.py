@@ -51,7 +51,7 @@ HEADS = {
 def opened(spec: dict) -> tuple[LabelledTask, object]:
     """(the task with its examples, the Initial of the model)"""
     initial = find_initial(spec["model"])
-    recipe = Recipe(spec["task"], name=spec["task"]).with_settings(spec["settings"])
+    recipe = Recipe(spec["task"], name=spec["task"]).with_settings(["train.dtype=float32", *spec["settings"]])
     recipe, found = open_examples(initial.recipe(recipe), spec["data"], initial.tokenizer, initial.labels())
     return find_task(spec["task"])(recipe, found.train, torch.device("cpu"), found.validation), initial
 

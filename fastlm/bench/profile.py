@@ -163,7 +163,7 @@ def named_ranges(model: torch.nn.Module) -> Iterator[None]:
 
 def _build(recipe, settings, vocab_size, device):
     """(model, step)."""
-    made, inputs = find_step(recipe, settings, vocab_size)
+    made, inputs = find_step(recipe, settings, vocab_size, device)
     device = torch.device(device)
     model = inputs.model.to(device)
     batches = [tuple(x.to(device) for x in batch) for batch in inputs.batches]

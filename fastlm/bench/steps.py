@@ -18,7 +18,8 @@ from fastlm import models
 from fastlm.data import Dataset
 from fastlm.ops import IGNORE_INDEX
 from fastlm.run.recipe import Recipe, load_recipe, parse_settings
-from fastlm.settings import typed
+from fastlm.run.settled import find_dtype, with_dtype
+from fastlm.settings import AUTO, typed
 from fastlm.tasks import TrainTable, find_task, make_model
 
 BATCHES = 4  # different ones, in turn
@@ -211,8 +212,14 @@ STEPS: dict[str, Callable[[], tuple[TrainTable, StepInputs]]] = {
 }
 
 
-def find_step(name: str, settings: Sequence[str] = (), vocab_size: int = 30522) -> tuple[Training, StepInputs]:
-    """The step of a recipe, `drawn`, or of STEPS. ValueError for an unknown one, or settings that it does not take."""
+def find_step(
+    name: str, settings: Sequence[str] = (), vocab_size: int = 30522, device: str | None = None
+) -> tuple[Training, StepInputs]:
+    """The step of a recipe, `drawn`, or of STEPS.
+
+    device: where it is to run; a dtype that is "auto" then is what it is in a run there
+    ValueError for an unknown one, or settings that it does not take.
+    """
     if name not in STEPS:
         try:
             recipe = load_recipe(name).with_settings(settings)
@@ -222,6 +229,8 @@ def find_step(name: str, settings: Sequence[str] = (), vocab_size: int = 30522) 
             raise
         if recipe.task != "masked_lm":
             raise ValueError(f"recipe: expected one of task masked_lm, for which batches are drawn, got {recipe.task}")
+        if device is not None:
+            recipe = with_dtype(recipe, torch.device(device))
         return Training(recipe.name, recipe.train), drawn(recipe, vocab_size)
     table, inputs = STEPS[name]()
     batches = "batch_tokens", "micro_batch_tokens"
@@ -232,5 +241,7 @@ def find_step(name: str, settings: Sequence[str] = (), vocab_size: int = 30522) 
             f"--set: expected keys of train other than its batches, since {name} fixes model and batches; got "
             f"{', '.join(others)}"
         )
+    if values.get("train.dtype") == AUTO and device is not None:
+        values["train.dtype"] = find_dtype(torch.device(device)).name
     entries = {keys[key].name: typed(key, value, keys[key]) for key, value in values.items()}
     return Training(name, replace(table, **entries)), inputs

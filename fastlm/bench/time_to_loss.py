@@ -33,6 +33,7 @@ from fastlm.data import Dataset, open_dataset, prepare
 from fastlm.data.cleaning import clean_text
 from fastlm.data.layouts import CausalRows
 from fastlm.run.recipe import Recipe, load_recipe
+from fastlm.run.settled import with_dtype
 from fastlm.tasks import find_task, make_model
 from fastlm.train.evaluation import evaluate
 from fastlm.train.optimizer import lr_at, make_optimizer, train_step
@@ -125,6 +126,7 @@ def identical(plain: PlainRecipe) -> Recipe:
             },
             "data": {"tokenizer": "chars", "row_tokens": plain.block},
             "train": {
+                "dtype": "float32",
                 "batch_tokens": plain.batch * plain.block,
                 "max_steps": plain.steps,
                 "lr": plain.lr,
@@ -150,7 +152,7 @@ def plain_contender(recipe: PlainRecipe, text: Text, seed: int, compiled: bool) 
 
 
 def fastlm_contender(name: str, recipe: Recipe, text: Text, seed: int, points: int) -> Contender:
-    recipe = recipe.with_values({"train.seed": seed, "train.eval_tokens": 0})
+    recipe = with_dtype(recipe, torch.device("cpu")).with_values({"train.seed": seed, "train.eval_tokens": 0})
     train, held = text.prepared(recipe.data.row_tokens)
     task = find_task(recipe.task)(recipe, train, torch.device("cpu"), held)
     tokenizer, dtype = train.tokenizer, getattr(torch, recipe.train.dtype)

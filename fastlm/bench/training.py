@@ -109,7 +109,7 @@ def parse(arguments=None) -> argparse.Namespace:
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device")
     try:
-        args.steps = {name: find_step(name, args.set, args.vocab) for name in args.recipe}
+        args.steps = {name: find_step(name, args.set, args.vocab, args.device) for name in args.recipe}
     except ValueError as error:
         parser.error(str(error))
     return args

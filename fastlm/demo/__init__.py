@@ -58,6 +58,7 @@ def demo(
     from fastlm.data import open_dataset, python_documentation
     from fastlm.demo._held_out import held_out_sentences
     from fastlm.run.directory import DATA, MODEL, prepare_for
+    from fastlm.run.settled import with_dtype
     from fastlm.tasks import find_task
     from fastlm.train import pretrain
 
@@ -73,9 +74,13 @@ def demo(
     say(f"{corpus.stat().st_size / 1e6:.1f} MB of prose in {corpus}, checksum {checksum[:16]}")
     dataset = prepare_for(recipe.task, recipe.data, corpus, out / DATA)
     if started is None:
-        pace = _seconds_a_step(recipe, dataset)
+        settled = with_dtype(recipe, torch.device("cpu"))
+        pace = _seconds_a_step(settled, dataset)
         steps = max(module.LEAST_STEPS if least_steps is None else least_steps, round(seconds / pace))
-        say(f"A step takes {pace * 1e3:.0f} ms here: training {steps} steps, about {steps * pace / 60:.1f} minutes")
+        say(
+            f"A step in {settled.train.dtype} takes {pace * 1e3:.0f} ms here: training {steps} steps, about "
+            f"{steps * pace / 60:.1f} minutes"
+        )
         recipe = recipe.with_values({"train.max_steps": steps, "train.warmup_steps": steps // 10})
     else:
         recipe = started
@@ -95,7 +100,7 @@ def demo(
     replace_json(out / FOUND, found, what="the demo's results")
     module.report(found, say)
     if kind == "bert":
-        _beside_transformers(recipe, dataset, rounds, say)
+        _beside_transformers(with_dtype(recipe, torch.device("cpu")), dataset, rounds, say)
     say(f"{out}/: metrics.jsonl, summary.json, {FOUND}, loss.png, and the model")
     say(f"in hf/, which transformers.{module.LOADED_BY} loads\n")
     summary = {**summary, **found}
@@ -169,10 +174,10 @@ def _seconds_a_step(recipe, dataset) -> float:
     tokenizer = dataset.tokenizer
     model = make_model(recipe, tokenizer.vocab_size, tokenizer.pad_id, **task.token_ids(tokenizer)).train()
     optimizer = make_optimizer(model, recipe.train)
-    times = []
+    dtype, times = getattr(torch, recipe.train.dtype), []
     for step in range(_CALIBRATION):
         began = time.perf_counter()
         micros = [task.micro(step, m) for m in range(recipe.micro_count)]
-        train_step(model, optimizer, micros, lr=1e-4, grad_clip=recipe.train.grad_clip, dtype=torch.float32)
+        train_step(model, optimizer, micros, lr=1e-4, grad_clip=recipe.train.grad_clip, dtype=dtype)
         times.append(time.perf_counter() - began)
     return sorted(times[2:])[1]

@@ -78,11 +78,13 @@ def alone_in(out: Path) -> Iterator[None]:
 class Start:
     """Where a run starts.
 
+    recipe       the run's; what was "auto" is as it was when the run began, and open in a new one
     checkpoint   the one it continues; None for new weights
     origin       the checkpoint of another run that this one was started from, as recipe.json stores it, or None
     branches     whether `checkpoint` is that one
     """
 
+    recipe: Recipe
     checkpoint: Checkpoint | None = None
     origin: str | None = None
     branches: bool = False
@@ -93,7 +95,7 @@ def find_start(recipe: Recipe, out: Path, resume: str) -> Start:
     if resume == "never":
         if _holds_run(out):
             raise ValueError(f"resume: {out} holds a run, which `never` would overwrite; name another directory")
-        return Start()
+        return Start(recipe)
     newest, skipped = load_newest(out / CHECKPOINTS)
     stored = read_recipe(out)
     origin = None if stored is None else stored.get("origin")
@@ -120,16 +122,16 @@ def find_start(recipe: Recipe, out: Path, resume: str) -> Start:
         if newest is None:
             origin = os.path.realpath(start.path)
     if start is not None:
-        _same_recipe(recipe, start.state["recipe"], start.path, branches=newest is None)
+        recipe = _as_recorded(recipe, start.state["recipe"], start.path, branches=newest is None)
     elif stored is not None:
-        _same_recipe(recipe, stored, out)
+        recipe = _as_recorded(recipe, stored, out)
     finished = [name for name in (MODEL, SUMMARY) if (out / name).exists()]
     if newest is None and finished:
         raise ValueError(
             f"out: expected no finished run in {out}, where there is no checkpoint of it to continue from; found "
             f"{' and '.join(finished)}. Delete what is there to train anew, or name another directory"
         )
-    return Start(start, origin, branches=start is not None and newest is None)
+    return Start(recipe, start, origin, branches=start is not None and newest is None)
 
 
 def check_series(out: Path, resume: str) -> None:
@@ -198,7 +200,11 @@ def _named(path: Path) -> Checkpoint:
     return newest
 
 
-def _same_recipe(recipe: Recipe, content: dict, where: Path, *, branches: bool = False) -> None:
+def _as_recorded(recipe: Recipe, content: dict, where: Path, *, branches: bool = False) -> Recipe:
+    """`recipe`, where it says "auto" with what the run in `where` has; ValueError where they differ.
+
+    content: that run's recipe
+    """
     try:
         differences = recipe.differences(content)
     except ValueError as error:
@@ -218,6 +224,7 @@ def _same_recipe(recipe: Recipe, content: dict, where: Path, *, branches: bool =
             "another directory for this one with --out; --init with this run's directory starts that one from its "
             "weights"
         )
+    return recipe.settled_as(content)
 
 
 def adopt_metrics(start: Start, out: Path) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from fastlm.models import Config
 from fastlm.models._size import layer_parameters
-from fastlm.settings import Table, meaning, typed
+from fastlm.settings import AUTO, Table, meaning, typed
 from fastlm.tasks import DataTable, Task, TrainTable, find_task, task_names
 
 if sys.version_info >= (3, 11):
@@ -58,6 +58,8 @@ PREPARATION_KEYS = {
     "data.validation",
     "data.validation_share",
 }
+# Keys that the machine may decide, and what a run had that is older than the choice.
+SETTLED = {"train.dtype": "float32", "train.micro_batch_tokens": 0}
 # Keys that decide which others there are, and their meaning.
 _KINDS = {
     "task": "what the model is trained to do: a module of fastlm.tasks",
@@ -184,14 +186,29 @@ class Recipe:
     def differences(self, content: dict[str, object]) -> list[str]:
         """What of `content`, another recipe's, trains something else: ["train.lr is 0.001, was 0.002", ...].
 
-        What `content` leaves out has its default. ValueError where it is no recipe.
+        What `content` leaves out has its default, and what is "auto" here differs in nothing. ValueError where it is no
+        recipe.
         """
-        ours, theirs = _flat(self.to_dict()), _flat(Recipe.from_dict(content).to_dict())
+        both = self, Recipe.from_dict(content)
+        ours, theirs = (_settled(_flat(recipe.to_dict()), _flat(content)) for recipe in both)
         return [
             f"{name} is {ours.get(name)!r}, was {theirs.get(name)!r}"
             for name in sorted(ours.keys() | theirs.keys())
             if name not in FREE_KEYS | PREPARATION_KEYS and ours.get(name) != theirs.get(name)
         ]
+
+    def open_keys(self) -> list[str]:
+        """The keys of SETTLED that the machine is yet to decide."""
+        values = _flat(self.to_dict())
+        return [name for name in SETTLED if values.get(name) == AUTO]
+
+    def settled_as(self, content: dict[str, object]) -> Recipe:
+        """The recipe whose open keys have the values of `content`, the recipe of a run that began before.
+
+        ValueError for values that this recipe cannot have.
+        """
+        settled = _settled(_flat(self.to_dict()), _flat(content))
+        return self.with_values({name: settled[name] for name in self.open_keys()})
 
     def with_values(self, values: dict[str, object]) -> Recipe:
         """The recipe with other values, {"train.lr": 1e-3}; all are set before what depends on two is checked.
@@ -261,6 +278,12 @@ def _flat(content: dict) -> dict[str, object]:
     """{"task": ..., "model.architecture": ..., "train.lr": ...} of what `Recipe.to_dict` returns, or a part of it."""
     task = {"task": content["task"]} if "task" in content else {}
     return task | {f"{table}.{name}": value for table in TABLES for name, value in content.get(table, {}).items()}
+
+
+def _settled(values: dict[str, object], recorded: dict[str, object]) -> dict[str, object]:
+    """`values` of a recipe, as of `_flat`, where those that are open are the recorded ones."""
+    found = {name: recorded.get(name, before) for name, before in SETTLED.items() if values.get(name) == AUTO}
+    return {**values, **found}
 
 
 def _keys(config: type[Config], **tables: type[Table]) -> dict[str, Field | None]:

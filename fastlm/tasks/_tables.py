@@ -8,7 +8,7 @@ from typing import ClassVar
 from fastlm.data.cleaning import Cleaning
 from fastlm.data.mixture import parse_weights
 from fastlm.data.tokenizer import LARGEST_SAMPLE, SAMPLE
-from fastlm.settings import Table, key
+from fastlm.settings import AUTO, Table, key
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,12 @@ class TokenBatches(Table):
     """How rows of packed text make batches, and for how long they are trained on: counted in tokens and steps."""
 
     batch_tokens: int = key(4096, "tokens in the global batch of a step, padding included", least=1)
-    micro_batch_tokens: int = key(0, "tokens in one forward; it divides batch_tokens; 0: all of them", least=0)
+    micro_batch_tokens: int | str = key(
+        0,
+        "tokens in one forward; it divides batch_tokens; 0: all of them; auto: as many as run fastest here",
+        least=0,
+        word=AUTO,
+    )
     max_steps: int = key(1000, "steps", least=1)
     warmup_steps: int = key(100, "steps of linear warm-up", least=0)
 
@@ -107,8 +112,13 @@ class TokenBatches(Table):
         return self.batch_tokens // row_tokens
 
     def micro_rows(self, row_tokens: int) -> int:
-        """Rows of one forward."""
-        return (self.micro_batch_tokens or self.batch_tokens) // row_tokens
+        """Rows of one forward; of a whole batch where the machine is yet to choose."""
+        return (self._micro or self.batch_tokens) // row_tokens
+
+    @property
+    def _micro(self) -> int:
+        """Tokens of one forward, 0 for all: also where they are not measured yet."""
+        return 0 if self.micro_batch_tokens == AUTO else self.micro_batch_tokens
 
     @classmethod
     def sizes(cls, rows: int, row_tokens: int) -> dict[str, int]:
@@ -128,7 +138,7 @@ class TokenBatches(Table):
                 f"train.batch_tokens: expected a multiple of data.row_tokens={row_tokens}, got {self.batch_tokens}; "
                 f"the next is {below + row_tokens}"
             )
-        micro = self.micro_batch_tokens
+        micro = self._micro
         if micro % row_tokens or self.batch_tokens % (micro or self.batch_tokens):
             rows = self.batch_tokens // row_tokens
             sizes = [row_tokens * n for n in range(1, rows + 1) if rows % n == 0]
@@ -159,7 +169,11 @@ class Optimization(Table):
     eps: float = key(1e-6, "AdamW's and LAMB's", above=0.0)
     momentum: float = key(0.95, "Muon's", least=0.0, below=1.0)
     grad_clip: float = key(1.0, "largest norm of the gradient; 0: as it is", least=0.0)
-    dtype: str = key("float32", "of the matrix products; parameters are float32", one_of=("float32", "bfloat16"))
+    dtype: str = key(
+        AUTO,
+        "of the matrix products; parameters are float32; auto: bfloat16 where this machine is faster in it",
+        one_of=(AUTO, "float32", "bfloat16"),
+    )
     shard: bool = key(False, "with several processes, each holds a part of every weight (FSDP), not all of them (DDP)")
     cuda_graph: bool | str = key(
         "auto",

@@ -20,9 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastlm.models import Config
-from fastlm.models._size import TRAINED, available, layer_parameters, parameter_count
+from fastlm.models._size import TRAINED, available, check_memory, layer_parameters, parameter_count
 from fastlm.ops._chunks import chunk_rows
-from fastlm.tasks import Micro, Task
+from fastlm.run.recipe import Recipe
+from fastlm.tasks import Micro, Task, find_task
 
 AHEAD = 3  # global batches that the host holds: one in the step, two made ahead
 # On a CPU, for scratch memory and what the allocator wastes: measured peaks are 1.2 (float32) and 1.6 times the rest.
@@ -67,6 +68,15 @@ class _Peak(TorchDispatchMode):
         self.now -= size
 
 
+def check_size(recipe: Recipe, device: torch.device, vocab_size: int) -> None:
+    """ValueError where the model does not fit: its weights into the host's memory, and its training into `device`'s."""
+    cls = find_task(recipe.task).model_class(recipe.model.model_type)
+    config = replace(recipe.model, vocab_size=vocab_size, pad_token_id=None)
+    if device.type != "cpu":
+        check_memory(cls, config, torch.device("cpu"), 4, "weights")
+    check_memory(cls, config, device, TRAINED, "weights, gradients and AdamW moments")
+
+
 def check_step(task: Task, config: Config) -> str:
     """The memory of a step of `task` with a model of `config`, for the headline of a run.
 
@@ -76,7 +86,7 @@ def check_step(task: Task, config: Config) -> str:
     there, host = available(device), available(torch.device("cpu"))
     if there is None or host is None:
         return f"n/a, the free memory of {device} is not known"
-    coarse = _coarse(task, config)
+    coarse = _coarse(task, config, recipe.micro_batch_tokens)
     if coarse < min(there, host) / 2 and _flops(task, config) < _LONG:
         return f"less than {_gigabytes(coarse)} of the {_gigabytes(there)} that are free on {device}"
     step = _Step(task, config)
@@ -106,6 +116,21 @@ def check_step(task: Task, config: Config) -> str:
     )
 
 
+def fitting(task: Task, config: Config, sizes: list[int]) -> list[int]:
+    """Those of `sizes`, rows of a micro-batch in rising order, with which a step fits into memory.
+
+    The first is among them in any case: check_step says what is wrong where that one does not fit.
+    """
+    device, row = task.device, task.recipe.data.row_tokens
+    there, host = available(device), available(torch.device("cpu"))
+    if there is None or host is None or _coarse(task, config, sizes[-1] * row) < min(there, host) / 2:
+        return sizes
+    step = _Step(task, config)
+    if device.type == "cpu":
+        there -= AHEAD * step.batch_bytes(task.recipe.batch_rows)
+    return sizes[: max(1, bisect.bisect_right(sizes, there, key=step.peak))]
+
+
 def _gigabytes(size: float) -> str:
     return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.0f} MB"
 
@@ -116,12 +141,12 @@ def _flops(task: Task, config: Config) -> float:
     return 6.0 * recipe.train.max_steps * recipe.batch_tokens * parameters
 
 
-def _coarse(task: Task, config: Config) -> float:
-    """Bytes that are more than a step takes."""
+def _coarse(task: Task, config: Config, tokens: int) -> float:
+    """Bytes that are more than a step takes with `tokens` in a forward."""
     recipe, cls = task.recipe, task.model_class(config.model_type)
     width = math.sqrt(layer_parameters(cls, config) / 12)
     depth = sum(getattr(config, name) for name in config.depths)
-    layers = recipe.micro_batch_tokens * depth * width * _COARSE
+    layers = tokens * depth * width * _COARSE
     head = 4 * config.vocab_size * 1024
     return TRAINED * parameter_count(cls, config) + layers + head + _COARSE * recipe.batch_tokens
 

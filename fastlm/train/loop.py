@@ -15,7 +15,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -25,7 +25,6 @@ import fastlm
 from fastlm.chip import chip_name, parse_device
 from fastlm.data import Mixture
 from fastlm.models import Counts, Model
-from fastlm.models._size import TRAINED, check_memory
 from fastlm.run import directory as runs
 from fastlm.run.checkpoint import (
     Checkpoint,
@@ -46,15 +45,17 @@ from fastlm.run.metrics import RERUN, MetricsFile, NoMetrics, first_and_final_lo
 from fastlm.run.progress import ProgressLine
 from fastlm.run.recipe import Recipe
 from fastlm.run.reports import write_reports
+from fastlm.run.settled import settle_dtype
 from fastlm.run.tracking import Tracked, check_logs
 from fastlm.storage import atomic_directory, json_checksum, replace_json
 from fastlm.tasks import Micro, find_task, make_model
 from fastlm.train._advice import out_of_memory
-from fastlm.train._memory import check_step
+from fastlm.train._memory import check_size, check_step
 from fastlm.train.ahead import ahead, stop_signal
 from fastlm.train.best import Best
 from fastlm.train.evaluation import Final
 from fastlm.train.graph import StepGraph, check_setting, find_graph, possible
+from fastlm.train.micro_size import settle_size, sizes
 from fastlm.train.optimizer import lr_at, make_optimizer, train_step
 from fastlm.train.parallel import Heartbeat, Shards, World, connect
 from fastlm.train.spikes import WINDOW
@@ -105,7 +106,7 @@ def pretrain(recipe: Recipe, data, out, *, device: str = "cpu", resume: str = "a
     initial = None if init is None else find_initial(init)
     if initial is not None:
         recipe = initial.recipe(recipe)
-    _check_size(recipe, device, vocab_size=8)  # before text is prepared; its vocabulary is not known yet
+    check_size(recipe, device, vocab_size=8)  # before text is prepared; its vocabulary is not known yet
     return run(
         recipe,
         lambda start: runs.open_data(recipe, data, out, start),
@@ -135,7 +136,10 @@ def run(
             stacklevel=2,
         )
     world = connect(device)
-    world.micros(recipe.micro_count, recipe.train.micro_key)
+    if recipe.train.micro_key in recipe.open_keys():
+        sizes(recipe, world.size)  # ValueError where there is none
+    else:
+        world.micros(recipe.micro_count, recipe.train.micro_key)
     check_setting(recipe.train.cuda_graph, world)
     with runs.alone_in(out) if world.main else nullcontext():
         with world.main_first():
@@ -148,16 +152,8 @@ def run(
             },
             f"expected {out} and the data to be the same on all machines: put them into a file system that all share",
         )
-        return _Run(recipe, data, out, world, start, initial, log).train()
-
-
-def _check_size(recipe: Recipe, device: torch.device, vocab_size: int) -> None:
-    """ValueError where the model does not fit: its weights into the host's memory, and its training into `device`'s."""
-    cls = find_task(recipe.task).model_class(recipe.model.model_type)
-    config = replace(recipe.model, vocab_size=vocab_size, pad_token_id=None)
-    if device.type != "cpu":
-        check_memory(cls, config, torch.device("cpu"), 4, "weights")
-    check_memory(cls, config, device, TRAINED, "weights, gradients and AdamW moments")
+        recipe, why = settle_dtype(recipe, start.recipe, world.device, world.share)
+        return _Run(recipe, data, out, world, start, initial, log, why).train()
 
 
 class _Launched:
@@ -187,7 +183,7 @@ class _Launched:
 
 
 class _Run:
-    """One run, from `start` to its last step or a signal."""
+    """One run, from `start` to its last step or a signal. why: what the headline says of the dtype."""
 
     def __init__(
         self,
@@ -198,12 +194,13 @@ class _Run:
         start: runs.Start,
         initial: Initial | None,
         log: tuple[str, ...] = (),
+        why: str = "",
     ):
         self.recipe, self.dataset, self.out, self.world, device = recipe, data.train, out, world, world.device
         self.device = device
         self.dtype, tokenizer = getattr(torch, recipe.train.dtype), data.train.tokenizer
         self.task = find_task(recipe.task)(recipe, data.train, device, data.validation)
-        _check_size(recipe, device, tokenizer.vocab_size)
+        check_size(recipe, device, tokenizer.vocab_size)
         if initial is None:
             ids = self.task.token_ids(tokenizer)
             model = make_model(recipe, tokenizer.vocab_size, tokenizer.pad_id, **ids)
@@ -211,6 +208,10 @@ class _Run:
                 self.task.initialize(model)
         else:
             model = initial.model(recipe, tokenizer, self.task.head())
+        recipe, micro = settle_size(self.task, model, world)
+        if recipe is not self.recipe:
+            self.recipe, self.task = recipe, find_task(recipe.task)(recipe, data.train, device, data.validation)
+        self.words = why, micro
         self.memory = check_step(self.task, model.config)
         self.model = model.to(device).train()
         self.trained = world.wrap(self.model, recipe.train.shard)
@@ -255,7 +256,7 @@ class _Run:
             closing(self.metrics),
         ):
             self.watch.start(self.line, (row["loss"] for row in before))
-            self.watch.headline(self.model, self.memory)
+            self.watch.headline(self.model, self.memory, *self.words)
             for note in self.final.notes():
                 self.line.note(note)
             if self.world.main:

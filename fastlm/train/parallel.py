@@ -113,6 +113,17 @@ class World:
                 if value != first[what]:
                     raise ValueError(f"{what}: rank {rank} has {value}, rank 0 has {first[what]}; {remedy}")
 
+    def share(self, what: str, choose: Callable[[], object]) -> object:
+        """What choose() returns on rank 0, of JSON's types, in every process; the others wait for it."""
+        if self.size == 1:
+            return choose()
+        name = f"{self._prefix}/share/{what}"
+        if self.main:
+            self._store.set(name, json.dumps(choose()))
+        while not self._store.check([name]):
+            time.sleep(0.05)
+        return json.loads(self._store.get(name))
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()

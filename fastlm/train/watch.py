@@ -60,14 +60,17 @@ class Watch:
         self.line, self.note = line, line.note
         self.spikes = Spikes(losses)
 
-    def headline(self, model: Model, memory: str) -> None:
+    def headline(self, model: Model, memory: str, why: str = "", micro: str = "") -> None:
+        """why: words behind the dtype's name; micro: a line on the size of a micro-batch, "" for none"""
         recipe, parameters = self.recipe, sum(p.numel() for p in model.parameters())
         self.note(
             f"{recipe.name}: {parameters / 1e6:.3g} M parameters on {chip_name(self.world.device)} in "
-            f"{recipe.train.dtype}; {self.task.describe()}\n"
+            f"{recipe.train.dtype}{why}; {self.task.describe()}\n"
             f"MFU = 3 · forward FLOPs of matrix products on real tokens / (seconds · peak); peak: {self.peak}\n"
             f"memory of a step: {memory}"
         )
+        if micro:
+            self.note(micro)
         for line in self.task.notes():
             self.note(line)
         self.note("; ".join(map(str, parameter_groups(model, recipe.train))))
