@@ -62,6 +62,12 @@ def _auto(op: str, device: str, dtype: torch.dtype) -> str:
     return next((name for name in order if _registry.reason(op, name, device, dtype) is None), "reference")
 
 
+def _words(entry) -> str:
+    """What an entry of a table of "auto" runs, and whether a measurement says so."""
+    kernel = f"{entry.backend}'s {entry.kernel} kernel" if entry.kernel else entry.backend
+    return kernel if entry.measured else f"{kernel} (predicted, not measured)"
+
+
 def backends_table(device: str) -> list[str]:
     """One line per op with its backends on `device`, then each reason why a backend cannot run, once."""
     columns = [name for name in BACKENDS if any(name in _registry.backends(op) for op in _registry.ops())]
@@ -85,7 +91,7 @@ def backends_table(device: str) -> list[str]:
     lines = [f"{row[0]:<24}" + "".join(f"{word:<14}" for word in row[1:]).rstrip() for row in rows]
     lines += [f"  ({i}) {reason}" for i, reason in enumerate(reasons, 1)]
     for op in _registry.ops():
-        lines += [f"  {op}: auto is {p.backend} {p.why}" for p in _registry.preferences(op, device)]
+        lines += [f"  {op}: auto is {_words(p)} {p.why}" for p in _registry.preferences(op, device)]
     return lines
 
 

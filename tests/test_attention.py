@@ -275,20 +275,20 @@ FULL_ROWS = {"packed": False, "dropout": False, "bias": False, "masked": False, 
 @pytest.mark.parametrize(
     ("shape", "dtype", "capability", "changed", "chosen"),
     [
-        ((2, 512, 4, 64), torch.bfloat16, (9, 0), {}, "sdpa"),
-        ((2, 4096, 4, 128), torch.float16, (9, 0), {}, "sdpa"),
-        ((2, 511, 4, 64), torch.bfloat16, (9, 0), {}, "triton"),
-        ((2, 512, 4, 96), torch.bfloat16, (9, 0), {}, "triton"),
-        ((2, 512, 4, 64), torch.float32, (9, 0), {}, "triton"),
-        ((2, 512, 4, 64), torch.bfloat16, (8, 0), {}, "triton"),
-        *(((2, 512, 4, 64), torch.bfloat16, (9, 0), {name: True}, "triton") for name in (*FULL_ROWS, "softcap")),
-        ((2, 512, 4, 64), torch.bfloat16, (9, 0), {"return_lse": True}, "triton"),
+        ((2, 512, 4, 64), torch.bfloat16, 90, {}, "sdpa"),
+        ((2, 4096, 4, 128), torch.float16, 90, {}, "sdpa"),
+        ((2, 511, 4, 64), torch.bfloat16, 90, {}, "triton"),
+        ((2, 512, 4, 96), torch.bfloat16, 90, {}, "triton"),
+        ((2, 512, 4, 64), torch.float32, 90, {}, "triton"),
+        ((2, 512, 4, 64), torch.bfloat16, 80, {}, "triton"),
+        *(((2, 512, 4, 64), torch.bfloat16, 90, {name: True}, "triton") for name in (*FULL_ROWS, "softcap")),
+        ((2, 512, 4, 64), torch.bfloat16, 90, {"return_lse": True}, "triton"),
     ],
 )
 def test_auto_takes_cudnns_where_it_was_faster(shape, dtype, capability, changed, chosen, monkeypatch):
     """On a fake tensor of a GPU: full rows without a gradient on Hopper; the rest stays with fastlm's kernels."""
     pytest.importorskip("triton", reason="triton is not installed")
-    monkeypatch.setattr("fastlm.ops._attention_auto._capability", lambda device: capability)
+    monkeypatch.setattr("fastlm.ops._preferences._capability", lambda index: capability)
     with FakeTensorMode():
         q = torch.empty(shape, dtype=dtype, device="cuda:0")
     assert _registry.choose("attention", "auto", q, **{**FULL_ROWS, **changed}) == chosen

@@ -1,5 +1,6 @@
 #include "cuda/cross_entropy.h"
 
+#include "cuda/sm90/cross_entropy.h"
 #include "ops.h"
 
 FASTLM_FIELDS(fastlm::cuda::CrossEntropyForward) {
@@ -54,7 +55,9 @@ FASTLM_FIELDS(fastlm::cuda::CrossEntropyBackward) {
 namespace fastlm::cuda {
 
 FASTLM_CONSTANT(LOSS_PARTS, kLossParts);
+FASTLM_CONSTANT(CLUSTER_ROW_BYTES, kClusterRowBytes);
 FASTLM_BIND(cross_entropy_fwd, "args", "dtype", "place");
+FASTLM_BIND(cross_entropy_fwd_sm90, "args", "blocks", "dtype", "place");
 FASTLM_BIND(cross_entropy_count, "args", "place");
 FASTLM_BIND(cross_entropy_sum, "args", "place");
 FASTLM_BIND(cross_entropy_bwd, "args", "dtype", "place");

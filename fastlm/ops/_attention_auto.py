@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
-from fastlm.ops._registry import Preference
-
-_capability = functools.cache(torch.cuda.get_device_capability)
+from fastlm.ops._preferences import Preference
 
 
 def sdpa_is_faster(q, packed=False, dropout=False, bias=False, masked=True, gradient=True, **features) -> bool:
@@ -18,14 +14,16 @@ def sdpa_is_faster(q, packed=False, dropout=False, bias=False, masked=True, grad
     """
     if packed or dropout or bias or masked or gradient or torch.compiler.is_compiling():
         return False
-    sixteen_bit = q.dtype in (torch.bfloat16, torch.float16)
-    return sixteen_bit and q.shape[-1] in (64, 128) and q.shape[1] >= 512 and _capability(q.device) == (9, 0)
+    return q.shape[-1] in (64, 128)
 
 
 PREFER = (
     Preference(
         device="cuda",
         backend="sdpa",
+        sm=90,
+        dtypes=(torch.bfloat16, torch.float16),
+        shape=((1, 512, None),),
         applies=sdpa_is_faster,
         why="on sm_90, for padded 16-bit input of 512 tokens or more and d 64 or 128, without mask, window, bias, "
         "softcap, dropout and gradient: cuDNN's forward is 1.4 times as fast there",

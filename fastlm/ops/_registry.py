@@ -44,6 +44,7 @@ from fastlm import _native
 from fastlm.ops import _autocast
 from fastlm.ops._args import Layout, layout, returns
 from fastlm.ops._autocast import device_type
+from fastlm.ops._preferences import Preference, describes, measured_first
 
 # Device -> backends, in the order in which "auto" tries those that the op has. A page may give another order. The order
 # on cuda is a guess: Triton and CUDA C++ both ran on an H100 but were not timed beside each other.
@@ -79,18 +80,6 @@ _COLUMNS = {
 _PACKAGES = {backend: importlib.import_module(f"fastlm.ops._{backend}") for backend in _COLUMNS}
 
 _library = torch.library.Library("fastlm", "DEF")  # lives as long as the process
-
-
-class Preference(NamedTuple):
-    """A backend that "auto" runs before its order, for the inputs for which it was measured to be faster.
-
-    device: the type of the device. applies(x, **features): whether x is such an input. why: in words, for fastlm info.
-    """
-
-    device: str
-    backend: str
-    applies: Callable
-    why: str
 
 
 class _Page(NamedTuple):
@@ -132,7 +121,7 @@ def page(
     """Declares the public ops of the page `module`.
 
     auto: device -> backends in the order that "auto" tries them. A device that is left out has the order of AUTO.
-    prefer: what "auto" runs before that order.
+    prefer: what "auto" runs before that order, for some inputs.
     autocast: device -> the dtype to which autocast casts the inputs, "float32" or "low"; see fastlm.ops._autocast.
     """
     name = module.rpartition(".")[2]
@@ -142,7 +131,7 @@ def page(
         for device, backends in {**AUTO, **(auto or {})}.items()
     }
     for op in ops:
-        _pages[op] = _Page(name, order, tuple(sorted(having)), prefer)
+        _pages[op] = _Page(name, order, tuple(sorted(having)), measured_first(prefer))
         if autocast:
             _autocast.POLICY[op] = autocast
 
@@ -160,6 +149,15 @@ def auto(op: str, device: str) -> tuple[str, ...]:
 def preferences(op: str, device: str) -> list[Preference]:
     """What "auto" runs on `device` before that order, for some inputs."""
     return [preference for preference in _pages[op].prefer if preference.device == device]
+
+
+def kernel(op: str, backend: str, x: torch.Tensor, **features) -> str:
+    """Which of its kernels `backend` runs for x, by the same table; "": its usual one."""
+    device = device_type(x)
+    for entry in _pages[op].prefer:
+        if entry.device == device and entry.backend == backend and describes(entry, x, features):
+            return entry.kernel
+    return ""
 
 
 def backends(op: str) -> tuple[str, ...]:
@@ -262,7 +260,7 @@ def choose(op: str, backend: str, x: torch.Tensor, **features) -> str:
     if backend == "auto":
         for preference in _pages[op].prefer:
             name = preference.backend
-            wanted = preference.device == device and preference.applies(x, **features)
+            wanted = preference.device == device and describes(preference, x, features)
             if wanted and reason(op, name, device, x.dtype, x, **features) is None:
                 return name
         for candidate in auto(op, device):

@@ -34,6 +34,7 @@ import torch.nn.functional as F
 
 from fastlm.ops import _checks, _registry
 from fastlm.ops._autocast import autocast_dtype
+from fastlm.ops._cross_entropy_auto import PREFER
 from fastlm.ops._labels import IGNORE_INDEX
 
 __all__ = ["CrossEntropyOutput", "cross_entropy", "cross_entropy_reference"]
@@ -282,7 +283,7 @@ def _backward(saved: Saved, needs, backend, dloss, _ddlogits=None, inplace=False
     return {"logits": _registry.call("cross_entropy_gradient", args, backend)}
 
 
-_registry.page(__name__, "cross_entropy", autocast={"cuda": "float32", "cpu": "float32"})
+_registry.page(__name__, "cross_entropy", prefer=PREFER, autocast={"cuda": "float32", "cpu": "float32"})
 _registry.define("cross_entropy_fwd", Args, empty_forward)
 _registry.define("cross_entropy_fwd_", InplaceArgs, empty_inplace, writes=("logits",))
 _registry.define("cross_entropy_gradient", GradientArgs, empty_gradient)

@@ -17,14 +17,16 @@ from ptx.parse import SIZES, Function, Instruction, Location, Module, PtxError, 
 FLOATS = {"f32", "f64"}
 ROUNDING = {"rn": 0, "rz": 1, "rm": 2, "rp": 3, "rna": 4}
 FTZ, SAT, RELU, NAN = 8, 16, 32, 64
-GLOBAL, SHARED, LOCAL, PARAM, GENERIC = range(5)
+GLOBAL, SHARED, LOCAL, PARAM, GENERIC, CLUSTER = range(6)
 VARIABLES = 0x6000_0000_0000  # device address of the module's variables
 GUARD = 256  # bytes that belong to no variable, between shared variables and between buffers
 
 REGISTERS, CONSTANTS, PREDICATES = range(3)
 WIDER = {"ld", "st", "cvt"}  # their registers may be wider than the instruction's type
 SPECIAL = re.compile(
-    r"%(?:tid|ntid|ctaid|nctaid)\.[xyz]|%(?:laneid|warpid|nwarpid|lanemask_\w\w|smid|nsmid|gridid|dynamic_smem_size|total_smem_size)"
+    r"%(?:tid|ntid|ctaid|nctaid|clusterid|nclusterid|cluster_ctaid|cluster_nctaid)\.[xyz]"
+    r"|%(?:laneid|warpid|nwarpid|lanemask_\w\w|smid|nsmid|gridid|dynamic_smem_size|total_smem_size)"
+    r"|%(?:cluster_ctarank|cluster_nctarank|is_explicit_cluster)"
 )
 
 
@@ -47,6 +49,7 @@ class Program:
     static_shared: int
     dynamic_align: int
     required_threads: tuple[int, ...] | None
+    cluster: tuple[int, ...] | None  # blocks of a cluster, as the kernel demands
     ordered: bool  # blocks meet through atomics or strong accesses: run in order
     arch: int  # 80 for sm_80
 
@@ -286,7 +289,7 @@ class Decoder:
         if token not in self.special_table:
             if not SPECIAL.fullmatch(token):
                 raise self.unknown(f"register {token}")
-            operand = self.new_register(token, "u64" if token == "%gridid" else "u32")
+            operand = self.new_register(token, {"%gridid": "u64", "%is_explicit_cluster": "pred"}.get(token, "u32"))
             self.special_table[token] = operand
             self.special.append((token, operand))
         return self.special_table[token]
@@ -421,6 +424,7 @@ class Decoder:
             sum(size for _, size in self.shared),
             self.dynamic_align,
             self.entry.required_threads,
+            self.entry.cluster,
             self.ordered,
             self.arch,
         )

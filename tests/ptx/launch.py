@@ -24,9 +24,10 @@ FILLING = np.array([0xC5, 0xFF], np.uint8)  # NaN in every floating-point type; 
 TENSORS = 0x5000_0000_0000  # device address of the first tensor
 ALIGNMENT = 512  # of an allocation, as torch's allocator gives it on a device
 SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024}  # of a block
-GRID_LIMIT, BLOCK_LIMIT = (2**31 - 1, 65535, 65535), (1024, 1024, 64)
+GRID_LIMIT, BLOCK_LIMIT, CLUSTER_LIMIT = (2**31 - 1, 65535, 65535), (1024, 1024, 64), (8, 8, 8)
 FLOATS = {"f16": np.float16, "f32": np.float32, "f64": np.float64}  # parameters that take any Python number
 
+MOST_WARPS = 128  # of a cluster (core.h)
 CHIPS = (None, "high", "low", "scattered")  # core.h: Chip
 
 FINDINGS = (
@@ -270,7 +271,9 @@ def _pack(program: Program, args, names: list[str], memory: _Memory) -> bytes:
     return bytes(out)
 
 
-_ENTRY = re.compile(r"^(?:\.(?:visible|weak)\s+)?\.entry\s+([\w$]+).*?^\}$", re.MULTILINE | re.DOTALL)
+_ENTRY = re.compile(  # a brace at the beginning of a line may end an asm statement of the source, too
+    r"^(?:\.(?:visible|weak)\s+)?\.entry\s+([\w$]+).*?^\}$(?!\n\s*// end inline asm)", re.MULTILINE | re.DOTALL
+)
 
 
 def _without_others(ptx: str, entry: str) -> str:
@@ -305,6 +308,25 @@ def _triple(value, what: str, limits: tuple[int, int, int]) -> tuple[int, int, i
     if not 1 <= len(value) <= 3 or any(not 1 <= int(n) <= limit for n, limit in zip(value, limits)):
         raise ValueError(f"{what}: expected one to three positive integers, at most {limits}, got {value}")
     return (*(int(n) for n in value), 1, 1)[:3]
+
+
+def _cluster(program: Program, cluster, grid: tuple[int, ...], threads: int) -> tuple[int, int, int]:
+    """The blocks of a cluster: what the kernel demands, what the launch asks for, or one."""
+    required = program.cluster and _triple(program.cluster, "cluster", CLUSTER_LIMIT)
+    if cluster is None:
+        cluster = required or (1, 1, 1)
+    cluster = _triple(cluster, "cluster", CLUSTER_LIMIT)
+    if required and cluster != required:
+        raise ValueError(f"cluster: {program.entry} requires {required}, got {cluster}")
+    if prod(cluster) > 1 and program.arch < 90:
+        raise ValueError(f"cluster: sm_{program.arch} has none, got {cluster}")
+    if prod(cluster) > 8 or prod(cluster) * -(-threads // 32) > MOST_WARPS:
+        raise ValueError(
+            f"cluster: expected at most 8 blocks and {32 * MOST_WARPS} threads, got {cluster} of {threads} threads"
+        )
+    if any(n % k for n, k in zip(grid, cluster)):
+        raise ValueError(f"grid: expected a multiple of the cluster {cluster}, got {grid}")
+    return cluster
 
 
 def _index(number: int, extent: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -343,6 +365,7 @@ def run(
     args=(),
     *,
     shared_bytes: int = 0,
+    cluster=None,
     workers: int | None = None,
     max_instructions: int = 100_000_000,
     max_findings: int = 1,
@@ -358,7 +381,8 @@ def run(
     ptx: text, or what `load` made of it. grid, block: one to three integers.
     args: one value per parameter. NumPy arrays and CPU tensors are pointers, None is the null pointer; Python numbers
     take the parameter's type, a TensorMap is one of 128 bytes; NumPy scalars and bytes (a struct) must have its size.
-    shared_bytes: dynamic shared memory. max_instructions: of one block, in warp instructions, before it counts as hung.
+    shared_bytes: dynamic shared memory. max_instructions: of one block, or cluster, in warp
+    instructions, before it counts as hung. cluster: one to three integers, its blocks; the kernel may demand its own.
     Blocks run on `workers` threads (all processors); in order on one where they meet through global atomics, and once
     more so if anything is found: neither results nor findings depend on it.
     memory: tensors at their own addresses, for `args` that are the parameters' bytes with these addresses in them.
@@ -408,6 +432,7 @@ def run(
         races,
         bank_conflicts,
         CHIPS.index(chip),
+        *_cluster(program, cluster, grid, threads),
     ]
     found, printed, counts, extra = program.native.launch(config, params, buffers)
     for tracked, state in back:

@@ -95,6 +95,7 @@ class Function:
     scope: Scope
     instructions: list[Instruction] = field(default_factory=list)
     required_threads: tuple[int, ...] | None = None
+    cluster: tuple[int, ...] | None = None  # .reqnctapercluster
     defined: bool = False
 
 
@@ -116,6 +117,10 @@ _OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|\([^)]*\)|[^,\s](?:[^,\[{(]*[^,\s\[
 _FUNCTION = re.compile(r"((?:\.(?:visible|extern|weak|common)\s+)*)\.(entry|func)\b")
 _VARIABLE = re.compile(
     r"((?:\.(?:visible|extern|weak|common)\s+)*)\.(global|const|shared|local|param)\b([^;=]*)(=[^;]*)?;"
+)
+_DIRECTIVE = re.compile(
+    r"\.(reqntid|maxntid|minnctapersm|maxnreg|noreturn|pragma|maxclusterrank|explicitcluster|reqnctapercluster)\b"
+    r"([^;{\n]*)"
 )
 _REGISTERS = re.compile(r"\.reg\s*\.(\w+)\s+([^;]*);")
 _SKIPPED_LINE = re.compile(r"\.(?:version|address_size)\b[^\n]*")
@@ -245,11 +250,11 @@ class _Parser:
         function = Function(name, is_entry, parameters, results, scope)
         while True:
             self.skip_space()
-            if found := self.match(
-                re.compile(r"\.(reqntid|maxntid|minnctapersm|maxnreg|noreturn|pragma|maxclusterrank)\b([^;{\n]*)")
-            ):
+            if found := self.match(_DIRECTIVE):
                 if found[1] == "reqntid":
                     function.required_threads = tuple(int(n) for n in found[2].split(","))
+                elif found[1] == "reqnctapercluster":
+                    function.cluster = tuple(int(n) for n in found[2].split(","))
             else:
                 break
         if self.text[self.position] == ";":

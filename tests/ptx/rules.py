@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 
 from ptx.decode import (
+    CLUSTER,
     FLOATS,
     GENERIC,
     GLOBAL,
@@ -34,6 +35,7 @@ SPACES = {
     "const": GLOBAL,
     "shared": SHARED,
     "shared::cta": SHARED,
+    "shared::cluster": CLUSTER,
     "local": LOCAL,
     "param": PARAM,
     "param::entry": PARAM,
@@ -407,11 +409,41 @@ def decode_ld(d, ins, m):
 def decode_st(d, ins, m):
     type_ = last_type(m, d)
     m.take("v2", "v4", "v8")
+    if m.take("async"):
+        return decode_st_async(d, ins, m, type_)
     space, flags = memory_words(d, m)
     base, offset, symbol = d.address(ins.operands[0])
     values = [d.source(part, type_) for part in d.vector(ins.operands[1])]
     aux = [parameter_space(d, space, symbol), SIZES[type_], flags, len(values)]
     d.emit("st", [], [base, *values], imm=offset, aux=aux)
+
+
+def decode_st_async(d, ins, m, type_):
+    d.needs(90)
+    m.take("weak")
+    if not m.take("shared::cluster") or not m.take("mbarrier::complete_tx::bytes"):
+        raise d.unknown()
+    to, offset, _ = d.address(ins.operands[0])
+    signal, at, _ = d.address(ins.operands[2])
+    values = [d.source(part, type_) for part in d.vector(ins.operands[1])]
+    d.emit("st.async", [], [to, signal, *values], imm=offset, aux=[at, SIZES[type_]])
+
+
+@rule("mapa")
+def decode_mapa(d, ins, m):
+    d.needs(90)
+    type_ = last_type(m, d)
+    generic = not m.take("shared::cluster")
+    sources = [d.source(ins.operands[1], type_), d.source(ins.operands[2], "u32")]
+    d.emit(f"mapa.{type_}", [d.result(ins.operands[0], type_)], sources, aux=[generic])
+
+
+@rule("getctarank")
+def decode_getctarank(d, ins, m):
+    d.needs(90)
+    type_ = last_type(m, d)
+    m.take("shared::cluster")
+    d.emit("getctarank", [d.result(ins.operands[0], "u32")], [d.source(ins.operands[1], type_)])
 
 
 @rule("atom", "red")
@@ -469,13 +501,18 @@ def decode_bulk(d, ins, m):
     rank = int(m.choose(("1d", "2d", "3d", "4d", "5d"))[0]) if tensor else 0
     m.take("tile")
     spaces = [word for word in m.words if word in ("global", "shared::cta", "shared::cluster")]
-    load = spaces[-1:] == ["global"]
+    from_shared = spaces == ["shared::cluster", "shared::cta"] and not tensor
+    load = from_shared or spaces[-1:] == ["global"]
     m.take(*spaces)
     if len(spaces) != 2 or not m.take("mbarrier::complete_tx::bytes" if load else "bulk_group"):
         raise d.unknown()
     operands = list(ins.operands)
     if m.take("L2::cache_hint"):
         operands.pop()
+    multicast = m.take("multicast::cluster")
+    if multicast and (not load or from_shared):
+        raise d.unknown()
+    targets = [d.source(operands.pop(), "u16")] if multicast else []
 
     def tensor_map(token):
         found = re.fullmatch(r"\[\s*([^,\s]+)\s*,\s*(\{[^}]*\})\s*\]", token)
@@ -496,18 +533,22 @@ def decode_bulk(d, ins, m):
         sources, offsets = [*sources, signal], [*offsets, at]
     if operands:
         raise d.unknown(f"operand {operands[0]}")
-    d.emit("cp.async.bulk", [], [*sources, *size, *coordinates], aux=[load, rank, *offsets])
+    aux = [load | 2 * from_shared | 4 * multicast, rank, *offsets]
+    d.emit("cp.async.bulk", [], [*sources, *size, *coordinates, *targets], aux=aux)
 
 
 @rule("mbarrier")
 def decode_mbarrier(d, ins, m):
     type_ = m.take("b64")
-    m.take("shared", "shared::cta", "cta", "acquire", "release")
+    across = m.take("shared::cluster")
+    m.take("shared", "shared::cta", "cta", "cluster", "acquire", "release")
     relaxed = m.take("relaxed")
     kind = m.choose(("init", "inval", "arrive", "expect_tx", "try_wait", "test_wait"))
     if kind is None or not type_:
         raise d.unknown()
     operands = list(ins.operands)
+    if across and kind not in ("arrive", "expect_tx"):
+        raise d.unknown()
     if kind in ("try_wait", "test_wait"):
         parity = m.take("parity")
         result, phase = d.result(operands[0], "pred"), d.source(operands[2], "u32" if parity else "u64")
@@ -517,6 +558,8 @@ def decode_mbarrier(d, ins, m):
     if kind == "arrive" and not operands[0].startswith("["):
         state = operands.pop(0)
         results = [] if state == "_" else [d.result(state, "b64")]
+        if across and results:
+            raise d.unknown("another block's mbarrier returns no state")
     base, offset, _ = d.address(operands[0])
     sources = [base, *(d.source(token, "u32") for token in operands[1:])]
     if kind in ("init", "inval"):
@@ -524,7 +567,7 @@ def decode_mbarrier(d, ins, m):
     expects = kind == "expect_tx" or m.take("expect_tx")
     if expects and len(sources) != 2:
         raise d.unknown()
-    d.emit("mbarrier.arrive", results, sources, imm=offset, aux=[(kind == "arrive") | 2 * expects, relaxed])
+    d.emit("mbarrier.arrive", results, sources, imm=offset, aux=[(kind == "arrive") | 2 * expects, relaxed, across])
 
 
 @rule("setmaxnreg")
@@ -558,13 +601,14 @@ def decode_ldmatrix(d, ins, m):
 def decode_cvta(d, ins, m):
     type_ = last_type(m, d)
     to = "to." if m.take("to") else ""
-    space = {"shared::cta": "shared"}.get(word := m.choose(SPACES), word)
+    space = {"shared::cta": "shared", "shared::cluster": "shared"}.get(word := m.choose(SPACES), word)
     simple(d, ins, f"cvta.{to}{space}.{type_}", [type_], type_)
 
 
 @rule("isspacep")
 def decode_isspacep(d, ins, m):
-    space = {"shared::cta": "shared", "const": "global", "param::entry": "param"}.get(word := m.choose(SPACES), word)
+    names = {"shared::cta": "shared", "shared::cluster": "shared", "const": "global", "param::entry": "param"}
+    space = names.get(word := m.choose(SPACES), word)
     source = d.source(ins.operands[1], "u64")
     d.emit(
         "isspacep", [d.result(ins.operands[0], "pred")], [source], imm=WINDOWS.get(space, 0), aux=[space == "global"]
@@ -662,6 +706,8 @@ def decode_activemask(d, ins, m):
 
 @rule("bar", "barrier")
 def decode_bar(d, ins, m):
+    if m.take("cluster"):
+        return decode_cluster_barrier(d, ins, m)
     m.take("cta")
     if m.take("warp"):
         m.take("sync")
@@ -677,6 +723,14 @@ def decode_bar(d, ins, m):
     predicate = [operands.pop()] if kind == 2 else []
     sources = [d.source(token, "u32") for token in operands] + [d.source(token, "pred") for token in predicate]
     d.emit("barrier", results, sources, aux=[kind, aligned, len(operands) > 1, reduction])
+
+
+def decode_cluster_barrier(d, ins, m):
+    d.needs(90)
+    waits = ("arrive", "wait").index(m.choose(("arrive", "wait")))
+    aligned, relaxed = m.take("aligned"), m.take("relaxed")
+    m.take("acquire" if waits else "release")
+    d.emit("barrier.cluster", aux=[waits, aligned, relaxed])
 
 
 @rule("mma")

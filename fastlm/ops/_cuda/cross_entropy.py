@@ -1,10 +1,24 @@
-"""cross_entropy on CUDA: csrc/cuda/cross_entropy.cu."""
+"""cross_entropy on CUDA: csrc/cuda/cross_entropy.cu; of long rows on sm_90, csrc/cuda/sm90/cross_entropy.cu."""
 
 from __future__ import annotations
 
 from fastlm import _native
-from fastlm.ops import _losses
+from fastlm.ops import _losses, _registry
 from fastlm.ops._shapes import as_float, row_stride
+
+TWO_OF_A_MULTIPROCESSOR = 112 << 10  # bytes of shared memory with which two blocks share one
+
+
+def cluster_blocks(row_bytes: int) -> int:
+    """Blocks of the cluster that takes a row: as few as let two blocks share a multiprocessor, or all."""
+    return 4 if row_bytes <= 4 * TWO_OF_A_MULTIPROCESSOR else 8
+
+
+def _forward(x):
+    """The C++ function for logits x (n, V), and its own arguments."""
+    if _registry.kernel("cross_entropy", "cuda", x) == "cluster":
+        return _native.cuda().cross_entropy_fwd_sm90, {"blocks": cluster_blocks(x.shape[1] * x.element_size())}
+    return _native.cuda().cross_entropy_fwd, {}
 
 
 class Losses(_losses.Losses):
@@ -29,7 +43,8 @@ class Losses(_losses.Losses):
 
     def add(self, x, dx, dloss=None):
         target, loss, figures = self.next(x.shape[0])
-        _native.cuda().cross_entropy_fwd(
+        forward, own = _forward(x)
+        forward(
             x=x,
             target=target,
             weight=self.weight,
@@ -48,6 +63,7 @@ class Losses(_losses.Losses):
             label_smoothing=self.args.label_smoothing,
             z_loss=self.args.z_loss,
             softcap=self.args.softcap,
+            **own,
             dtype=_native.DTYPE_CODES[x.dtype],
             place=self.place,
         )

@@ -35,6 +35,7 @@ void register_all() {
   register_matrix();
   register_wgmma();
   register_bulk();
+  register_cluster();
   register_system();
 }
 
@@ -86,7 +87,8 @@ void run_blocks(Launch& launch, u32 blocks, u32 workers) {
 // Blocks on `workers` threads. If there is anything to report then, it is done over, in order, from the memory that was
 // there before: what is found must not depend on the workers.
 void run(Launch& launch, u32 workers, const std::vector<u32>& granules) {
-  const u32 blocks = launch.grid[0] * launch.grid[1] * launch.grid[2];
+  const auto &g = launch.grid, &c = launch.cluster;
+  const u32 blocks = g[0] * g[1] * g[2] / (c[0] * c[1] * c[2]);  // or clusters
   workers = std::min(workers, blocks);
   auto allocate = [&](bool side_by_side) {
     for (size_t k = 0; launch.races && k < granules.size(); ++k) {
@@ -168,7 +170,8 @@ API void* ptx_program(const i64* header, const i64* code, const i64* operands, c
 API void ptx_program_free(void* program) { delete static_cast<Program*>(program); }
 
 // config: grid x y z, block x y z, dynamic shared bytes, workers, most instructions, most findings, races, conflicts,
-// Chip buffers: device address, bytes, host address, address of the byte states or 0, writable, granule shift
+// Chip, cluster x y z
+// buffers: device address, bytes, host address, address of the byte states or 0, writable, granule shift
 API void* ptx_launch(const void* program, const i64* config, const u8* params, u64 param_bytes, const i64* buffers,
                      const char* buffer_names, u64* counts, u64* conflicts) {
   Launch launch;
@@ -177,6 +180,7 @@ API void* ptx_launch(const void* program, const i64* config, const u8* params, u
   launch.dynamic_shared = u32(config[6]);
   launch.max_instructions = u64(config[8]), launch.max_findings = u32(config[9]);
   launch.races = config[10] != 0, launch.chip = Chip(config[12]);
+  for (size_t k = 0; k < 3; ++k) launch.cluster[k] = u32(config[13 + k]);
   launch.params.assign(params, params + param_bytes);
   std::vector<u32> granules;
   for (auto& name : split(buffer_names)) {

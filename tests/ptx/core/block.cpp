@@ -7,12 +7,18 @@ namespace ptx {
 
 namespace {
 
+using Triple = std::array<u32, 3>;
+
+Triple split(u32 number, const Triple& extent) {
+  return {number % extent[0], number / extent[0] % extent[1], number / extent[0] / extent[1]};
+}
+
 u32 special_value(const std::string& name, const Launch& launch, const Block& b, const Warp& w, u32 lane) {
-  u32 thread = w.id * LANES + lane;
-  const auto &n = launch.block, &g = launch.grid;
+  const u32 warp = b.local(w), thread = warp * LANES + lane;
+  const Triple &n = launch.block, &g = launch.grid, &c = launch.cluster;
   if (name == "%laneid") return lane;
-  if (name == "%warpid") return w.id;
-  if (name == "%nwarpid") return u32(b.warps.size());
+  if (name == "%warpid") return warp;
+  if (name == "%nwarpid") return b.block_warps;
   if (name == "%lanemask_eq") return 1u << lane;
   if (name == "%lanemask_lt") return (1u << lane) - 1;
   if (name == "%lanemask_le") return ((1u << lane) - 1) | 1u << lane;
@@ -20,14 +26,19 @@ u32 special_value(const std::string& name, const Launch& launch, const Block& b,
   if (name == "%lanemask_ge") return ~((1u << lane) - 1);
   if (name == "%dynamic_smem_size") return launch.dynamic_shared;
   if (name == "%total_smem_size") return launch.program->shared_bytes + launch.dynamic_shared;
-  std::array<u32, 3> tid{thread % n[0], thread / n[0] % n[1], thread / n[0] / n[1]};
-  std::array<u32, 3> ctaid{b.id % g[0], b.id / g[0] % g[1], b.id / g[0] / g[1]};
+  if (name == "%cluster_ctarank") return w.rank;
+  if (name == "%cluster_nctarank") return b.ranks;
+  if (name == "%is_explicit_cluster") return b.ranks > 1;
   u32 axis = u32(name.back() - 'x');
   std::string base = name.substr(0, name.size() - 2);
-  if (base == "%tid") return tid[axis];
+  if (base == "%tid") return split(thread, n)[axis];
   if (base == "%ntid") return n[axis];
-  if (base == "%ctaid") return ctaid[axis];
+  if (base == "%ctaid") return split(b.number(b.id, w.rank), g)[axis];
   if (base == "%nctaid") return g[axis];
+  if (base == "%clusterid") return split(b.number(b.id, w.rank), g)[axis] / c[axis];
+  if (base == "%nclusterid") return g[axis] / c[axis];
+  if (base == "%cluster_ctaid") return split(w.rank, c)[axis];
+  if (base == "%cluster_nctaid") return c[axis];
   return 0;  // %smid, %nsmid, %gridid and the like: one multiprocessor, one grid
 }
 
@@ -89,13 +100,24 @@ void taint_halves(Block& b, Warp& w, const Ins& i, u32 mask) {
   });
 }
 
+u32 Block::number(u32 cluster, u32 rank) const {
+  if (ranks == 1) return cluster;
+  const Triple &g = launch.grid, &c = launch.cluster;
+  const Triple outer = split(cluster, {g[0] / c[0], g[1] / c[1], g[2] / c[2]}), inner = split(rank, c);
+  return outer[0] * c[0] + inner[0] + g[0] * (outer[1] * c[1] + inner[1] + g[1] * (outer[2] * c[2] + inner[2]));
+}
+
 Block::Block(Launch& l) : launch(l), program(*l.program) {
-  u32 threads = l.block[0] * l.block[1] * l.block[2];
-  warps.resize((threads + LANES - 1) / LANES);
+  const u32 threads = l.block[0] * l.block[1] * l.block[2];
+  block_warps = (threads + LANES - 1) / LANES;
+  ranks = l.cluster[0] * l.cluster[1] * l.cluster[2];
+  bytes = program.shared_bytes + l.dynamic_shared;
+  stride = (bytes / 1024 + 2) * 1024;  // more than a KB behind each block that belongs to none
+  warps.resize(ranks * block_warps);
   for (u32 k = 0; k < warps.size(); ++k) {
     Warp& w = warps[k];
-    u32 left = threads - k * LANES;
-    w.id = k;
+    w.id = k, w.rank = k / block_warps;
+    const u32 left = threads - k % block_warps * LANES;
     w.initial = left >= LANES ? ALL : (1u << left) - 1;
     w.storage.resize(program.words + 16);
     w.predicates.resize(program.predicates + 1);
@@ -107,7 +129,7 @@ Block::Block(Launch& l) : launch(l), program(*l.program) {
     w.detail.resize(size_t(program.registers) * LANES);
     w.local.resize(size_t(program.local_bytes) * LANES);
   }
-  shared.resize(program.shared_bytes + l.dynamic_shared);
+  shared.resize(ranks > 1 ? ranks * stride : bytes);
   if (l.races && !shared.empty()) shared_shadow.allocate(shared.size(), 0, false);
   hints.resize(program.code.size());
   counts.resize(program.code.size());
@@ -118,15 +140,22 @@ void Block::reset(u32 number) {
   id = number;
   time = 1, fence_time = 0, touched = false, executed = 0;
   known.clear(), read_before_fence.clear(), printed.clear(), held.clear();
-  barriers.fill({});
+  barriers.assign(ranks, {});
+  cluster = {};
+  if (ranks > 1) {
+    members.assign(ranks, {block_warps, std::vector<u32>(warps.size() + 1), std::vector<Member::Visit>(warps.size())});
+  }
   signals.clear(), bulk.clear(), events = 0;
   shared_state.assign(shared.size(), HOLE);
-  for (auto [offset, bytes] : program.shared) memset(&shared_state[offset], UNWRITTEN, bytes);
-  if (launch.dynamic_shared) memset(&shared_state[program.shared_bytes], UNWRITTEN, launch.dynamic_shared);
+  for (u32 rank = 0; rank < ranks; ++rank) {
+    u8* states = shared_state.data() + place(rank, 0);
+    for (auto [offset, size] : program.shared) memset(states + offset, UNWRITTEN, size);
+    if (launch.dynamic_shared) memset(states + program.shared_bytes, UNWRITTEN, launch.dynamic_shared);
+  }
   if (shared_shadow.writer) shared_shadow.clear(shared.size());
   if (program.async_proxy) {
     reading.assign(shared.size() / 16 + 1, 0);
-    warpgroups.assign((warps.size() + 3) / 4, {});
+    warpgroups.assign(ranks * ((block_warps + 3) / 4), {});
   }
   for (Warp& w : warps) {
     w.alive = w.initial;
@@ -145,6 +174,7 @@ void Block::reset(u32 number) {
     w.lanes_known = 0;
     w.pairs_known.reset();
     w.turns = 0, w.carry = 0;
+    w.arrived = w.passed = w.phases = 0;
     if (program.async_proxy) {
       w.proxied.assign(warps.size() + 1, 0);
       w.products.clear();
@@ -155,7 +185,9 @@ void Block::reset(u32 number) {
     for (const SpecialRegister& s : program.special) {
       for (u32 l = 0; l < LANES; ++l) {
         u32 value = special_value(s.name, launch, *this, w, l);
-        if (s.operand.width == 8)
+        if (s.operand.space == PREDICATES)
+          *w.at(s.operand) = value ? ALL : 0;
+        else if (s.operand.width == 8)
           put<u64>(w.at(s.operand), l, value);
         else
           put<u32>(w.at(s.operand), l, value);
@@ -172,7 +204,7 @@ void Block::add(Finding finding) {
 }
 
 void Block::find(const char* kind, const Warp& w, int lane, std::string message, i64 reg, i64 origin) {
-  Finding finding{kind, std::move(message), pc, id, w.id * LANES + u32(lane), reg, origin, 0};
+  Finding finding{kind, std::move(message), pc, number(id, w.rank), local(w) * LANES + u32(lane), reg, origin, 0};
   if (finding.kind == "race") {
     std::erase_if(held, [&](const Finding& f) { return f.pc == pc || i64(f.pc) == origin; });
   }
@@ -185,7 +217,7 @@ void Block::hold(const char* kind, const Warp& w, int lane, std::string message)
   for (const Finding& f : held) {
     if (f.pc == pc) return;
   }
-  held.push_back(Finding{kind, std::move(message), pc, id, w.id * LANES + u32(lane), -1, -1, 0});
+  held.push_back({kind, std::move(message), pc, number(id, w.rank), local(w) * LANES + u32(lane), -1, -1, 0});
 }
 
 void Block::find_undefined(Warp& w, const Operand& o, u32 mask, const char* use) {

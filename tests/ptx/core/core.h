@@ -4,6 +4,7 @@
 // instruction is a function over the lanes of an active mask. Predicates are masks of lanes.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <bit>
@@ -62,6 +63,7 @@ enum class Kind : u8 {
   EXIT,
   BARRIER,
   WARP_BARRIER,
+  CLUSTER_BARRIER,
 };
 
 struct Handler {
@@ -125,16 +127,16 @@ struct Stop {};  // thrown when enough has been found
 // mbarrier.
 enum State : u8 { UNWRITTEN = 0, WRITTEN = 1, UNDEFINED = 2, HOLE = 4, SIGNAL = 0x40, PENDING = 0x80 };
 
-// An access in a shadow: time (31 bits) | block (20) | thread (10) | strong in its block only | strong | read-only, or
-// written by a compare-and-swap. 0 is none.
+// An access in a shadow: time (29 bits) | cluster (20) | thread of it (12) | strong in its block only | strong |
+// read-only, or written by a compare-and-swap. 0 is none.
 using Entry = u64;
 constexpr Entry READ_ONLY = 1, SWAPPED = 1, STRONG = 2, IN_BLOCK = 4;
 inline Entry make_entry(u32 time, u32 block, u32 thread, Entry flags) {
-  return u64(time) << 33 | u64(block & 0xfffff) << 13 | u64(thread) << 3 | flags;
+  return u64(time) << 35 | u64(block & 0xfffff) << 15 | u64(thread) << 3 | flags;
 }
-inline u32 time_of(Entry e) { return u32(e >> 33); }
-inline u32 block_of(Entry e) { return u32(e >> 13) & 0xfffff; }
-inline u32 thread_of(Entry e) { return u32(e >> 3) & 0x3ff; }
+inline u32 time_of(Entry e) { return u32(e >> 35); }
+inline u32 block_of(Entry e) { return u32(e >> 15) & 0xfffff; }
+inline u32 thread_of(Entry e) { return u32(e >> 3) & 0xfff; }
 
 // A word that threads of this process share; a plain load and store on any machine.
 template <class T>
@@ -177,7 +179,12 @@ struct Buffer {
 constexpr u64 SHARED_WINDOW = 0x7000'0000'0000, LOCAL_WINDOW = 0x7100'0000'0000, PARAM_WINDOW = 0x7200'0000'0000;
 constexpr u64 WINDOW_BYTES = 0x100'0000'0000;
 
-enum Memory : u32 { GLOBAL, SHARED, LOCAL, PARAM, GENERIC };
+// CLUSTER: .shared::cluster. PLACE: by the offset in Block::shared, for what has found it already.
+enum Memory : u32 { GLOBAL, SHARED, LOCAL, PARAM, GENERIC, CLUSTER, PLACE };
+
+// A shared address of another block of the cluster, as mapa makes it: the block's rank + 1 from this bit on.
+constexpr u32 RANK_SHIFT = 24;
+constexpr u32 MOST_WARPS = 128;  // of a cluster
 
 // ---- warps -----------------------------------------------------------------------------------------------------
 
@@ -206,35 +213,43 @@ struct Product {
 
 // An mbarrier. What orders: every arrival releases what its warp knows, a wait that succeeds acquires it.
 struct Signal {
-  u32 count = 0;        // arrivals of a phase
-  u32 missing = 0;      // of the phase under way
-  i64 bytes = 0;        // that copies still have to bring
-  u32 phase = 0;        // phases completed
-  Entry made = 0;       // by whom and when
-  bool fenced = false;  // visible to the async proxy
+  u32 count = 0;         // arrivals of a phase
+  u32 missing = 0;       // of the phase under way
+  i64 bytes = 0;         // that copies still have to bring
+  u32 phase = 0;         // phases completed
+  Entry made = 0;        // by whom and when
+  bool fenced = false;   // visible to the async proxy
+  u32 fenced_phase = 0;  // cluster barriers that the fencing warp had passed
   std::vector<u32> known, proxied, passed_known, passed_proxied;
 };
 
-// A part of a bulk copy: at most 16 bytes, which are zero where `global` is 0.
+// A part of a bulk copy: at most 16 bytes, to or from this offset of Block::shared. `other` is an address of global
+// memory, where 0 stands for zeros, or the offset that a copy from shared memory reads.
 struct Piece {
   u32 shared;
-  u64 global;
+  u64 other;
   u32 bytes;
 };
+
+// Where a copy that completes at an mbarrier comes from. VALUES: st.async, from registers.
+enum class Source : u8 { GLOBAL_MEMORY, SHARED_MEMORY, VALUES };
 
 // A cp.async.bulk, until what it signals is waited for.
 struct BulkCopy {
   u32 warp, lane, pc;
-  bool load;   // from global memory to shared
-  u32 signal;  // a load's mbarrier
-  u32 group;   // a store's
-  bool read;   // a store that has read its shared memory, into `data`
-  std::vector<Piece> pieces;
-  std::vector<u8> data;
+  bool load = false;  // to shared memory
+  Source source = Source::GLOBAL_MEMORY;
+  u32 signal = 0;     // a load's mbarrier
+  u32 group = 0;      // a store's
+  bool read = false;  // a store that has read its shared memory, into `data`
+  std::vector<Piece> pieces{};
+  std::vector<u8> data{};
 };
 
 struct Warp {
-  u32 id = 0, initial = 0, alive = 0;
+  u32 id = 0;    // in the cluster
+  u32 rank = 0;  // of its block in the cluster
+  u32 initial = 0, alive = 0;
   std::vector<Split> splits;
   u32* bases[3] = {};
   std::vector<u32> storage;
@@ -257,9 +272,11 @@ struct Warp {
   std::vector<Product> products;
   u32 products_group = 0;  // commit groups so far
   u32 products_issued = 0;
-  std::vector<u8> flying;  // per register: products in flight that have it
-  std::vector<u8> stale;   // per register: written since the last wgmma.fence
-  u32 turns = 0;           // steps taken while diverged
+  std::vector<u8> flying;       // per register: products in flight that have it
+  std::vector<u8> stale;        // per register: written since the last wgmma.fence
+  u32 turns = 0;                // steps taken while diverged
+  u32 arrived = 0, passed = 0;  // lanes at barrier.cluster before its wait: its phase is incomplete, complete
+  u32 phases = 0;               // cluster barriers passed
 
   template <class T = u32>
   T* at(const Operand& o) {
@@ -293,6 +310,22 @@ struct BarrierState {
   u32 votes = 0, pc = 0;  // of bar.red
 };
 
+// What barrier.cluster hands on: of the phase under way, and of the last one.
+struct ClusterBarrier {
+  std::vector<u32> known, proxied, passed_known, passed_proxied;
+};
+
+// A block of a cluster, as the others meet it.
+struct Member {
+  struct Visit {
+    u32 time = 0, pc = 0;
+    int lane = 0;
+  };
+  u32 alive = 0;              // warps that have not exited
+  std::vector<u32> known;     // what they knew when they exited, together
+  std::vector<Visit> visits;  // by other blocks' warps, the last of each
+};
+
 // The arithmetic that PTX leaves open. EXACT: as close as can be. The others: approximations with the largest errors
 // that the ISA allows, all upwards, all downwards or scattered (ops_approximate.cpp), and mma's sums truncated
 // (ops_matrix.cpp).
@@ -313,7 +346,7 @@ struct Warpgroup {
 struct Launch {
   const Program* program = nullptr;
   std::vector<Buffer> buffers;  // by address
-  std::array<u32, 3> grid{}, block{};
+  std::array<u32, 3> grid{}, block{}, cluster{1, 1, 1};
   std::vector<u8> params;
   u32 dynamic_shared = 0;
   u64 max_instructions = 0;
@@ -331,22 +364,29 @@ struct Launch {
   std::unordered_map<u64, std::unordered_map<u32, u32>> released;
 };
 
+// A block of threads, or a cluster of them, whose warps and shared memory lie one block's behind the other's: what
+// orders warps, and what checks their accesses, then spans the cluster.
 struct Block {
   Launch& launch;
   const Program& program;
-  u32 id = 0;
+  u32 id = 0;                 // of the cluster
+  u32 ranks = 1;              // blocks of the cluster
+  u32 block_warps = 0;        // warps of a block
+  u32 bytes = 0, stride = 0;  // of a block's shared memory, and from one to the next
   u32 time = 1;
   bool touched = false;  // memory was accessed at `time`
   std::vector<Warp> warps;
   std::vector<u8> shared, shared_state;
   Shadow shared_shadow;
-  std::vector<u16> reading;  // per 16-byte unit of shared memory: products in flight that read it
-  std::vector<Warpgroup> warpgroups;
-  std::map<u32, Signal> signals;  // mbarriers by their address
+  std::vector<u16> reading;           // per 16-byte unit of shared memory: products in flight that read it
+  std::vector<Warpgroup> warpgroups;  // block by block
+  std::map<u32, Signal> signals;      // mbarriers by their place in `shared`
   std::vector<BulkCopy> bulk;
-  u64 events = 0;        // arrivals, completed phases, released barriers, exits
-  bool waiting = false;  // the instruction that ran found its mbarrier's phase incomplete
-  std::array<BarrierState, 16> barriers;
+  u64 events = 0;                                      // arrivals, completed phases, released barriers, exits
+  bool waiting = false;                                // the instruction that ran found its mbarrier's phase incomplete
+  std::vector<std::array<BarrierState, 16>> barriers;  // of each block
+  ClusterBarrier cluster;
+  std::vector<Member> members;
   std::vector<u32> hints;  // the buffer that each instruction met last
   std::vector<u64> counts, conflicts;
   std::unordered_map<u32, u32> known;  // other blocks, up to a time, through acquire and release
@@ -386,13 +426,32 @@ struct Block {
   void converge(Warp& w, int current, const Ins& i);
   void barrier(Warp& w, int current, const Ins& i);
   void warp_barrier(Warp& w, int current, const Ins& i);
-  void release(u32 number);
+  bool gather(Warp& w, Split& s);
+  void release(u32 rank, u32 number);
+  void cluster_barrier(Warp& w, int current, const Ins& i);
+  void complete_cluster();
+  void pass_cluster(Warp& w, Split& s);
+  void exited(Warp& w);
   void deadlock();
   void starve();
   void visit_registers(Warp& w, const Ins& i, u32 mask);
   void finish_products();
   void finish_bulk();
   bool is_bulk(u64 shared) const;  // a bulk copy is writing this byte of shared memory
+
+  u32 number(u32 cluster, u32 rank) const;  // of a block in the launch
+  u32 local(const Warp& w) const { return w.id - w.rank * block_warps; }
+  u32 rank_of(u32 place) const { return ranks > 1 ? place / stride : 0; }
+  u32 offset_of(u32 place) const { return ranks > 1 ? place % stride : place; }
+  // In `shared`. An offset past the end stays past the end of its block.
+  u32 place(u32 rank, u64 offset) const {
+    return ranks > 1 ? rank * stride + u32(std::min<u64>(offset, stride - 16)) : u32(offset);
+  }
+  // The place of a shared address, or NOWHERE after a finding. across: it may be in another block.
+  u32 place_of(Warp& w, int lane, u64 address, bool across);
+  // Why a warp must not touch the shared memory of a block of its cluster: the kind of the finding and its reason, or
+  // nullptr. visits: the block must not exit before.
+  std::pair<const char*, const char*> unreachable(Warp& w, int lane, u32 rank, bool visits);
 };
 
 // ---- values ----------------------------------------------------------------------------------------------------
@@ -455,5 +514,13 @@ void taint_and(Block&, Warp&, const Ins&, u32);     // but for bytes that the ot
 void taint_or(Block&, Warp&, const Ins&, u32);
 
 std::string hex(u64 v);
+
+constexpr u32 NOWHERE = ~0u;
+
+// Of times by warp, the later ones.
+inline void join(std::vector<u32>& to, const std::vector<u32>& from) {
+  to.resize(std::max(to.size(), from.size()));
+  for (size_t k = 0; k < from.size(); ++k) to[k] = std::max(to[k], from[k]);
+}
 
 }  // namespace ptx

@@ -165,8 +165,8 @@ void Block::deadlock() {
     for (const Split& s : w.splits) {
       if (!first) first = &w, pc = s.pc;
       if (text.size() < 600) {
-        text +=
-            "; warp " + std::to_string(w.id) + " lanes " + lanes_text(s.mask) + " at $pc" + std::to_string(s.pc) + "$";
+        text += (ranks > 1 ? "; block " + std::to_string(number(id, w.rank)) + " warp " : "; warp ") +
+                std::to_string(local(w)) + " lanes " + lanes_text(s.mask) + " at $pc" + std::to_string(s.pc) + "$";
       }
     }
   }
@@ -206,6 +206,7 @@ void Block::leave(Warp& w, int current, u32 mask) {
   w.alive &= ~mask;
   ++events;
   w.splits.erase(w.splits.begin() + current);
+  exited(w);
 }
 
 // Lanes of a split by their member mask, which must be the same for all of its members that are here.
@@ -274,6 +275,18 @@ void Block::warp_barrier(Warp& w, int current, const Ins& i) {
   }
 }
 
+// Whether all lanes of the warp are at an aligned barrier. If not, this split waits for the others.
+bool Block::gather(Warp& w, Split& s) {
+  if (w.alive != w.initial) {
+    find("divergence", w, std::countr_zero(s.mask),
+         "waits at a barrier that lanes " + lanes_text(w.initial & ~w.alive) +
+             " of its warp, which have exited, do not reach");
+  }
+  if (!(w.alive & ~s.mask)) return true;
+  s.state = Split::CONVERGING, s.wait = w.alive;
+  return false;
+}
+
 // aux[0]: 0 sync, 1 arrive, 2 red; aux[1]: aligned; aux[2]: there is a count; aux[3]: popc, and, or.
 // Sources: the barrier, [the count], [the predicate].
 void Block::barrier(Warp& w, int current, const Ins& i) {
@@ -283,24 +296,14 @@ void Block::barrier(Warp& w, int current, const Ins& i) {
   for (u32 k = 0; k < i.ns; ++k) {
     if (undefined(w, source[k], s.mask, "an operand of a barrier")) throw Stop{};
   }
-  if (i.aux[1]) {
-    if (w.alive != w.initial) {
-      find("divergence", w, lane,
-           "waits at a barrier that lanes " + lanes_text(w.initial & ~w.alive) +
-               " of its warp, which have exited, do not reach");
-    }
-    if (w.alive & ~s.mask) {
-      s.state = Split::CONVERGING, s.wait = w.alive;
-      return;
-    }
-  }
+  if (i.aux[1] && !gather(w, s)) return;
   u32 number = w.at(source[0])[lane], expected = i.aux[2] ? w.at(source[1])[lane] : EVERYONE;
   if (number > 15 || (i.aux[2] && (expected == 0 || expected % LANES))) {
     find("divergence", w, lane, "barrier " + std::to_string(number) + " with a count of " + std::to_string(expected));
     throw Stop{};
   }
-  if (expected == EVERYONE || expected == warps.size() * LANES) expected = u32(warps.size()) * LANES;
-  BarrierState& b = barriers[number];
+  if (expected == EVERYONE) expected = block_warps * LANES;
+  BarrierState& b = barriers[w.rank][number];
   if (b.arrived == 0) {
     b = {};
     b.expected = expected, b.pc = pc;
@@ -312,9 +315,8 @@ void Block::barrier(Warp& w, int current, const Ins& i) {
              std::to_string(b.pc) + "$ counts " + std::to_string(b.expected));
   }
   u32 now = tick();
-  for (size_t k = 0; k < w.known.size(); ++k) b.known[k] = std::max(b.known[k], w.known[k]);
+  join(b.known, w.known), join(b.proxied, w.proxied);
   b.known[w.id] = now;
-  for (size_t k = 0; k < w.proxied.size(); ++k) b.proxied[k] = std::max(b.proxied[k], w.proxied[k]);
   // Lanes that do not exist have arrived with the first that does.
   b.arrived += u32(std::popcount(s.mask)) + (s.mask & 1 ? u32(LANES - std::popcount(w.initial)) : 0);
   if (b.arrived > b.expected) {
@@ -327,19 +329,21 @@ void Block::barrier(Warp& w, int current, const Ins& i) {
     ++s.pc;
   else
     s.state = Split::BARRIER, s.wait = number;
-  if (b.arrived >= b.expected) release(number);
+  if (b.arrived >= b.expected) release(w.rank, number);
 }
 
-void Block::release(u32 number) {
-  BarrierState& b = barriers[number];
+void Block::release(u32 rank, u32 number) {
+  BarrierState& b = barriers[rank][number];
   u32 now = tick();
-  for (Warp& w : warps) {
+  for (u32 k = rank * block_warps; k < (rank + 1) * block_warps; ++k) {
+    Warp& w = warps[k];
     for (Split& s : w.splits) {
       if (s.state != Split::BARRIER || s.wait != number) continue;
       const Ins& i = program.code[s.pc];
       if (i.aux[0] == 2) {
         const Operand& d = i.ops[0];
-        u32 members = b.expected - (u32(warps.size()) * LANES - launch.block[0] * launch.block[1] * launch.block[2]);
+        const u32 missing = block_warps * LANES - launch.block[0] * launch.block[1] * launch.block[2];
+        const u32 members = b.expected - missing;
         bool result = i.aux[3] == 1 ? b.votes == members : b.votes > 0;
         if (i.aux[3] == 0)
           for_lanes(s.mask, [&](int l) { w.at(d)[l] = b.votes; });
@@ -347,8 +351,8 @@ void Block::release(u32 number) {
           *w.at(d) = (*w.at(d) & ~s.mask) | (result ? s.mask : 0);
         w.undef[d.reg] &= ~s.mask;
       }
-      for (size_t k = 0; k < w.known.size(); ++k) w.known[k] = std::max(w.known[k], b.known[k]);
-      for (size_t k = 0; k < w.proxied.size(); ++k) w.proxied[k] = std::max(w.proxied[k], b.proxied[k]);
+      join(w.known, b.known);
+      if (!w.proxied.empty()) join(w.proxied, b.proxied);
       if ((s.mask & w.alive) == w.alive)
         w.lanes_known = now;
       else
@@ -432,6 +436,9 @@ void Block::step(Warp& w, int current) {
       break;
     case Kind::WARP_BARRIER:
       warp_barrier(w, current, i);
+      break;
+    case Kind::CLUSTER_BARRIER:
+      cluster_barrier(w, current, i);
       break;
   }
 }

@@ -7,7 +7,7 @@ namespace ptx {
 
 namespace {
 
-const char* SPACE_NAMES[] = {"global", "shared", "local", "parameter", "generic"};
+const char* SPACE_NAMES[] = {"global", "shared", "local", "parameter"};
 
 bool ordered(const Block& b, const Warp& w, int lane, Entry e) {
   if (block_of(e) != (b.id & 0xfffff)) {
@@ -22,10 +22,13 @@ bool ordered(const Block& b, const Warp& w, int lane, Entry e) {
   return time_of(e) < known;
 }
 
-std::string thread_name(const Block& b, Entry e) {
-  u32 block = block_of(e), thread = thread_of(e);
-  std::string name = thread / LANES == b.warps.size() ? "a bulk copy" : "thread " + std::to_string(thread);
-  return block == (b.id & 0xfffff) ? name : name + " of block " + std::to_string(block);
+std::string thread_name(const Block& b, const Warp& w, Entry e) {
+  const u32 cluster = block_of(e), warp = thread_of(e) / LANES;
+  if (warp == b.warps.size() && cluster == (b.id & 0xfffff)) return "a bulk copy";
+  const u32 rank = std::min(warp / b.block_warps, b.ranks - 1);
+  std::string name = "thread " + std::to_string(thread_of(e) - rank * b.block_warps * LANES);
+  if (cluster == (b.id & 0xfffff) && rank == w.rank) return name;
+  return name + " of block " + std::to_string(b.number(cluster, rank));
 }
 
 }  // namespace
@@ -44,6 +47,15 @@ std::string Access::where() const {
     u64 window = address / WINDOW_BYTES * WINDOW_BYTES;
     at = window == SHARED_WINDOW ? SHARED : window == LOCAL_WINDOW ? LOCAL : window == PARAM_WINDOW ? PARAM : GLOBAL;
     if (at != GLOBAL) offset -= window;
+  }
+  if (at == SHARED || at == CLUSTER || at == PLACE) {
+    const u64 part = at == PLACE ? block.rank_of(u32(offset)) + 1 : offset >> RANK_SHIFT;
+    const bool mapped = part && part <= block.ranks;
+    if (at == PLACE) offset = block.offset_of(u32(offset));
+    if (at != PLACE && mapped) offset &= (u64(1) << RANK_SHIFT) - 1;
+    text += " of shared memory at offset " + std::to_string(i64(offset));
+    return mapped && part - 1 != warp.rank ? text + " of block " + std::to_string(block.number(block.id, u32(part - 1)))
+                                           : text;
   }
   if (at != GLOBAL) return text + " of " + SPACE_NAMES[at] + " memory at offset " + std::to_string(i64(offset));
   // The buffer it lies in, or the nearest one.
@@ -94,8 +106,26 @@ bool Access::locate(Range& range, bool write, u32 alignment) const {
       break;
     }
     case SHARED:
-      if (a > block.shared.size() || bytes > block.shared.size() - a) {
-        return fail("bounds", ": the block has " + std::to_string(block.shared.size()));
+    case CLUSTER:
+    case PLACE: {
+      if (at != PLACE) {
+        const u64 part = a >> RANK_SHIFT, rank = part ? part - 1 : warp.rank;
+        const u64 offset = a & ((u64(1) << RANK_SHIFT) - 1);
+        if (rank >= block.ranks && part <= 16) {
+          return fail("bounds", ": the cluster has " + std::to_string(block.ranks) + " blocks");
+        }
+        if (rank >= block.ranks || offset > block.bytes || bytes > block.bytes - offset) {
+          return fail("bounds", ": the block has " + std::to_string(block.bytes));
+        }
+        if (rank != warp.rank && space == SHARED) {
+          return fail("bounds", " without .shared::cluster: it is another block's");
+        }
+        const auto [kind, why] = block.unreachable(warp, lane, u32(rank), true);
+        if (kind) return fail(kind, why);
+        a = block.place(u32(rank), offset);
+      } else if (block.rank_of(u32(a)) >= block.ranks || block.offset_of(u32(a)) > block.bytes ||
+                 bytes > block.bytes - block.offset_of(u32(a))) {
+        return fail("bounds", ": the block has " + std::to_string(block.bytes));
       }
       if (write && !block.reading.empty()) {
         for (u64 unit = a / 16; unit <= (a + bytes - 1) / 16; ++unit) {
@@ -106,6 +136,7 @@ bool Access::locate(Range& range, bool write, u32 alignment) const {
       range = {&block.shared[a], &block.shared_state[a], block.shared_shadow.writer ? &block.shared_shadow : nullptr, a,
                true};
       break;
+    }
     case LOCAL: {
       u64 size = block.program.local_bytes;
       if (a > size || bytes > size - a) return fail("bounds", ": the thread has " + std::to_string(size));
@@ -144,7 +175,11 @@ namespace {
 bool same_thread(Entry a, Entry b) { return block_of(a) == block_of(b) && thread_of(a) == thread_of(b); }
 
 // Both are atomic to each other.
-bool both_strong(Entry a, Entry b) { return a & b & STRONG && (block_of(a) == block_of(b) || !((a | b) & IN_BLOCK)); }
+bool both_strong(const Block& block, Entry a, Entry b) {
+  const u32 threads = block.block_warps * LANES;
+  const bool together = block_of(a) == block_of(b) && thread_of(a) / threads == thread_of(b) / threads;
+  return a & b & STRONG && (together || !((a | b) & IN_BLOCK));
+}
 
 // How far apart two threads are: what orders close ones need not order distant ones.
 int distance(Entry a, Entry b) {
@@ -197,11 +232,11 @@ void Access::check_read(const Range& range) const {
 
   auto visit = [&](u64 k, Entry& new_reader, Entry& new_reader2) {
     Entry w = writer[k];
-    if (w && !both_strong(w, mine) && !(w & STRONG && w & SWAPPED)) {
+    if (w && !both_strong(block, w, mine) && !(w & STRONG && w & SWAPPED)) {
       if (once || !ordered(block, warp, lane, w)) {
         block.find("race", warp, lane,
                    "reads " + where() + (once ? " with ld.global.nc, but the kernel writes it: " : ": ") +
-                       (same_thread(w, mine) ? "the same thread" : thread_name(block, w)) + " wrote it" +
+                       (same_thread(w, mine) ? "the same thread" : thread_name(block, warp, w)) + " wrote it" +
                        (once ? "" : ", and nothing orders the two"),
                    -1, s.writer_pc[first + k]);
       }
@@ -250,10 +285,10 @@ void Access::check_write(const Range& range, const u8* in, u32 undefined) const 
     for (auto [e, write] : {std::pair<Entry, bool>{writer[k], true}, {reader[k], false}, {reader2[k], false}}) {
       if (!e) continue;
       bool once = !write && e & READ_ONLY;
-      if (!once && (both_strong(e, mine) || (swap && !write) || ordered(block, warp, lane, e))) continue;
+      if (!once && (both_strong(block, e, mine) || (swap && !write) || ordered(block, warp, lane, e))) continue;
       if (write && same_value()) continue;
       block.find("race", warp, lane,
-                 "writes " + where() + ": " + thread_name(block, e) + (write ? " wrote it" : " read it") +
+                 "writes " + where() + ": " + thread_name(block, warp, e) + (write ? " wrote it" : " read it") +
                      (once ? " with ld.global.nc, which needs memory that the kernel does not write"
                            : ", and nothing orders the two"),
                  -1, write ? s.writer_pc[first + k] : s.reader_pc[first + k]);
@@ -306,7 +341,7 @@ bool Access::check_proxy() const {
     if (!e || thread_of(e) / LANES == block.warps.size()) continue;
     if (time_of(e) < warp.proxied[thread_of(e) / LANES]) continue;
     block.find("async", warp, lane,
-               "uses " + where() + " through the async proxy, but thread " + std::to_string(thread_of(e)) +
+               "uses " + where() + " through the async proxy, but " + thread_name(block, warp, e) +
                    " wrote it and no fence.proxy.async came in between",
                -1, block.shared_shadow.writer_pc[address + k]);
     return false;
@@ -349,7 +384,7 @@ void complete_copies(Block& b, Warp& w, u32 mask, u32 pending_groups, bool uncom
       Access read{b, w, ins, int(c.lane), GLOBAL, c.global, c.source_bytes};
       read.load(value, undefined, 1);
     }
-    Access write{b, w, ins, int(c.lane), SHARED, c.shared, c.bytes};
+    Access write{b, w, ins, int(c.lane), PLACE, c.shared, c.bytes};
     write.store(value, undefined, 1);
     b.pc = pc;
     return true;

@@ -45,7 +45,8 @@ struct Access {
   void check_read(const Range& range) const;
   void check_write(const Range& range, const u8* in, u32 undefined) const;
   void acquire_release(u64 key) const;
-  // For the async proxy: False, after a finding, where another proxy's write has no fence.proxy.async after it.
+  // For the async proxy, at a PLACE: False, after a finding, where another proxy's write has no fence.proxy.async after
+  // it.
   bool check_proxy() const;
   std::string where() const;
 };

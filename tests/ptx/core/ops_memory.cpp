@@ -34,7 +34,8 @@ void count_conflicts(Block& b, const u64* addresses, u32 mask, u32 bytes) {
 }
 
 bool is_shared(u32 space, u64 address) {
-  return space == SHARED || (space == GENERIC && address / WINDOW_BYTES == SHARED_WINDOW / WINDOW_BYTES);
+  return space == SHARED || space == CLUSTER ||
+         (space == GENERIC && address / WINDOW_BYTES == SHARED_WINDOW / WINDOW_BYTES);
 }
 
 void load(Block& b, Warp& w, const Ins& i, u32 mask) {
@@ -197,11 +198,12 @@ void copy_async(Block& b, Warp& w, const Ins& i, u32 mask) {
     if (b.undefined(w, i.ops[k], mask, k == 2 ? "the size of a copy" : "an address")) return;
   }
   for_lanes(mask, [&](int lane) {
-    u64 to = (address_of(w, i.ops[0], lane) + i32(i.aux[4])) % WINDOW_BYTES;
+    const u32 to = b.place_of(w, lane, address_of(w, i.ops[0], lane) + u64(i64(i32(i.aux[4]))), false);
+    if (to == NOWHERE) return;
     u64 from = address_of(w, i.ops[1], lane) + i.imm;
     u32 bytes = i.aux[1], source = i.ns > 2 ? std::min(bytes, get<u32>(w.at(i.ops[2]), lane)) : bytes;
     Range range;
-    Access write{b, w, i, lane, SHARED, to, bytes};
+    Access write{b, w, i, lane, PLACE, to, bytes};
     if (!write.locate(range, true, bytes)) return;
     if (source) {
       Range read;
@@ -214,7 +216,7 @@ void copy_async(Block& b, Warp& w, const Ins& i, u32 mask) {
     }
     if (range.shadow) write.check_write(range, nullptr, 0);
     memset(range.state, PENDING, bytes);
-    w.copies.push_back({u32(lane), w.group[lane], u32(to), from, bytes, source, b.pc});
+    w.copies.push_back({u32(lane), w.group[lane], to, from, bytes, source, b.pc});
   });
 }
 

@@ -69,10 +69,11 @@ class Reader {
   // False after a finding.
   bool read_unit(u32 address, u8* out, bool& undefined) {
     u32 bits = 0;
-    Access access{b, w, i, 0, SHARED, address, UNIT};
+    const u32 place = b.place(w.rank, address);
+    Access access{b, w, i, 0, PLACE, place, UNIT};
     if (!access.load(out, bits, UNIT)) return false;
     undefined |= bits != 0;
-    product.units.push_back(address);
+    product.units.push_back(place);
     return access.check_proxy();
   }
 
@@ -114,7 +115,8 @@ class Reader {
 
 // The warps of a warpgroup must issue the same products in the same order.
 void issued(Block& b, Warp& w, Issued what) {
-  Warpgroup& group = b.warpgroups[w.id / 4];
+  const u32 number = b.local(w) / 4, first = w.rank * b.block_warps + 4 * number;
+  Warpgroup& group = b.warpgroups[w.rank * ((b.block_warps + 3) / 4) + number];
   u32 at = w.products_issued++ - group.first;
   if (at == group.issued.size()) {
     group.issued.push_back(what);
@@ -127,7 +129,7 @@ void issued(Block& b, Warp& w, Issued what) {
   }
   if (group.issued.size() < 1024) return;
   u32 least = w.products_issued;
-  for (u32 k = w.id / 4 * 4; k < w.id / 4 * 4 + 4; ++k) least = std::min(least, b.warps[k].products_issued);
+  for (u32 k = first; k < first + 4; ++k) least = std::min(least, b.warps[k].products_issued);
   group.issued.erase(group.issued.begin(), group.issued.begin() + (least - group.first));
   group.first = least;
 }
@@ -138,8 +140,8 @@ void product(Block& b, Warp& w, const Ins& i, u32) {
   const u32 columns = i.aux[0], flags = i.aux[1];
   const u32 fragments = flags & A_IN_REGISTERS ? 4 : 0;
   const Operand *a = i.ops + i.nd, *bb = a + (fragments ? fragments : 1), *scale = bb + 1;
-  if (b.warps.size() < w.id / 4 * 4 + 4) {
-    b.find("divergence", w, 0, "needs a warpgroup of four warps; the block has " + std::to_string(b.warps.size()));
+  if (b.block_warps < b.local(w) / 4 * 4 + 4) {
+    b.find("divergence", w, 0, "needs a warpgroup of four warps; the block has " + std::to_string(b.block_warps));
     throw Stop{};
   }
   if (!fragments && b.undefined(w, *a, ALL, "a matrix descriptor")) throw Stop{};
@@ -188,7 +190,7 @@ void product(Block& b, Warp& w, const Ins& i, u32) {
       }
     }
   } else {
-    reader.template read<T>(Matrix(of_a, flags & A_ACROSS), w.id % 4 * ROWS, ROWS, A);
+    reader.template read<T>(Matrix(of_a, flags & A_ACROSS), b.local(w) % 4 * ROWS, ROWS, A);
   }
   reader.template read<T>(Matrix(of_b, flags & B_ACROSS), 0, columns, B);
   if (flags & NEGATE_A) {
@@ -253,7 +255,7 @@ void wait_products(Block& b, Warp& w, const Ins& i, u32) {
     b.pc = p.pc;
     for (u32 unit : p.units) {
       --b.reading[unit / UNIT];
-      Access access{b, w, b.program.code[p.pc], 0, SHARED, unit, UNIT};
+      Access access{b, w, b.program.code[p.pc], 0, PLACE, unit, UNIT};
       Range range;
       if (access.locate(range, false, 1) && range.shadow) access.check_read(range);
     }
@@ -292,15 +294,13 @@ void Block::visit_registers(Warp& w, const Ins& i, u32 mask) {
 }
 
 void Block::finish_products() {
-  for (size_t g = 0; g < warpgroups.size(); ++g) {
-    for (size_t k = 4 * g; k < std::min(4 * g + 4, warps.size()); ++k) {
-      const Warpgroup& group = warpgroups[g];
-      const u32 at = warps[k].products_issued - group.first;
-      if (at == group.issued.size()) continue;
-      pc = group.issued[at].pc;
-      find("divergence", warps[k], 0, "has exited without this wgmma, which other warps of its warpgroup executed");
-      return;
-    }
+  for (const Warp& w : warps) {
+    const Warpgroup& group = warpgroups[w.rank * ((block_warps + 3) / 4) + local(w) / 4];
+    const u32 at = w.products_issued - group.first;
+    if (at == group.issued.size()) continue;
+    pc = group.issued[at].pc;
+    find("divergence", w, 0, "has exited without this wgmma, which other warps of its warpgroup executed");
+    return;
   }
 }
 

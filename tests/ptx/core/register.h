@@ -21,6 +21,7 @@ void register_warp();
 void register_matrix();
 void register_wgmma();
 void register_bulk();
+void register_cluster();
 void register_system();
 
 }  // namespace ptx

@@ -1,0 +1,29 @@
+"""Logits for which "auto" leaves its order of backends for cross_entropy. None of it was measured."""
+
+from __future__ import annotations
+
+import torch
+
+from fastlm.ops._preferences import Preference
+
+# Rows of this length, one on each of 132 multiprocessors, exceed an L2 of 50 MB: all kernels but that of the cluster
+# then read a row from memory twice. Its most: what eight blocks hold (csrc/cuda/sm90/cross_entropy.h).
+LEAST, MOST = 380 << 10, 8 * (224 << 10)  # bytes
+
+PREFER = tuple(
+    Preference(
+        device="cuda",
+        backend="cuda",
+        kernel="cluster",
+        sm=90,
+        dtypes=dtypes,
+        shape=((-1, LEAST // bytes_ + 1, MOST // bytes_),),
+        measured=False,
+        why=f"on sm_90, for {LEAST // bytes_ + 1} to {MOST // bytes_} classes in {words}: a row lies in the shared "
+        "memory of a cluster and is read from memory once",
+    )
+    for dtypes, bytes_, words in (
+        ((torch.bfloat16, torch.float16), 2, "bfloat16 or float16"),
+        ((torch.float32,), 4, "float32"),
+    )
+)

@@ -1,0 +1,84 @@
+"""The table by which "auto" leaves its order of backends: what an entry describes, and that predictions come last."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fastlm import _native, info
+from fastlm.ops import _preferences, _registry
+
+
+@pytest.fixture
+def planted(monkeypatch):
+    """planted(*entries): the table of rms_norm on an sm_90 device where Triton and CUDA run."""
+    monkeypatch.setattr(_registry, "_triton_installed", lambda: True)
+    monkeypatch.setattr(_native, "missing_cuda", lambda: None)
+    monkeypatch.setattr(_preferences, "_capability", lambda index: 90)
+
+    def plant(*entries):
+        monkeypatch.setitem(_registry._pages, "rms_norm", _registry._pages["rms_norm"])  # as it was, at the end
+        _registry.page("fastlm.ops.layer_norm", "rms_norm", prefer=entries)
+
+    return plant
+
+
+def entry(backend, **described):
+    return _preferences.Preference("cuda", backend, **{"why": "for a test", "sm": 90, **described})
+
+
+def on_a_gpu(*shape, dtype=torch.bfloat16):
+    with FakeTensorMode():
+        return torch.empty(shape, dtype=dtype, device="cuda:0")
+
+
+def test_a_predicted_entry_never_displaces_a_measured_one(planted):
+    x = on_a_gpu(4, 1024)
+    assert _registry.choose("rms_norm", "auto", x) == "triton"
+    guess, fact = entry("cuda", kernel="fast", measured=False), entry("reference")
+    planted(guess)
+    assert (_registry.choose("rms_norm", "auto", x), _registry.kernel("rms_norm", "cuda", x)) == ("cuda", "fast")
+    for both in ((guess, fact), (fact, guess)):
+        planted(*both)
+        assert _registry.choose("rms_norm", "auto", x) == "reference"
+    planted(guess, entry("cuda", kernel="slow"))
+    assert _registry.kernel("rms_norm", "cuda", x) == "slow"
+    assert _registry.kernel("rms_norm", "triton", x) == ""
+    lines = info.backends_table("cuda")
+    assert "  rms_norm: auto is cuda's slow kernel for a test" in lines
+    assert "  rms_norm: auto is cuda's fast kernel (predicted, not measured) for a test" in lines
+
+
+@pytest.mark.parametrize(
+    ("described", "chosen"),
+    [
+        ({"sm": 100}, False),
+        ({"sm": None}, True),
+        ({"dtypes": (torch.float32,)}, False),
+        ({"dtypes": (torch.float16, torch.bfloat16)}, True),
+        ({"shape": ((-1, 1024, 1024), (0, 1, None))}, True),
+        ({"shape": ((-1, 1025, None),)}, False),
+        ({"shape": ((-1, 1, 1023),)}, False),
+        ({"shape": ((2, 1, None),)}, False),  # x has no such dimension
+        ({"applies": lambda x, **features: x.shape[0] == 5}, False),
+    ],
+)
+def test_an_entry_describes_inputs(planted, described, chosen):
+    planted(entry("cuda", **described))
+    assert _registry.choose("rms_norm", "auto", on_a_gpu(4, 1024)) == ("cuda" if chosen else "triton")
+
+
+@pytest.mark.parametrize(
+    ("columns", "dtype", "cluster"),
+    [
+        (262144, torch.bfloat16, True),  # Gemma 3
+        (151936, torch.bfloat16, False),
+        (128256, torch.float32, True),
+        (50257, torch.float32, False),
+        (458752, torch.float32, True),  # what eight blocks hold
+        (458753, torch.float32, False),
+    ],
+)
+def test_auto_takes_a_cluster_for_rows_past_the_cache(planted, columns, dtype, cluster):
+    x = on_a_gpu(8, columns, dtype=dtype)
+    assert _registry.choose("cross_entropy", "auto", x) == ("cuda" if cluster else "triton")
+    assert _registry.kernel("cross_entropy", "cuda", x) == ("cluster" if cluster else "")

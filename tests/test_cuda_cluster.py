@@ -1,0 +1,139 @@
+"""csrc/cuda/sm90/cross_entropy.cu without a GPU: the host code runs unchanged, and the PTX of sm_90a is executed.
+
+Every day a few variants are drawn by a seed, which a failure prints; `make test-all` has them all.
+"""
+
+import functools
+import os
+import random
+import re
+import time
+from contextlib import contextmanager
+from unittest import mock
+
+import ptx
+import pytest
+import test_cuda
+import torch
+
+from fastlm import _native
+from fastlm.ops import _registry
+from fastlm.testing import checks
+from fastlm.testing.cases import CASES, Variant
+
+pytestmark = test_cuda.pytestmark
+CASE = CASES["cross_entropy"]
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# The same in all processes of a run: what they collect must be the same.
+SEED = os.environ.get("FASTLM_TEST_SEED") or os.environ.get("PYTEST_XDIST_TESTRUNUID") or str(time.time_ns())
+# Parts of several chunks, of which a last one is short and one has nothing; rows that start off 8 bytes.
+LONG = (
+    Variant({"rows": 2, "vocabulary": 150001, "ignored": 1}, {"inplace": True}),
+    Variant({"rows": 2, "vocabulary": 65600, "weight": 1}, {"label_smoothing": 0.1, "softcap": 9.0}),
+)
+
+
+@functools.cache
+def kernels() -> str:
+    """The PTX of cross_entropy: for sm_80, and of the kernel for sm_90a."""
+    compile_cuda = functools.partial(ptx.compile_cuda, includes=test_cuda.INCLUDES)
+    cuda = test_cuda.CSRC / "cuda"
+    return compile_cuda(cuda / "cross_entropy.cu") + compile_cuda(cuda / "sm90" / "cross_entropy.cu", arch="90a")
+
+
+@contextmanager
+def cluster(blocks=4, text=kernels, **options):
+    """What test_cuda.device is for the usual kernel, for a cluster of this many blocks, whatever the row's length."""
+    column = _registry.column("cross_entropy", "cuda")
+    with (
+        mock.patch.object(_registry, "kernel", return_value="cluster"),
+        mock.patch.object(column, "cluster_blocks", return_value=blocks),
+        test_cuda.device(text, **options) as remember,
+    ):
+        yield remember
+
+
+def drawn():
+    """Parameters (variant, dtype, blocks); all but three are marked long."""
+    choices = [(v, dtype, blocks) for v in (*CASE.tests, *LONG) for dtype in DTYPES for blocks in (4, 8)]
+    quick = [choice for choice in choices if choice[0].shape["vocabulary"] < 20000]
+    daily = random.Random(SEED).sample(quick, 3)
+    for variant, dtype, blocks in choices:
+        marks = () if (variant, dtype, blocks) in daily else pytest.mark.long
+        name = f"{variant}-{str(dtype).removeprefix('torch.')}-{blocks}"
+        yield pytest.param(variant, dtype, blocks, id=name, marks=marks)
+
+
+@pytest.mark.parametrize(("variant", "dtype", "blocks"), list(drawn()))
+def test_error_bound(variant, dtype, blocks):
+    print(f"FASTLM_TEST_SEED={SEED}")
+    checks.error_bound(CASE, variant, dtype, "cpu", ["cuda"], range(1), functools.partial(cluster, blocks))
+
+
+def test_a_row_of_several_chunks_a_block():
+    """Every block has one and a half of them; the second row starts on an odd column."""
+    variant = Variant({"rows": 2, "vocabulary": 4 * 12000 + 1}, {"return_token_accuracy": True, "z_loss": 1e-3})
+    checks.error_bound(CASE, variant, torch.bfloat16, "cpu", ["cuda"], range(1), cluster)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("chip", ["high", "low", "scattered"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("variant", CASE.kinds(), ids=str)
+def test_error_bound_with_a_chips_arithmetic(variant, dtype, chip):
+    around = functools.partial(cluster, chip=chip)
+    checks.error_bound(CASE, variant, dtype, "cpu", ["cuda"], range(1), around)
+
+
+@pytest.mark.parametrize("check", [checks.non_contiguous, checks.deterministic], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "variant", [v if k == 3 else pytest.param(v, marks=pytest.mark.long) for k, v in enumerate(CASE.kinds())], ids=str
+)
+def test_check(check, variant):
+    check(CASE, variant, torch.bfloat16, "cpu", "cuda", around=cluster)
+
+
+@pytest.mark.parametrize(
+    ("which", "kind", "message"),
+    [
+        (0, "race", "nothing orders the two"),  # sums that are read before they are there
+        (1, "race", "nothing keeps that block from exiting before"),
+    ],
+)
+def test_a_missing_barrier_of_the_cluster_is_found(which, kind, message):
+    """Of the two arrivals of a row: before the sums are read, and after."""
+
+    def relaxed():
+        kernel, count = "barrier.cluster.arrive.release.aligned", 0
+
+        def edit(match):
+            nonlocal count
+            count += 1
+            return match[0].replace("release", "relaxed") if count % 2 == (which + 1) % 2 else match[0]
+
+        return re.sub(re.escape(kernel), edit, kernels())
+
+    variant = Variant({"rows": 2, "vocabulary": 300})
+    inputs = CASE.inputs(variant, 0, torch.bfloat16)
+    with pytest.raises(ptx.KernelFault) as caught, cluster(text=relaxed):
+        CASE.everything(CASE.function, variant, inputs, 0, backend="cuda")
+    (finding,) = caught.value.findings
+    assert (finding.kind, message in finding.message) == (kind, True), finding
+    assert "sm90/cross_entropy.cu" in finding.location
+
+
+def test_what_a_cluster_does_not_take():
+    column, native = _registry.column("cross_entropy", "cuda"), _native.cuda()
+    x = torch.zeros(1, 8)
+    fields = dict.fromkeys(("weight", "weight_sum", "parts", "dloss", "z", "accuracy", "dx"))
+    fields |= {"x": x, "target": torch.zeros(1, dtype=torch.int64), "loss": torch.zeros(1), "rows": 1, "stride_x": 8}
+    fields |= {"stride_dx": 0, "ignore_index": -100, "label_smoothing": 0.0, "z_loss": 0.0, "softcap": 0.0}
+    most = 4 * native.CLUSTER_ROW_BYTES // 4
+    with cluster():
+        for columns, blocks, message in (
+            (8, 3, "a cluster of 4 or 8 blocks, got 3"),
+            (most + 1, 4, f"at most {4 * most} bytes for a cluster of 4 blocks, got one of {4 * most + 4}"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                native.cross_entropy_fwd_sm90(**fields, cols=columns, blocks=blocks, dtype=0, place=(0, 0))
+    assert [column.cluster_blocks(n << 10) for n in (1, 448, 449, 1792)] == [4, 4, 8, 8]
