@@ -10,11 +10,14 @@ from training import corpus, small
 from fastlm import _native
 from fastlm.data import open_dataset, prepare
 from fastlm.models import Bert
+from fastlm.ops._low_weights import LowWeights, low_copy
 from fastlm.run.checkpoint import load_newest, restore, save_checkpoint
 from fastlm.tasks import make_model
 from fastlm.tasks.masked_lm import MaskedLM
+from fastlm.train import lamb
 from fastlm.train import optimizer as optimizers
 from fastlm.train.adamw import AdamW, total_norm
+from fastlm.train.lamb import LAMB
 
 # No element, one, around a vector and a block of 16384, several blocks.
 SHAPES = ((0,), (0, 5), (), (1,), (15,), (17, 3), (16384,), (16385,), (3, 100, 211))
@@ -124,6 +127,55 @@ def test_any_number_of_threads_gives_the_same_bits():
         torch.set_num_threads(threads)
     for other in found[1:]:
         assert all(map(torch.equal, found[0], other))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("make", [AdamW, LAMB])
+def test_copies_in_bfloat16(make, dtype):
+    """A step writes them with the bits of a cast; gradients in bfloat16 are those in float32."""
+    ours, theirs = weights(), weights()
+    optimizer, plain, low = make(groups(ours), lr=1e-2), make(groups(theirs), lr=1e-2), LowWeights(ours)
+    optimizer.low_weights = low
+    for step in range(3):
+        set_gradients(ours, step)
+        for p, q in zip(ours, theirs):
+            gradient = p.grad.to(dtype)
+            p.grad = None
+            p.grad_dtype = None
+            p.grad, q.grad = gradient, gradient.float()
+        assert torch.equal(total_norm(p.grad for p in ours), total_norm(p.grad for p in theirs))
+        with low.fresh(torch.bfloat16):
+            copies = [low_copy(p, torch.bfloat16) for p in ours]
+        optimizer.step()
+        plain.step()
+        assert all(map(torch.equal, ours, theirs))
+        assert all(torch.equal(copy, p.bfloat16()) for copy, p in zip(copies, ours))
+    with torch.no_grad():
+        ours[-1].add_(1.0)  # not the optimizer's, which the next block sees
+    with low.fresh(torch.bfloat16):
+        assert all(torch.equal(copy, p.bfloat16()) for copy, p in zip(copies, ours))
+
+
+def test_lamb_in_two_passes_is_lamb(monkeypatch):
+    """csrc/cpu/lamb.cpp beside plain torch; the same bits with any number of threads; a weight of 0; no gradient."""
+    found, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 0):
+            torch.set_num_threads(count or 1)
+            parameters = [*weights(), torch.nn.Parameter(torch.zeros(3, 4)), torch.nn.Parameter(torch.ones(2))]
+            optimizer = LAMB(groups(parameters), lr=1e-2)
+            optimizer.grad_scale = torch.tensor(1.3)
+            if not count:
+                monkeypatch.setattr(lamb, "takes", lambda parameters: False)
+            for step in range(4):
+                set_gradients(parameters[:-1], step)
+                optimizer.step()
+            assert parameters[-1].eq(1.0).all()
+            found.append([*parameters[:-1], *(s for p in parameters[:-1] for s in optimizer.state[p].values())])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(map(torch.equal, found[0], found[1]))
+    assert_close(found[0], found[2], 16)
 
 
 def test_a_parameter_without_a_gradient_stays():
@@ -287,7 +339,7 @@ def test_norm():
     for value in (math.inf, -math.inf, math.nan):
         gradients[3][0] = value
         assert not total_norm(gradients).isfinite()
-    half = [g.bfloat16() for g in gradients[4:]]
+    half = [g.half() for g in gradients[4:]]  # torch takes what the kernels do not
     assert total_norm(half) == torch.nn.utils.get_total_norm(half)
 
 

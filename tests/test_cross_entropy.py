@@ -21,6 +21,7 @@ from fastlm.ops._chunks import chunk_rows
 from fastlm.ops.cross_entropy import LossArgs
 from fastlm.ops.linear_cross_entropy import Inputs, Wanted
 from fastlm.testing.ahead_of_time import compile_for
+from fastlm.testing.compare import Comparison
 
 CUDA = pytest.param("cuda", marks=cuda_is_built)
 
@@ -331,6 +332,25 @@ def test_dtypes(dtype, autocast, head):
 
 def outside(value):
     return torch.tensor([1, 2, value, 3, 4, value])
+
+
+def test_weight_gradient_of_bfloat16(generator):
+    """On a CPU, in three chunks of rows and two slices of classes: as good as eager's, and float32 under autocast."""
+    hidden, weight, bias = (torch.randn(*size, generator=generator) for size in ((800, 16), (2100, 16), (2100,)))
+    target = torch.randint(2100, (800,), generator=generator)
+    inputs = [t.requires_grad_() for t in (hidden.bfloat16(), weight, bias)]
+    assert chunk_rows(800, torch.bfloat16, "cpu") < 800
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = torch.autograd.grad(ops.linear_cross_entropy(*inputs[:2], target, bias), inputs)
+        eager = torch.autograd.grad(F.cross_entropy(F.linear(*inputs), target), inputs)
+    exact = [t.detach().bfloat16().double().requires_grad_() for t in inputs]
+    want = torch.autograd.grad(F.cross_entropy(F.linear(*exact), target), exact)
+    comparison = Comparison()
+    for name, *triple in zip(("hidden", "weight", "bias"), ours, eager, want):
+        comparison.add(name, *triple)
+    assert comparison.failures() == []
+    assert ours[1].dtype == torch.float32
+    assert not torch.equal(ours[1], ours[1].bfloat16().float())
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

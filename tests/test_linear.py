@@ -7,10 +7,13 @@ import torch.nn.functional as F
 from fastlm import models
 from fastlm.models import Counts
 from fastlm.nn import linear as linears
-from fastlm.nn.linear import Linear, LowWeights, linear
-from fastlm.ops import layer_norm
+from fastlm.nn.linear import Linear, linear
+from fastlm.ops import _low_weights, layer_norm
 from fastlm.ops._heads import split_heads
+from fastlm.ops._low_weights import LowWeights
 from fastlm.tasks import Micro, TrainTable
+from fastlm.train import optimizer as optimizers
+from fastlm.train.adamw import AdamW
 from fastlm.train.optimizer import make_optimizer, train_step
 
 
@@ -50,7 +53,7 @@ def test_keep_adds_the_residuals_gradient(autocast):
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_constant_bias_gets_its_gradient_from_the_norm(autocast):
-    """The bits of a bias whose gradient the layer sums, on a CPU; and the layer sums none."""
+    """On a CPU that of a layer that sums its rows, but for the rounding of these rows; and the layer sums none."""
     (x, w, b), dy = parameters(torch.float32 if autocast else torch.bfloat16)
     residual, weight = torch.randn(40, 96).bfloat16(), torch.randn(96, requires_grad=True)
     results = []
@@ -59,11 +62,13 @@ def test_a_constant_bias_gets_its_gradient_from_the_norm(autocast):
             h = linear(x, w, b, constant_bias=constant)
             rng = torch.tensor([1, 2])
             y = layer_norm(h, weight, residual=residual, dropout_p=0.2, rng=rng, x_bias=b if constant else None)
+        (dh,) = torch.autograd.grad(y, h, dy, retain_graph=True)
         results.append([y, *torch.autograd.grad(y, (x, w, b, weight), dy)])
         assert h.grad_fn is not None
         assert any(node.variable is b for node, _ in h.grad_fn.next_functions if hasattr(node, "variable")) != constant
-    for ours, theirs in zip(*results):
-        assert torch.equal(ours, theirs)
+    (*theirs, db, dweight), (*ours, summed, other) = results
+    assert all(map(torch.equal, (*ours, other), (*theirs, dweight)))
+    assert ((summed - db).abs() <= 2.0**-8 * dh.float().abs().sum(0)).all()
 
 
 def test_what_torch_runs(monkeypatch):
@@ -98,12 +103,20 @@ def test_weights_are_cast_once_a_step():
                 p.add_(1.0)
     with low.fresh(torch.float16), torch.autocast("cpu", torch.float16):
         assert layers[0](x.half()).dtype == torch.float16
-    assert linears._current is None
+    assert _low_weights._current is None
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_a_steps_losses_and_weights(recompute, monkeypatch):
-    """Of BERT in bfloat16: with the copies, and with weights cast at each use; activations kept, and recomputed."""
+@pytest.mark.parametrize(("recompute", "micro_batches"), [(False, 2), (True, 2), (False, 1)])
+def test_a_steps_losses_and_weights(recompute, micro_batches, monkeypatch):
+    """Of BERT in bfloat16: the same bits as with weights cast at each use and gradients cast to float32.
+
+    Activations are kept, and recomputed. From the second step on AdamW has written the copies; the gradients of a
+    single micro-batch are bfloat16.
+    """
+    casts, dtypes = [], []
+    copy, update = torch._foreach_copy_, optimizers.total_norm
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda to, of: casts.append(len(to)) or copy(to, of))
+    monkeypatch.setattr(optimizers, "total_norm", lambda g: dtypes.append({x.dtype for x in g}) or update(g))
 
     def run(copies):
         torch.manual_seed(0)
@@ -114,19 +127,24 @@ def test_a_steps_losses_and_weights(recompute, monkeypatch):
         model.checkpoint_activations = recompute
         if not copies:
             monkeypatch.setattr(LowWeights, "get", lambda self, weight, dtype: None)
+            monkeypatch.setattr(AdamW, "low_gradients", False)
         optimizer, results = make_optimizer(model, TrainTable(dtype="bfloat16")), []
         for step in range(3):
             micros = []
-            for m in range(2):
+            for m in range(micro_batches):
                 ids = torch.randint(5, 100, (64,), generator=torch.Generator().manual_seed(2 * step + m))
                 inputs = {"input_ids": ids, "cu_seqlens": torch.tensor([0, 20, 64], dtype=torch.int32)}
                 inputs |= {"max_seqlen": 44, "rng": torch.tensor([0, 2 * step + m]), "targets": ids, "reduction": "sum"}
                 micros.append(Micro(inputs, Counts(predicted=64)))
             results.append(train_step(model, optimizer, micros, lr=1e-2, grad_clip=1.0, dtype=torch.bfloat16).tolist())
+        assert all(p.grad is None and p.grad_dtype == torch.float32 for p in model.parameters())
         return results, list(model.parameters())
 
     (losses, weights), (expected, others) = run(True), run(False)
     assert losses == expected
+    assert casts == []
+    low = {torch.float32, torch.bfloat16} if micro_batches == 1 else {torch.float32}
+    assert dtypes == 3 * [low] + 3 * [{torch.float32}]
     assert all(map(torch.equal, weights, others))
 
 

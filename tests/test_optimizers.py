@@ -9,8 +9,10 @@ from training import corpus, small
 
 from fastlm.data import prepare
 from fastlm.models import GPT2, T5, GPT2Config, T5Config
+from fastlm.ops._low_weights import LowWeights, low_copy
 from fastlm.run.metrics import read_metrics
 from fastlm.tasks import TrainTable
+from fastlm.train import muon as muons
 from fastlm.train import pretrain
 from fastlm.train.lamb import LAMB
 from fastlm.train.muon import Muon, orthogonalize
@@ -24,18 +26,19 @@ def data(tmp_path_factory):
     return directory / "rows"
 
 
-def test_orthogonalize():
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_orthogonalize(dtype):
     torch.manual_seed(0)
     for shape in ((40, 24), (24, 40), (3, 16, 16)):
         x = torch.randn(shape)
-        out = orthogonalize(x)
+        out = orthogonalize(x, dtype)
         singular = torch.linalg.svdvals(out)
         assert singular.min() > 0.6
         assert singular.max() < 1.25
         u, _, v = torch.linalg.svd(x, full_matrices=False)
         similarity = (out * (u @ v)).sum((-2, -1)) / (out.norm(dim=(-2, -1)) * (u @ v).norm(dim=(-2, -1)))
         assert similarity.min() > 0.97
-    assert orthogonalize(torch.zeros(4, 4)).eq(0).all()
+    assert orthogonalize(torch.zeros(4, 4), dtype).eq(0).all()
 
 
 def test_muon_is_torchs():
@@ -54,6 +57,30 @@ def test_muon_is_torchs():
         # torch's iterates in bfloat16, whose steps differ by some hundredths, and keeps (1 - μ) of the gradient
         drift = (ours - theirs).abs().max() / (step + 1)
         assert drift < 0.05 * 0.02 * 0.2 * 40**0.5
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_muon_by_passes_is_muon(dtype, monkeypatch):
+    """csrc/cpu/muon.cpp beside plain torch, of matrices that lie by rows and by columns; it writes bfloat16 copies."""
+    found = []
+    for passes in (True, False):
+        if not passes:
+            monkeypatch.setattr(muons, "takes", lambda parameters: False)
+        torch.manual_seed(0)
+        w = [torch.nn.Parameter(x) for x in (torch.randn(48, 20), torch.randn(20, 48).t(), torch.randn(300, 200))]
+        optimizer, low = Muon([{"params": w, "parts": 2}], lr=0.02, weight_decay=0.1, dtype=dtype), LowWeights(w)
+        optimizer.low_weights, optimizer.grad_scale = low, torch.tensor(1.3)
+        with low.fresh(torch.bfloat16):
+            copies = [low_copy(p, torch.bfloat16) for p in w]
+        for _ in range(3):
+            for p in w:
+                p.grad = torch.randn(p.shape)
+            optimizer.step()
+        assert torch.equal(copies[0], w[0].bfloat16()) == passes
+        with low.fresh(torch.bfloat16):
+            assert all(map(torch.equal, copies, (p.bfloat16() for p in w)))
+        found.append([*w, *(optimizer.state[p]["momentum"] for p in w)])
+    torch.testing.assert_close(*found, rtol=0, atol=1e-5 if dtype is None else 1e-3)
 
 
 def test_fused_projections_are_orthogonalized_apart():

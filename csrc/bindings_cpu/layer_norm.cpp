@@ -31,6 +31,7 @@ FASTLM_FIELDS(fastlm::cpu::LayerNormBackward) {
   FIELD(dx);
   FIELD(dweight);
   FIELD(dbias);
+  FIELD(sum_dx);
   FIELD(partial);
   FIELD(rows);
   FIELD(cols);

@@ -1,42 +1,20 @@
 // adamw: the update of a whole list of tensors, and the norm of their gradients. The maths: fastlm/train/adamw.py.
 //
-// Both are memory-bound: the norm reads the gradients, the update reads four tensors and writes three. Tensors are cut
-// into blocks, and one parallel region shares out the blocks of all tensors. A small tensor needs no region of its own,
-// and no result depends on the number of threads.
+// Both are memory-bound: the norm reads the gradients, the update reads four tensors and writes three. A copy of the
+// weights in bfloat16, which the next step multiplies, is written with them: to cast them later would read them once
+// more. Tensors are cut into blocks, and one parallel region shares out the blocks of all tensors. A small tensor needs
+// no region of its own, and no result depends on the number of threads.
 #include "adamw.h"
 
-#include <algorithm>
 #include <cmath>
 
-#include "parallel.h"
-#include "simd.h"
+#include "moments.h"
 
 namespace fastlm::cpu {
 namespace {
 
-constexpr int64_t BLOCK = 16384;
-// Squares that are summed in float, 32 in a lane. The sums of such pieces are added in double.
-constexpr int64_t PIECE = 2048;
-constexpr int64_t LANES = 64;   // four vectors of AVX-512: an addition does not wait for the previous one
-constexpr int64_t LINE = 16;    // floats of a cache line
-constexpr int64_t AHEAD = 256;  // prefetch distance: saves a tenth of the update's time, nothing of the norm's
-
-// Calls f(b, i, begin) for every block of every tensor. Block b, counted over all tensors, is [begin, begin + BLOCK) of
-// tensor i.
-template <class T, class F>
-void for_blocks(const std::vector<T>& tensors, int threads, F f) {
-  std::vector<int64_t> first{0};  // block of each tensor
-  for (const T& t : tensors) first.push_back(first.back() + (t.n + BLOCK - 1) / BLOCK);
-  parallel_for(first.back(), 1, threads, [&](int64_t begin, int64_t end) {
-    size_t i = std::upper_bound(first.begin(), first.end(), begin) - first.begin() - 1;
-    for (int64_t b = begin; b < end; ++b) {
-      while (b >= first[i + 1]) ++i;
-      f(b, i, (b - first[i]) * BLOCK);
-    }
-  });
-}
-
-FASTLM_CLONES double block_squares(const float* x, int64_t n) {
+template <class T>
+FASTLM_CLONES double block_squares(const T* x, int64_t n) {
   double sum[LANES] = {};
   for (int64_t p = 0; p < n; p += PIECE) {
     const int64_t end = std::min(n, p + PIECE);
@@ -44,9 +22,9 @@ FASTLM_CLONES double block_squares(const float* x, int64_t n) {
     int64_t j = p;
     for (; j + LANES <= end; j += LANES) {
 #pragma omp simd
-      for (int64_t l = 0; l < LANES; ++l) lane[l] += x[j + l] * x[j + l];
+      for (int64_t l = 0; l < LANES; ++l) lane[l] += load(x + j + l) * load(x + j + l);
     }
-    for (int64_t l = 0; j + l < end; ++l) lane[l] += x[j + l] * x[j + l];
+    for (int64_t l = 0; j + l < end; ++l) lane[l] += load(x + j + l) * load(x + j + l);
     for (int64_t l = 0; l < LANES; ++l) sum[l] += lane[l];
   }
   double total = 0.0;
@@ -55,29 +33,43 @@ FASTLM_CLONES double block_squares(const float* x, int64_t n) {
 }
 
 struct Factors {
-  float gradient, decay, toward, beta2, square, root, eps, step;
-  bool from_m;  // m = m + toward (g - m), else g + toward (g - m): the form with the smaller rounding error
+  Moments moments;
+  float decay, root, eps, step;
 };
 
-FASTLM_INLINE void update_at(float* w, const float* g, float* m, float* v, int64_t j, const Factors& f) {
-  const float gj = g[j] * f.gradient;
-  const float mj = (f.from_m ? m[j] : gj) + f.toward * (gj - m[j]);
-  const float vj = f.beta2 * v[j] + f.square * (gj * gj);
+template <bool LOW, class G>
+FASTLM_INLINE void update_at(float* w, const G* g, float* m, float* v, bfloat16* low, int64_t j, const Factors& f) {
+  float mj = m[j], vj = v[j];
+  f.moments.add(load(g + j), mj, vj);
   m[j] = mj;
   v[j] = vj;
-  w[j] = f.decay * w[j] - f.step * mj / (std::sqrt(vj) * f.root + f.eps);
+  const float wj = f.decay * w[j] - f.step * mj / (std::sqrt(vj) * f.root + f.eps);
+  w[j] = wj;
+  if constexpr (LOW) store(low + j, wj);
 }
 
-FASTLM_CLONES void update(float* __restrict w, const float* __restrict g, float* __restrict m, float* __restrict v,
-                          int64_t n, const Factors f) {
+template <bool LOW, class G>
+FASTLM_CLONES void update(float* __restrict w, const G* __restrict g, float* __restrict m, float* __restrict v,
+                          bfloat16* __restrict low, int64_t n, const Factors f) {
   int64_t begin = 0;
   for (; begin + LINE <= n; begin += LINE) {
-    for (const float* p : {static_cast<const float*>(w), g, static_cast<const float*>(m), static_cast<const float*>(v)})
-      __builtin_prefetch(p + begin + AHEAD);
+    for (const float* p : {w, m, v}) __builtin_prefetch(p + begin + AHEAD);
+    __builtin_prefetch(g + begin + AHEAD);
 #pragma omp simd
-    for (int64_t j = begin; j < begin + LINE; ++j) update_at(w, g, m, v, j, f);
+    for (int64_t j = begin; j < begin + LINE; ++j) update_at<LOW>(w, g, m, v, low, j, f);
   }
-  for (int64_t j = begin; j < n; ++j) update_at(w, g, m, v, j, f);
+  for (int64_t j = begin; j < n; ++j) update_at<LOW>(w, g, m, v, low, j, f);
+}
+
+template <class G>
+void update_block(const AdamWTensor& t, int64_t begin, const Factors& f) {
+  const G* g = static_cast<const G*>(t.g) + begin;
+  const int64_t n = std::min(BLOCK, t.n - begin);
+  if (t.low) {
+    update<true>(t.w + begin, g, t.m + begin, t.v + begin, t.low + begin, n, f);
+  } else {
+    update<false>(t.w + begin, g, t.m + begin, t.v + begin, nullptr, n, f);
+  }
 }
 
 }  // namespace
@@ -87,7 +79,10 @@ double squared_norm(const std::vector<Span>& spans, int threads) {
   for (const Span& s : spans) blocks += (s.n + BLOCK - 1) / BLOCK;
   const auto partial = scratch<double>(blocks);
   for_blocks(spans, threads, [&](int64_t b, size_t i, int64_t begin) {
-    partial[b] = block_squares(spans[i].data + begin, std::min(BLOCK, spans[i].n - begin));
+    const Span& s = spans[i];
+    const int64_t n = std::min(BLOCK, s.n - begin);
+    partial[b] = s.dtype == DType::f32 ? block_squares(static_cast<const float*>(s.data) + begin, n)
+                                       : block_squares(static_cast<const bfloat16*>(s.data) + begin, n);
   });
   double sum = 0.0;
   for (int64_t b = 0; b < blocks; ++b) sum += partial[b];
@@ -99,22 +94,14 @@ void adamw(const std::vector<AdamWTensor>& tensors, const std::vector<AdamWGroup
   std::vector<Factors> factors;
   for (const AdamWTensor& t : tensors) {
     const AdamWGroup& a = groups.at(t.group);
-    const double step = *t.step += 1.0f, toward = 1.0 - a.beta1;
-    Factors f;
-    f.gradient = float(1.0 / grad_scale);
-    f.decay = float(1.0 - a.lr * a.weight_decay);
-    f.from_m = toward < 0.5;
-    f.toward = float(f.from_m ? toward : toward - 1.0);
-    f.beta2 = float(a.beta2);
-    f.square = float(1.0 - a.beta2);
-    f.root = float(1.0 / std::sqrt(1.0 - std::pow(a.beta2, step)));
-    f.eps = float(a.eps);
-    f.step = float(a.lr / (1.0 - std::pow(a.beta1, step)));
-    factors.push_back(f);
+    const double step = *t.step += 1.0f;
+    factors.push_back({Moments(a, grad_scale), float(1.0 - a.lr * a.weight_decay),
+                       float(1.0 / std::sqrt(1.0 - std::pow(a.beta2, step))), float(a.eps),
+                       float(a.lr / (1.0 - std::pow(a.beta1, step)))});
   }
   for_blocks(tensors, threads, [&](int64_t, size_t i, int64_t begin) {
     const AdamWTensor& t = tensors[i];
-    update(t.w + begin, t.g + begin, t.m + begin, t.v + begin, std::min(BLOCK, t.n - begin), factors[i]);
+    t.gradient == DType::f32 ? update_block<float>(t, begin, factors[i]) : update_block<bfloat16>(t, begin, factors[i]);
   });
 }
 

@@ -6,6 +6,7 @@
 // blocks in the first-level cache, non-temporal stores and prefetches of the next row were no faster.
 #include "cross_entropy.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -20,12 +21,21 @@ constexpr int64_t BLOCK = 4096;  // elements that are summed in float; the sums 
 
 template <class T>
 FASTLM_INLINE float row_max(const T* x, int64_t n) {
-  float m = -std::numeric_limits<float>::infinity();
-#pragma omp simd reduction(max : m)
-  for (int64_t j = 0; j < n; ++j) {
-    const float v = load(x + j);
-    m = v > m ? v : m;  // a NaN is left to the exponentials
+  constexpr int64_t kMaxima = 64;  // four vectors of AVX-512: a comparison does not wait for the one before
+  alignas(64) float most[kMaxima];
+  std::fill(most, most + kMaxima, -std::numeric_limits<float>::infinity());
+  int64_t begin = 0;
+  for (; begin + kMaxima <= n; begin += kMaxima) {
+#pragma omp simd
+    for (int64_t l = 0; l < kMaxima; ++l) {
+      const float v = load(x + begin + l);
+      most[l] = v > most[l] ? v : most[l];  // a NaN is left to the exponentials
+    }
   }
+  for (int64_t l = 0; begin + l < n; ++l) most[l] = load(x + begin + l) > most[l] ? load(x + begin + l) : most[l];
+  float m = most[0];
+#pragma omp simd reduction(max : m)
+  for (int64_t l = 0; l < kMaxima; ++l) m = most[l] > m ? most[l] : m;
   return m;
 }
 

@@ -1,8 +1,8 @@
 // layer_norm and rms_norm: h = residual + dropout(x); y = norm(h) * weight + bias. The maths: fastlm/ops/layer_norm.py.
 //
 // Forward reads x and residual once and writes h and y once; a row stays in the first-level cache between the passes
-// over it. Backward reads dy and h once. Weight gradients are summed in fixed blocks of rows; at the end the blocks are
-// added in order.
+// over it. Backward reads dy and h once. Gradients that are sums over rows are summed in fixed blocks of rows; at the
+// end the blocks are added in order.
 #include "layer_norm.h"
 
 #include "norm.h"
@@ -14,33 +14,62 @@
 namespace fastlm::cpu {
 namespace {
 
+// row (cols,) = x + residual, rounded to T, which is stored in h too; returns its sum. Without h, which there is
+// wherever there is a residual, row is x. x may be row.
+template <class X, class T>
+FASTLM_INLINE float take_row(const X* x, const T* residual, int64_t cols, T* h, float* row) {
+  float sum = 0.0f;
+  if (!h) {
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < cols; ++j) {
+      row[j] = load(x + j);
+      sum += row[j];
+    }
+    return sum;
+  }
+  // Statistics of h as it is stored: backward reads h back and normalises the same numbers.
+  if (residual) {
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < cols; ++j) {
+      T rounded;
+      store(&rounded, load(x + j) + load(residual + j));
+      h[j] = rounded;
+      row[j] = load(&rounded);
+      sum += row[j];
+    }
+  } else {
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < cols; ++j) {
+      T rounded;
+      store(&rounded, load(x + j));
+      h[j] = rounded;
+      row[j] = load(&rounded);
+      sum += row[j];
+    }
+  }
+  return sum;
+}
+
 template <class T>
 FASTLM_CLONES void forward_rows(const LayerNormForward& a, int64_t begin, int64_t end, float* row_h) {
   const int64_t cols = a.cols;
   const Key key = a.dropout.threshold ? dropout_key(a.dropout.rng, a.dropout.site) : Key{0, 0};
   for (int64_t r = begin; r < end; ++r) {
     const T* x = static_cast<const T*>(a.x) + r * a.stride_x;
-    const T* residual = static_cast<const T*>(a.residual) + (a.residual ? r * a.stride_residual : 0);
-    T* h = static_cast<T*>(a.h) + (a.h ? r * cols : 0);
+    const T* residual = a.residual ? static_cast<const T*>(a.residual) + r * a.stride_residual : nullptr;
+    T* h = a.h ? static_cast<T*>(a.h) + r * cols : nullptr;
     T* y = static_cast<T*>(a.y) + r * cols;
 
+    float sum;
+    if (a.dropout.threshold) {
 #pragma omp simd
-    for (int64_t j = 0; j < cols; ++j) row_h[j] = load(x + j);
-    if (a.dropout.threshold) drop_row(row_h, r, cols, a.dropout, key);
-    if (a.residual) {
-#pragma omp simd
-      for (int64_t j = 0; j < cols; ++j) row_h[j] += load(residual + j);
+      for (int64_t j = 0; j < cols; ++j) row_h[j] = load(x + j);
+      drop_row(row_h, r, cols, a.dropout, key);
+      sum = take_row(row_h, residual, cols, h, row_h);
+    } else {
+      sum = take_row(x, residual, cols, h, row_h);
     }
-    // Statistics of h as it is stored: backward reads h back and normalises the same numbers.
-    if (a.h) {
-#pragma omp simd
-      for (int64_t j = 0; j < cols; ++j) {
-        store(h + j, row_h[j]);
-        row_h[j] = load(h + j);
-      }
-    }
-
-    const Statistics s = statistics(row_h, cols, a.eps, a.rms);
+    const Statistics s = statistics(row_h, cols, sum, a.eps, a.rms);
     save(s, r, a.rows, a.mean, a.rstd);
 
     if (a.weight && a.bias) {
@@ -56,13 +85,21 @@ FASTLM_CLONES void forward_rows(const LayerNormForward& a, int64_t begin, int64_
   }
 }
 
-// One block of rows. dweight and dbias are the block's (cols,) partial sums, set here.
+// The partial sums of a block of rows, (cols,) each; sum_dx: null where it is not wanted.
+struct Sums {
+  float *dweight, *dbias, *sum_dx;
+};
+
+// One block of rows, whose sums are set here.
 template <class T>
-FASTLM_CLONES void backward_rows(const LayerNormBackward& a, int64_t begin, int64_t end, float* dweight, float* dbias,
+FASTLM_CLONES void backward_rows(const LayerNormBackward& a, int64_t begin, int64_t end, const Sums& sums,
                                  float* row_d) {
   const int64_t cols = a.cols;
   const Key key = a.dropout.threshold ? dropout_key(a.dropout.rng, a.dropout.site) : Key{0, 0};
-  for (int64_t j = 0; j < cols; ++j) dweight[j] = dbias[j] = 0.0f;
+  float *dweight = sums.dweight, *dbias = sums.dbias, *sum_dx = sums.sum_dx;
+  std::fill(dweight, dweight + cols, 0.0f);
+  std::fill(dbias, dbias + cols, 0.0f);
+  if (sum_dx) std::fill(sum_dx, sum_dx + cols, 0.0f);
   for (int64_t r = begin; r < end; ++r) {
     const T* dy = static_cast<const T*>(a.dy) + r * a.stride_dy;
     const T* dh = static_cast<const T*>(a.dh) + (a.dh ? r * a.stride_dh : 0);
@@ -92,21 +129,28 @@ FASTLM_CLONES void backward_rows(const LayerNormBackward& a, int64_t begin, int6
       }
     }
     const float mean_g = a.rms ? 0.0f : sum_g / float(cols), mean_gx = sum_gx / float(cols);
-#pragma omp simd
-    for (int64_t j = 0; j < cols; ++j) {
-      row_d[j] = s.rstd * (row_d[j] - mean_g - s.normalize(load(h + j)) * mean_gx);
-    }
     if (a.dh) {
 #pragma omp simd
-      for (int64_t j = 0; j < cols; ++j) row_d[j] += load(dh + j);
-    }
+      for (int64_t j = 0; j < cols; ++j) {
+        row_d[j] = s.rstd * (row_d[j] - mean_g - s.normalize(load(h + j)) * mean_gx) + load(dh + j);
+        store(dresidual + j, row_d[j]);
+      }
+    } else {
 #pragma omp simd
-    for (int64_t j = 0; j < cols; ++j) store(dresidual + j, row_d[j]);
+      for (int64_t j = 0; j < cols; ++j) {
+        row_d[j] = s.rstd * (row_d[j] - mean_g - s.normalize(load(h + j)) * mean_gx);
+        store(dresidual + j, row_d[j]);
+      }
+    }
     if (a.dropout.threshold) {
       T* dx = static_cast<T*>(a.dx) + r * cols;
       drop_row(row_d, r, cols, a.dropout, key);
 #pragma omp simd
       for (int64_t j = 0; j < cols; ++j) store(dx + j, row_d[j]);
+    }
+    if (sum_dx) {  // before dx is rounded
+#pragma omp simd
+      for (int64_t j = 0; j < cols; ++j) sum_dx[j] += row_d[j];
     }
   }
 }
@@ -121,17 +165,19 @@ void forward(const LayerNormForward& a, int threads) {
 
 template <class T>
 void backward(const LayerNormBackward& a, int threads) {
-  const int64_t blocks = row_blocks(a.rows);
-  float* dbias = a.partial + blocks * a.cols;
+  const int64_t blocks = row_blocks(a.rows), size = blocks * a.cols;
   parallel_for(blocks, grain_of(a.rows / blocks * a.cols), threads, [&](int64_t begin, int64_t end) {
     const auto row_d = scratch<float>(a.cols);
     for (int64_t b = begin; b < end; ++b) {
-      backward_rows<T>(a, a.rows * b / blocks, a.rows * (b + 1) / blocks, a.partial + b * a.cols, dbias + b * a.cols,
-                       row_d.get());
+      float* partial = a.partial + b * a.cols;
+      const Sums sums{partial, partial + size, a.sum_dx ? partial + 2 * size : nullptr};
+      backward_rows<T>(a, a.rows * b / blocks, a.rows * (b + 1) / blocks, sums, row_d.get());
     }
   });
-  if (a.dweight) sum_partials(a.partial, blocks, a.cols, a.dweight);
-  if (a.dbias) sum_partials(dbias, blocks, a.cols, a.dbias);
+  float* const totals[] = {a.dweight, a.dbias, a.sum_dx};
+  for (int k = 0; k < 3; ++k) {
+    if (totals[k]) sum_partials(a.partial + k * size, blocks, a.cols, totals[k]);
+  }
 }
 
 }  // namespace

@@ -19,13 +19,13 @@ struct LayerNormForward {
 };
 
 // dy, dh (the gradient of h besides the one through y; may be null), h (rows, cols) in;
-// dresidual (rows, cols) and, under dropout, dx (rows, cols) out; dweight, dbias (cols,) float32 or null.
-// partial: (2, row_blocks(rows), cols) float32 scratch.
+// dresidual (rows, cols) and, under dropout, dx (rows, cols) out; dweight, dbias, sum_dx (Σ dx over rows),
+// each (cols,) float32 or null. partial: (3, row_blocks(rows), cols) float32 scratch, (2, ...) without sum_dx.
 struct LayerNormBackward {
   const void *dy, *dh, *h;
   const float *weight, *mean, *rstd;
   void *dresidual, *dx;
-  float *dweight, *dbias, *partial;
+  float *dweight, *dbias, *sum_dx, *partial;
   int64_t rows, cols, stride_dy, stride_dh, stride_h;
   bool rms;
   Dropout dropout;

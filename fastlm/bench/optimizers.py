@@ -150,7 +150,7 @@ def _ours(optimizer: str, device: torch.device) -> Callable:
     if optimizer == "lamb":
         return partial(LAMB, betas=BETAS, eps=EPS)
     if optimizer == "muon":
-        return partial(Muon, momentum=MOMENTUM)
+        return partial(Muon, momentum=MOMENTUM, dtype=torch.bfloat16)  # as torch's
     if device.type != "cpu":
         raise ValueError("a run takes torch's fused AdamW on a device")
     return partial(adamw.AdamW, betas=BETAS, eps=EPS)

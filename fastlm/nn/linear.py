@@ -3,8 +3,8 @@
     y = x Wᵀ + b;   dx = dy W (+ the gradient of x from elsewhere),   dW = dyᵀ x,   db = Σ dy over rows
 
 Under autocast torch casts W and b in every forward, and their gradients back in every backward: seven casts for two
-layers with biases. Here `LowWeights` casts all weights of a model once a step, in one call, and on a GPU the matrix
-product writes dW in float32 itself, which also saves its rounding to bfloat16. db is summed in float32.
+layers with biases. Here `LowWeights` (fastlm/ops/_low_weights.py) casts all weights of a model once a step, and on a
+GPU the matrix product writes dW in float32 itself, which also saves its rounding to bfloat16. db is summed in float32.
 
 Where x is also added to the residual, `keep` makes backward add both gradients of x in the matrix product. Where y goes
 to a LayerNorm, `constant_bias` leaves db to it: `x_bias` of `fastlm.ops.layer_norm` sums it where dy is computed.
@@ -12,62 +12,16 @@ to a LayerNorm, `constant_bias` leaves db to it: `x_bias` of `fastlm.ops.layer_n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from fastlm.ops._autocast import device_type
-
-
-class LowWeights:
-    """Copies of a model's weights in autocast's dtype, made anew by `fresh`, of those that `linear` has asked for.
-
-    The weights must not change inside the block. A weight that is first asked for there is cast by itself.
-    """
-
-    def __init__(self, parameters):
-        self._mine = {id(p) for p in parameters}
-        self._copies: dict[torch.Tensor, torch.Tensor] = {}
-        self._dtype: torch.dtype | None = None
-
-    @contextmanager
-    def fresh(self, dtype: torch.dtype) -> Iterator[None]:
-        """Inside, `linear` reads the copies. dtype: autocast's."""
-        global _current
-        if dtype != self._dtype:
-            self._copies.clear()
-            self._dtype = dtype
-        if self._copies:
-            with torch.no_grad():
-                torch._foreach_copy_(list(self._copies.values()), list(self._copies))
-        before, _current = _current, self
-        try:
-            yield
-        finally:
-            _current = before
-
-    def get(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
-        """The copy in `dtype`; None where the weight is another model's, or the block of another dtype."""
-        if dtype != self._dtype or id(weight) not in self._mine:
-            return None
-        copy = self._copies.get(weight)
-        if copy is None:
-            copy = self._copies[weight] = weight.detach().to(dtype)
-        return copy
-
-
-# Not of a thread: a checkpointed layer runs again in a thread of autograd's.
-_current: LowWeights | None = None
+from fastlm.ops._low_weights import low_copy
 
 
 def _low(weight: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    if weight is None or weight.dtype == dtype:
-        return weight
-    copy = None if _current is None else _current.get(weight, dtype)
-    return weight.detach().to(dtype) if copy is None else copy
+    return weight if weight is None or weight.dtype == dtype else low_copy(weight, dtype)
 
 
 class _Linear(torch.autograd.Function):
@@ -98,7 +52,7 @@ class _Linear(torch.autograd.Function):
         if needs_w and g.is_cuda and w_dtype == torch.float32 != g.dtype:
             dw = torch.mm(g.t(), rows, out_dtype=torch.float32)
         elif needs_w:
-            dw = torch.mm(g.t(), rows).to(w_dtype)
+            dw = torch.mm(g.t(), rows)  # autograd casts it, unless w takes a gradient of any dtype
         if needs_b:
             db = g.sum(0, dtype=b_dtype)
         return dx, dw, db, None, None, None

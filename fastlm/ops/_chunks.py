@@ -12,7 +12,7 @@ from fastlm.ops._losses import Losses, per_row
 from fastlm.ops._shapes import as_rows
 from fastlm.ops.linear_cross_entropy import Args, BackwardArgs, Gradients, Inputs, Outputs, Wanted
 
-WIDENED = 2048  # classes whose bfloat16 dlogits are widened at a time
+SLICE = 2048  # classes of a product whose result is not the sum itself
 
 
 def chunk_rows(rows: int, dtype: torch.dtype, device: str) -> int:
@@ -36,24 +36,28 @@ def _add_rows(total, g, first: bool) -> None:
         total += g.sum(0, dtype=torch.float32)
 
 
+def _add_product(total, g, x, first: bool) -> None:
+    """total (V, D) float32 += gᵀ x, or = for the first."""
+    if g.dtype == torch.bfloat16 and not g.is_cuda:
+        product = torch.mm(g.t(), x)
+        total.copy_(product) if first else total.add_(product)
+    elif g.is_cuda and g.dtype != torch.float32:
+        torch.addmm(total, g.t(), x, beta=0.0 if first else 1.0, out_dtype=torch.float32, out=total)
+    else:
+        torch.addmm(total, g.float().t(), x.float(), beta=0.0 if first else 1.0, out=total)
+
+
 def _add_weight_gradient(dweight, dbias, g, x, wanted: Wanted, first: bool) -> None:
     """dweight (V, D) += gᵀ x and dbias (V,) += Σ g, both float32, for dlogits g (n, V) and hidden x (n, D)."""
-    beta = 0.0 if first else 1.0
-    if g.is_cuda and g.dtype != torch.float32:
+    whole = g.is_cuda or g.dtype == torch.float32
+    for column in range(0, g.shape[1], g.shape[1] if whole else SLICE):
+        columns = slice(column, column + (g.shape[1] if whole else SLICE))
+        # The BLAS would transpose a slice with another leading dimension into a copy, which takes longer.
+        part = g[:, columns].contiguous()
         if wanted.dweight:
-            torch.addmm(dweight, g.t(), x, beta=beta, out_dtype=torch.float32, out=dweight)
+            _add_product(dweight[columns], part, x, first)
         if wanted.dbias:
-            _add_rows(dbias, g, first)
-        return
-    x, width = x.float(), g.shape[1] if g.dtype == torch.float32 else WIDENED
-    for column in range(0, g.shape[1], width):
-        columns = slice(column, column + width)
-        wide = g[:, columns].float()
-        if wanted.dweight:
-            dw = dweight[columns]
-            torch.addmm(dw, wide.t(), x, beta=beta, out=dw)
-        if wanted.dbias:
-            _add_rows(dbias[columns], wide, first)
+            _add_rows(dbias[columns], part, first)
 
 
 @torch.no_grad()  # products with out=
@@ -64,7 +68,7 @@ def _chunks(inputs: Inputs, losses: Losses, dloss, wanted: Wanted, row_bytes: in
     """
     # Contiguous, since with another leading dimension the BLAS may sum in another order and give other bits.
     hidden, weight, bias = inputs.hidden, inputs.weight, inputs.bias
-    h, w = as_rows(hidden).contiguous(), weight.contiguous()
+    h, w = as_rows(hidden).contiguous(), (weight if inputs.low is None else inputs.low).contiguous()
     rows, vocabulary = h.shape[0], w.shape[0]
     step, classes = chunk_rows(rows, h.dtype, h.device.type), vocabulary
     # cuBLAS has no fast kernel if the bytes of a row of classes are not a multiple of 16. The products then include the
@@ -97,9 +101,7 @@ def _chunks(inputs: Inputs, losses: Losses, dloss, wanted: Wanted, row_bytes: in
             if wanted.dweight or wanted.dbias:
                 _add_weight_gradient(dweight, dbias, g, x, wanted, first=begin == 0)
     dweight, dbias = dweight[:vocabulary], dbias[:vocabulary]
-    return Gradients(
-        dhidden.view(hidden.shape if wanted.dhidden else 0), dweight.to(weight.dtype), dbias.to(weight.dtype)
-    )
+    return Gradients(dhidden.view(hidden.shape if wanted.dhidden else 0), dweight.to(weight.dtype), dbias.to(h.dtype))
 
 
 def raw_ops(losses: type[Losses], row_bytes: int = 0):

@@ -24,9 +24,8 @@ contiguous, so torch has cuBLASLt add the bias in the product. The bias's gradie
 12 bytes that an element of the logits moves. In a kernel over rows its sums (122 KB for BERT) would have no place.
 
 The weight gradient is summed over the chunks in float32. On a GPU the matrix product adds to it. On the CPU, torch has
-no product of bfloat16 matrices with a float32 result: G and the chunk's hidden are converted to float32 for that
-product, a few classes at a time. The other products stay bfloat16, as in F.linear. oneDNN computes them in a float32
-copy of the chunk, so the chunks are smaller.
+no product of bfloat16 matrices with a float32 result: the product of a chunk, a few classes at a time, is bfloat16, and
+is added while it is in the cache. Under autocast the gradient of a float32 weight is that sum, not rounded to bfloat16.
 
 Sources: Hsu et al. 2024 (arXiv:2410.10989, Liger Kernel) for gradients in the forward, chunk by chunk;
 Wijmans et al. 2024 (arXiv:2411.09009) for the memory that logits take.
@@ -42,6 +41,7 @@ import torch.nn.functional as F
 from fastlm.ops import _checks, _registry
 from fastlm.ops._autocast import autocast, autocast_dtype
 from fastlm.ops._labels import IGNORE_INDEX
+from fastlm.ops._low_weights import low_copy
 from fastlm.ops.cross_entropy import (
     CrossEntropyOutput,
     LossArgs,
@@ -98,6 +98,7 @@ class Inputs(NamedTuple):
     weight: torch.Tensor  # (V, D)
     bias: torch.Tensor | None  # (V,)
     loss: LossArgs
+    low: torch.Tensor | None = None  # weight in hidden's dtype, where its own is float32, which dweight then has
 
 
 class Wanted(NamedTuple):
@@ -165,7 +166,7 @@ def _save(args: Args, outputs) -> Saved:
         raise ValueError(
             f"wanted: expected {needed}, since hidden, weight or bias requires a gradient, got {args.wanted}"
         )
-    no_tensors = Inputs(None, None, None, inputs.loss._replace(target=None, class_weight=None))
+    no_tensors = Inputs(None, None, None, inputs.loss._replace(target=None, class_weight=None), None)
     return Saved(no_tensors, Gradients(*gradients), args.wanted)
 
 
@@ -247,15 +248,17 @@ def linear_cross_entropy(
         _checks.is_tensor("bias", bias, device=hidden.device, shape=weight.shape[:1])
     classes = hidden.device, weight.shape[0], class_weight, "class_weight"
     check_options(*classes, label_smoothing, z_loss, softcap, reduction, ignore_index)
-    hidden, weight, bias = autocast("linear_cross_entropy", hidden, weight, bias)
-    _checks.same_dtype("hidden", hidden_dtype, hidden.dtype, weight=weight, bias=bias)
+    hidden, bias = autocast("linear_cross_entropy", hidden, bias)
+    weight_dtype = autocast_dtype("linear_cross_entropy", weight)
+    low = None if weight_dtype == weight.dtype else low_copy(weight, weight_dtype)
+    _checks.same_dtype("hidden", hidden_dtype, hidden.dtype, weight=weight if low is None else low, bias=bias)
     backend = _registry.choose("linear_cross_entropy", backend, hidden)
     dtype = autocast_dtype("cross_entropy", hidden)
     if backend == "reference":
         check_labels(target, weight.shape[0], ignore_index)
         return linear_cross_entropy_reference(
             hidden,
-            weight,
+            weight.to(weight_dtype),
             target,
             bias,
             class_weight=class_weight,
@@ -274,6 +277,6 @@ def linear_cross_entropy(
     loss_args = LossArgs(
         target, class_weight, ignore_index, label_smoothing, z_loss, softcap or 0.0, reduction, figures
     )
-    args = Args(Inputs(hidden, weight, bias, loss_args), wanted)
+    args = Args(Inputs(hidden, weight, bias, loss_args, low), wanted)
     loss = _registry.call("linear_cross_entropy_fwd", args, backend)[0]
     return outputs_of(loss, dtype, return_z_loss, return_token_accuracy)

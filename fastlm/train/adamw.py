@@ -8,21 +8,25 @@ For a weight w with gradient g at step t, from 1 (Loshchilov, Hutter 2019, arXiv
 
 where g is the gradient divided by `grad_scale`, as torch.amp.GradScaler has torch's fused AdamW do. torch writes the
 quotient back into the gradient, a fourth tensor to write; here it is never stored. What a step costs is then its bytes:
-a gradient is read once for the norm, and once for the update, which reads and writes w, m and v.
+a gradient is read once for the norm, and once for the update, which reads and writes w, m and v. Where a weight has a
+copy in bfloat16 that the next step multiplies (`low_weights`), the update writes it too.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import ClassVar
 
 import torch
 from torch import nn
 from torch.autograd.profiler import record_function
 
 from fastlm import _native
+from fastlm.ops._low_weights import LowWeights
 
 _REMEDY = "use torch.optim.AdamW(fused=True)"
+_WEIGHTS, _GRADIENTS = (torch.float32,), (torch.float32, torch.bfloat16)
 
 
 def runs_on(parameters: Iterable[torch.Tensor]) -> bool:
@@ -30,14 +34,25 @@ def runs_on(parameters: Iterable[torch.Tensor]) -> bool:
     return _native.missing_cpu() is None and all(_refusal(p) is None for p in parameters)
 
 
+def takes(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether `fused_update` takes these, with the gradients that they have."""
+    parameters = list(parameters)
+    return runs_on(parameters) and all(p.grad is None or _refusal(p.grad, _GRADIENTS) is None for p in parameters)
+
+
 def total_norm(gradients: Iterable[torch.Tensor]) -> torch.Tensor:
-    """The 2-norm of all `gradients` together, a scalar; of float32 on a CPU the same bits for any number of threads."""
+    """The 2-norm of all `gradients` together, a scalar.
+
+    Of float32 and bfloat16 on a CPU it is float32, with the same bits for any number of threads.
+    """
     gradients = list(gradients)
-    if not gradients or not runs_on(gradients):
+    ours = _native.missing_cpu() is None and all(_refusal(g, _GRADIENTS) is None for g in gradients)
+    if not gradients or not ours:
         return torch.nn.utils.get_total_norm(gradients)
     dense = [g if _is_dense(g) else g.contiguous() for g in gradients]
+    spans = [(g, g.numel(), _native.DTYPE_CODES[g.dtype]) for g in dense]
     with record_function("fastlm::squared_norm"):
-        square = _native.cpu().squared_norm(spans=[(g, g.numel()) for g in dense], threads=_native.threads())
+        square = _native.cpu().squared_norm(spans=spans, threads=_native.threads())
     return torch.tensor(math.sqrt(square), dtype=torch.float32)
 
 
@@ -46,11 +61,16 @@ class AdamW(torch.optim.AdamW):
 
     Its state_dict is torch's, and loads there and here alike; `grad_scale` and `found_inf`, float32 scalars that
     GradScaler or the caller sets, mean what they mean there: nothing is touched where found_inf is not 0, the number of
-    steps neither. A parameter's .grad is left as backward made it, not divided by grad_scale.
+    steps neither. A parameter's .grad is left as backward made it, not divided by grad_scale; it may be bfloat16.
+
+    low_weights: copies of the parameters, which the caller sets; a step writes those in bfloat16 with the parameters.
 
     ValueError for other parameters or gradients, and for amsgrad, maximize, capturable or differentiable, which a
     loaded state_dict may ask for.
     """
+
+    low_weights: LowWeights | None = None
+    low_gradients: ClassVar[bool] = True  # a .grad may be bfloat16
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2):
         if (missing := _native.missing_cpu()) is not None:
@@ -73,63 +93,80 @@ class AdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        if found_inf is not None and found_inf.item():
-            return loss
-        tensors, groups, written, copies = [], [], [], []
-        for number, group in enumerate(self.param_groups):
-            beta1, beta2 = map(float, group["betas"])
-            groups.append((float(group["lr"]), beta1, beta2, float(group["eps"]), float(group["weight_decay"])))
+        for group in self.param_groups:
             for option in ("amsgrad", "maximize", "capturable", "differentiable"):
                 if group[option]:
                     raise ValueError(f"{option}: expected False, got {group[option]}; {_REMEDY}")
-            for w in group["params"]:
-                if w.grad is None:
-                    continue
-                _check("params", w)
-                _check("grad", w.grad, w)
-                state = self.state[w]
-                if not state:
-                    state["step"] = torch.zeros((), dtype=torch.float32)
-                    state["exp_avg"] = torch.zeros_like(w, memory_format=torch.preserve_format)
-                    state["exp_avg_sq"] = torch.zeros_like(w, memory_format=torch.preserve_format)
-                # All four in one order: the weight's, where its elements lie one behind the other.
-                work = w if _is_dense(w) else torch.empty_like(w).copy_(w)
-                if work is not w:
-                    copies.append((w, work))
-                for name in ("exp_avg", "exp_avg_sq"):
-                    _check(name, state[name], w)
-                    state[name] = _ordered_as(work, state[name])
-                _check("step", state["step"])
-                gradient = _ordered_as(work, w.grad)
-                written += (w, state["exp_avg"], state["exp_avg_sq"], state["step"])
-                moments = state["exp_avg"], state["exp_avg_sq"]
-                tensors.append((work, gradient, *moments, state["step"], w.numel(), number))
-        with record_function("fastlm::adamw"):
-            _native.cpu().adamw(
-                tensors=tensors,
-                groups=groups,
-                grad_scale=1.0 if grad_scale is None else grad_scale.item(),
-                threads=_native.threads(),
-            )
-        for w, work in copies:
-            w.copy_(work)
-        torch.autograd.graph.increment_version(written)
+        fused_update(self, "adamw")
         return loss
 
 
-def _refusal(x: torch.Tensor) -> str | None:
+def fused_update(optimizer: torch.optim.Optimizer, kernel: str) -> None:
+    """One update of every parameter that has a gradient by a kernel of csrc/cpu, "adamw" or "lamb".
+
+    The optimizer's groups have lr, betas, eps and weight_decay, its states step, exp_avg and exp_avg_sq; grad_scale,
+    found_inf and low_weights as of `AdamW`. ValueError for parameters or gradients that the kernels do not take.
+    """
+    found_inf, grad_scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
+    if found_inf is not None and found_inf.item():
+        return
+    tensors, groups, written, copies, low, cast = [], [], [], [], optimizer.low_weights, []
+    for number, group in enumerate(optimizer.param_groups):
+        beta1, beta2 = map(float, group["betas"])
+        groups.append((float(group["lr"]), beta1, beta2, float(group["eps"]), float(group["weight_decay"])))
+        for w in group["params"]:
+            if w.grad is None:
+                continue
+            _check("params", w)
+            _check("grad", w.grad, w, _GRADIENTS)
+            state = optimizer.state[w]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32)
+                state["exp_avg"] = torch.zeros_like(w, memory_format=torch.preserve_format)
+                state["exp_avg_sq"] = torch.zeros_like(w, memory_format=torch.preserve_format)
+            # All four in one order: the weight's, where its elements lie one behind the other.
+            work = w if _is_dense(w) else torch.empty_like(w).copy_(w)
+            if work is not w:
+                copies.append((w, work))
+            for name in ("exp_avg", "exp_avg_sq"):
+                _check(name, state[name], w)
+                state[name] = _ordered_as(work, state[name])
+            _check("step", state["step"])
+            gradient = _ordered_as(work, w.grad)
+            written += (w, state["exp_avg"], state["exp_avg_sq"], state["step"])
+            moments = state["exp_avg"], state["exp_avg_sq"]
+            copy = low.writable(w) if low is not None and work is w else None
+            if copy is not None:
+                cast.append(w)
+            size = w.numel(), number, _native.DTYPE_CODES[gradient.dtype]
+            tensors.append((work, gradient, *moments, state["step"], copy, *size))
+    with record_function(f"fastlm::{kernel}"):
+        getattr(_native.cpu(), kernel)(
+            tensors=tensors,
+            groups=groups,
+            grad_scale=1.0 if grad_scale is None else grad_scale.item(),
+            threads=_native.threads(),
+        )
+    for w, work in copies:
+        w.copy_(work)
+    torch.autograd.graph.increment_version(written)
+    if low is not None:
+        low.wrote(cast)
+
+
+def _refusal(x: torch.Tensor, dtypes: tuple[torch.dtype, ...] = _WEIGHTS) -> str | None:
     """Why the kernels cannot take x, or None."""
-    if x.dtype is not torch.float32 or x.layout is not torch.strided or x.device.type != "cpu":
+    if x.dtype not in dtypes or x.layout is not torch.strided or x.device.type != "cpu":
         return f"{x.dtype} {x.layout} on {x.device}"
     if (type(x) is not torch.Tensor and type(x) is not nn.Parameter) or x.is_neg() or x._is_zerotensor():
         return f"a {type(x).__name__} that is more, or less, than memory"
     return None
 
 
-def _check(name: str, x: torch.Tensor, like: torch.Tensor | None = None) -> None:
-    if (why := _refusal(x)) is not None:
-        raise ValueError(f"{name}: expected dense torch.float32 on a cpu, got {why}; {_REMEDY}")
+def _check(name: str, x: torch.Tensor, like: torch.Tensor | None = None, dtypes=_WEIGHTS) -> None:
+    if (why := _refusal(x, dtypes)) is not None:
+        expected = " or ".join(map(str, dtypes))
+        raise ValueError(f"{name}: expected dense {expected} on a cpu, got {why}; {_REMEDY}")
     shape = () if name == "step" else x.shape if like is None else like.shape
     if x.shape != shape:
         raise ValueError(

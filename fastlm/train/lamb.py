@@ -5,12 +5,15 @@ For a weight w with gradient g at step t, from 1:
     m = β1 m + (1 - β1) g;   v = β2 v + (1 - β2) g²
     r = (m / (1 - β1^t)) / (√(v / (1 - β2^t)) + eps) + decay · w
     w = w - lr · (|w| / |r|) · r        the ratio is 1 where either norm is 0, and for tensors that do not decay
+
+On a CPU two passes over all tensors do it, csrc/cpu/lamb.cpp; elsewhere, and for sharded tensors, plain torch.
 """
 
 from __future__ import annotations
 
 import torch
 
+from fastlm.train.adamw import fused_update, takes
 from fastlm.train.scaled import Scaled
 
 
@@ -26,6 +29,13 @@ class LAMB(Scaled):
     ):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.norm = torch.linalg.vector_norm if shards is None else shards.norm
+        self.shards = shards
+
+    def update_all(self) -> None:
+        if self.shards is None and takes(p for group in self.param_groups for p in group["params"]):
+            fused_update(self, "lamb")
+        else:
+            super().update_all()
 
     def update(self, p, gradient, state, group):
         beta1, beta2 = group["betas"]

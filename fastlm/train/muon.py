@@ -19,6 +19,8 @@ from collections.abc import Iterable
 
 import torch
 
+from fastlm import _native
+from fastlm.train.adamw import takes
 from fastlm.train.scaled import Scaled
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of x, x³, x⁵: Jordan's, whose slope at 0 is the steepest
@@ -26,26 +28,29 @@ _ITERATIONS = 5
 _RMS = 0.2  # of AdamW's updates, as measured by Liu et al.
 
 
-def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
+def orthogonalize(matrix: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """(..., rows, columns) with singular values between 0.7 and 1.2 in place of those of `matrix`; float32.
 
-    Five iterations of a quintic of odd powers, X = a X + b (X X^T) X + c (X X^T)² X. In bfloat16 on a GPU, which it was
-    designed for; in float32 on a CPU.
+    Five iterations of a quintic of odd powers, X = a X + b (X X^T) X + c (X X^T)² X. dtype: theirs; by default bfloat16
+    on a GPU, which they were designed for, and float32 on a CPU, many of which multiply bfloat16 no faster.
     """
-    x = matrix.to(torch.bfloat16 if matrix.is_cuda else torch.float32)
-    shape = x.shape
-    x = x.reshape(-1, *shape[-2:])
-    wide = x.shape[-2] > x.shape[-1]
-    x = x.mT if wide else x
+    if dtype is None:
+        dtype = torch.bfloat16 if matrix.is_cuda else torch.float32
+    return _iterate(matrix.to(dtype).reshape(-1, *matrix.shape[-2:])).float().reshape(matrix.shape)
+
+
+def _iterate(x: torch.Tensor) -> torch.Tensor:
+    """`orthogonalize` of x (n, rows, columns), in its dtype."""
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    if x.shape[-1] >= 2 * x.shape[-2] and x.dtype == torch.float32:
-        x = _by_gram(x)
-    else:
-        a, b, c = _COEFFICIENTS
-        for _ in range(_ITERATIONS):
-            gram = x @ x.mT
-            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.mT if wide else x).float().reshape(shape)
+    a, b, c = _COEFFICIENTS
+    tall = x.shape[-2] > x.shape[-1]
+    if x.dtype == torch.float32 and max(x.shape[-2:]) >= 2 * min(x.shape[-2:]):
+        return _by_gram(x.mT).mT if tall else _by_gram(x)
+    for _ in range(_ITERATIONS):  # the smaller of both products of X with itself
+        gram = x.mT @ x if tall else x @ x.mT
+        p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, x, p, beta=a) if tall else torch.baddbmm(x, p, x, beta=a)
+    return x
 
 
 def _by_gram(x: torch.Tensor) -> torch.Tensor:
@@ -75,11 +80,20 @@ class Muon(Scaled):
 
     shards: with parameters that are this process's rows of matrices, the `fastlm.train.parallel.Shards` that knows the
         others'. Every process then orthogonalizes the whole matrix, and keeps its rows.
+    dtype: of the iterations, see `orthogonalize`.
     """
 
-    def __init__(self, params, lr: float = 1e-3, momentum: float = 0.95, weight_decay: float = 0.0, shards=None):
+    def __init__(
+        self,
+        params,
+        lr: float = 1e-3,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        shards=None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "parts": 1})
-        self.shards = shards
+        self.shards, self.dtype = shards, dtype
         for group in self.param_groups:
             for p in group["params"]:
                 rows = p.shape[0] if shards is None else shards.rows(p)
@@ -89,15 +103,68 @@ class Muon(Scaled):
                         "give others to AdamW"
                     )
 
-    def update(self, p, gradient, state, group):
+    def update_all(self) -> None:
+        if self.shards is not None or not takes(p for group in self.param_groups for p in group["params"]):
+            return super().update_all()
+        if self.found_inf is not None and self.found_inf.item():
+            return None
+        scale = 1.0 if self.grad_scale is None else self.grad_scale.item()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._update_on_cpu(p, self._state_of(p), group, scale)
+        return None
+
+    def _update_on_cpu(self, p, state, group, scale) -> None:
+        """The same update, with one pass over memory before the iterations and one after, csrc/cpu/muon.cpp."""
+        dtype, momentum, lr = self.dtype or torch.float32, state["momentum"], group["lr"]
+        w, gradient, m = (t if t.is_contiguous() else t.contiguous() for t in (p, p.grad, momentum))
+        rows, columns = p.shape[0] // group["parts"], p.shape[1]
+        direction = p.new_empty(group["parts"], rows, columns, dtype=dtype)
+        codes, threads = _native.DTYPE_CODES, _native.threads()
+        _native.cpu().muon_direction(
+            g=gradient,
+            m=m,
+            u=direction,
+            n=p.numel(),
+            gradient=1.0 / scale,
+            momentum=group["momentum"],
+            gradient_dtype=codes[gradient.dtype],
+            dtype=codes[dtype],
+            threads=threads,
+        )
+        copy = None if self.low_weights is None or w is not p else self.low_weights.writable(p)
+        _native.cpu().muon_update(
+            w=w,
+            o=_iterate(direction).contiguous(),
+            low=copy,
+            n=p.numel(),
+            decay=1.0 - lr * group["weight_decay"],
+            step=lr * _RMS * max(rows, columns) ** 0.5,
+            dtype=codes[dtype],
+            threads=threads,
+        )
+        for to, of in ((p, w), (momentum, m)):
+            if to is not of:
+                to.copy_(of)
+        torch.autograd.graph.increment_version((p, momentum))
+        if copy is not None:
+            self.low_weights.wrote((p,))
+
+    def _state_of(self, p: torch.Tensor) -> dict[str, torch.Tensor]:
+        state = self.state[p]
         if not state:
             state["momentum"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        return state
+
+    def update(self, p, gradient, state, group):
+        state = self._state_of(p)
         momentum = torch.add(gradient, state["momentum"], alpha=group["momentum"])
         direction = torch.add(gradient, momentum, alpha=group["momentum"])
         if self.shards is not None:
             direction = self.shards.whole(direction, p)
         rows, columns = direction.shape[0] // group["parts"], p.shape[1]
-        step = orthogonalize(direction.unflatten(0, (group["parts"], rows))).flatten(0, 1)
+        step = orthogonalize(direction.unflatten(0, (group["parts"], rows)), self.dtype).flatten(0, 1)
         if self.shards is not None:
             step = self.shards.part(step)
         new = p * (1 - group["lr"] * group["weight_decay"]) - step * (group["lr"] * _RMS * max(rows, columns) ** 0.5)
@@ -107,8 +174,11 @@ class Muon(Scaled):
 class Together(torch.optim.Optimizer):
     """Several optimizers, each of other parameters, as one: what sets `grad_scale` and steps sees no difference."""
 
+    grad_scale = found_inf = low_weights = None
+
     def __init__(self, optimizers: Iterable[torch.optim.Optimizer]):
         self.optimizers = list(optimizers)
+        self.low_gradients = all(getattr(optimizer, "low_gradients", False) for optimizer in self.optimizers)
         self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         self.state = _States(self.optimizers)
         self.defaults = {}
@@ -116,6 +186,7 @@ class Together(torch.optim.Optimizer):
     def step(self, closure=None):
         for optimizer in self.optimizers:
             optimizer.grad_scale, optimizer.found_inf = self.grad_scale, self.found_inf
+            optimizer.low_weights = self.low_weights
             optimizer.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -21,7 +21,7 @@ from fastlm.tasks import Micro, TrainTable
 from fastlm.train.adamw import AdamW, runs_on, total_norm
 from fastlm.train.graph import StepGraph
 from fastlm.train.lamb import LAMB
-from fastlm.train.micro import forward_backward, low_weights
+from fastlm.train.micro import copies_of, forward_backward, low_gradients, low_weights
 from fastlm.train.muon import Muon, Together
 from fastlm.train.parallel import ALONE, Shards, World, sync_gradients
 
@@ -87,7 +87,8 @@ def make_optimizer(model: Model, table: TrainTable, shards: Shards | None = None
     if not muon:
         return adamw
     matrices = [{"params": g.parameters, "weight_decay": g.weight_decay, "parts": g.parts} for g in muon]
-    return Together([Muon(matrices, lr=table.lr, momentum=table.momentum, shards=shards), adamw])
+    low = torch.bfloat16 if table.dtype == "bfloat16" else None  # as the layers, whose matrices these are
+    return Together([Muon(matrices, lr=table.lr, momentum=table.momentum, shards=shards, dtype=low), adamw])
 
 
 def lr_at(step: int, table: TrainTable) -> float:
@@ -133,6 +134,15 @@ def train_step(
     parameters and the optimizer's state are as they were. No parameter has a .grad afterwards. With several processes
     follow the sums over them of `stop`, of the entries of Counts, and of what was dropped: the same in all.
     """
+    copies = copies_of(model, dtype) if shards is None else None
+    optimizer.low_weights, parameters = copies, [p for group in optimizer.param_groups for p in group["params"]]
+    single = len(micros) == 1 and world.size == 1 and graph is None and copies is not None
+    low = single and parameters[0].is_cpu and getattr(optimizer, "low_gradients", False)
+    with low_gradients(parameters) if low else nullcontext():
+        return _train_step(model, optimizer, micros, lr, grad_clip, dtype, world, shards, stop, graph)
+
+
+def _train_step(model, optimizer, micros, lr, grad_clip, dtype, world, shards, stop, graph) -> torch.Tensor:
     counts, losses = Counts.total(micro.counts for micro in micros), []
     with low_weights(model, dtype) if shards is None else nullcontext():
         for micro in micros:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
+
+from fastlm.ops._low_weights import LowWeights
 
 
 class Scaled(torch.optim.Optimizer):
@@ -16,6 +20,8 @@ class Scaled(torch.optim.Optimizer):
 
     grad_scale: torch.Tensor | None = None
     found_inf: torch.Tensor | None = None
+    low_weights: LowWeights | None = None  # an optimizer may write these copies with the weights
+    low_gradients: ClassVar[bool] = True  # a .grad may be of another dtype than its parameter
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -24,12 +30,16 @@ class Scaled(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.update_all()
+        return loss
+
+    def update_all(self) -> None:
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    gradient = p.grad if self.grad_scale is None else p.grad / self.grad_scale
+                    gradient = p.grad.to(p.dtype)
+                    gradient = gradient if self.grad_scale is None else gradient / self.grad_scale
                     self._put(p, *self.update(p, gradient, self.state[p], group))
-        return loss
 
     def update(
         self, p: torch.Tensor, gradient: torch.Tensor, state: dict[str, torch.Tensor], group: dict

@@ -7,7 +7,7 @@ import torch
 from fastlm import _native
 from fastlm.ops import _random
 from fastlm.ops._shapes import as_float, as_rows, row_stride
-from fastlm.ops.layer_norm import Args, BackwardArgs, Gradients, Outputs, add_rows, empty_backward, empty_forward
+from fastlm.ops.layer_norm import Args, BackwardArgs, Gradients, Outputs, empty_backward, empty_forward
 
 
 def layer_norm_fwd(args: Args) -> Outputs:
@@ -51,7 +51,8 @@ def layer_norm_bwd(args: BackwardArgs) -> Gradients:
         dx=out.dx if saved.dropout_p > 0.0 else None,
         dweight=dweight,
         dbias=out.dbias if args.has_bias else None,
-        partial=h.new_empty(2 * _native.cpu().row_blocks(rows) * cols, dtype=torch.float32),
+        sum_dx=out.sum_dx if args.sum_dx else None,
+        partial=h.new_empty((2 + args.sum_dx) * _native.cpu().row_blocks(rows) * cols, dtype=torch.float32),
         rows=rows,
         cols=cols,
         stride_dy=dy.stride(0),
@@ -62,5 +63,4 @@ def layer_norm_bwd(args: BackwardArgs) -> Gradients:
         dtype=_native.DTYPE_CODES[h.dtype],
         threads=_native.threads(),
     )
-    add_rows(args, out)
     return out if weight is None else out._replace(dweight=dweight.to(saved.weight.dtype))
