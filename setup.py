@@ -6,6 +6,7 @@ import its symbols resolve to the library that torch has loaded (fastlm/_native.
 fastlm._cuda is built if nvcc is found (CUDA_HOME, else PATH). Settings of the build:
   FASTLM_CUDA=0             leaves CUDA out
   FASTLM_CUDA_ARCHS=90,100  architectures of the machine code, with PTX of the last one (default: 80,90,100)
+The kernels of csrc/cuda/sm90 have machine code of sm_90a alone, whatever the architectures.
 The kernels do not know Python. Their objects, in build/temp.cuda, are compiled once for all Python versions.
 """
 
@@ -61,17 +62,20 @@ def find_nvcc():
     return nvcc, "" if nvcc else "nvcc is not on PATH; install the CUDA toolkit or set CUDA_HOME"
 
 
-def nvcc_flags():
+def nvcc_flags(sm90=False):
+    """Of the kernels for all architectures, or of those in csrc/cuda/sm90."""
     archs = os.environ.get("FASTLM_CUDA_ARCHS", "80,90,100").split(",")
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    ptx = f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"
+    targets.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+    if sm90:
+        targets = ["-gencode=arch=compute_90a,code=sm_90a"]
     # The host symbols of kernels stay visible, as before CUDA 13: csrc/cuda/launch.h finds the names of kernels by
     # them.
     visible = ["-static-global-template-stub=false", "-device-entity-has-hidden-visibility=false"]
     version = subprocess.run([NVCC, "--version"], capture_output=True, text=True, check=True).stdout
     release = int(re.search(r"release (\d+)", version).group(1))
     return [
-        "-O3", "-std=c++17", "-lineinfo", "--threads=0", "-Xcompiler=-fPIC", *targets, ptx,
+        "-O3", "-std=c++17", "-lineinfo", "--threads=0", "-Xcompiler=-fPIC", *targets,
         *(visible if release >= 13 else []),
     ]  # fmt: skip
 
@@ -82,7 +86,7 @@ def cpu_extension():
         "fastlm._cpu",
         [*sources("bindings_cpu/*.cpp"), *sources("cpu/*.cpp")],
         include_dirs=INCLUDES,
-        depends=["setup.py", *sources("**/*.h")],
+        depends=["setup.py", *sources("*/*.h")],
         # Apple's clang has no OpenMP: one thread there.
         extra_compile_args=CXX_FLAGS + (["-fopenmp"] if linux else []),
         extra_link_args=["-Wl,-z,now"] if linux else [],
@@ -90,11 +94,11 @@ def cpu_extension():
     )
 
 
-def flags_file():
+def flags_file(sm90=False):
     """A file that changes with nvcc's flags, so that another FASTLM_CUDA_ARCHS compiles the kernels again."""
-    path, flags = Path("build/nvcc-flags"), " ".join([NVCC, *nvcc_flags()])
+    path, flags = Path("build/sm90/nvcc-flags" if sm90 else "build/nvcc-flags"), " ".join([NVCC, *nvcc_flags(sm90)])
     if not path.is_file() or path.read_text() != flags:
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(flags)
     return str(path)
 
@@ -102,9 +106,9 @@ def flags_file():
 def cuda_extension():
     return Pybind11Extension(
         "fastlm._cuda",
-        [*sources("bindings_cuda/*.cpp"), *sources("cuda/*.cu")],
+        [*sources("bindings_cuda/*.cpp"), *sources("cuda/*.cu"), *sources("cuda/sm90/*.cu")],
         include_dirs=INCLUDES,
-        depends=["setup.py", *sources("**/*.h"), *sources("**/*.cuh"), flags_file()],
+        depends=["setup.py", *sources("**/*.h"), *sources("**/*.cuh"), flags_file(), flags_file(sm90=True)],
         extra_compile_args=CXX_FLAGS,
         cxx_std=17,
     )
@@ -133,19 +137,23 @@ class BuildExt(build_ext):
         compile_cxx = compiler._compile
 
         def compile_cuda(obj, src, *_):
-            run([NVCC, "-c", *(f"-I{path}" for path in INCLUDES), *nvcc_flags(), src, "-o", obj])
+            run([NVCC, "-c", *(f"-I{path}" for path in INCLUDES), *nvcc_flags("/sm90/" in src), src, "-o", obj])
 
         def compile_all(sources, output_dir=None, macros=None, include_dirs=None, debug=0, extra_preargs=None,
                         extra_postargs=None, depends=()):  # fmt: skip
             kernels = [source for source in sources if source.endswith(".cu")]
             cxx = [source for source in sources if source not in kernels]
+            of_sm90 = [kernel for kernel in kernels if "/sm90/" in kernel]
+            of_all = [kernel for kernel in kernels if kernel not in of_sm90]
             # The flags of nvcc are in a file of their own: a change of setup.py alone compiles no kernel.
-            cuda_depends = [path for path in depends if path != "setup.py"]
+            sm90_depends = [path for path in depends if path != "setup.py"]
+            cuda_depends = [path for path in sm90_depends if "/sm90/" not in path]
             objects, jobs = [], []
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 for compile_one, group, temp, needs in (
                     (compile_cxx, cxx, output_dir, depends),
-                    (compile_cuda, kernels, cuda_temp, cuda_depends),
+                    (compile_cuda, of_all, cuda_temp, cuda_depends),
+                    (compile_cuda, of_sm90, cuda_temp, sm90_depends),
                 ):
                     _, made, postargs, pp_opts, targets = compiler._setup_compile(
                         temp, macros, include_dirs, group, needs, extra_postargs

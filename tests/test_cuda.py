@@ -40,8 +40,8 @@ def kernels() -> str:
 
 
 @contextmanager
-def device(**options):
-    """CPU tensors are taken by the cuda backend, and its kernels are executed. options: of ptx.run.
+def device(text=kernels, **options):
+    """CPU tensors are taken by the cuda backend, and its kernels are executed. text(): PTX. options: of ptx.run.
 
     A kernel may touch the tensors that were arguments of a call into fastlm._cuda, and what the yielded function is
     told of.
@@ -72,7 +72,7 @@ def device(**options):
     module = _native.cuda()
     with (
         mock.patch.object(_native, "cuda", Module),
-        ptx.cuda_on_ptx(_native.record_cuda, kernels(), lambda: tensors, **options),
+        ptx.cuda_on_ptx(_native.record_cuda, text(), lambda: tensors, **options),
     ):
         yield remember
 
