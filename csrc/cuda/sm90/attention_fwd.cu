@@ -21,21 +21,25 @@ namespace fastlm::cuda {
 namespace sm90 {
 
 constexpr int kQueries = 64;  // of a warpgroup
-constexpr int kGroups = 2, kStages = 2, kKeys = 128;
+constexpr int kGroups = 2, kStages = 2;
 constexpr int kThreads = (1 + kGroups) * kWarpgroup, kTile = kGroups * kQueries;
 constexpr int kTurn = 1, kTogether = kTurn + kGroups;  // named barriers, one for each group
 
 // 65536 registers for 128 threads that load and 256 that multiply.
-constexpr int kFew = 40, kMany = 232;
+constexpr int kFew = 24, kMany = 240;
+
+// Keys of a block. With 128, dropout or a bias would spill at 128 columns.
+template <int D, bool EXTRAS>
+constexpr int kKeys = D == 128 && EXTRAS ? 64 : 128;
 
 struct ForwardArgs {
   CUtensorMap q, k, v;
   AttentionForward forward;
 };
 
-template <class T, int D>
+template <class T, int D, int N>
 struct ForwardShared {
-  T q[kGroups][kQueries * D], k[kStages][kKeys * D], v[kStages][kKeys * D];
+  T q[kGroups][kQueries * D], k[kStages][N * D], v[kStages][N * D];
   RowSight<kTile> sight;
   RowDropout<kTile> dropout;
   Plan plan;
@@ -53,55 +57,56 @@ __device__ __forceinline__ void load_tile(T* to, const CUtensorMap& map, int hea
 }
 
 // Whether rows of v of this step may be no key that any query sees, and not 0. Behind the end of a tensor TMA brings 0.
+template <int N>
 __device__ __forceinline__ bool has_other_rows(const Attention& a, const Plan& plan, int step) {
-  return step >= plan.plain() && (a.key_mask || (a.cu_k && plan.column(step, kKeys) + kKeys > plan.hi));
+  return step >= plan.plain() && (a.key_mask || (a.cu_k && plan.column(step, N) + N > plan.hi));
 }
 
 // One thread: all loads of the block.
-template <class T, int D>
-__device__ __forceinline__ void bring(const ForwardArgs& args, ForwardShared<T, D>& shared, int head, int row0,
+template <class T, int D, int N>
+__device__ __forceinline__ void bring(const ForwardArgs& args, ForwardShared<T, D, N>& shared, int head, int row0,
                                       int sequence) {
   const Attention& a = args.forward.attention;
   const Plan& plan = shared.plan;
   const int kv_head = head / a.group;
-  constexpr int kBytes = kKeys * D * int(sizeof(T));
+  constexpr int kBytes = N * D * int(sizeof(T));
   arrive_expecting(&shared.q_full, kTile * D * int(sizeof(T)));
 #pragma unroll
   for (int group = 0; group < kGroups; ++group)
     load_tile<D, kQueries>(shared.q[group], args.q, head, row0 + kQueries * group, sequence, &shared.q_full);
 #pragma unroll 1
   for (int step = 0; step < plan.count; ++step) {
-    const int stage = step % kStages, col0 = plan.column(step, kKeys);
+    const int stage = step % kStages, col0 = plan.column(step, N);
     const uint32_t before = (step / kStages & 1) ^ 1;
     wait(&shared.k_free[stage], before);
     arrive_expecting(&shared.k_full[stage], kBytes);
-    load_tile<D, kKeys>(shared.k[stage], args.k, kv_head, col0, sequence, &shared.k_full[stage]);
+    load_tile<D, N>(shared.k[stage], args.k, kv_head, col0, sequence, &shared.k_full[stage]);
     wait(&shared.v_free[stage], before);
-    uint64_t* const there = has_other_rows(a, plan, step) ? &shared.v_landed[stage] : &shared.v_full[stage];
+    uint64_t* const there = has_other_rows<N>(a, plan, step) ? &shared.v_landed[stage] : &shared.v_full[stage];
     arrive_expecting(there, kBytes);
-    load_tile<D, kKeys>(shared.v[stage], args.v, kv_head, col0, sequence, there);
+    load_tile<D, N>(shared.v[stage], args.v, kv_head, col0, sequence, there);
   }
 }
 
 // One warp: sets rows of v that are no keys to 0.
-template <class T, int D>
-__device__ __forceinline__ void clean(const Attention& a, const uint8_t* mask, ForwardShared<T, D>& shared) {
+template <class T, int D, int N>
+__device__ __forceinline__ void clean(const Attention& a, const uint8_t* mask, ForwardShared<T, D, N>& shared) {
   const Plan& plan = shared.plan;
   uint32_t parities = 0;  // a bit for each stage
 #pragma unroll 1
   for (int step = 0; step < plan.count; ++step) {
-    if (!has_other_rows(a, plan, step)) continue;
-    const int stage = step % kStages, col0 = plan.column(step, kKeys);
+    if (!has_other_rows<N>(a, plan, step)) continue;
+    const int stage = step % kStages, col0 = plan.column(step, N);
     wait(&shared.v_landed[stage], parities >> stage & 1);
     parities ^= 1u << stage;
 #pragma unroll 1
-    for (int row = threadIdx.x % 32; row < kKeys; row += 32) {
+    for (int row = threadIdx.x % 32; row < N; row += 32) {
       const int key = col0 + row;
       if (key < plan.hi && (!mask || mask[key])) continue;
       // The swizzle permutes within a row of 128 bytes.
       uint4* const to = reinterpret_cast<uint4*>(shared.v[stage] + row * 64);
 #pragma unroll 1
-      for (int i = 0; i < D / 8; ++i) to[i / 8 * kKeys * 8 + i % 8] = uint4{};
+      for (int i = 0; i < D / 8; ++i) to[i / 8 * N * 8 + i % 8] = uint4{};
     }
     fence_async();
     __syncwarp();
@@ -110,10 +115,10 @@ __device__ __forceinline__ void clean(const Attention& a, const uint8_t* mask, F
 }
 
 // A warpgroup: its 64 queries. lost: cu_seqlens are wrong.
-template <class T, int D, bool EXTRAS>
-__device__ __forceinline__ void compute(const AttentionForward& f, const uint8_t* mask, ForwardShared<T, D>& shared,
+template <bool EXTRAS, class T, int D, int N>
+__device__ __forceinline__ void compute(const AttentionForward& f, const uint8_t* mask, ForwardShared<T, D, N>& shared,
                                         int head, int64_t b, int row0, int last_row, bool lost) {
-  constexpr int N = kKeys, NT = N / 8;
+  constexpr int NT = N / 8;
   const Attention& a = f.attention;
   const Plan& plan = shared.plan;
   const bool drops = EXTRAS && a.dropout.threshold, biased = EXTRAS && a.bias, capped = EXTRAS && a.softcap > 0.0f;
@@ -157,12 +162,14 @@ __device__ __forceinline__ void compute(const AttentionForward& f, const uint8_t
     for (int i = 0; i < N / 16; ++i) multiply<T, true>(acc[0], p[i], v + i * 128);
     products_commit();
   };
-  // Turns scores into probabilities. rescale: the factors of what was summed so far.
-  auto soften = [&](int step, float(&rescale)[2]) {
+  // Turns scores into probabilities. rescale: the factors of what was summed so far. kind:
+  // std::false_type for a plain block.
+  auto soften = [&](int step, auto kind, float (&rescale)[2]) {
+    constexpr bool masked = decltype(kind)::value;
     const int col0 = plan.column(step, N);
     float factor = a.scale * kUnit<T>, shift = 0.0f;
     if (capped) factor = cap_scores<T>(s, factor, a.softcap);
-    if (step >= plan.plain()) {
+    if (masked) {
       const RealColumns<NT> columns(mask, col0, plan.hi);
       factor = finish_scores(s, factor, shared.sight, warp_row, col0, columns, bias, a.far, 1);
     } else if (biased) {
@@ -190,14 +197,15 @@ __device__ __forceinline__ void compute(const AttentionForward& f, const uint8_t
       }
       total[0][h] = fmaf(total[0][h], rescale[h], sum);
     }
-    if (drops)
-      KeptKeys<1, NT>(shared.bytes, shared.dropout, warp_row, col0, straddles && step >= plan.plain()).apply(s, 1.0f);
+    if (drops) KeptKeys<1, NT>(shared.bytes, shared.dropout, warp_row, col0, straddles && masked).apply(s, 1.0f);
+    settle(s[0]);
   };
   auto round = [&] {
 #pragma unroll
     for (int i = 0; i < NT / 2; ++i) {
 #pragma unroll
-      for (int r = 0; r < 4; ++r) p[i][r] = pack(T(), s[0][2 * i + r / 2][r % 2 * 2], s[0][2 * i + r / 2][r % 2 * 2 + 1]);
+      for (int r = 0; r < 4; ++r)
+        p[i][r] = pack(T(), s[0][2 * i + r / 2][r % 2 * 2], s[0][2 * i + r / 2][r % 2 * 2 + 1]);
     }
   };
 
@@ -209,7 +217,7 @@ __device__ __forceinline__ void compute(const AttentionForward& f, const uint8_t
     products_wait<0>();
     settle(s[0]);
     release(&shared.k_free[0]);
-    soften(0, rescale);
+    soften(0, std::true_type(), rescale);
     round();
     if (group > 0 && plan.count > 1) pass(kTurn, kGroups * kWarpgroup);  // the first turn is the first group's
 #pragma unroll 1
@@ -222,7 +230,12 @@ __device__ __forceinline__ void compute(const AttentionForward& f, const uint8_t
       products_wait<1>();
       settle(s[0]);
       release(&shared.k_free[step % kStages]);
-      soften(step, rescale);
+      // Both branches have the whole of it: ptxas moves a softmax behind the wait if both are in one basic block.
+      if (step < plan.plain()) {
+        soften(step, std::false_type(), rescale);
+      } else {
+        soften(step, std::true_type(), rescale);
+      }
       products_wait<0>();
       settle(acc[0]);
       release(&shared.v_free[(step - 1) % kStages]);
@@ -255,8 +268,9 @@ __device__ __forceinline__ void compute(const AttentionForward& f, const uint8_t
 
 template <class T, int D, bool EXTRAS>
 __global__ void __launch_bounds__(kThreads, 1) attention_fwd_kernel(const __grid_constant__ ForwardArgs args) {
+  constexpr int N = kKeys<D, EXTRAS>;
   extern __shared__ __align__(1024) unsigned char memory[];
-  auto& shared = *reinterpret_cast<ForwardShared<T, D>*>(memory);
+  auto& shared = *reinterpret_cast<ForwardShared<T, D, N>*>(memory);
   const Attention& a = args.forward.attention;
   if (threadIdx.x == 0) {
     prefetch(args.q), prefetch(args.k), prefetch(args.v);
@@ -279,8 +293,7 @@ __global__ void __launch_bounds__(kThreads, 1) attention_fwd_kernel(const __grid
   const Sight sight{{a.cu_q, a.sq}, {a.cu_k, a.sk}, a.left, a.right, a.far, a.far_right, real.first, real.end};
   // A plain block takes the maximum before scaling, which is wrong for a scale of 0 or less.
   if (threadIdx.x == 0) {
-    shared.plan =
-        make_plan<kKeys>(sight, a.sequences, row0, last_row, !real.holes && a.scale > 0.0f, EXTRAS && a.bias);
+    shared.plan = make_plan<N>(sight, a.sequences, row0, last_row, !real.holes && a.scale > 0.0f, EXTRAS && a.bias);
     if (EXTRAS && a.dropout.threshold) shared.bytes = Bytes(a.dropout);
   }
   const bool wrong =
@@ -292,21 +305,26 @@ __global__ void __launch_bounds__(kThreads, 1) attention_fwd_kernel(const __grid
 
   if (threadIdx.x < kWarpgroup) {
     give_registers<kFew>();
-    if (threadIdx.x == 0) bring<T, D>(args, shared, head, row0, int(b));
-    if (threadIdx.x / 32 == 1) clean<T, D>(a, mask, shared);
+    if (threadIdx.x == 0) bring(args, shared, head, row0, int(b));
+    if (threadIdx.x / 32 == 1) clean(a, mask, shared);
   } else {
     take_registers<kMany>();
-    compute<T, D, EXTRAS>(args.forward, mask, shared, head, b, row0, last_row, lost);
+    compute<EXTRAS>(args.forward, mask, shared, head, b, row0, last_row, lost);
   }
 }
 
 namespace {
 
 template <class T, int D, bool EXTRAS>
-void forward(const ForwardArgs& args, int64_t batch, Place place) {
-  const Attention& a = args.forward.attention;
+void forward(const AttentionForward& f, DType dtype, Place place) {
+  constexpr int N = kKeys<D, EXTRAS>;
+  const Attention& a = f.attention;
+  const int batch = a.cu_q ? 1 : a.sequences, kv_heads = a.heads / a.group;
+  const ForwardArgs args{tensor_map(a.q, {a.d, a.heads, a.sq, batch}, dtype, kQueries),
+                         tensor_map(a.k, {a.d, kv_heads, a.sk, batch}, dtype, N),
+                         tensor_map(a.v, {a.d, kv_heads, a.sk, batch}, dtype, N), f};
   launch(attention_fwd_kernel<T, D, EXTRAS>, grid_size(blocks_of(a.sq, kTile) * a.heads * batch), kThreads,
-         sizeof(ForwardShared<T, D>), place.stream, args);
+         sizeof(ForwardShared<T, D, N>), place.stream, args);
 }
 
 // f(T, D, EXTRAS): only bfloat16, in which most models are trained, has kernels without dropout, bias and softcap.
@@ -334,12 +352,8 @@ void attention_fwd_sm90(AttentionForward f, DType dtype, Place place) {
                                 std::to_string(a.d) + " and " + std::to_string(a.sk) + " keys");
   const OnDevice here(place.device);
   f.wide = is_wide(f.out, int64_t(a.d), sizeof(uint16_t));
-  const int batch = a.cu_q ? 1 : a.sequences, kv_heads = a.heads / a.group;
-  const ForwardArgs args{tensor_map(a.q, {a.d, a.heads, a.sq, batch}, dtype, kQueries),
-                         tensor_map(a.k, {a.d, kv_heads, a.sk, batch}, dtype, kKeys),
-                         tensor_map(a.v, {a.d, kv_heads, a.sk, batch}, dtype, kKeys), f};
   choose_kernel(a, dtype, [&](auto type, auto d, auto extras) {
-    forward<decltype(type), decltype(d)::value, decltype(extras)::value>(args, batch, place);
+    forward<decltype(type), decltype(d)::value, decltype(extras)::value>(f, dtype, place);
   });
 }
 

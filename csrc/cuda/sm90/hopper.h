@@ -119,17 +119,17 @@ __device__ __forceinline__ void settle(float (&d)[NT][4]) {
 #define FASTLM_32(d, n)                                                                                               \
   FASTLM_4(d, n), FASTLM_4(d, n + 1), FASTLM_4(d, n + 2), FASTLM_4(d, n + 3), FASTLM_4(d, n + 4), FASTLM_4(d, n + 5), \
       FASTLM_4(d, n + 6), FASTLM_4(d, n + 7)
-#define FASTLM_NAMES_32                                                                                         \
+#define FASTLM_NAMES_32                                                                                            \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
   "%24, %25, %26, %27, %28, %29, %30, %31"
-#define FASTLM_NAMES_64                                                                                            \
-  FASTLM_NAMES_32                                                                                                  \
+#define FASTLM_NAMES_64                                                                                              \
+  FASTLM_NAMES_32                                                                                                    \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, " \
   "%54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 // rest: A, B, whether to add, and whether A (in shared memory) and B are taken across.
-#define FASTLM_WGMMA(columns, type, names, a, b, add, across)                                                  \
-  "{\n.reg .pred p;\nsetp.ne.b32 p, " add ", 0;\nwgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." \
-  type " {" names "}, " a ", " b ", p, 1, 1, " across "; }"
+#define FASTLM_WGMMA(columns, type, names, a, b, add, across)                                                        \
+  "{\n.reg .pred p;\nsetp.ne.b32 p, " add ", 0;\nwgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type \
+  " {" names "}, " a ", " b ", p, 1, 1, " across "; }"
 
 // d (64, 8 NT) = a b or d + a b, sixteen deep. a (64, 16): descriptor of rows. b: descriptor of a tile whose rows are
 // the columns of d or, ACROSS, the sixteen.

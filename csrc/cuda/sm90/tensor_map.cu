@@ -1,10 +1,9 @@
-#include "tensor_map.h"
-
 #include <cudaTypedefs.h>
 
 #include <cstring>
 
 #include "../launch.h"
+#include "tensor_map.h"
 
 namespace fastlm::cuda::sm90 {
 
@@ -60,9 +59,8 @@ CUtensorMap tensor_map(const Rows& x, Sizes n, DType dtype, int box_rows) {
   }
   const auto type = dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   const CUresult result =
-      encoder()(&map, type, kRank, const_cast<void*>(x.data), sizes, strides, box, steps,
-                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      encoder()(&map, type, kRank, const_cast<void*>(x.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) throw std::runtime_error("cuTensorMapEncodeTiled: error " + std::to_string(int(result)));
   return map;
 }

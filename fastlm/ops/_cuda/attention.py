@@ -80,18 +80,17 @@ def _shared(args: Args, place: _native.Place) -> dict:
 
 
 def _takes_sm90(args: Args, place: _native.Place) -> bool:
-    """Whether forward runs csrc/cuda/sm90/attention_fwd.cu. Strides do not matter, so that bits do not depend on them."""
+    """Whether forward runs csrc/cuda/sm90/attention_fwd.cu. The strides have no say, or bits would depend on them."""
     d = args.q.shape[-1]
-    return _native.cuda_is_sm90(place) and args.q.dtype != torch.float32 and d % 8 == 0 and d <= 128 and args.k.shape[-3] > 0
+    fits = args.q.dtype != torch.float32 and d % 8 == 0 and d <= 128 and args.k.shape[-3] > 0
+    return fits and _native.cuda_is_sm90(place)
 
 
 def _mapped(x: torch.Tensor) -> torch.Tensor:
-    """x, or a contiguous copy if TMA cannot read it: its address and strides must be multiples of 16 bytes."""
+    """x, or a contiguous copy if TMA cannot read it: its address and strides must be multiples of 16 bytes, none 0."""
     strides = [stride for size, stride in zip(x.shape[:-1], x.stride()) if size > 1]
-    if x.stride(-1) == 1 and 0 not in strides and not any(n * x.element_size() % 16 for n in strides):
-        if x.data_ptr() % 16 == 0:
-            return x
-    return x.clone(memory_format=torch.contiguous_format)
+    aligned = all(n and n * x.element_size() % 16 == 0 for n in strides) and x.data_ptr() % 16 == 0
+    return x if aligned and x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
 def attention_fwd(args: Args) -> Outputs:
