@@ -1,6 +1,7 @@
 #include "cuda/attention.h"
 
 #include "cuda/attention_cache.h"
+#include "cuda/sm90/attention.h"
 #include "ops.h"
 
 // The entry points set `wide`.
@@ -83,6 +84,7 @@ namespace fastlm::cuda {
 
 FASTLM_BIND(attention_bias, "table", "bias", "starts", "heads", "bidirectional", "dtype", "place");
 FASTLM_BIND(attention_fwd, "args", "dtype", "place");
+FASTLM_BIND(attention_fwd_sm90, "args", "dtype", "place");
 FASTLM_BIND(attention_bwd, "args", "dtype", "place");
 FASTLM_BIND(attention_tiles, "args", "dtype");
 FASTLM_BIND(attention_dtable, "partial", "dtable", "tiles", "starts", "heads", "bidirectional", "place");

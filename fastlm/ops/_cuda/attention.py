@@ -1,4 +1,4 @@
-"""attention on CUDA: csrc/cuda/attention_fwd.cu, attention_bwd.cu, attention_cache.cu."""
+"""attention on CUDA: csrc/cuda/attention_fwd.cu, attention_bwd.cu, attention_cache.cu; sm90/attention_fwd.cu."""
 
 from __future__ import annotations
 
@@ -79,12 +79,29 @@ def _shared(args: Args, place: _native.Place) -> dict:
     }
 
 
+def _takes_sm90(args: Args, place: _native.Place) -> bool:
+    """Whether forward runs csrc/cuda/sm90/attention_fwd.cu. The strides have no say, or bits would depend on them."""
+    d = args.q.shape[-1]
+    fits = args.q.dtype != torch.float32 and d % 8 == 0 and d <= 128 and args.k.shape[-3] > 0
+    return fits and _native.cuda_is_sm90(place)
+
+
+def _mapped(x: torch.Tensor) -> torch.Tensor:
+    """x, or a contiguous copy if TMA cannot read it: its address and strides must be multiples of 16 bytes, none 0."""
+    strides = [stride for size, stride in zip(x.shape[:-1], x.stride()) if size > 1]
+    aligned = all(n and n * x.element_size() % 16 == 0 for n in strides) and x.data_ptr() % 16 == 0
+    return x if aligned and x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
+
+
 def attention_fwd(args: Args) -> Outputs:
     outputs = empty_forward(args)
     if outputs.out.numel() == 0:
         return outputs
-    place = _native.cuda_place(args.q)
-    _native.cuda().attention_fwd(
+    place, forward = _native.cuda_place(args.q), _native.cuda().attention_fwd
+    if _takes_sm90(args, place):
+        forward = _native.cuda().attention_fwd_sm90
+        args = args._replace(q=_mapped(args.q), k=_mapped(args.k), v=_mapped(args.v))
+    forward(
         **_shared(args, place),
         out=outputs.out,
         lse=outputs.lse,

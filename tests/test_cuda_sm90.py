@@ -1,0 +1,245 @@
+"""csrc/cuda/sm90 without a GPU: the host code runs unchanged, and the PTX of sm_90a is executed.
+
+Every day a few variants are drawn by a seed, which a failure prints; `make test-all` has them all.
+"""
+
+import functools
+import os
+import random
+import re
+import subprocess
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import ptx
+import pytest
+import test_cuda
+import torch
+from attention_checks import LONG, WRONG, padding_has_no_influence, wrong_offsets
+
+from fastlm import _native, ops
+from fastlm.bench import sass
+from fastlm.testing import checks
+from fastlm.testing.ahead_of_time import serialised
+from fastlm.testing.cases import CASES, Variant
+
+pytestmark = test_cuda.pytestmark
+CASE = CASES["attention"]
+DTYPES = (torch.bfloat16, torch.float16)
+FORWARD = test_cuda.CSRC / "cuda" / "sm90" / "attention_fwd.cu"
+# The same in all processes of a run: what they collect must be the same.
+SEED = os.environ.get("FASTLM_TEST_SEED") or os.environ.get("PYTEST_XDIST_TESTRUNUID") or str(time.time_ns())
+
+
+@functools.cache
+def forward() -> str:
+    return ptx.compile_cuda(FORWARD, includes=test_cuda.INCLUDES, arch="90a")
+
+
+@functools.cache
+def kernels() -> str:
+    """The PTX of attention: forward for sm_90a, backward for sm_80."""
+    files = [test_cuda.CSRC / "cuda" / f"attention_{part}.cu" for part in ("bwd", "dkdv", "dq")]
+    return "\n".join([forward(), *(ptx.compile_cuda(file, includes=test_cuda.INCLUDES) for file in files)])
+
+
+@contextmanager
+def hopper(text=kernels, **options):
+    """What test_cuda.device is for sm_80."""
+    with mock.patch.object(_native, "cuda_is_sm90", return_value=True), test_cuda.device(text, **options) as remember:
+        yield remember
+
+
+# Blocks without a mask come first, before and behind the others with a bias; more than two blocks, so that stages are
+# used again; two groups of queries and a part of a third.
+MORE = (
+    *LONG,
+    Variant({"h": 2, "kv": 1, "d": 64, "lengths": (30, 300, 0, 140)}, {"causal": True}),
+    Variant({"b": 1, "s": 150, "sk": 450, "h": 1, "d": 128}),
+    Variant({"b": 2, "s": 70, "sk": 520, "h": 1, "d": 64, "padding": "both"}, {"dropout_p": 0.1}),
+    Variant({"b": 1, "s": 300, "sk": 270, "h": 1, "d": 96, "padding": "holes"}, {"window_size": (-1, 90)}),
+    Variant({"h": 1, "d": 72, "lengths": (20, 290), "buckets": 8}, {"max_distance": 9, "dropout_p": 0.1}),
+    Variant({"b": 1, "s": 300, "h": 1, "d": 24}, {"softcap": 2.0, "causal": True, "dropout_p": 0.6}),
+)
+
+
+def taken(variant):
+    shape = variant.shape
+    keys = shape.get("sk", shape.get("s", 1))
+    return shape["d"] % 8 == 0 and shape["d"] <= 128 and keys > 0 and shape.get("s", 1) > 0 and "cache" not in shape
+
+
+def drawn():
+    """Parameters (variant, dtype); all but two are marked long."""
+    choices = [(v, dtype) for v in (*CASE.tests, *MORE) for dtype in DTYPES if taken(v)]
+    daily = random.Random(SEED).sample(choices, 2)
+    for variant, dtype in choices:
+        marks = () if (variant, dtype) in daily else pytest.mark.long
+        yield pytest.param(variant, dtype, id=f"{variant}-{str(dtype).removeprefix('torch.')}", marks=marks)
+
+
+@pytest.mark.parametrize(("variant", "dtype"), list(drawn()))
+def test_error_bound(variant, dtype):
+    """Forward by the kernel for sm_90a, and backward, by that for sm_80, of what it left."""
+    print(f"FASTLM_TEST_SEED={SEED}")
+    checks.error_bound(CASE, variant, dtype, "cpu", ["cuda"], range(1), hopper)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("chip", ["high", "low", "scattered"])
+@pytest.mark.parametrize("variant", MORE[-6:], ids=str)
+def test_error_bound_with_a_chips_arithmetic(variant, chip):
+    around = functools.partial(hopper, chip=chip)
+    checks.error_bound(CASE, variant, torch.bfloat16, "cpu", ["cuda"], range(1), around)
+
+
+def test_padding_has_no_influence():
+    """TMA brings padding: v's is set to 0 in shared memory."""
+    padding_has_no_influence("cuda", hopper)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_offsets(name):
+    offsets_q, offsets_k = WRONG[name]
+    wrong_offsets("cuda", hopper, offsets_q, offsets_k or offsets_q, causal=True, dropout_p=0.1)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("check", [checks.non_contiguous, checks.deterministic], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("variant", [v for v in CASE.kinds() if taken(v)], ids=str)
+def test_check(check, variant):
+    check(CASE, variant, torch.bfloat16, "cpu", "cuda", around=hopper)
+
+
+def launched(q, k=None, **options):
+    """The kernels of a forward pass, none of which runs."""
+    found = []
+    _native.record_cuda(lambda entry, *_: found.append(entry))
+    try:
+        with mock.patch.object(_native, "cuda_is_sm90", return_value=True):
+            ops.attention(q, *[q if k is None else k] * 2, backend="cuda", **options)
+    finally:
+        _native.record_cuda(None)
+    return found
+
+
+def test_what_the_kernel_takes():
+    """All else runs the kernels for sm_80, and on another device all does."""
+
+    def is_sm90(x, **options):
+        (entry,) = launched(x, **options)
+        return "4sm90" in entry  # its namespace
+
+    x = torch.zeros(2, 20, 3, 64, dtype=torch.bfloat16)
+    assert is_sm90(x)
+    assert is_sm90(x.half(), causal=True, softcap=3.0)
+    assert is_sm90(x[..., :8])
+    assert is_sm90(x[..., 1:33])  # not on 16 bytes: copied
+    assert is_sm90(x[:, :, :1].expand(2, 20, 4, 64))  # TMA takes no stride of 0: copied
+    assert is_sm90(torch.zeros(2, 20, 2, 128).bfloat16())
+    assert not is_sm90(x.float())
+    assert not is_sm90(x[..., :33])
+    assert not is_sm90(torch.zeros(2, 20, 2, 136).bfloat16())
+    assert not is_sm90(x, k=x[:, :0])
+    with mock.patch.object(_native, "_sm90_devices", return_value=(False, True)):
+        assert not _native.cuda_is_sm90(_native.Place(0, 0))
+        assert _native.cuda_is_sm90(_native.Place(1, 0))
+        _native.record_cuda(lambda *_: None)
+        try:
+            assert not _native.cuda_is_sm90(_native.Place(1, 0))
+        finally:
+            _native.record_cuda(None)
+    with (
+        mock.patch("fastlm.ops._cuda.attention._takes_sm90", return_value=True),
+        pytest.raises(ValueError, match="attention_fwd_sm90: expected 16 bits, d of 8 to 128 and some keys, got d 33"),
+    ):
+        launched(x[..., :33])
+
+
+@pytest.mark.long
+def test_machine_code():
+    """Products by wgmma, none serialised (C75xx); copies by TMA; no spills; and the softmax is between two waits.
+
+    ptxas moved the exponentials behind the wait for p v, where nothing overlaps with them (LOG.md, 2026-11-30).
+    """
+    knobs = pytest.importorskip("triton.knobs")  # where Triton's ptxas and cuobjdump are
+    with tempfile.TemporaryDirectory() as directory:
+        source, cubin = Path(directory, "kernel.ptx"), Path(directory, "kernel.cubin")
+        source.write_text(forward())
+        command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", source, "-o", cubin]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        command = [knobs.nvidia.cuobjdump.path, "--dump-sass", cubin]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert not serialised(log)
+    assert set(re.findall(r"(\d+) bytes spill", log)) == {"0"}
+    parts = text.split("\tFunction : ")[1:]
+    assert len(parts) == 6
+    for part in parts:
+        name, code = part.split("\n", 1)
+        assert "UTMALDG.4D" in code
+        loop = next(loop for loop in sass.loops(sass.parse(code)) if any("HGMMA" in i.opcode for i in loop))
+        order = " ".join(i.opcode.split(".")[0] + i.operands[-3:] * i.opcode.startswith("WARPGROUP.D") for i in loop)
+        before, softmax, after = re.split(r"WARPGROUP0x[10]", order)
+        keys = 64 if "Li128ELb1" in name else 128
+        assert before.count("HGMMA") == keys // 16 + (128 if "Li128" in name else 64) // 16
+        assert softmax.count("MUFU") >= 2 * (keys // 2 + 2)  # of both kinds of blocks
+        assert "HGMMA" not in softmax + after
+        assert "MUFU" not in after
+
+
+# ---- planted faults ------------------------------------------------------------------------------------------------
+
+WAIT = r"mbarrier\.try_wait\.parity\.shared::cta\.b64 p, \[(%r\d+)\], (%r\d+);"
+K_FREE, V_FREE, V_LANDED, Q_FULL, FIRST_K, K_FULL, V_FULL, LAST_V = range(8)  # the waits, in the order of the code
+NO_WAIT = r"setp.eq.u32 p, \2, \2;"
+OTHER_PHASE = r".reg .b32 o; xor.b32 o, \2, 1; mbarrier.try_wait.parity.shared::cta.b64 p, [\1], o;"
+EXPECT = r"(mbarrier\.arrive\.expect_tx\.shared::cta\.b64 _, \[%r\d+\]), (%r\d+);"
+MORE_BYTES = r"{ .reg .b32 o; add.u32 o, \2, 16; \1, o; }"
+ARRIVE = r"mbarrier\.arrive\.shared::cta\.b64 _, \[%r\d+\];"
+MEET = r"bar\.sync \s*%r\d+, %r\d+;"
+# (kind, pattern, which, what takes its place, what the finding says)
+FAULTS = {
+    "keys of another phase": ("async", WAIT, K_FULL, OTHER_PHASE, "a bulk copy is still writing"),
+    "keys are not waited for": ("async", WAIT, K_FULL, NO_WAIT, "a bulk copy is still writing"),
+    "values are not waited for": ("async", WAIT, V_FULL, NO_WAIT, "a bulk copy is still writing"),
+    "queries are not waited for": ("async", WAIT, Q_FULL, NO_WAIT, "a bulk copy is still writing"),
+    "keys of a stage in use": ("async", WAIT, K_FREE, NO_WAIT, "1 arrivals at an mbarrier that misses 0"),
+    "values of a stage in use": ("async", WAIT, V_FREE, NO_WAIT, "1 arrivals at an mbarrier that misses 0"),
+    "rows set to 0 before they are there": ("async", WAIT, V_LANDED, NO_WAIT, "a bulk copy is still writing"),
+    "too many bytes": ("divergence", EXPECT, 1, MORE_BYTES, "16 bytes"),
+    "a warp does not free the stage": ("divergence", ARRIVE, 3, ";", "nothing completes"),
+    "no fence of the proxies": ("async", r"fence\.proxy\.async[^;]*;", 0, ";", "fence.proxy.async"),
+    "scores in flight": ("async", r"(wgmma\.wait_group\.sync\.aligned) 1;", 0, r"\1 2;", "still writing"),
+    "output in flight": ("async", r"(wgmma\.wait_group\.sync\.aligned) 0;", 1, r"\1 1;", "still writing"),
+    "no fence of the accumulators": ("async", r"wgmma\.fence[^;]*;", 1, ";", "after the last wgmma.fence"),
+    "output over queries in use": ("race", MEET, 1, ";", "nothing orders"),
+}
+
+
+DAILY = ("keys of another phase", "too many bytes", "no fence of the proxies", "scores in flight")
+
+
+def planted(pattern, which, instead):
+    """The PTX with the edit, in the kernel of heads of 128 without dropout and bias."""
+    text = forward()
+    entry = text.index("Li128ELb0", text.index(".entry", text.index("Li64ELb0")))
+    end = text.index("\n}", entry)
+    found = list(re.finditer(pattern, text[entry:end]))[which]
+    return text[: entry + found.start()] + found.expand(instead) + text[entry + found.end() :]
+
+
+@pytest.mark.parametrize("name", [n if n in DAILY else pytest.param(n, marks=pytest.mark.long) for n in FAULTS])
+def test_planted_fault_is_found(name):
+    kind, pattern, which, instead, message = FAULTS[name]
+    text = planted(pattern, which, instead)
+    x = torch.randn(1, 470, 1, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with pytest.raises(ptx.KernelFault) as caught, hopper(lambda: text):
+        ops.attention(x[:, :128], x, x, key_mask=torch.arange(470)[None] < 460, backend="cuda")
+    (finding,) = caught.value.findings
+    print(finding)
+    assert finding.kind == kind
+    assert message in finding.message
