@@ -52,6 +52,11 @@ def sources(pattern):
     return sorted(path.as_posix() for path in Path("csrc").glob(pattern))
 
 
+def headers(*folders):
+    """Of these folders of csrc: a header of the CPU's kernels compiles no CUDA kernel again."""
+    return [path for folder in folders for end in ("h", "cuh") for path in sources(f"{folder}/**/*.{end}")]
+
+
 def find_nvcc():
     """The path of nvcc, or None and the reason."""
     if os.environ.get("FASTLM_CUDA") == "0":
@@ -89,7 +94,7 @@ def cpu_extension():
         "fastlm._cpu",
         [*sources("bindings_cpu/*.cpp"), *sources("cpu/*.cpp")],
         include_dirs=INCLUDES,
-        depends=["setup.py", *sources("*/*.h")],
+        depends=["setup.py", *headers("common", "bindings_cpu", "cpu")],
         # Apple's clang has no OpenMP: one thread there.
         extra_compile_args=CXX_FLAGS + wide + (["-fopenmp"] if linux else []),
         extra_link_args=["-Wl,-z,now"] if linux else [],
@@ -111,7 +116,7 @@ def cuda_extension():
         "fastlm._cuda",
         [*sources("bindings_cuda/*.cpp"), *sources("cuda/*.cu"), *sources("cuda/sm90/*.cu")],
         include_dirs=INCLUDES,
-        depends=["setup.py", *sources("**/*.h"), *sources("**/*.cuh"), flags_file(), flags_file(sm90=True)],
+        depends=["setup.py", *headers("common", "bindings_cuda", "cuda"), flags_file(), flags_file(sm90=True)],
         extra_compile_args=CXX_FLAGS,
         cxx_std=17,
     )
