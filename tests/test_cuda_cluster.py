@@ -18,6 +18,7 @@ import torch
 
 from fastlm import _native
 from fastlm.ops import _registry
+from fastlm.ops._cross_entropy_auto import MOST
 from fastlm.testing import checks
 from fastlm.testing.cases import CASES, Variant
 
@@ -42,38 +43,31 @@ def kernels() -> str:
 
 
 @contextmanager
-def cluster(blocks=4, text=kernels, **options):
-    """What test_cuda.device is for the usual kernel, for a cluster of this many blocks, whatever the row's length."""
-    column = _registry.column("cross_entropy", "cuda")
-    with (
-        mock.patch.object(_registry, "kernel", return_value="cluster"),
-        mock.patch.object(column, "cluster_blocks", return_value=blocks),
-        test_cuda.device(text, **options) as remember,
-    ):
+def cluster(text=kernels, **options):
+    """What test_cuda.device is for the usual kernel, whatever the row's length."""
+    with mock.patch.object(_registry, "kernel", return_value="cluster"), test_cuda.device(text, **options) as remember:
         yield remember
 
 
 def drawn():
-    """Parameters (variant, dtype, blocks); all but three are marked long."""
-    choices = [(v, dtype, blocks) for v in (*CASE.tests, *LONG) for dtype in DTYPES for blocks in (4, 8)]
-    quick = [choice for choice in choices if choice[0].shape["vocabulary"] < 20000]
-    daily = random.Random(SEED).sample(quick, 3)
-    for variant, dtype, blocks in choices:
-        marks = () if (variant, dtype, blocks) in daily else pytest.mark.long
-        name = f"{variant}-{str(dtype).removeprefix('torch.')}-{blocks}"
-        yield pytest.param(variant, dtype, blocks, id=name, marks=marks)
+    """Parameters (variant, dtype); all but two are marked long."""
+    choices = [(variant, dtype) for variant in (*CASE.tests, *LONG) for dtype in DTYPES]
+    daily = random.Random(SEED).sample([choice for choice in choices if choice[0].shape["vocabulary"] < 20000], 2)
+    for variant, dtype in choices:
+        marks = () if (variant, dtype) in daily else pytest.mark.long
+        yield pytest.param(variant, dtype, id=f"{variant}-{str(dtype).removeprefix('torch.')}", marks=marks)
 
 
-@pytest.mark.parametrize(("variant", "dtype", "blocks"), list(drawn()))
-def test_error_bound(variant, dtype, blocks):
+@pytest.mark.parametrize(("variant", "dtype"), list(drawn()))
+def test_error_bound(variant, dtype):
     print(f"FASTLM_TEST_SEED={SEED}")
-    checks.error_bound(CASE, variant, dtype, "cpu", ["cuda"], range(1), functools.partial(cluster, blocks))
+    checks.error_bound(CASE, variant, dtype, "cpu", ["cuda"], range(1), cluster)
 
 
 def test_a_row_of_several_chunks_a_block():
-    """Every block has one and a half of them; the second row starts on an odd column."""
-    variant = Variant({"rows": 2, "vocabulary": 4 * 12000 + 1}, {"return_token_accuracy": True, "z_loss": 1e-3})
-    checks.error_bound(CASE, variant, torch.bfloat16, "cpu", ["cuda"], range(1), cluster)
+    """Every block has two of them; the second row starts on an odd column."""
+    variant = Variant({"rows": 2, "vocabulary": 8 * 4200 + 1}, {"return_token_accuracy": True, "z_loss": 1e-3})
+    checks.error_bound(CASE, variant, torch.float32, "cpu", ["cuda"], range(1), cluster)
 
 
 @pytest.mark.long
@@ -96,7 +90,8 @@ def test_check(check, variant):
 @pytest.mark.parametrize(
     ("which", "kind", "message"),
     [
-        (0, "race", "nothing orders the two"),  # sums that are read before they are there
+        # Sums that are read before they are there.
+        pytest.param(0, "race", "nothing orders the two", marks=pytest.mark.long),
         (1, "race", "nothing keeps that block from exiting before"),
     ],
 )
@@ -122,18 +117,13 @@ def test_a_missing_barrier_of_the_cluster_is_found(which, kind, message):
     assert "sm90/cross_entropy.cu" in finding.location
 
 
-def test_what_a_cluster_does_not_take():
-    column, native = _registry.column("cross_entropy", "cuda"), _native.cuda()
-    x = torch.zeros(1, 8)
+def test_a_row_that_no_cluster_holds_is_refused():
     fields = dict.fromkeys(("weight", "weight_sum", "parts", "dloss", "z", "accuracy", "dx"))
-    fields |= {"x": x, "target": torch.zeros(1, dtype=torch.int64), "loss": torch.zeros(1), "rows": 1, "stride_x": 8}
-    fields |= {"stride_dx": 0, "ignore_index": -100, "label_smoothing": 0.0, "z_loss": 0.0, "softcap": 0.0}
-    most = 4 * native.CLUSTER_ROW_BYTES // 4
-    with cluster():
-        for columns, blocks, message in (
-            (8, 3, "a cluster of 4 or 8 blocks, got 3"),
-            (most + 1, 4, f"at most {4 * most} bytes for a cluster of 4 blocks, got one of {4 * most + 4}"),
-        ):
-            with pytest.raises(ValueError, match=message):
-                native.cross_entropy_fwd_sm90(**fields, cols=columns, blocks=blocks, dtype=0, place=(0, 0))
-    assert [column.cluster_blocks(n << 10) for n in (1, 448, 449, 1792)] == [4, 4, 8, 8]
+    fields |= {"x": torch.zeros(1, 8), "target": torch.zeros(1, dtype=torch.int64), "loss": torch.zeros(1), "rows": 1}
+    fields |= {"stride_x": 8, "stride_dx": 0, "ignore_index": -100, "label_smoothing": 0.0, "z_loss": 0.0}
+    with (
+        cluster(),
+        pytest.raises(ValueError, match=r"at most 1835008 bytes, which a cluster holds, got one of 1835012"),
+    ):
+        _native.cuda().cross_entropy_fwd_sm90(**fields, softcap=0.0, cols=458753, dtype=0, place=(0, 0))
+    assert MOST == _native.cuda().CLUSTER_ROW_BYTES

@@ -72,6 +72,15 @@ def test_a_multicast_reaches_every_block(blocks):
 
 
 @needs_nvcc
+def test_a_multicast_of_a_tile_reaches_every_block():
+    x = torch.arange(3 * THREADS, dtype=torch.int32).view(3, THREADS)
+    y = ptx.uninitialised(torch.empty(3, 2, THREADS, dtype=torch.int32))
+    text = ptx.compile_cuda(SOURCE, arch="90a")
+    ptx.run(text, "spread_tile", 6, THREADS, [ptx.tensor_map(x, (THREADS, 1)), y], cluster=2)
+    assert torch.equal(y, x[:, None].expand_as(y))
+
+
+@needs_nvcc
 @pytest.mark.parametrize("blocks", [1, 2, 4])
 def test_copies_and_stores_to_another_block_complete_at_its_mbarrier(blocks):
     x, y = run("send", 0, blocks)
@@ -132,6 +141,30 @@ def test_addresses_and_ranks():
     assert out.tolist() == [0x011, 0x100]
     with pytest.raises(ptx.KernelFault, match="maps to block 1 of a cluster of 1"):
         ptx.run(assemble("mov.u32 %r1, 1; mapa.shared::cluster.u32 %r2, %r1, %r1;", arch=90), "k", 1, 1, [])
+
+
+def test_vectors_stored_in_another_block_and_an_atomic_there():
+    """Two 64-bit words by one st.async; atom.exch returns what the other block had."""
+    code = """
+    .shared .align 16 .b64 here[2]; .shared .b64 signal; .shared .b32 old;
+    mov.u32 %r0, %cluster_ctarank; xor.b32 %r1, %r0, 1; add.u32 %r2, %r0, 7; st.shared.u32 [old], %r2;
+    mov.u32 %r3, signal; mbarrier.init.shared::cta.b64 [%r3], 1; fence.mbarrier_init.release.cluster;
+    mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r3], 16;
+    barrier.cluster.arrive; barrier.cluster.wait;
+    mov.u32 %r4, here; mapa.shared::cluster.u32 %r5, %r4, %r1; mapa.shared::cluster.u32 %r6, %r3, %r1;
+    cvt.u64.u32 %d1, %r0; add.u64 %d2, %d1, 0x1234567890;
+    st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b64 [%r5], {%d1, %d2}, [%r6];
+    mov.u32 %r7, old; mapa.shared::cluster.u32 %r7, %r7, %r1;
+    atom.relaxed.cluster.shared::cluster.exch.b32 %r8, [%r7], 0;
+    WAIT: mbarrier.try_wait.parity.shared::cta.b64 %p0, [%r3], 0; @!%p0 bra WAIT;
+    ld.shared.v2.b64 {%d3, %d4}, [here]; cvt.u64.u32 %d5, %r8;
+    barrier.cluster.arrive; barrier.cluster.wait;
+    ld.param.u64 %d0, [out]; mad.wide.u32 %d0, %r0, 24, %d0;
+    st.global.b64 [%d0], %d3; st.global.b64 [%d0+8], %d4; st.global.b64 [%d0+16], %d5;
+    """
+    out = np.zeros((2, 3), np.uint64)
+    ptx.run(assemble(code, ".param .u64 out", arch=90), "k", 2, 1, [out], cluster=2)
+    assert out.tolist() == [[1, 0x1234567891, 8], [0, 0x1234567890, 7]]
 
 
 def test_a_kernel_may_demand_its_cluster():

@@ -57,7 +57,7 @@ namespace fastlm::cuda {
 FASTLM_CONSTANT(LOSS_PARTS, kLossParts);
 FASTLM_CONSTANT(CLUSTER_ROW_BYTES, kClusterRowBytes);
 FASTLM_BIND(cross_entropy_fwd, "args", "dtype", "place");
-FASTLM_BIND(cross_entropy_fwd_sm90, "args", "blocks", "dtype", "place");
+FASTLM_BIND(cross_entropy_fwd_sm90, "args", "dtype", "place");
 FASTLM_BIND(cross_entropy_count, "args", "place");
 FASTLM_BIND(cross_entropy_sum, "args", "place");
 FASTLM_BIND(cross_entropy_bwd, "args", "dtype", "place");

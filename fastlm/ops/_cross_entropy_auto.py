@@ -7,7 +7,7 @@ import torch
 from fastlm.ops._preferences import Preference
 
 # Rows of this length, one on each of 132 multiprocessors, exceed an L2 of 50 MB: all kernels but that of the cluster
-# then read a row from memory twice. Its most: what eight blocks hold (csrc/cuda/sm90/cross_entropy.h).
+# then read a row from memory twice. The most is what eight blocks hold (csrc/cuda/sm90/cross_entropy.h).
 LEAST, MOST = 380 << 10, 8 * (224 << 10)  # bytes
 
 PREFER = tuple(

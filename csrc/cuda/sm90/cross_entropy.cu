@@ -1,7 +1,7 @@
 // cross_entropy of long rows on sm_90: a row lies in the shared memory of a cluster. fastlm/ops/cross_entropy.py has
 // the maths.
 //
-// A cluster of 4 or 8 blocks processes a row, each a part of its columns. A block copies its part to shared memory,
+// A cluster of 8 blocks processes a row, each a part of its columns. A block copies its part to shared memory,
 // asynchronously and 16 bytes at a time, and computes Σ exp with a running maximum as chunks arrive. The blocks then
 // read each other's maximum and sums, in the order of their ranks, and write the gradient of their parts. So a row of
 // up to 8 x 224 KB is read from memory once. csrc/cuda/cross_entropy.cu reads what exceeds a multiprocessor's shared
@@ -25,6 +25,7 @@ namespace fastlm::cuda {
 
 namespace sm90 {
 
+constexpr int kBlocks = 8;  // of a cluster: the most that every sm_90 takes
 constexpr int kThreads = 512;
 constexpr int kUnits = 4;  // 8-byte units of a row that a thread takes from a chunk
 constexpr int kAhead = 4;  // chunks under way: 64 KB of a block
@@ -171,16 +172,16 @@ __device__ __forceinline__ float cap_slope(float x, float cap) {
 
 // With ALL the kernel tests for every option at run time; without it has neither smoothing, softcap nor figures, and
 // fits 64 registers.
-template <class T, bool ALL, int BLOCKS>
-__global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(kThreads, ALL ? 1 : 2)
+template <class T, bool ALL>
+__global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, ALL ? 1 : 2)
     cross_entropy_kernel(const CrossEntropyForward a, int part) {
   constexpr int U = kUnit<T>, S = kChunk<T>;
   const bool smooths = ALL && a.label_smoothing > 0.0f, caps = ALL && a.softcap > 0.0f, judges = ALL && a.accuracy;
   extern __shared__ uint4 memory[];
   __shared__ float buffer[4][32];
   __shared__ float4 mine;  // maximum, Σ exp, distance, beaten
-  const int64_t row = blockIdx.x / BLOCKS, t = a.target[row];
-  const int rank = int(blockIdx.x % BLOCKS);
+  const int64_t row = blockIdx.x / kBlocks, t = a.target[row];
+  const int rank = int(blockIdx.x % kBlocks);
   const int64_t first = int64_t(rank) * part;
   const int cols = int(max(int64_t(0), min(a.cols - first, int64_t(part))));
   const T* row_x = static_cast<const T*>(a.x) + row * a.stride_x;
@@ -261,19 +262,19 @@ __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(kThreads, ALL ?
   if (threadIdx.x == 0) mine = {top_of_part, sum_of_part, distance, beaten ? 1.0f : 0.0f};
   arrive_cluster();
   wait_cluster();
-  // Every warp reads what the blocks have, a lane each; a sum over BLOCKS lanes has the same order in every lane.
-  const float4 parts = load_from(&mine, int(threadIdx.x % BLOCKS));
+  // Every warp reads what the blocks have, a lane each; a sum over kBlocks lanes has the same order in every lane.
+  const float4 parts = load_from(&mine, int(threadIdx.x % kBlocks));
   arrive_cluster();  // no block exits before the others have read its sums
   float maximum = parts.x, beaten_by = parts.w;
 #pragma unroll
-  for (int offset = BLOCKS / 2; offset > 0; offset /= 2) {
+  for (int offset = kBlocks / 2; offset > 0; offset /= 2) {
     maximum = fmaxf(maximum, __shfl_xor_sync(0xFFFFFFFFu, maximum, offset));
     if (judges) beaten_by = fmaxf(beaten_by, __shfl_xor_sync(0xFFFFFFFFu, beaten_by, offset));
   }
   float total = parts.y * exp_of(parts.x - maximum);
   distance = parts.z;
 #pragma unroll
-  for (int offset = BLOCKS / 2; offset > 0; offset /= 2) {
+  for (int offset = kBlocks / 2; offset > 0; offset /= 2) {
     total += __shfl_xor_sync(0xFFFFFFFFu, total, offset);
     if (smooths) distance += __shfl_xor_sync(0xFFFFFFFFu, distance, offset);
   }
@@ -331,35 +332,28 @@ __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(kThreads, ALL ?
 
 namespace {
 
-template <class T, int BLOCKS>
+template <class T>
 void forward(const CrossEntropyForward& a, Place place) {
-  const int64_t part = ((a.cols + BLOCKS - 1) / BLOCKS + kPart - 1) / kPart * kPart;
+  const int64_t part = ((a.cols + kBlocks - 1) / kBlocks + kPart - 1) / kPart * kPart;
   const int64_t bytes = part * int64_t(sizeof(T));
-  if (bytes > kClusterRowBytes)
-    throw std::invalid_argument("expected a row of at most " + std::to_string(BLOCKS * kClusterRowBytes) +
-                                " bytes for a cluster of " + std::to_string(BLOCKS) + " blocks, got one of " +
+  if (a.cols * int64_t(sizeof(T)) > kClusterRowBytes)
+    throw std::invalid_argument("expected a row of at most " + std::to_string(kClusterRowBytes) +
+                                " bytes, which a cluster holds, got one of " +
                                 std::to_string(a.cols * int64_t(sizeof(T))));
   const bool all = a.softcap > 0.0f || a.accuracy || a.label_smoothing > 0.0f;
-  const auto kernel = all ? cross_entropy_kernel<T, true, BLOCKS> : cross_entropy_kernel<T, false, BLOCKS>;
-  launch(kernel, grid_size(a.rows * BLOCKS), kThreads, size_t(bytes + kPad), place.stream, a, int(part));
-}
-
-template <class T>
-void forward(const CrossEntropyForward& a, int blocks, Place place) {
-  if (blocks == 4) return forward<T, 4>(a, place);
-  if (blocks == 8) return forward<T, 8>(a, place);
-  throw std::invalid_argument("expected a cluster of 4 or 8 blocks, got " + std::to_string(blocks));
+  const auto kernel = all ? cross_entropy_kernel<T, true> : cross_entropy_kernel<T, false>;
+  launch(kernel, grid_size(a.rows * kBlocks), kThreads, size_t(bytes + kPad), place.stream, a, int(part));
 }
 
 }  // namespace
 
 }  // namespace sm90
 
-void cross_entropy_fwd_sm90(const CrossEntropyForward& args, int blocks, DType dtype, Place place) {
+void cross_entropy_fwd_sm90(const CrossEntropyForward& args, DType dtype, Place place) {
   if (args.rows == 0) return;
   const OnDevice here(place.device);
-  if (dtype == DType::f32) return sm90::forward<float>(args, blocks, place);
-  dtype == DType::bf16 ? sm90::forward<__nv_bfloat16>(args, blocks, place) : sm90::forward<__half>(args, blocks, place);
+  if (dtype == DType::f32) return sm90::forward<float>(args, place);
+  dtype == DType::bf16 ? sm90::forward<__nv_bfloat16>(args, place) : sm90::forward<__half>(args, place);
 }
 
 }  // namespace fastlm::cuda

@@ -6,19 +6,12 @@ from fastlm import _native
 from fastlm.ops import _losses, _registry
 from fastlm.ops._shapes import as_float, row_stride
 
-TWO_OF_A_MULTIPROCESSOR = 112 << 10  # bytes of shared memory with which two blocks share one
-
-
-def cluster_blocks(row_bytes: int) -> int:
-    """Blocks of the cluster that takes a row: as few as let two blocks share a multiprocessor, or all."""
-    return 4 if row_bytes <= 4 * TWO_OF_A_MULTIPROCESSOR else 8
-
 
 def _forward(x):
-    """The C++ function for logits x (n, V), and its own arguments."""
-    if _registry.kernel("cross_entropy", "cuda", x) == "cluster":
-        return _native.cuda().cross_entropy_fwd_sm90, {"blocks": cluster_blocks(x.shape[1] * x.element_size())}
-    return _native.cuda().cross_entropy_fwd, {}
+    """The C++ function for logits x (n, V)."""
+    cuda = _native.cuda()
+    clusters = _registry.kernel("cross_entropy", "cuda", x) == "cluster"
+    return cuda.cross_entropy_fwd_sm90 if clusters else cuda.cross_entropy_fwd
 
 
 class Losses(_losses.Losses):
@@ -43,8 +36,7 @@ class Losses(_losses.Losses):
 
     def add(self, x, dx, dloss=None):
         target, loss, figures = self.next(x.shape[0])
-        forward, own = _forward(x)
-        forward(
+        _forward(x)(
             x=x,
             target=target,
             weight=self.weight,
@@ -63,7 +55,6 @@ class Losses(_losses.Losses):
             label_smoothing=self.args.label_smoothing,
             z_loss=self.args.z_loss,
             softcap=self.args.softcap,
-            **own,
             dtype=_native.DTYPE_CODES[x.dtype],
             place=self.place,
         )

@@ -175,3 +175,29 @@ extern "C" __global__ void send(const int* x, int* y, int fault) {
   from[threadIdx.x] = 0;  // fault 33
   meet();
 }
+
+// As spread, by a tile of a tensor of THREADS columns: every block has the row of the cluster's number.
+struct alignas(64) Map {
+  char opaque[128];
+};
+
+extern "C" __global__ void spread_tile(const __grid_constant__ Map x, int* y) {
+  __shared__ alignas(128) int tile[THREADS];
+  __shared__ uint64_t signal;
+  if (threadIdx.x == 0) {
+    init(&signal, 1);
+    fence_init();
+    arrive_expecting(&signal, BYTES);
+  }
+  meet();
+  if (rank() == 1 && threadIdx.x == 0) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+        "[%1, {%2, %3}], [%4], %5;" ::"r"(address(tile)),
+        "l"(&x), "r"(0), "r"(int(blockIdx.x / blocks())), "r"(address(&signal)), "h"(uint16_t((1 << blocks()) - 1))
+        : "memory");
+  }
+  wait(&signal, 0);
+  y[blockIdx.x * THREADS + threadIdx.x] = tile[threadIdx.x];
+  meet();
+}
