@@ -139,7 +139,7 @@ class Dtype(NamedTuple):
 def auto_dtype(device: torch.device) -> Dtype:
     """The dtype of matrix products that `train.dtype = "auto"` means on `device`.
 
-    On a CPU bfloat16 from GAIN times float32's rate on, which is measured where it is not known: about a second. On a
+    On a CPU bfloat16 from GAIN times float32's rate on, which is measured where it is not known: two seconds. On a
     GPU bfloat16 from sm_80 on, the first with units for it.
     """
     if device.type == "cuda":

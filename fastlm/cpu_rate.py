@@ -60,12 +60,16 @@ def measure(
     dtype: torch.dtype,
     clock: Callable[[], float] = time.perf_counter,
     product: Callable[[int, torch.dtype], Callable[[], object]] = _product,
+    seconds: float = _SECONDS,
 ) -> float:
-    """FLOP/s of the fastest product in `dtype`, with the threads that torch has now."""
+    """FLOP/s of the fastest product in `dtype`, with the threads that torch has now.
+
+    seconds: how long each size is measured at least
+    """
     best = 0.0
     for size in _SIZES:
         call, times = product(size, dtype), []
-        while sum(times) < _SECONDS or (len(times) < _LEAST and sum(times) < _MOST):
+        while sum(times) < seconds or (len(times) < _LEAST and sum(times) < _MOST):
             began = clock()
             call()
             times.append(clock() - began)
@@ -82,9 +86,14 @@ def known(dtype: torch.dtype) -> float | None:
 
 
 def both() -> tuple[float, float]:
-    """FLOP/s in float32 and in bfloat16, measured one after the other where either is not known."""
-    rates = tuple(map(known, BOTH))
-    return tuple(remember(dtype, measure(dtype)) for dtype in BOTH) if None in rates else rates
+    """FLOP/s in float32 and in bfloat16, measured where either is not known: twice in turn, about two seconds.
+
+    So a busy moment lowers one of them only where it comes twice: their ratio decides `train.dtype`.
+    """
+    if None in map(known, BOTH):
+        for dtype in 2 * BOTH:
+            remember(dtype, measure(dtype, seconds=_SECONDS / 2))
+    return tuple(map(known, BOTH))
 
 
 def remember(dtype: torch.dtype, flops: float) -> float:
