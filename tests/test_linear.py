@@ -11,6 +11,7 @@ from fastlm.nn.linear import Linear, linear
 from fastlm.ops import _low_weights, layer_norm
 from fastlm.ops._heads import split_heads
 from fastlm.ops._low_weights import LowWeights
+from fastlm.ops._transposed import COLUMNS, transposed_mm
 from fastlm.tasks import Micro, TrainTable
 from fastlm.train import optimizer as optimizers
 from fastlm.train.adamw import AdamW
@@ -160,3 +161,11 @@ def test_heads_whose_gradients_are_apart():
             dy = [given[i] for i in which]
             got = torch.autograd.grad([parts[i] for i in which], qkv, dy, retain_graph=True)[0]
             assert torch.equal(got, torch.autograd.grad([plain[i] for i in which], qkv, dy, retain_graph=True)[0])
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (33, 31), (64, 160), (100, 300)])
+def test_product_of_a_transposed_copy(n, m):
+    """Of rows that lie apart, in whole tiles and edges, and without the copy."""
+    a, eye = torch.randn(n, m + 7).bfloat16()[:, 3 : m + 3], torch.eye(n, COLUMNS + n).bfloat16()
+    assert torch.equal(transposed_mm(a, eye)[:, :n], a.t())
+    assert torch.equal(transposed_mm(a, eye[:, :n]), a.t())

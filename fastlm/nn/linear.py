@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from fastlm.ops._autocast import device_type
 from fastlm.ops._low_weights import low_copy
+from fastlm.ops._transposed import transposed_mm
 
 
 def _low(weight: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
@@ -52,7 +53,7 @@ class _Linear(torch.autograd.Function):
         if needs_w and g.is_cuda and w_dtype == torch.float32 != g.dtype:
             dw = torch.mm(g.t(), rows, out_dtype=torch.float32)
         elif needs_w:
-            dw = torch.mm(g.t(), rows)  # autograd casts it, unless w takes a gradient of any dtype
+            dw = transposed_mm(g, rows)  # autograd casts it, unless w takes a gradient of any dtype
         if needs_b:
             db = g.sum(0, dtype=b_dtype)
         return dx, dw, db, None, None, None

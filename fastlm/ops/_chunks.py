@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from fastlm.ops._losses import Losses, per_row
 from fastlm.ops._shapes import as_rows
+from fastlm.ops._transposed import transposed_mm
 from fastlm.ops.linear_cross_entropy import Args, BackwardArgs, Gradients, Inputs, Outputs, Wanted
 
 SLICE = 2048  # classes of a product whose result is not the sum itself
@@ -39,7 +40,7 @@ def _add_rows(total, g, first: bool) -> None:
 def _add_product(total, g, x, first: bool) -> None:
     """total (V, D) float32 += gᵀ x, or = for the first."""
     if g.dtype == torch.bfloat16 and not g.is_cuda:
-        product = torch.mm(g.t(), x)
+        product = transposed_mm(g, x)
         total.copy_(product) if first else total.add_(product)
     elif g.is_cuda and g.dtype != torch.float32:
         torch.addmm(total, g.t(), x, beta=0.0 if first else 1.0, out_dtype=torch.float32, out=total)
@@ -52,8 +53,7 @@ def _add_weight_gradient(dweight, dbias, g, x, wanted: Wanted, first: bool) -> N
     whole = g.is_cuda or g.dtype == torch.float32
     for column in range(0, g.shape[1], g.shape[1] if whole else SLICE):
         columns = slice(column, column + (g.shape[1] if whole else SLICE))
-        # The BLAS would transpose a slice with another leading dimension into a copy, which takes longer.
-        part = g[:, columns].contiguous()
+        part = g[:, columns]
         if wanted.dweight:
             _add_product(dweight[columns], part, x, first)
         if wanted.dbias:
