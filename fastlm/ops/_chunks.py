@@ -38,8 +38,10 @@ def _add_rows(total, g, first: bool) -> None:
 
 
 def _add_product(total, g, x, first: bool) -> None:
-    """total (V, D) float32 += gᵀ x, or = for the first."""
-    if g.dtype == torch.bfloat16 and not g.is_cuda:
+    """total (V, D) float32 += gᵀ x, or = for the first; of another dtype it is of the only chunk."""
+    if total.dtype != torch.float32:
+        transposed_mm(g, x, out=total)
+    elif g.dtype == torch.bfloat16 and not g.is_cuda:
         product = transposed_mm(g, x)
         total.copy_(product) if first else total.add_(product)
     elif g.is_cuda and g.dtype != torch.float32:
@@ -49,7 +51,7 @@ def _add_product(total, g, x, first: bool) -> None:
 
 
 def _add_weight_gradient(dweight, dbias, g, x, wanted: Wanted, first: bool) -> None:
-    """dweight (V, D) += gᵀ x and dbias (V,) += Σ g, both float32, for dlogits g (n, V) and hidden x (n, D)."""
+    """dweight (V, D) += gᵀ x and dbias (V,) += Σ g for dlogits g (n, V) and hidden x (n, D)."""
     whole = g.is_cuda or g.dtype == torch.float32
     for column in range(0, g.shape[1], g.shape[1] if whole else SLICE):
         columns = slice(column, column + (g.shape[1] if whole else SLICE))
@@ -80,7 +82,9 @@ def _chunks(inputs: Inputs, losses: Losses, dloss, wanted: Wanted, row_bytes: in
         bias = None if bias is None else F.pad(bias, (0, classes - vocabulary))
     buffer = h.new_empty(step, classes)
     dhidden = h.new_empty(h.shape if wanted.dhidden else 0)
-    dweight = w.new_empty(w.shape if wanted.dweight else 0, dtype=torch.float32)
+    # One chunk needs no float32 sum.
+    single = rows <= step and w.dtype == torch.bfloat16 and not w.is_cuda
+    dweight = w.new_empty(w.shape if wanted.dweight else 0, dtype=weight.dtype if single else torch.float32)
     dbias = w.new_empty(classes if wanted.dbias else 0, dtype=torch.float32)
     if rows == 0:
         dweight.zero_()

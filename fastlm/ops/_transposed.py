@@ -14,14 +14,14 @@ from fastlm import _native
 COLUMNS = 384  # of a product for which the copy is made
 
 
-def transposed_mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """aᵀ b for a (n, m), b (n, k) -> (m, k), as torch.mm(a.t(), b)."""
+def transposed_mm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """aᵀ b for a (n, m), b (n, k) -> (m, k), as torch.mm(a.t(), b, out=out)."""
     small = b.shape[1] < COLUMNS or a.stride(-1) != 1
     if small or a.dtype != torch.bfloat16 or not a.is_cpu or _native.missing_cpu() is not None:
         # Of rows with another distance torch would copy the transpose, ten times slower.
-        return torch.mm(a.contiguous().t() if a.is_cpu else a.t(), b)
+        return torch.mm(a.contiguous().t() if a.is_cpu else a.t(), b, out=out)
     copy = a.new_empty(a.shape[1], a.shape[0])
     _native.cpu().transpose16(
         x=a, y=copy, rows=a.shape[0], cols=a.shape[1], stride_x=a.stride(0), threads=_native.threads()
     )
-    return torch.mm(copy, b)
+    return torch.mm(copy, b, out=out)
