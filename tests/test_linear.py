@@ -11,7 +11,7 @@ from fastlm.nn.linear import Linear, linear
 from fastlm.ops import _low_weights, layer_norm
 from fastlm.ops._heads import split_heads
 from fastlm.ops._low_weights import LowWeights
-from fastlm.ops._transposed import COLUMNS, transposed_mm
+from fastlm.ops._products import COLUMNS, transposed_mm
 from fastlm.tasks import Micro, TrainTable
 from fastlm.train import optimizer as optimizers
 from fastlm.train.adamw import AdamW
