@@ -11,7 +11,6 @@ The kernels do not know Python. Their objects, in build/temp.cuda, are compiled 
 """
 
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -88,15 +87,13 @@ def nvcc_flags(sm90=False):
 
 def cpu_extension():
     linux = sys.platform == "linux"
-    # GCC's default is 256 bits, in the clones for AVX-512 too (csrc/cpu/simd.h).
-    wide = ["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else []
     return Pybind11Extension(
         "fastlm._cpu",
         [*sources("bindings_cpu/*.cpp"), *sources("cpu/*.cpp")],
         include_dirs=INCLUDES,
         depends=["setup.py", *headers("common", "bindings_cpu", "cpu")],
         # Apple's clang has no OpenMP: one thread there.
-        extra_compile_args=CXX_FLAGS + wide + (["-fopenmp"] if linux else []),
+        extra_compile_args=CXX_FLAGS + (["-fopenmp"] if linux else []),
         extra_link_args=["-Wl,-z,now"] if linux else [],
         cxx_std=17,
     )

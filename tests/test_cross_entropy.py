@@ -16,7 +16,7 @@ from test_cuda import device as cuda_on_ptx
 from test_cuda import pytestmark as cuda_is_built
 
 from fastlm import ops
-from fastlm.ops import _chunks, _registry
+from fastlm.ops import _chunks, _products, _registry
 from fastlm.ops._chunks import chunk_rows
 from fastlm.ops.cross_entropy import LossArgs
 from fastlm.ops.linear_cross_entropy import Inputs, Wanted
@@ -278,6 +278,7 @@ def test_a_device_adds_the_bias_in_the_product(vocabulary, monkeypatch):
             assert x.shape == dx.shape == (6, vocabulary)
 
     monkeypatch.setattr(torch, "addmm", recorded)
+    monkeypatch.setattr(_products, "adds_bias", lambda x: False)  # a CPU's way
     hidden, weight, bias = (
         torch.ones(*size, dtype=torch.bfloat16) for size in ((6, 5), (vocabulary, 5), (vocabulary,))
     )

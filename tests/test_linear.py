@@ -5,12 +5,13 @@ import torch
 import torch.nn.functional as F
 
 from fastlm import models
-from fastlm.models import Counts
+from fastlm.models import Counts, bert
 from fastlm.nn import linear as linears
 from fastlm.nn.linear import Linear, linear
 from fastlm.ops import _low_weights, layer_norm
 from fastlm.ops._heads import split_heads
 from fastlm.ops._low_weights import LowWeights
+from fastlm.ops._products import COLUMNS, transposed_mm
 from fastlm.tasks import Micro, TrainTable
 from fastlm.train import optimizer as optimizers
 from fastlm.train.adamw import AdamW
@@ -111,8 +112,10 @@ def test_a_steps_losses_and_weights(recompute, micro_batches, monkeypatch):
     """Of BERT in bfloat16: the same bits as with weights cast at each use and gradients cast to float32.
 
     Activations are kept, and recomputed. From the second step on AdamW has written the copies; the gradients of a
-    single micro-batch are bfloat16.
+    single micro-batch are bfloat16. A tied table's is then rounded (test_tied.py), so it is taken apart there.
     """
+    if micro_batches == 1:
+        monkeypatch.setattr(bert, "tied", lambda word: (word, word, False))
     casts, dtypes = [], []
     copy, update = torch._foreach_copy_, optimizers.total_norm
     monkeypatch.setattr(torch, "_foreach_copy_", lambda to, of: casts.append(len(to)) or copy(to, of))
@@ -160,3 +163,11 @@ def test_heads_whose_gradients_are_apart():
             dy = [given[i] for i in which]
             got = torch.autograd.grad([parts[i] for i in which], qkv, dy, retain_graph=True)[0]
             assert torch.equal(got, torch.autograd.grad([plain[i] for i in which], qkv, dy, retain_graph=True)[0])
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (33, 31), (64, 160), (100, 300)])
+def test_product_of_a_transposed_copy(n, m):
+    """Of rows that lie apart, in whole tiles and edges, and without the copy."""
+    a, eye = torch.randn(n, m + 7).bfloat16()[:, 3 : m + 3], torch.eye(n, COLUMNS + n).bfloat16()
+    assert torch.equal(transposed_mm(a, eye)[:, :n], a.t())
+    assert torch.equal(transposed_mm(a, eye[:, :n]), a.t())

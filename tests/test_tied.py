@@ -110,3 +110,20 @@ def test_where_it_is_dense(module):
         assert module.tied(table) == (table, table, False)
     with torch.no_grad():
         assert module.tied(word) == (word, word, False)
+
+
+@MODULES
+def test_the_gradient_under_autocast(module):
+    """In bfloat16, where the table takes one of any dtype, it is the float32 one with every element rounded once."""
+    model, found = make(module), []
+    word = word_of(model)
+    for dtype in (torch.float32, None):
+        word.grad_dtype = dtype
+        with torch.autocast("cpu", torch.bfloat16):
+            value = loss(model, module)
+        value.backward()
+        found.append(word.grad)
+        word.grad = None
+    assert [g.dtype for g in found] == [torch.float32, torch.bfloat16]
+    assert found[0][5].any()
+    torch.testing.assert_close(found[1].float(), found[0], rtol=2.0**-8, atol=1e-7)

@@ -31,19 +31,15 @@ FASTLM_INLINE float take_row(const X* x, const T* residual, int64_t cols, T* h, 
   if (residual) {
 #pragma omp simd reduction(+ : sum)
     for (int64_t j = 0; j < cols; ++j) {
-      T rounded;
-      store(&rounded, load(x + j) + load(residual + j));
-      h[j] = rounded;
-      row[j] = load(&rounded);
+      store(h + j, load(x + j) + load(residual + j));
+      row[j] = load(h + j);
       sum += row[j];
     }
   } else {
 #pragma omp simd reduction(+ : sum)
     for (int64_t j = 0; j < cols; ++j) {
-      T rounded;
-      store(&rounded, load(x + j));
-      h[j] = rounded;
-      row[j] = load(&rounded);
+      store(h + j, load(x + j));
+      row[j] = load(h + j);
       sum += row[j];
     }
   }
@@ -85,6 +81,27 @@ FASTLM_CLONES void forward_rows(const LayerNormForward& a, int64_t begin, int64_
   }
 }
 
+// to (cols,) = dh = rstd (g - mean_g - x̂ mean_gx), plus dh from elsewhere unless it is null. With KEEP also to g, in float.
+template <bool KEEP, class T>
+FASTLM_INLINE void row_gradient(const Statistics& s, float mean_g, float mean_gx, const T* h, const T* dh, int64_t cols,
+                                float* g, T* to) {
+  if (dh) {
+#pragma omp simd
+    for (int64_t j = 0; j < cols; ++j) {
+      const float d = s.rstd * (g[j] - mean_g - s.normalize(load(h + j)) * mean_gx) + load(dh + j);
+      store(to + j, d);
+      if constexpr (KEEP) g[j] = d;
+    }
+  } else {
+#pragma omp simd
+    for (int64_t j = 0; j < cols; ++j) {
+      const float d = s.rstd * (g[j] - mean_g - s.normalize(load(h + j)) * mean_gx);
+      store(to + j, d);
+      if constexpr (KEEP) g[j] = d;
+    }
+  }
+}
+
 // The partial sums of a block of rows, (cols,) each; sum_dx: null where it is not wanted.
 struct Sums {
   float *dweight, *dbias, *sum_dx;
@@ -102,7 +119,7 @@ FASTLM_CLONES void backward_rows(const LayerNormBackward& a, int64_t begin, int6
   if (sum_dx) std::fill(sum_dx, sum_dx + cols, 0.0f);
   for (int64_t r = begin; r < end; ++r) {
     const T* dy = static_cast<const T*>(a.dy) + r * a.stride_dy;
-    const T* dh = static_cast<const T*>(a.dh) + (a.dh ? r * a.stride_dh : 0);
+    const T* dh = a.dh ? static_cast<const T*>(a.dh) + r * a.stride_dh : nullptr;
     const T* h = static_cast<const T*>(a.h) + r * a.stride_h;
     T* dresidual = static_cast<T*>(a.dresidual) + r * cols;
     const Statistics s = saved(a.mean, a.rstd, r, a.rows);
@@ -129,18 +146,10 @@ FASTLM_CLONES void backward_rows(const LayerNormBackward& a, int64_t begin, int6
       }
     }
     const float mean_g = a.rms ? 0.0f : sum_g / float(cols), mean_gx = sum_gx / float(cols);
-    if (a.dh) {
-#pragma omp simd
-      for (int64_t j = 0; j < cols; ++j) {
-        row_d[j] = s.rstd * (row_d[j] - mean_g - s.normalize(load(h + j)) * mean_gx) + load(dh + j);
-        store(dresidual + j, row_d[j]);
-      }
+    if (a.dropout.threshold || sum_dx) {
+      row_gradient<true>(s, mean_g, mean_gx, h, dh, cols, row_d, dresidual);
     } else {
-#pragma omp simd
-      for (int64_t j = 0; j < cols; ++j) {
-        row_d[j] = s.rstd * (row_d[j] - mean_g - s.normalize(load(h + j)) * mean_gx);
-        store(dresidual + j, row_d[j]);
-      }
+      row_gradient<false>(s, mean_g, mean_gx, h, dh, cols, row_d, dresidual);
     }
     if (a.dropout.threshold) {
       T* dx = static_cast<T*>(a.dx) + r * cols;

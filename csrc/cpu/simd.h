@@ -42,7 +42,7 @@ FASTLM_INLINE void store(float* p, float v) { *p = v; }
 FASTLM_INLINE void store(bfloat16* p, float v) {
   const uint32_t u = float_to_bits(v);
   const uint32_t rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
-  p->bits = uint16_t((u & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded);
+  p->bits = uint16_t(v != v ? 0x7FC0u : rounded);
 }
 
 // v rounded to the type T, as a later pass reads it back from memory.

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastlm.models import _checkpoint, _size
 from fastlm.models._config import Config
+from fastlm.ops._low_weights import low_copy
 
 CLASSIFIER = "classifier."  # prefix of the tensors whose rows are classes, here and in Transformers
 
@@ -186,25 +187,41 @@ class Model(torch.nn.Module):
 
 
 class _Tied(torch.autograd.Function):
-    """A table for the embedding and the head. Its gradient is the head's, with the embedding's rows added in place."""
+    """A table for the embedding and the head, which gets it as low, `word` in its own dtype or autocast's.
+
+    The gradient is the head's, with the embedding's rows added in place. It is float32, or the head's dtype where word
+    takes a gradient of any dtype (fastlm.train.micro.low_gradients): the rows of a token are then summed first.
+    """
 
     @staticmethod
-    def forward(ctx, word):
+    def forward(ctx, word, low):
         ctx.set_materialize_grads(False)
-        return word.view_as(word), word.view_as(word)
+        ctx.any_dtype = word.is_leaf and word.grad_dtype is None
+        return word.view_as(word), low.view_as(low)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, rows, dense):
-        if rows is None:
-            return dense
+        if rows is None or dense is None:
+            return dense if rows is None else rows.to_dense(), None
+        if dense.dtype != rows.dtype and not ctx.any_dtype:
+            dense = dense.to(rows.dtype)
         # In place, since nothing else uses the head's gradient. torch's sum of the two would allocate another dense
         # one.
-        return rows.to_dense() if dense is None else dense.add_(rows)
+        return dense.add_(rows) if dense.dtype == rows.dtype else _add_rounded(dense, rows), None
+
+
+def _add_rounded(dense: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """dense += rows, which are sparse and wider: the rows of each token are summed, and the sum is rounded once."""
+    tokens, place = rows._indices()[0].unique(return_inverse=True)
+    sums = rows._values().new_zeros(len(tokens), dense.shape[1]).index_add_(0, place, rows._values())
+    return dense.index_copy_(0, tokens, (dense.index_select(0, tokens) + sums).to(dense.dtype))
 
 
 def tied(word: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool]:
     """(table for ops.embedding, table for the head, `sparse` for ops.embedding), for a table that both read.
+
+    In training on a CPU under autocast the head's is in autocast's dtype, the copy of the step (`low_copy`).
 
     On a CPU a dense gradient of the embedding costs more than its sums, since the whole table is zeroed and then added.
     On a device the gradient is dense: torch would sort the rows of a sparse one, and wait for it. It is also dense in
@@ -214,7 +231,8 @@ def tied(word: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool]:
         return word, word, False
     if not (torch.is_grad_enabled() and word.requires_grad):
         return word, word, False
-    return *_Tied.apply(word), True
+    low = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else word.dtype
+    return *_Tied.apply(word, word if low == word.dtype else low_copy(word, low)), True
 
 
 def add_norm(norm, x, delta, **options):

@@ -16,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from fastlm.ops import _products
 from fastlm.ops._autocast import device_type
 from fastlm.ops._low_weights import low_copy
+from fastlm.ops._products import transposed_mm
 
 
 def _low(weight: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
@@ -32,7 +34,7 @@ class _Linear(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, low_w)
         ctx.dtypes = w.dtype, None if b is None else b.dtype
-        y = F.linear(x, low_w, low_b)
+        y = _products.linear(x, low_w, low_b)
         return (y, x.view_as(x)) if keep else y
 
     @staticmethod
@@ -52,7 +54,7 @@ class _Linear(torch.autograd.Function):
         if needs_w and g.is_cuda and w_dtype == torch.float32 != g.dtype:
             dw = torch.mm(g.t(), rows, out_dtype=torch.float32)
         elif needs_w:
-            dw = torch.mm(g.t(), rows)  # autograd casts it, unless w takes a gradient of any dtype
+            dw = transposed_mm(g, rows)  # autograd casts it, unless w takes a gradient of any dtype
         if needs_b:
             db = g.sum(0, dtype=b_dtype)
         return dx, dw, db, None, None, None

@@ -8,7 +8,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from fastlm.ops import _products
 from fastlm.ops._losses import Losses, per_row
+from fastlm.ops._products import transposed_mm
 from fastlm.ops._shapes import as_rows
 from fastlm.ops.linear_cross_entropy import Args, BackwardArgs, Gradients, Inputs, Outputs, Wanted
 
@@ -30,16 +32,23 @@ def round_up(n: int, multiple: int) -> int:
 
 def _add_rows(total, g, first: bool) -> None:
     """total (V,) float32 += Σ g over the rows of g (n, V), or = for the first."""
-    if first:
+    if (
+        g.is_cpu and g.dtype == torch.bfloat16
+    ):  # half of the time of a sum; 16 rows are what a product computes at least
+        sums = torch.mm(g.new_ones(16, g.shape[0]), g)[0]
+        total.copy_(sums) if first else total.add_(sums)
+    elif first:
         torch.sum(g, 0, dtype=torch.float32, out=total)
     else:
         total += g.sum(0, dtype=torch.float32)
 
 
 def _add_product(total, g, x, first: bool) -> None:
-    """total (V, D) float32 += gᵀ x, or = for the first."""
-    if g.dtype == torch.bfloat16 and not g.is_cuda:
-        product = torch.mm(g.t(), x)
+    """total (V, D) float32 += gᵀ x, or = for the first; of another dtype it is of the only chunk."""
+    if total.dtype != torch.float32:
+        transposed_mm(g, x, out=total)
+    elif g.dtype == torch.bfloat16 and not g.is_cuda:
+        product = transposed_mm(g, x)
         total.copy_(product) if first else total.add_(product)
     elif g.is_cuda and g.dtype != torch.float32:
         torch.addmm(total, g.t(), x, beta=0.0 if first else 1.0, out_dtype=torch.float32, out=total)
@@ -48,16 +57,15 @@ def _add_product(total, g, x, first: bool) -> None:
 
 
 def _add_weight_gradient(dweight, dbias, g, x, wanted: Wanted, first: bool) -> None:
-    """dweight (V, D) += gᵀ x and dbias (V,) += Σ g, both float32, for dlogits g (n, V) and hidden x (n, D)."""
+    """dweight (V, D) += gᵀ x and dbias (V,) += Σ g for dlogits g (n, V) and hidden x (n, D)."""
     whole = g.is_cuda or g.dtype == torch.float32
     for column in range(0, g.shape[1], g.shape[1] if whole else SLICE):
         columns = slice(column, column + (g.shape[1] if whole else SLICE))
-        # The BLAS would transpose a slice with another leading dimension into a copy, which takes longer.
-        part = g[:, columns].contiguous()
+        part = g[:, columns]
         if wanted.dweight:
             _add_product(dweight[columns], part, x, first)
-        if wanted.dbias:
-            _add_rows(dbias[columns], part, first)
+    if wanted.dbias:
+        _add_rows(dbias, g, first)
 
 
 @torch.no_grad()  # products with out=
@@ -71,6 +79,9 @@ def _chunks(inputs: Inputs, losses: Losses, dloss, wanted: Wanted, row_bytes: in
     h, w = as_rows(hidden).contiguous(), (weight if inputs.low is None else inputs.low).contiguous()
     rows, vocabulary = h.shape[0], w.shape[0]
     step, classes = chunk_rows(rows, h.dtype, h.device.type), vocabulary
+    bfloat16_sum = h.is_cpu and h.dtype == weight.dtype == torch.bfloat16 and wanted.dweight
+    if bfloat16_sum and rows <= step + 2 * h.shape[1]:
+        step = rows  # one chunk, which takes less memory than a float32 sum (4 bytes an element)
     # cuBLAS has no fast kernel if the bytes of a row of classes are not a multiple of 16. The products then include the
     # padding, whose logits and gradients are 0. The logits are contiguous in either case: only then does torch let
     # cuBLASLt add the bias in the product. Else it copies the bias to all of the logits first, and reads them again.
@@ -78,9 +89,11 @@ def _chunks(inputs: Inputs, losses: Losses, dloss, wanted: Wanted, row_bytes: in
         classes = round_up(vocabulary, row_bytes // h.element_size())
         w = F.pad(w, (0, 0, 0, classes - vocabulary))
         bias = None if bias is None else F.pad(bias, (0, classes - vocabulary))
-    buffer = h.new_empty(step, classes)
+    fused = bias is not None and _products.adds_bias(h)
+    buffer = None if fused else h.new_empty(step, classes)
     dhidden = h.new_empty(h.shape if wanted.dhidden else 0)
-    dweight = w.new_empty(w.shape if wanted.dweight else 0, dtype=torch.float32)
+    dtype = weight.dtype if bfloat16_sum and rows <= step else torch.float32
+    dweight = w.new_empty(w.shape if wanted.dweight else 0, dtype=dtype)
     dbias = w.new_empty(classes if wanted.dbias else 0, dtype=torch.float32)
     if rows == 0:
         dweight.zero_()
@@ -89,10 +102,10 @@ def _chunks(inputs: Inputs, losses: Losses, dloss, wanted: Wanted, row_bytes: in
         for begin in range(0, rows, max(1, step)):
             chunk = slice(begin, begin + step)
             x = h[chunk]
-            g = buffer[: x.shape[0]]
+            g = _products.linear(x, w, bias) if fused else buffer[: x.shape[0]]
             if bias is None:
                 torch.mm(x, w.t(), out=g)
-            else:
+            elif not fused:
                 torch.addmm(bias, x, w.t(), out=g)
             logits = g[:, :vocabulary]
             losses.add(logits, logits if any(wanted) else None, None if dloss is None else dloss[chunk])
