@@ -29,21 +29,24 @@ from fastlm.testing.cases import CASES, Variant
 pytestmark = test_cuda.pytestmark
 CASE = CASES["attention"]
 DTYPES = (torch.bfloat16, torch.float16)
-FORWARD = test_cuda.CSRC / "cuda" / "sm90" / "attention_fwd.cu"
+KERNELS = ("fwd", "dkdv", "dq")
 # The same in all processes of a run: what they collect must be the same.
 SEED = os.environ.get("FASTLM_TEST_SEED") or os.environ.get("PYTEST_XDIST_TESTRUNUID") or str(time.time_ns())
 
 
 @functools.cache
-def forward() -> str:
-    return ptx.compile_cuda(FORWARD, includes=test_cuda.INCLUDES, arch="90a")
+def compiled(name) -> str:
+    """The PTX of csrc/cuda/sm90/attention_{name}.cu."""
+    source = test_cuda.CSRC / "cuda" / "sm90" / f"attention_{name}.cu"
+    return ptx.compile_cuda(source, includes=test_cuda.INCLUDES, arch="90a")
 
 
 @functools.cache
 def kernels() -> str:
-    """The PTX of attention: forward for sm_90a, backward for sm_80."""
-    files = [test_cuda.CSRC / "cuda" / f"attention_{part}.cu" for part in ("bwd", "dkdv", "dq")]
-    return "\n".join([forward(), *(ptx.compile_cuda(file, includes=test_cuda.INCLUDES) for file in files)])
+    """The PTX of attention: that for sm_90a, and delta and the gradient of a bias table for sm_80."""
+    files = [test_cuda.CSRC / "cuda" / f"attention_{part}.cu" for part in ("bwd", "dq")]
+    sm80 = [ptx.compile_cuda(file, includes=test_cuda.INCLUDES) for file in files]
+    return "\n".join([*map(compiled, KERNELS), *sm80])
 
 
 @contextmanager
@@ -83,7 +86,6 @@ def drawn():
 
 @pytest.mark.parametrize(("variant", "dtype"), list(drawn()))
 def test_error_bound(variant, dtype):
-    """Forward by the kernel for sm_90a, and backward, by that for sm_80, of what it left."""
     print(f"FASTLM_TEST_SEED={SEED}")
     checks.error_bound(CASE, variant, dtype, "cpu", ["cuda"], range(1), hopper)
 
@@ -116,12 +118,14 @@ def test_check(check, variant):
 
 
 def launched(q, k=None, **options):
-    """The kernels of a forward pass, none of which runs."""
+    """The kernels of a forward pass and, of an input with a gradient, of backward; none runs."""
     found = []
     _native.record_cuda(lambda entry, *_: found.append(entry))
     try:
         with mock.patch.object(_native, "cuda_is_sm90", return_value=True):
-            ops.attention(q, *[q if k is None else k] * 2, backend="cuda", **options)
+            out = ops.attention(q, *[q if k is None else k] * 2, backend="cuda", **options)
+            if out.requires_grad:
+                out.sum().backward()
     finally:
         _native.record_cuda(None)
     return found
@@ -145,6 +149,14 @@ def test_what_the_kernel_takes():
     assert not is_sm90(x[..., :33])
     assert not is_sm90(torch.zeros(2, 20, 2, 136).bfloat16())
     assert not is_sm90(x, k=x[:, :0])
+    leaf = x.detach().requires_grad_()
+    assert ["4sm90" in entry for entry in launched(leaf)] == [True, False, True, True]  # delta is any device's
+    assert not any("4sm90" in entry for entry in launched(x.float().requires_grad_()))
+    table = ops.RelativeBias(torch.zeros(8, 3, requires_grad=True), max_distance=9)
+    backward = launched(leaf, relative_bias=table)[2:]
+    assert [re.search(r"(4sm90)?\d\d(attention_\w+?_kernel)", entry).groups() for entry in backward[1:]] == [
+        ("4sm90", "attention_delta_kernel")
+    ]
     with mock.patch.object(_native, "_sm90_devices", return_value=(False, True)):
         assert not _native.cuda_is_sm90(_native.Place(0, 0))
         assert _native.cuda_is_sm90(_native.Place(1, 0))
@@ -155,37 +167,45 @@ def test_what_the_kernel_takes():
             _native.record_cuda(None)
     with (
         mock.patch("fastlm.ops._cuda.attention._takes_sm90", return_value=True),
-        pytest.raises(ValueError, match="attention_fwd_sm90: expected 16 bits, d of 8 to 128 and some keys, got d 33"),
+        pytest.raises(ValueError, match="sm_90a: expected 16 bits, d of 8 to 128 and some keys, got d 33"),
     ):
         launched(x[..., :33])
 
 
-@pytest.mark.long
-def test_machine_code():
-    """Products by wgmma, none serialised (C75xx); copies by TMA; no spills; and the softmax is between two waits.
-
-    ptxas moved the exponentials behind the wait for p v, where nothing overlaps with them (LOG.md, 2026-11-30).
-    """
-    knobs = pytest.importorskip("triton.knobs")  # where Triton's ptxas and cuobjdump are
+def machine_code(name):
+    """What ptxas says of a file, and the machine code of its kernels."""
+    knobs = pytest.importorskip("triton.knobs")  # where Triton's cuobjdump is
     with tempfile.TemporaryDirectory() as directory:
         source, cubin = Path(directory, "kernel.ptx"), Path(directory, "kernel.cubin")
-        source.write_text(forward())
-        command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", source, "-o", cubin]
+        source.write_text(compiled(name))
+        command = [ptx.nvcc(), "-cubin", "-arch=sm_90a", "-Xptxas=-v", source, "-o", cubin]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         command = [knobs.nvidia.cuobjdump.path, "--dump-sass", cubin]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return log, dict(part.split("\n", 1) for part in text.split("\tFunction : ")[1:])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", KERNELS)
+def test_machine_code(name):
+    """Products by wgmma, none serialised (C75xx); copies by TMA; no spills.
+
+    Forward: the softmax is between two waits. ptxas moved the exponentials behind the wait for p v, where nothing
+    overlaps with them (LOG.md, 2026-11-30).
+    """
+    log, kernels = machine_code(name)
     assert not serialised(log)
     assert set(re.findall(r"(\d+) bytes spill", log)) == {"0"}
-    parts = text.split("\tFunction : ")[1:]
-    assert len(parts) == 6
-    for part in parts:
-        name, code = part.split("\n", 1)
+    assert len(kernels) == 6
+    for entry, code in kernels.items():
         assert "UTMALDG.4D" in code
         loop = next(loop for loop in sass.loops(sass.parse(code)) if any("HGMMA" in i.opcode for i in loop))
+        if name != "fwd":
+            continue
         order = " ".join(i.opcode.split(".")[0] + i.operands[-3:] * i.opcode.startswith("WARPGROUP.D") for i in loop)
         before, softmax, after = re.split(r"WARPGROUP0x[10]", order)
-        keys = 64 if "Li128ELb1" in name else 128
-        assert before.count("HGMMA") == keys // 16 + (128 if "Li128" in name else 64) // 16
+        keys = 64 if "Li128ELb1" in entry else 128
+        assert before.count("HGMMA") == keys // 16 + (128 if "Li128" in entry else 64) // 16
         assert softmax.count("MUFU") >= 2 * (keys // 2 + 2)  # of both kinds of blocks
         assert "HGMMA" not in softmax + after
         assert "MUFU" not in after
@@ -225,7 +245,7 @@ DAILY = ("keys of another phase", "too many bytes", "no fence of the proxies", "
 
 def planted(pattern, which, instead):
     """The PTX with the edit, in the kernel of heads of 128 without dropout and bias."""
-    text = forward()
+    text = compiled("fwd")
     entry = text.index("Li128ELb0", text.index(".entry", text.index("Li64ELb0")))
     end = text.index("\n}", entry)
     found = list(re.finditer(pattern, text[entry:end]))[which]
