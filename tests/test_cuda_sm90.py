@@ -153,10 +153,10 @@ def test_what_the_kernel_takes():
     assert ["4sm90" in entry for entry in launched(leaf)] == [True, False, True, True]  # delta is any device's
     assert not any("4sm90" in entry for entry in launched(x.float().requires_grad_()))
     table = ops.RelativeBias(torch.zeros(8, 3, requires_grad=True), max_distance=9)
-    backward = launched(leaf, relative_bias=table)[2:]
-    assert [re.search(r"(4sm90)?\d\d(attention_\w+?_kernel)", entry).groups() for entry in backward[1:]] == [
-        ("4sm90", "attention_delta_kernel")
-    ]
+    names = [re.search(r"(4sm90)?\d\d(attention_\w+?)_kernel", entry) for entry in launched(leaf, relative_bias=table)]
+    passes = [name.group(2) for name in names if name.group(1)]
+    assert passes == ["attention_fwd", "attention_dkdv"]
+    assert "attention_dq" in {name.group(2) for name in names if not name.group(1)}  # it sums the table's gradient
     with mock.patch.object(_native, "_sm90_devices", return_value=(False, True)):
         assert not _native.cuda_is_sm90(_native.Place(0, 0))
         assert _native.cuda_is_sm90(_native.Place(1, 0))
@@ -214,52 +214,86 @@ def test_machine_code(name):
 # ---- planted faults ------------------------------------------------------------------------------------------------
 
 WAIT = r"mbarrier\.try_wait\.parity\.shared::cta\.b64 p, \[(%r\d+)\], (%r\d+);"
-K_FREE, V_FREE, V_LANDED, Q_FULL, FIRST_K, K_FULL, V_FULL, LAST_V = range(8)  # the waits, in the order of the code
 NO_WAIT = r"setp.eq.u32 p, \2, \2;"
 OTHER_PHASE = r".reg .b32 o; xor.b32 o, \2, 1; mbarrier.try_wait.parity.shared::cta.b64 p, [\1], o;"
 EXPECT = r"(mbarrier\.arrive\.expect_tx\.shared::cta\.b64 _, \[%r\d+\]), (%r\d+);"
 MORE_BYTES = r"{ .reg .b32 o; add.u32 o, \2, 16; \1, o; }"
 ARRIVE = r"mbarrier\.arrive\.shared::cta\.b64 _, \[%r\d+\];"
 MEET = r"bar\.sync \s*%r\d+, %r\d+;"
-# (kind, pattern, which, what takes its place, what the finding says)
+PROXY = r"fence\.proxy\.async[^;]*;"
+GROUP, MORE_GROUPS = r"(wgmma\.wait_group\.sync\.aligned) (\d);", r"\1 2;"
+WRITING, FULL = "a bulk copy is still writing", "1 arrivals at an mbarrier that misses 0"
+# The waits in the order of the code: of forward and, below, of dkdv and dq.
+K_FREE, V_FREE, V_LANDED, Q_FULL, FIRST_K, K_FULL, V_FULL, LAST_V = range(8)
+# File: its kernel of heads of 128 without dropout and bias. (kind, pattern, which, what takes its place, what the
+# finding says.)
 FAULTS = {
-    "keys of another phase": ("async", WAIT, K_FULL, OTHER_PHASE, "a bulk copy is still writing"),
-    "keys are not waited for": ("async", WAIT, K_FULL, NO_WAIT, "a bulk copy is still writing"),
-    "values are not waited for": ("async", WAIT, V_FULL, NO_WAIT, "a bulk copy is still writing"),
-    "queries are not waited for": ("async", WAIT, Q_FULL, NO_WAIT, "a bulk copy is still writing"),
-    "keys of a stage in use": ("async", WAIT, K_FREE, NO_WAIT, "1 arrivals at an mbarrier that misses 0"),
-    "values of a stage in use": ("async", WAIT, V_FREE, NO_WAIT, "1 arrivals at an mbarrier that misses 0"),
-    "rows set to 0 before they are there": ("async", WAIT, V_LANDED, NO_WAIT, "a bulk copy is still writing"),
-    "too many bytes": ("divergence", EXPECT, 1, MORE_BYTES, "16 bytes"),
-    "a warp does not free the stage": ("divergence", ARRIVE, 3, ";", "nothing completes"),
-    "no fence of the proxies": ("async", r"fence\.proxy\.async[^;]*;", 0, ";", "fence.proxy.async"),
-    "scores in flight": ("async", r"(wgmma\.wait_group\.sync\.aligned) 1;", 0, r"\1 2;", "still writing"),
-    "output in flight": ("async", r"(wgmma\.wait_group\.sync\.aligned) 0;", 1, r"\1 1;", "still writing"),
-    "no fence of the accumulators": ("async", r"wgmma\.fence[^;]*;", 1, ";", "after the last wgmma.fence"),
-    "output over queries in use": ("race", MEET, 1, ";", "nothing orders"),
+    ("fwd", "keys of another phase"): ("async", WAIT, K_FULL, OTHER_PHASE, WRITING),
+    ("fwd", "keys are not waited for"): ("async", WAIT, K_FULL, NO_WAIT, WRITING),
+    ("fwd", "values are not waited for"): ("async", WAIT, V_FULL, NO_WAIT, WRITING),
+    ("fwd", "queries are not waited for"): ("async", WAIT, Q_FULL, NO_WAIT, WRITING),
+    ("fwd", "keys of a stage in use"): ("async", WAIT, K_FREE, NO_WAIT, FULL),
+    ("fwd", "values of a stage in use"): ("async", WAIT, V_FREE, NO_WAIT, FULL),
+    ("fwd", "rows set to 0 before they are there"): ("async", WAIT, V_LANDED, NO_WAIT, WRITING),
+    ("fwd", "too many bytes"): ("divergence", EXPECT, 1, MORE_BYTES, "16 bytes"),
+    ("fwd", "a warp does not free the stage"): ("divergence", ARRIVE, 3, ";", "nothing completes"),
+    ("fwd", "no fence of the proxies"): ("async", PROXY, 0, ";", "fence.proxy.async"),
+    ("fwd", "scores in flight"): ("async", GROUP, 1, MORE_GROUPS, "still writing"),
+    ("fwd", "output in flight"): ("async", GROUP, 2, r"\1 1;", "still writing"),
+    ("fwd", "no fence of the accumulators"): ("async", r"wgmma\.fence[^;]*;", 1, ";", "after the last wgmma.fence"),
+    ("fwd", "output over queries in use"): ("race", MEET, 1, ";", "nothing orders"),
+    ("dkdv", "queries of a stage in use"): ("async", WAIT, 0, NO_WAIT, WRITING),
+    ("dkdv", "lse of a stage in use"): ("async", WAIT, 1, NO_WAIT, FULL),
+    ("dkdv", "rows set to 0 before they are there"): ("async", WAIT, 2, NO_WAIT, WRITING),
+    ("dkdv", "keys are not waited for"): ("async", WAIT, 3, NO_WAIT, WRITING),
+    ("dkdv", "queries of another phase"): ("async", WAIT, 4, OTHER_PHASE, WRITING),
+    ("dkdv", "too many bytes"): ("divergence", EXPECT, 1, MORE_BYTES, "16 bytes"),
+    ("dkdv", "no fence of the proxies"): ("async", PROXY, 0, ";", "fence.proxy.async"),
+    ("dkdv", "scores in flight"): ("async", GROUP, 0, MORE_GROUPS, "still writing"),
+    ("dkdv", "dp in flight"): ("async", GROUP, 1, r"\1 1;", "still writing"),
+    ("dkdv", "gradients in flight"): ("race", GROUP, 2, r"\1 1;", "nothing orders"),
+    ("dq", "keys of a stage in use"): ("async", WAIT, 0, NO_WAIT, FULL),
+    ("dq", "rows set to 0 before they are there"): ("async", WAIT, 1, NO_WAIT, WRITING),
+    ("dq", "queries are not waited for"): ("async", WAIT, 2, NO_WAIT, WRITING),
+    ("dq", "keys of another phase"): ("async", WAIT, 3, OTHER_PHASE, WRITING),
+    ("dq", "no fence of the proxies"): ("async", PROXY, 0, ";", "fence.proxy.async"),
+    ("dq", "dp in flight"): ("async", GROUP, 1, r"\1 1;", "still writing"),
+    ("dq", "gradient in flight"): ("race", GROUP, 2, r"\1 1;", "nothing orders"),
 }
-
-
 DAILY = ("keys of another phase", "too many bytes", "no fence of the proxies", "scores in flight")
 
 
-def planted(pattern, which, instead):
-    """The PTX with the edit, in the kernel of heads of 128 without dropout and bias."""
-    text = compiled("fwd")
-    entry = text.index("Li128ELb0", text.index(".entry", text.index("Li64ELb0")))
-    end = text.index("\n}", entry)
-    found = list(re.finditer(pattern, text[entry:end]))[which]
-    return text[: entry + found.start()] + found.expand(instead) + text[entry + found.end() :]
+def planted(name, pattern, which, instead):
+    """The PTX of all kernels, with the edit in one."""
+    text = compiled(name)
+    (entry,) = re.finditer(r"\.entry \w+bfloat16Li128ELb0.*?\n}", text, re.DOTALL)
+    found = list(re.finditer(pattern, entry[0]))[which]
+    start, end = entry.start() + found.start(), entry.start() + found.end()
+    return "\n".join([text[:start] + found.expand(instead) + text[end:], kernels()])
 
 
-@pytest.mark.parametrize("name", [n if n in DAILY else pytest.param(n, marks=pytest.mark.long) for n in FAULTS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, id=" ".join(n), marks=() if n[0] == "fwd" and n[1] in DAILY else pytest.mark.long)
+             for n in FAULTS]
+)  # fmt: skip
 def test_planted_fault_is_found(name):
     kind, pattern, which, instead, message = FAULTS[name]
-    text = planted(pattern, which, instead)
-    x = torch.randn(1, 470, 1, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    text = planted(name[0], pattern, which, instead)
+    # Padding behind the keys of forward and dq, and rows behind the last sequence of dkdv.
+    q, k, v = torch.randn(3, 470, 1, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    cu = {"cu_seqlens_q": torch.tensor([0, 460], dtype=torch.int32), "max_seqlen_q": 470}
+    options = {**cu, "cu_seqlens_k": cu["cu_seqlens_q"], "max_seqlen_k": 470}
+    if name[0] != "dkdv":
+        q, k, v, options = q[None, :128], k[None], v[None], {"key_mask": torch.arange(470)[None] < 460}
+
+    def step():
+        out = ops.attention(*(x.requires_grad_() for x in (q, k, v)), **options, backend="cuda")
+        out.sum().backward()
+
     with pytest.raises(ptx.KernelFault) as caught, hopper(lambda: text):
-        ops.attention(x[:, :128], x, x, key_mask=torch.arange(470)[None] < 460, backend="cuda")
+        step()
     (finding,) = caught.value.findings
-    print(finding)
+    print(name, finding)
+    assert f"attention_{name[0]}_kernel" in finding.kernel
     assert finding.kind == kind
     assert message in finding.message
