@@ -13,7 +13,7 @@ namespace fastlm::cuda {
 
 namespace sm90 {
 
-constexpr int kStages = 2, kKeys = 64;
+constexpr int kStages = 2, kBlock = 64;  // keys
 
 struct QueriesArgs {
   CUtensorMap q, k, v, dout;
@@ -24,7 +24,7 @@ struct QueriesArgs {
 // multiplied with them.
 template <class T, int D>
 struct QueriesShared {
-  T q[kGroups][kRows * D], dout[kGroups][kRows * D], k[kStages][kKeys * D], v[kStages][kKeys * D];
+  T q[kGroups][kRows * D], dout[kGroups][kRows * D], k[kStages][kBlock * D], v[kStages][kBlock * D];
   RowSight<kTile> sight;
   RowDropout<kTile> dropout;
   Plan plan;
@@ -35,7 +35,7 @@ struct QueriesShared {
 
 // Whether rows of a block may be no key that any query sees, and not 0. Behind the end of a tensor TMA brings 0.
 __device__ __forceinline__ bool has_other_rows(const Attention& a, const Plan& plan, int step) {
-  return step >= plan.plain() && (a.key_mask || (a.cu_k && plan.column(step, kKeys) + kKeys > plan.hi));
+  return step >= plan.plain() && (a.key_mask || (a.cu_k && plan.column(step, kBlock) + kBlock > plan.hi));
 }
 
 // One thread: all loads.
@@ -54,12 +54,12 @@ __device__ __forceinline__ void bring(const QueriesArgs& args, QueriesShared<T, 
   }
 #pragma unroll 1
   for (int step = 0; step < plan.count; ++step) {
-    const int stage = step % kStages, col0 = plan.column(step, kKeys);
+    const int stage = step % kStages, col0 = plan.column(step, kBlock);
     wait(&shared.free[stage], (step / kStages & 1) ^ 1);
     uint64_t* const there = has_other_rows(a, plan, step) ? &shared.landed[stage] : &shared.full[stage];
-    arrive_expecting(there, 2 * kKeys * D * int(sizeof(T)));
-    load_tile<D, kKeys>(shared.k[stage], args.k, kv_head, col0, sequence, there);
-    load_tile<D, kKeys>(shared.v[stage], args.v, kv_head, col0, sequence, there);
+    arrive_expecting(there, 2 * kBlock * D * int(sizeof(T)));
+    load_tile<D, kBlock>(shared.k[stage], args.k, kv_head, col0, sequence, there);
+    load_tile<D, kBlock>(shared.v[stage], args.v, kv_head, col0, sequence, there);
   }
 }
 
@@ -71,12 +71,12 @@ __device__ __forceinline__ void clean(const Attention& a, const uint8_t* mask, Q
 #pragma unroll 1
   for (int step = 0; step < plan.count; ++step) {
     if (!has_other_rows(a, plan, step)) continue;
-    const int stage = step % kStages, col0 = plan.column(step, kKeys);
+    const int stage = step % kStages, col0 = plan.column(step, kBlock);
     wait(&shared.landed[stage], parities >> stage & 1);
     parities ^= 1u << stage;
     auto stays = [&](int row) { return col0 + row < plan.hi && (!mask || mask[col0 + row]); };
-    clean_tile<D, kKeys>(shared.k[stage], stays);
-    clean_tile<D, kKeys>(shared.v[stage], stays);
+    clean_tile<D, kBlock>(shared.k[stage], stays);
+    clean_tile<D, kBlock>(shared.v[stage], stays);
     fence_async();
     __syncwarp();
     release(&shared.full[stage]);
@@ -87,7 +87,7 @@ __device__ __forceinline__ void clean(const Attention& a, const uint8_t* mask, Q
 template <bool EXTRAS, class T, int D>
 __device__ __forceinline__ void compute(const AttentionBackward& f, const uint8_t* mask, QueriesShared<T, D>& shared,
                                         int head, int64_t b, int row0, int last_row) {
-  constexpr int N = kKeys, NT = N / 8;
+  constexpr int N = kBlock, NT = N / 8;
   const Attention& a = f.attention;
   const Plan& plan = shared.plan;
   const bool drops = EXTRAS && a.dropout.threshold, biased = EXTRAS && a.bias, capped = EXTRAS && a.softcap > 0.0f;
@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(kThreads, 1) attention_dq_kernel(const __grid_
   if (mask) real = real_keys<kThreads / 32>(mask, a.sk, shared.buffer);
   const Sight sight{{a.cu_q, a.sq}, {a.cu_k, a.sk}, a.left, a.right, a.far, a.far_right, real.first, real.end};
   if (threadIdx.x == 0) {
-    shared.plan = make_plan<kKeys>(sight, a.sequences, row0, last_row, !real.holes, EXTRAS && a.bias);
+    shared.plan = make_plan<kBlock>(sight, a.sequences, row0, last_row, !real.holes, EXTRAS && a.bias);
     if (EXTRAS && a.dropout.threshold) shared.bytes = Bytes(a.dropout);
   }
   __syncthreads();
@@ -200,8 +200,8 @@ void run(const AttentionBackward& f, DType dtype, Place place) {
   const Attention& a = f.attention;
   const int batch = a.cu_q ? 1 : a.sequences, kv_heads = a.heads / a.group;
   const QueriesArgs args{tensor_map(a.q, {a.d, a.heads, a.sq, batch}, dtype, kRows),
-                         tensor_map(a.k, {a.d, kv_heads, a.sk, batch}, dtype, kKeys),
-                         tensor_map(a.v, {a.d, kv_heads, a.sk, batch}, dtype, kKeys),
+                         tensor_map(a.k, {a.d, kv_heads, a.sk, batch}, dtype, kBlock),
+                         tensor_map(a.v, {a.d, kv_heads, a.sk, batch}, dtype, kBlock),
                          tensor_map(f.dout, {a.d, a.heads, a.sq, batch}, dtype, kRows), f};
   launch(attention_dq_kernel<T, D, EXTRAS>, grid_size(blocks_of(a.sq, kTile) * a.heads * batch), kThreads,
          sizeof(QueriesShared<T, D>), place.stream, args);
