@@ -29,21 +29,24 @@ from fastlm.testing.cases import CASES, Variant
 pytestmark = test_cuda.pytestmark
 CASE = CASES["attention"]
 DTYPES = (torch.bfloat16, torch.float16)
-FORWARD = test_cuda.CSRC / "cuda" / "sm90" / "attention_fwd.cu"
+KERNELS = ("fwd", "dkdv", "dq")
 # The same in all processes of a run: what they collect must be the same.
 SEED = os.environ.get("FASTLM_TEST_SEED") or os.environ.get("PYTEST_XDIST_TESTRUNUID") or str(time.time_ns())
 
 
 @functools.cache
-def forward() -> str:
-    return ptx.compile_cuda(FORWARD, includes=test_cuda.INCLUDES, arch="90a")
+def compiled(name) -> str:
+    """The PTX of csrc/cuda/sm90/attention_{name}.cu."""
+    source = test_cuda.CSRC / "cuda" / "sm90" / f"attention_{name}.cu"
+    return ptx.compile_cuda(source, includes=test_cuda.INCLUDES, arch="90a")
 
 
 @functools.cache
 def kernels() -> str:
-    """The PTX of attention: forward for sm_90a, backward for sm_80."""
-    files = [test_cuda.CSRC / "cuda" / f"attention_{part}.cu" for part in ("bwd", "dkdv", "dq")]
-    return "\n".join([forward(), *(ptx.compile_cuda(file, includes=test_cuda.INCLUDES) for file in files)])
+    """The PTX of attention: that for sm_90a, and delta and the gradient of a bias table for sm_80."""
+    files = [test_cuda.CSRC / "cuda" / f"attention_{part}.cu" for part in ("bwd", "dq")]
+    sm80 = [ptx.compile_cuda(file, includes=test_cuda.INCLUDES) for file in files]
+    return "\n".join([*map(compiled, KERNELS), *sm80])
 
 
 @contextmanager
@@ -83,7 +86,6 @@ def drawn():
 
 @pytest.mark.parametrize(("variant", "dtype"), list(drawn()))
 def test_error_bound(variant, dtype):
-    """Forward by the kernel for sm_90a, and backward, by that for sm_80, of what it left."""
     print(f"FASTLM_TEST_SEED={SEED}")
     checks.error_bound(CASE, variant, dtype, "cpu", ["cuda"], range(1), hopper)
 
@@ -116,12 +118,14 @@ def test_check(check, variant):
 
 
 def launched(q, k=None, **options):
-    """The kernels of a forward pass, none of which runs."""
+    """The kernels of a forward pass and, of an input with a gradient, of backward; none runs."""
     found = []
     _native.record_cuda(lambda entry, *_: found.append(entry))
     try:
         with mock.patch.object(_native, "cuda_is_sm90", return_value=True):
-            ops.attention(q, *[q if k is None else k] * 2, backend="cuda", **options)
+            out = ops.attention(q, *[q if k is None else k] * 2, backend="cuda", **options)
+            if out.requires_grad:
+                out.sum().backward()
     finally:
         _native.record_cuda(None)
     return found
@@ -145,6 +149,14 @@ def test_what_the_kernel_takes():
     assert not is_sm90(x[..., :33])
     assert not is_sm90(torch.zeros(2, 20, 2, 136).bfloat16())
     assert not is_sm90(x, k=x[:, :0])
+    leaf = x.detach().requires_grad_()
+    assert ["4sm90" in entry for entry in launched(leaf)] == [True, False, True, True]  # delta is any device's
+    assert not any("4sm90" in entry for entry in launched(x.float().requires_grad_()))
+    table = ops.RelativeBias(torch.zeros(8, 3, requires_grad=True), max_distance=9)
+    names = [re.search(r"(4sm90)?\d\d(attention_\w+?)_kernel", entry) for entry in launched(leaf, relative_bias=table)]
+    passes = [name.group(2) for name in names if name.group(1)]
+    assert passes == ["attention_fwd", "attention_dkdv"]
+    assert "attention_dq" in {name.group(2) for name in names if not name.group(1)}  # it sums the table's gradient
     with mock.patch.object(_native, "_sm90_devices", return_value=(False, True)):
         assert not _native.cuda_is_sm90(_native.Place(0, 0))
         assert _native.cuda_is_sm90(_native.Place(1, 0))
@@ -155,37 +167,45 @@ def test_what_the_kernel_takes():
             _native.record_cuda(None)
     with (
         mock.patch("fastlm.ops._cuda.attention._takes_sm90", return_value=True),
-        pytest.raises(ValueError, match="attention_fwd_sm90: expected 16 bits, d of 8 to 128 and some keys, got d 33"),
+        pytest.raises(ValueError, match="sm_90a: expected 16 bits, d of 8 to 128 and some keys, got d 33"),
     ):
         launched(x[..., :33])
 
 
-@pytest.mark.long
-def test_machine_code():
-    """Products by wgmma, none serialised (C75xx); copies by TMA; no spills; and the softmax is between two waits.
-
-    ptxas moved the exponentials behind the wait for p v, where nothing overlaps with them (LOG.md, 2026-11-30).
-    """
-    knobs = pytest.importorskip("triton.knobs")  # where Triton's ptxas and cuobjdump are
+def machine_code(name):
+    """What ptxas says of a file, and the machine code of its kernels."""
+    knobs = pytest.importorskip("triton.knobs")  # where Triton's cuobjdump is
     with tempfile.TemporaryDirectory() as directory:
         source, cubin = Path(directory, "kernel.ptx"), Path(directory, "kernel.cubin")
-        source.write_text(forward())
-        command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", source, "-o", cubin]
+        source.write_text(compiled(name))
+        command = [ptx.nvcc(), "-cubin", "-arch=sm_90a", "-Xptxas=-v", source, "-o", cubin]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         command = [knobs.nvidia.cuobjdump.path, "--dump-sass", cubin]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return log, dict(part.split("\n", 1) for part in text.split("\tFunction : ")[1:])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", KERNELS)
+def test_machine_code(name):
+    """Products by wgmma, none serialised (C75xx); copies by TMA; no spills.
+
+    Forward: the softmax is between two waits. ptxas moved the exponentials behind the wait for p v, where nothing
+    overlaps with them (LOG.md, 2026-11-30).
+    """
+    log, kernels = machine_code(name)
     assert not serialised(log)
     assert set(re.findall(r"(\d+) bytes spill", log)) == {"0"}
-    parts = text.split("\tFunction : ")[1:]
-    assert len(parts) == 6
-    for part in parts:
-        name, code = part.split("\n", 1)
+    assert len(kernels) == 6
+    for entry, code in kernels.items():
         assert "UTMALDG.4D" in code
         loop = next(loop for loop in sass.loops(sass.parse(code)) if any("HGMMA" in i.opcode for i in loop))
+        if name != "fwd":
+            continue
         order = " ".join(i.opcode.split(".")[0] + i.operands[-3:] * i.opcode.startswith("WARPGROUP.D") for i in loop)
         before, softmax, after = re.split(r"WARPGROUP0x[10]", order)
-        keys = 64 if "Li128ELb1" in name else 128
-        assert before.count("HGMMA") == keys // 16 + (128 if "Li128" in name else 64) // 16
+        keys = 64 if "Li128ELb1" in entry else 128
+        assert before.count("HGMMA") == keys // 16 + (128 if "Li128" in entry else 64) // 16
         assert softmax.count("MUFU") >= 2 * (keys // 2 + 2)  # of both kinds of blocks
         assert "HGMMA" not in softmax + after
         assert "MUFU" not in after
@@ -194,52 +214,86 @@ def test_machine_code():
 # ---- planted faults ------------------------------------------------------------------------------------------------
 
 WAIT = r"mbarrier\.try_wait\.parity\.shared::cta\.b64 p, \[(%r\d+)\], (%r\d+);"
-K_FREE, V_FREE, V_LANDED, Q_FULL, FIRST_K, K_FULL, V_FULL, LAST_V = range(8)  # the waits, in the order of the code
 NO_WAIT = r"setp.eq.u32 p, \2, \2;"
 OTHER_PHASE = r".reg .b32 o; xor.b32 o, \2, 1; mbarrier.try_wait.parity.shared::cta.b64 p, [\1], o;"
 EXPECT = r"(mbarrier\.arrive\.expect_tx\.shared::cta\.b64 _, \[%r\d+\]), (%r\d+);"
 MORE_BYTES = r"{ .reg .b32 o; add.u32 o, \2, 16; \1, o; }"
 ARRIVE = r"mbarrier\.arrive\.shared::cta\.b64 _, \[%r\d+\];"
 MEET = r"bar\.sync \s*%r\d+, %r\d+;"
-# (kind, pattern, which, what takes its place, what the finding says)
+PROXY = r"fence\.proxy\.async[^;]*;"
+GROUP, MORE_GROUPS = r"(wgmma\.wait_group\.sync\.aligned) (\d);", r"\1 2;"
+WRITING, FULL = "a bulk copy is still writing", "1 arrivals at an mbarrier that misses 0"
+# The waits in the order of the code: of forward and, below, of dkdv and dq.
+K_FREE, V_FREE, V_LANDED, Q_FULL, FIRST_K, K_FULL, V_FULL, LAST_V = range(8)
+# File: its kernel of heads of 128 without dropout and bias. (kind, pattern, which, what takes its place, what the
+# finding says.)
 FAULTS = {
-    "keys of another phase": ("async", WAIT, K_FULL, OTHER_PHASE, "a bulk copy is still writing"),
-    "keys are not waited for": ("async", WAIT, K_FULL, NO_WAIT, "a bulk copy is still writing"),
-    "values are not waited for": ("async", WAIT, V_FULL, NO_WAIT, "a bulk copy is still writing"),
-    "queries are not waited for": ("async", WAIT, Q_FULL, NO_WAIT, "a bulk copy is still writing"),
-    "keys of a stage in use": ("async", WAIT, K_FREE, NO_WAIT, "1 arrivals at an mbarrier that misses 0"),
-    "values of a stage in use": ("async", WAIT, V_FREE, NO_WAIT, "1 arrivals at an mbarrier that misses 0"),
-    "rows set to 0 before they are there": ("async", WAIT, V_LANDED, NO_WAIT, "a bulk copy is still writing"),
-    "too many bytes": ("divergence", EXPECT, 1, MORE_BYTES, "16 bytes"),
-    "a warp does not free the stage": ("divergence", ARRIVE, 3, ";", "nothing completes"),
-    "no fence of the proxies": ("async", r"fence\.proxy\.async[^;]*;", 0, ";", "fence.proxy.async"),
-    "scores in flight": ("async", r"(wgmma\.wait_group\.sync\.aligned) 1;", 0, r"\1 2;", "still writing"),
-    "output in flight": ("async", r"(wgmma\.wait_group\.sync\.aligned) 0;", 1, r"\1 1;", "still writing"),
-    "no fence of the accumulators": ("async", r"wgmma\.fence[^;]*;", 1, ";", "after the last wgmma.fence"),
-    "output over queries in use": ("race", MEET, 1, ";", "nothing orders"),
+    ("fwd", "keys of another phase"): ("async", WAIT, K_FULL, OTHER_PHASE, WRITING),
+    ("fwd", "keys are not waited for"): ("async", WAIT, K_FULL, NO_WAIT, WRITING),
+    ("fwd", "values are not waited for"): ("async", WAIT, V_FULL, NO_WAIT, WRITING),
+    ("fwd", "queries are not waited for"): ("async", WAIT, Q_FULL, NO_WAIT, WRITING),
+    ("fwd", "keys of a stage in use"): ("async", WAIT, K_FREE, NO_WAIT, FULL),
+    ("fwd", "values of a stage in use"): ("async", WAIT, V_FREE, NO_WAIT, FULL),
+    ("fwd", "rows set to 0 before they are there"): ("async", WAIT, V_LANDED, NO_WAIT, WRITING),
+    ("fwd", "too many bytes"): ("divergence", EXPECT, 1, MORE_BYTES, "16 bytes"),
+    ("fwd", "a warp does not free the stage"): ("divergence", ARRIVE, 3, ";", "nothing completes"),
+    ("fwd", "no fence of the proxies"): ("async", PROXY, 0, ";", "fence.proxy.async"),
+    ("fwd", "scores in flight"): ("async", GROUP, 1, MORE_GROUPS, "still writing"),
+    ("fwd", "output in flight"): ("async", GROUP, 2, r"\1 1;", "still writing"),
+    ("fwd", "no fence of the accumulators"): ("async", r"wgmma\.fence[^;]*;", 1, ";", "after the last wgmma.fence"),
+    ("fwd", "output over queries in use"): ("race", MEET, 1, ";", "nothing orders"),
+    ("dkdv", "queries of a stage in use"): ("async", WAIT, 0, NO_WAIT, WRITING),
+    ("dkdv", "lse of a stage in use"): ("async", WAIT, 1, NO_WAIT, FULL),
+    ("dkdv", "rows set to 0 before they are there"): ("async", WAIT, 2, NO_WAIT, WRITING),
+    ("dkdv", "keys are not waited for"): ("async", WAIT, 3, NO_WAIT, WRITING),
+    ("dkdv", "queries of another phase"): ("async", WAIT, 4, OTHER_PHASE, WRITING),
+    ("dkdv", "too many bytes"): ("divergence", EXPECT, 1, MORE_BYTES, "16 bytes"),
+    ("dkdv", "no fence of the proxies"): ("async", PROXY, 0, ";", "fence.proxy.async"),
+    ("dkdv", "scores in flight"): ("async", GROUP, 0, MORE_GROUPS, "still writing"),
+    ("dkdv", "dp in flight"): ("async", GROUP, 1, r"\1 1;", "still writing"),
+    ("dkdv", "gradients in flight"): ("race", GROUP, 2, r"\1 1;", "nothing orders"),
+    ("dq", "keys of a stage in use"): ("async", WAIT, 0, NO_WAIT, FULL),
+    ("dq", "rows set to 0 before they are there"): ("async", WAIT, 1, NO_WAIT, WRITING),
+    ("dq", "queries are not waited for"): ("async", WAIT, 2, NO_WAIT, WRITING),
+    ("dq", "keys of another phase"): ("async", WAIT, 3, OTHER_PHASE, WRITING),
+    ("dq", "no fence of the proxies"): ("async", PROXY, 0, ";", "fence.proxy.async"),
+    ("dq", "dp in flight"): ("async", GROUP, 1, r"\1 1;", "still writing"),
+    ("dq", "gradient in flight"): ("race", GROUP, 2, r"\1 1;", "nothing orders"),
 }
-
-
 DAILY = ("keys of another phase", "too many bytes", "no fence of the proxies", "scores in flight")
 
 
-def planted(pattern, which, instead):
-    """The PTX with the edit, in the kernel of heads of 128 without dropout and bias."""
-    text = forward()
-    entry = text.index("Li128ELb0", text.index(".entry", text.index("Li64ELb0")))
-    end = text.index("\n}", entry)
-    found = list(re.finditer(pattern, text[entry:end]))[which]
-    return text[: entry + found.start()] + found.expand(instead) + text[entry + found.end() :]
+def planted(name, pattern, which, instead):
+    """The PTX of all kernels, with the edit in one."""
+    text = compiled(name)
+    (entry,) = re.finditer(r"\.entry \w+bfloat16Li128ELb0.*?\n}", text, re.DOTALL)
+    found = list(re.finditer(pattern, entry[0]))[which]
+    start, end = entry.start() + found.start(), entry.start() + found.end()
+    return "\n".join([text[:start] + found.expand(instead) + text[end:], kernels()])
 
 
-@pytest.mark.parametrize("name", [n if n in DAILY else pytest.param(n, marks=pytest.mark.long) for n in FAULTS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, id=" ".join(n), marks=() if n[0] == "fwd" and n[1] in DAILY else pytest.mark.long)
+             for n in FAULTS]
+)  # fmt: skip
 def test_planted_fault_is_found(name):
     kind, pattern, which, instead, message = FAULTS[name]
-    text = planted(pattern, which, instead)
-    x = torch.randn(1, 470, 1, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    text = planted(name[0], pattern, which, instead)
+    # Padding behind the keys of forward and dq, and rows behind the last sequence of dkdv.
+    q, k, v = torch.randn(3, 470, 1, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    cu = {"cu_seqlens_q": torch.tensor([0, 460], dtype=torch.int32), "max_seqlen_q": 470}
+    options = {**cu, "cu_seqlens_k": cu["cu_seqlens_q"], "max_seqlen_k": 470}
+    if name[0] != "dkdv":
+        q, k, v, options = q[None, :128], k[None], v[None], {"key_mask": torch.arange(470)[None] < 460}
+
+    def step():
+        out = ops.attention(*(x.requires_grad_() for x in (q, k, v)), **options, backend="cuda")
+        out.sum().backward()
+
     with pytest.raises(ptx.KernelFault) as caught, hopper(lambda: text):
-        ops.attention(x[:, :128], x, x, key_mask=torch.arange(470)[None] < 460, backend="cuda")
+        step()
     (finding,) = caught.value.findings
-    print(finding)
+    print(name, finding)
+    assert f"attention_{name[0]}_kernel" in finding.kernel
     assert finding.kind == kind
     assert message in finding.message

@@ -86,6 +86,7 @@ FASTLM_BIND(attention_bias, "table", "bias", "starts", "heads", "bidirectional",
 FASTLM_BIND(attention_fwd, "args", "dtype", "place");
 FASTLM_BIND(attention_fwd_sm90, "args", "dtype", "place");
 FASTLM_BIND(attention_bwd, "args", "dtype", "place");
+FASTLM_BIND(attention_bwd_sm90, "args", "dtype", "place");
 FASTLM_BIND(attention_tiles, "args", "dtype");
 FASTLM_BIND(attention_dtable, "partial", "dtable", "tiles", "starts", "heads", "bidirectional", "place");
 FASTLM_BIND(attention_cache, "args", "dtype", "place");

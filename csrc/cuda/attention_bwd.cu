@@ -54,9 +54,9 @@ static void delta(const AttentionBackward& f, Place place) {
   launch(attention_delta_kernel<T>, grid_size(blocks), kDeltaThreads, 0, place.stream, f);
 }
 
-void attention_bwd(AttentionBackward f, DType dtype, Place place) {
+// Declared in sm90/attention.h, whose backward calls it too.
+void attention_delta(AttentionBackward& f, DType dtype, Place place) {
   Attention& a = f.attention;
-  const OnDevice here(place.device);
   const size_t item = dtype == DType::f32 ? 4 : 2;
   for (Rows* x : {&a.q, &a.k, &a.v, &f.dout}) x->wide = is_wide(*x, a.d, item);
   f.wide = a.d * item % 16 == 0;
@@ -67,7 +67,12 @@ void attention_bwd(AttentionBackward f, DType dtype, Place place) {
   } else {
     dtype == DType::bf16 ? delta<__nv_bfloat16>(f, place) : delta<__half>(f, place);
   }
-  if (a.sk > 0) attention_dkdv(f, dtype, place);
+}
+
+void attention_bwd(AttentionBackward f, DType dtype, Place place) {
+  const OnDevice here(place.device);
+  attention_delta(f, dtype, place);
+  if (f.attention.sk > 0) attention_dkdv(f, dtype, place);
   attention_dq(f, dtype, place);
 }
 

@@ -13,20 +13,14 @@
 // v_landed (v is there, but some of its rows are still to be set to 0).
 #include "../attention_dropout.cuh"
 #include "attention.h"
-#include "hopper.h"
+#include "attention_tiles.h"
 #include "tensor_map.h"
 
 namespace fastlm::cuda {
 
 namespace sm90 {
 
-constexpr int kQueries = 64;  // of a warpgroup
-constexpr int kGroups = 2, kStages = 2;
-constexpr int kThreads = (1 + kGroups) * kWarpgroup, kTile = kGroups * kQueries;
-constexpr int kTurn = 1, kTogether = kTurn + kGroups;  // named barriers, one for each group
-
-// 65536 registers for 128 threads that load and 256 that multiply.
-constexpr int kFew = 24, kMany = 240;
+constexpr int kStages = 2;
 
 // Keys of a block. With 128, dropout or a bias would spill at 128 columns.
 template <int D, bool EXTRAS>
@@ -39,7 +33,7 @@ struct ForwardArgs {
 
 template <class T, int D, int N>
 struct ForwardShared {
-  T q[kGroups][kQueries * D], k[kStages][N * D], v[kStages][N * D];
+  T q[kGroups][kRows * D], k[kStages][N * D], v[kStages][N * D];
   RowSight<kTile> sight;
   RowDropout<kTile> dropout;
   Plan plan;
@@ -47,14 +41,6 @@ struct ForwardShared {
   uint64_t q_full, k_full[kStages], v_full[kStages], v_landed[kStages], k_free[kStages], v_free[kStages];
   int buffer[3 * kThreads / 32];
 };
-
-// The tile's rows from `row` on: 64 columns after the other.
-template <int D, int ROWS, class T>
-__device__ __forceinline__ void load_tile(T* to, const CUtensorMap& map, int head, int row, int sequence,
-                                          uint64_t* barrier) {
-#pragma unroll
-  for (int col = 0; col < D; col += 64) load_box(to + col * ROWS, map, col, head, row, sequence, barrier);
-}
 
 // Whether rows of v of this step may be no key that any query sees, and not 0. Behind the end of a tensor TMA brings 0.
 template <int N>
@@ -73,7 +59,7 @@ __device__ __forceinline__ void bring(const ForwardArgs& args, ForwardShared<T, 
   arrive_expecting(&shared.q_full, kTile * D * int(sizeof(T)));
 #pragma unroll
   for (int group = 0; group < kGroups; ++group)
-    load_tile<D, kQueries>(shared.q[group], args.q, head, row0 + kQueries * group, sequence, &shared.q_full);
+    load_tile<D, kRows>(shared.q[group], args.q, head, row0 + kRows * group, sequence, &shared.q_full);
 #pragma unroll 1
   for (int step = 0; step < plan.count; ++step) {
     const int stage = step % kStages, col0 = plan.column(step, N);
@@ -99,18 +85,13 @@ __device__ __forceinline__ void clean(const Attention& a, const uint8_t* mask, F
     const int stage = step % kStages, col0 = plan.column(step, N);
     wait(&shared.v_landed[stage], parities >> stage & 1);
     parities ^= 1u << stage;
-#pragma unroll 1
-    for (int row = threadIdx.x % 32; row < N; row += 32) {
+    clean_tile<D, N>(shared.v[stage], [&](int row) {
       const int key = col0 + row;
-      if (key < plan.hi && (!mask || mask[key])) continue;
-      // The swizzle permutes within a row of 128 bytes.
-      uint4* const to = reinterpret_cast<uint4*>(shared.v[stage] + row * 64);
-#pragma unroll 1
-      for (int i = 0; i < D / 8; ++i) to[i / 8 * N * 8 + i % 8] = uint4{};
-    }
+      return key < plan.hi && (!mask || mask[key]);
+    });
     fence_async();
     __syncwarp();
-    if (threadIdx.x % 32 == 0) arrive(&shared.v_full[stage]);
+    release(&shared.v_full[stage]);
   }
 }
 
@@ -123,7 +104,7 @@ __device__ __forceinline__ void compute(const AttentionForward& f, const uint8_t
   const Plan& plan = shared.plan;
   const bool drops = EXTRAS && a.dropout.threshold, biased = EXTRAS && a.bias, capped = EXTRAS && a.softcap > 0.0f;
   const int group = threadIdx.x / kWarpgroup - 1, warp = threadIdx.x % kWarpgroup / 32;
-  const int warp_row = kQueries * group + 16 * warp, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  const int warp_row = kRows * group + 16 * warp, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   const float* bias = biased ? a.bias + int64_t(head) * (2 * a.far + 1) : nullptr;
   const bool straddles = a.cu_q && plan.first != plan.last;
 
@@ -139,28 +120,11 @@ __device__ __forceinline__ void compute(const AttentionForward& f, const uint8_t
     total[0][h] = lost || row < plan.known.lo || row >= plan.known.hi ? kNaN : 0.0f;
   }
 
-  auto release = [](uint64_t* barrier) {
-    if (threadIdx.x % 32 == 0) arrive(barrier);
-  };
-  const uint64_t q = describe(shared.q[group]);
-  // Starts s = q kᵀ of a block that is there. A descriptor counts in units of 16 bytes.
-  auto start_scores = [&](int step) {
-    const uint64_t k = describe(shared.k[step % kStages]);
-    products_begin();
-#pragma unroll
-    for (int i = 0; i < D / 16; ++i)
-      multiply<T, false>(s[0], q + i / 4 * (8 * kQueries) + i % 4 * 2, k + i / 4 * (8 * N) + i % 4 * 2, i > 0);
-    products_commit();
-  };
-  // Starts acc += p v.
+  auto start_scores = [&](int step) { start_product<D>(s[0], shared.q[group], shared.k[step % kStages]); };
   auto start_values = [&](int step) {
     const int stage = step % kStages;
     wait(&shared.v_full[stage], step / kStages & 1);
-    const uint64_t v = describe(shared.v[stage], 128 * N);
-    products_begin();
-#pragma unroll
-    for (int i = 0; i < N / 16; ++i) multiply<T, true>(acc[0], p[i], v + i * 128);
-    products_commit();
+    start_accumulate(acc[0], p, shared.v[stage]);
   };
   // Turns scores into probabilities. rescale: the factors of what was summed so far. kind:
   // std::false_type for a plain block.
@@ -200,15 +164,6 @@ __device__ __forceinline__ void compute(const AttentionForward& f, const uint8_t
     if (drops) KeptKeys<1, NT>(shared.bytes, shared.dropout, warp_row, col0, straddles && masked).apply(s, 1.0f);
     settle(s[0]);
   };
-  auto round = [&] {
-#pragma unroll
-    for (int i = 0; i < NT / 2; ++i) {
-#pragma unroll
-      for (int r = 0; r < 4; ++r)
-        p[i][r] = pack(T(), s[0][2 * i + r / 2][r % 2 * 2], s[0][2 * i + r / 2][r % 2 * 2 + 1]);
-    }
-  };
-
   float rescale[2];
   wait(&shared.q_full, 0);
   if (plan.count > 0) {
@@ -218,7 +173,7 @@ __device__ __forceinline__ void compute(const AttentionForward& f, const uint8_t
     settle(s[0]);
     release(&shared.k_free[0]);
     soften(0, std::true_type(), rescale);
-    round();
+    round_to<T>(p, s[0]);
     if (group > 0 && plan.count > 1) pass(kTurn, kGroups * kWarpgroup);  // the first turn is the first group's
 #pragma unroll 1
     for (int step = 1; step < plan.count; ++step) {
@@ -240,7 +195,7 @@ __device__ __forceinline__ void compute(const AttentionForward& f, const uint8_t
       settle(acc[0]);
       release(&shared.v_free[(step - 1) % kStages]);
       each<1, D / 8>([&](int m, int n, int e) { acc[m][n][e] *= rescale[e / 2]; });
-      round();
+      round_to<T>(p, s[0]);
     }
     start_values(plan.count - 1);
     products_wait<0>();
@@ -320,23 +275,11 @@ void forward(const AttentionForward& f, DType dtype, Place place) {
   constexpr int N = kKeys<D, EXTRAS>;
   const Attention& a = f.attention;
   const int batch = a.cu_q ? 1 : a.sequences, kv_heads = a.heads / a.group;
-  const ForwardArgs args{tensor_map(a.q, {a.d, a.heads, a.sq, batch}, dtype, kQueries),
+  const ForwardArgs args{tensor_map(a.q, {a.d, a.heads, a.sq, batch}, dtype, kRows),
                          tensor_map(a.k, {a.d, kv_heads, a.sk, batch}, dtype, N),
                          tensor_map(a.v, {a.d, kv_heads, a.sk, batch}, dtype, N), f};
   launch(attention_fwd_kernel<T, D, EXTRAS>, grid_size(blocks_of(a.sq, kTile) * a.heads * batch), kThreads,
          sizeof(ForwardShared<T, D, N>), place.stream, args);
-}
-
-// f(T, D, EXTRAS): only bfloat16, in which most models are trained, has kernels without dropout, bias and softcap.
-template <class F>
-void choose_kernel(const Attention& a, DType dtype, F f) {
-  auto width = [&](auto type, auto extras) {
-    if (a.d <= 64) return f(type, std::integral_constant<int, 64>(), extras);
-    f(type, std::integral_constant<int, 128>(), extras);
-  };
-  if (dtype == DType::f16) return width(__half(), std::true_type());
-  if (a.bias || a.dropout.threshold || a.softcap > 0.0f) return width(__nv_bfloat16(), std::true_type());
-  width(__nv_bfloat16(), std::false_type());
 }
 
 }  // namespace
@@ -347,9 +290,7 @@ void attention_fwd_sm90(AttentionForward f, DType dtype, Place place) {
   using namespace sm90;
   const Attention& a = f.attention;
   if (a.sq == 0 || a.sequences == 0) return;
-  if (dtype == DType::f32 || a.d % 8 || a.d > 128 || a.sk == 0)
-    throw std::invalid_argument("attention_fwd_sm90: expected 16 bits, d of 8 to 128 and some keys, got d " +
-                                std::to_string(a.d) + " and " + std::to_string(a.sk) + " keys");
+  check_arguments(a, dtype);
   const OnDevice here(place.device);
   f.wide = is_wide(f.out, int64_t(a.d), sizeof(uint16_t));
   choose_kernel(a, dtype, [&](auto type, auto d, auto extras) {

@@ -116,12 +116,11 @@ __device__ __forceinline__ void settle(float (&d)[NT][4]) {
 }
 
 #define FASTLM_4(d, n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
-#define FASTLM_32(d, n)                                                                                               \
-  FASTLM_4(d, n), FASTLM_4(d, n + 1), FASTLM_4(d, n + 2), FASTLM_4(d, n + 3), FASTLM_4(d, n + 4), FASTLM_4(d, n + 5), \
-      FASTLM_4(d, n + 6), FASTLM_4(d, n + 7)
-#define FASTLM_NAMES_32                                                                                            \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
-  "%24, %25, %26, %27, %28, %29, %30, %31"
+#define FASTLM_16(d, n) FASTLM_4(d, n), FASTLM_4(d, n + 1), FASTLM_4(d, n + 2), FASTLM_4(d, n + 3)
+#define FASTLM_32(d, n) FASTLM_16(d, n), FASTLM_16(d, n + 4)
+#define FASTLM_NAMES_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define FASTLM_NAMES_32 \
+  FASTLM_NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define FASTLM_NAMES_64                                                                                              \
   FASTLM_NAMES_32                                                                                                    \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, " \
@@ -135,10 +134,18 @@ __device__ __forceinline__ void settle(float (&d)[NT][4]) {
 // the columns of d or, ACROSS, the sixteen.
 template <class T, bool ACROSS, int NT>
 __device__ __forceinline__ void multiply(float (&d)[NT][4], uint64_t a, uint64_t b, bool add) {
-  static_assert(NT == 8 || NT == 16);
+  static_assert(NT == 4 || NT == 8 || NT == 16);
   constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;
   const int keep = add;
-  if constexpr (NT == 8 && kBf16) {
+  if constexpr (NT == 4 && kBf16) {
+    asm volatile(FASTLM_WGMMA("32", "bf16", FASTLM_NAMES_16, "%16", "%17", "%18", "0, %19")
+                 : FASTLM_16(d, 0)
+                 : "l"(a), "l"(b), "r"(keep), "n"(ACROSS));
+  } else if constexpr (NT == 4) {
+    asm volatile(FASTLM_WGMMA("32", "f16", FASTLM_NAMES_16, "%16", "%17", "%18", "0, %19")
+                 : FASTLM_16(d, 0)
+                 : "l"(a), "l"(b), "r"(keep), "n"(ACROSS));
+  } else if constexpr (NT == 8 && kBf16) {
     asm volatile(FASTLM_WGMMA("64", "bf16", FASTLM_NAMES_32, "%32", "%33", "%34", "0, %35")
                  : FASTLM_32(d, 0)
                  : "l"(a), "l"(b), "r"(keep), "n"(ACROSS));
@@ -183,7 +190,9 @@ __device__ __forceinline__ void multiply(float (&d)[NT][4], const uint32_t (&a)[
 }
 
 #undef FASTLM_4
+#undef FASTLM_16
 #undef FASTLM_32
+#undef FASTLM_NAMES_16
 #undef FASTLM_NAMES_32
 #undef FASTLM_NAMES_64
 #undef FASTLM_WGMMA

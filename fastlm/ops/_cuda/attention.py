@@ -1,4 +1,4 @@
-"""attention on CUDA: csrc/cuda/attention_fwd.cu, attention_bwd.cu, attention_cache.cu; sm90/attention_fwd.cu."""
+"""attention on CUDA: csrc/cuda/attention_*.cu and, on compute capability 9.0, csrc/cuda/sm90/attention_*.cu."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _shared(args: Args, place: _native.Place) -> dict:
 
 
 def _takes_sm90(args: Args, place: _native.Place) -> bool:
-    """Whether forward runs csrc/cuda/sm90/attention_fwd.cu. The strides have no say, or bits would depend on them."""
+    """Whether the kernels of csrc/cuda/sm90 run. The strides have no say, or bits would depend on them."""
     d = args.q.shape[-1]
     fits = args.q.dtype != torch.float32 and d % 8 == 0 and d <= 128 and args.k.shape[-3] > 0
     return fits and _native.cuda_is_sm90(place)
@@ -93,6 +93,10 @@ def _mapped(x: torch.Tensor) -> torch.Tensor:
     return x if aligned and x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
+def _all_mapped(args: Args) -> Args:
+    return args._replace(q=_mapped(args.q), k=_mapped(args.k), v=_mapped(args.v))
+
+
 def attention_fwd(args: Args) -> Outputs:
     outputs = empty_forward(args)
     if outputs.out.numel() == 0:
@@ -100,7 +104,7 @@ def attention_fwd(args: Args) -> Outputs:
     place, forward = _native.cuda_place(args.q), _native.cuda().attention_fwd
     if _takes_sm90(args, place):
         forward = _native.cuda().attention_fwd_sm90
-        args = args._replace(q=_mapped(args.q), k=_mapped(args.k), v=_mapped(args.v))
+        args = _all_mapped(args)
     forward(
         **_shared(args, place),
         out=outputs.out,
@@ -156,6 +160,9 @@ def attention_bwd(args: BackwardArgs) -> Gradients:
     if q.numel() == 0:  # no query, so all gradients are 0
         return Gradients(*(x.zero_() for x in gradients))
     module, dtype, place = _native.cuda(), _native.DTYPE_CODES[q.dtype], _native.cuda_place(q)
+    backward, dout = module.attention_bwd, args.dout
+    if _takes_sm90(forward, place):
+        backward, forward, dout = module.attention_bwd_sm90, _all_mapped(forward), _mapped(dout)
     shared, lse = _shared(forward, place), args.lse.contiguous()
     dq, dk, dv = gradients.dq.unbind(-3) if args.joined else gradients[:3]
     sequence = partial = None
@@ -164,9 +171,9 @@ def attention_bwd(args: BackwardArgs) -> Gradients:
     if args.table_gradient:
         tiles, width = module.attention_tiles(**shared, dtype=dtype), shared["far"] + shared["far_right"] + 1
         partial = q.new_empty(tiles, q.shape[-2], width, dtype=torch.float32)
-    module.attention_bwd(
+    backward(
         **shared,
-        dout=_rows(args.dout),
+        dout=_rows(dout),
         out=args.out.contiguous(),
         lse=lse,
         dlse=contiguous(args.dlse),
