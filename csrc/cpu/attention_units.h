@@ -18,13 +18,11 @@ namespace fastlm::cpu {
 
 static_assert(QUERIES == UNIT_QUERIES);
 constexpr int64_t UNIT_KEYS = 128;  // of a tile: scores of 32 KB
-constexpr float LOG2E = 1.44269504f, LN2 = 0.693147181f;
+constexpr float LOG2E = 1.44269504f;
 
 using Floats = std::unique_ptr<float[], Free>;
 using Bf16s = std::unique_ptr<bfloat16[], Free>;
 using Words32 = std::unique_ptr<uint32_t[], Free>;
-
-inline uint32_t* as_words(const Bf16s& x) { return reinterpret_cast<uint32_t*>(x.get()); }
 
 // The sizes that the buffers of a thread have.
 struct UnitSizes {
@@ -51,6 +49,16 @@ struct HeadRows {
 
 // to (count, ld): rows [begin, begin + count), zero from column d on.
 void pack_rows(const HeadRows& x, int64_t begin, int64_t count, int64_t d, bfloat16* to, int64_t ld);
+
+struct BlockRows {
+  const bfloat16* data;
+  int64_t ld;
+
+  const uint32_t* words() const { return reinterpret_cast<const uint32_t*>(data); }
+};
+
+// The same rows where they are if they need no zeros, and are whole words; else packed into `to`.
+BlockRows block_rows(const HeadRows& x, int64_t begin, int64_t count, int64_t d, bfloat16* to, int64_t ld);
 
 // words (count / 2, columns) = rows as they are, for a right operand; count is even.
 void pack_pairs(const bfloat16* rows, int64_t ld, int64_t count, int64_t columns, uint32_t* words);
@@ -104,7 +112,7 @@ class UnitForward {
   Words32 q_, p_, pairs_;
   Floats bias_, ot_, scores_;
   std::unique_ptr<Lanes[], Free> drop_;
-  alignas(64) float max_[QUERIES], sum_[QUERIES], factor_[QUERIES];
+  alignas(64) float max_[QUERIES], sum_[QUERIES], factor_[QUERIES], lse_[QUERIES];
 };
 
 // A thread's part of backward: a sequence and query head.

@@ -64,7 +64,7 @@ UnitBackward::UnitBackward(const Attention& a, const Buckets& buckets, int64_t m
       scores_(scratch<float>(UNIT_KEYS * QUERIES)),
       products_(scratch<float>(UNIT_KEYS * QUERIES)),
       slope_(scratch<float>(UNIT_KEYS * QUERIES)),
-      drop_(scratch<Lanes>(UNIT_KEYS / 64)) {}
+      drop_(scratch<Lanes>((UNIT_KEYS + 63) / 64)) {}
 
 // Queries and gradients of a block, lse in units of log 2, delta. lse is infinite for lanes without a key: p = 0.
 void UnitBackward::load_block(const AttentionBackward& g, const Sequence& s, int64_t head, int64_t i0, int64_t count) {
@@ -74,9 +74,9 @@ void UnitBackward::load_block(const AttentionBackward& g, const Sequence& s, int
                          nullptr};
   const HeadRows out = {static_cast<const bfloat16*>(g.out) + s.row_q * row + head * d, row, 0, s.sq, nullptr};
   const auto load = [&](const HeadRows& x, uint32_t* words, uint32_t* pairs) {
-    pack_rows(x, i0, QUERIES, d, rows_.get(), ld);
-    units_.transpose(as_words(rows_), ld / 2, QUERIES, ld / 2, words, QUERIES);
-    if (pairs) pack_pairs(rows_.get(), ld, QUERIES, ld, pairs);
+    const BlockRows rows = block_rows(x, i0, QUERIES, d, rows_.get(), ld);
+    units_.transpose(rows.words(), rows.ld / 2, QUERIES, ld / 2, words, QUERIES);
+    if (pairs) pack_pairs(rows.data, rows.ld, QUERIES, ld, pairs);
   };
   load(q, q_.get(), q_pairs_.get());
   load(dout, dout_.get(), dout_pairs_.get());

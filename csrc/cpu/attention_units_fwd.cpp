@@ -30,7 +30,7 @@ UnitForward::UnitForward(const Attention& a, const Buckets& buckets, int64_t max
       bias_(scratch<float>(sizes_.bias)),
       ot_(scratch<float>(sizes_.rows * QUERIES)),
       scores_(scratch<float>(UNIT_KEYS * QUERIES)),
-      drop_(scratch<Lanes>(UNIT_KEYS / 64)) {}
+      drop_(scratch<Lanes>((UNIT_KEYS + 63) / 64)) {}
 
 // The block's ot, max and sum. k_ and vt_ hold the keys from `base` on.
 void UnitForward::block(const Sequence& s, int64_t head, int64_t base, int64_t i0, int64_t count, Key key) {
@@ -74,12 +74,12 @@ void UnitForward::task(const Sequence& s, int64_t head, int64_t begin, int64_t e
 
   for (int64_t i0 = begin; i0 < end; i0 += QUERIES) {
     const int64_t count = std::min(QUERIES, end - i0), lanes = round_up(count, UNIT_DEPTH);
-    pack_rows(q, i0, lanes, d, rows_.get(), sizes_.d);
-    units_.transpose(as_words(rows_), sizes_.d / 2, lanes, sizes_.d / 2, q_.get(), QUERIES);
+    const BlockRows rows = block_rows(q, i0, lanes, d, rows_.get(), sizes_.d);
+    units_.transpose(rows.words(), rows.ld / 2, lanes, sizes_.d / 2, q_.get(), QUERIES);
     block(s, head, base, i0, count, key);
-    for (int64_t i = 0; i < lanes; ++i) factor_[i] = sum_[i] == 0.0f ? 0.0f : a_.dropout.scale / sum_[i];
+    units_.finish(max_, sum_, lanes, a_.dropout.scale, factor_, lse_);
     write_transposed(units_, sizes_, ot_.get(), factor_, count, d, pairs_.get(), rows_.get(), out + i0 * row, row);
-    for (int64_t i = 0; i < count; ++i) lse[i0 + i] = sum_[i] == 0.0f ? -INF : max_[i] * LN2 + std::log(sum_[i]);
+    std::copy_n(lse_, count, lse + i0);
   }
 }
 

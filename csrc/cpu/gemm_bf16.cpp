@@ -1,9 +1,8 @@
 // Products of bfloat16 matrices with float sums: on AMX, its twin, or AVX512-BF16.
 //
-// AMX: 2 x 1 tiles of sums, twice. AVX512-BF16: 4 x 64 sums in 16
+// AMX: 2 x 2 tiles of sums, two of each operand: four products for four loads. AVX512-BF16: 4 x 64 sums in 16
 // registers, a pair of elements of a broadcast, a row of words of b in the lanes.
 #include <stdexcept>
-#include <type_traits>
 
 #include "tile.h"
 #include "units.h"
@@ -17,67 +16,61 @@
 namespace fastlm::cpu {
 namespace {
 
-// A block of sums: ROWS tiles below each other. Blocks take turns with two groups of tiles, 0 and 1 or 2 and 3, and the
-// sums of a block are stored after the products of the next one were begun: a product takes 52 cycles until its sums
-// can be stored, and nothing else would run meanwhile. Tiles 4 and 5: a; 6: b.
-template <class Tiles, bool ADD, int GROUP, int ROWS>
-FASTLM_INLINE void multiply(int64_t k, const bfloat16* a, int64_t lda, int64_t step, const uint32_t* b, int64_t ldb,
-                            const float* c, int64_t ldc) {
-  constexpr int SUM = 2 * GROUP;
+// Tiles 0 to 3: sums, two rows of ROWS x COLUMNS; 4 and 5: a; 6 and 7: b.
+template <class Tiles, bool ADD, int ROWS, int COLUMNS>
+void tile_block(int64_t k, const Left& a, const uint32_t* b, int64_t ldb, float* c, int64_t ldc) {
+  const bfloat16* left = a.data;
+  const int64_t stride_a = a.ld * 2, stride_b = ldb * 4, stride_c = ldc * 4;
+  float* const below = c + TILE_SIDE * ldc;
   if constexpr (ADD) {
-    Tiles::template load<SUM>(c, ldc * 4);
-    if constexpr (ROWS > 1) Tiles::template load<SUM + 1>(c + TILE_SIDE * ldc, ldc * 4);
+    Tiles::template load<0>(c, stride_c);
+    if constexpr (COLUMNS > 1) Tiles::template load<1>(c + TILE_SIDE, stride_c);
+    if constexpr (ROWS > 1) Tiles::template load<2>(below, stride_c);
+    if constexpr (ROWS > 1 && COLUMNS > 1) Tiles::template load<3>(below + TILE_SIDE, stride_c);
   } else {
-    Tiles::template zero<SUM>();
-    if constexpr (ROWS > 1) Tiles::template zero<SUM + 1>();
+    Tiles::template zero<0>();
+    if constexpr (COLUMNS > 1) Tiles::template zero<1>();
+    if constexpr (ROWS > 1) Tiles::template zero<2>();
+    if constexpr (ROWS > 1 && COLUMNS > 1) Tiles::template zero<3>();
   }
-  for (int64_t p = 0; p < k; p += UNIT_DEPTH, a += step, b += TILE_SIDE * ldb) {
-    Tiles::template load<6>(b, ldb * 4);
-    Tiles::template load<4>(a, lda * 2);
-    Tiles::template dot_bf16<SUM, 4, 6>();
+  for (int64_t p = 0; p < k; p += UNIT_DEPTH, left += a.step, b += TILE_SIDE * ldb) {
+    Tiles::template load<4>(left, stride_a);
+    Tiles::template load<6>(b, stride_b);
+    Tiles::template dot_bf16<0, 4, 6>();
     if constexpr (ROWS > 1) {
-      Tiles::template load<5>(a + TILE_SIDE * lda, lda * 2);
-      Tiles::template dot_bf16<SUM + 1, 5, 6>();
+      Tiles::template load<5>(left + TILE_SIDE * a.ld, stride_a);
+      Tiles::template dot_bf16<2, 5, 6>();
+    }
+    if constexpr (COLUMNS > 1) {
+      Tiles::template load<7>(b + TILE_SIDE, stride_b);
+      Tiles::template dot_bf16<1, 4, 7>();
+      if constexpr (ROWS > 1) Tiles::template dot_bf16<3, 5, 7>();
     }
   }
+  Tiles::template store<0>(c, stride_c);
+  if constexpr (COLUMNS > 1) Tiles::template store<1>(c + TILE_SIDE, stride_c);
+  if constexpr (ROWS > 1) Tiles::template store<2>(below, stride_c);
+  if constexpr (ROWS > 1 && COLUMNS > 1) Tiles::template store<3>(below + TILE_SIDE, stride_c);
 }
 
-template <class Tiles, int GROUP, int ROWS>
-FASTLM_INLINE void store_sums(float* c, int64_t ldc) {
-  Tiles::template store<2 * GROUP>(c, ldc * 4);
-  if constexpr (ROWS > 1) Tiles::template store<2 * GROUP + 1>(c + TILE_SIDE * ldc, ldc * 4);
-}
-
-// Blocks of all columns for ROWS tiles of rows.
-template <class Tiles, bool ADD, int ROWS>
-FASTLM_INLINE void tile_rows(int64_t n, int64_t k, const bfloat16* a, int64_t lda, int64_t step, const uint32_t* b,
-                             int64_t ldb, float* c, int64_t ldc) {
-  const auto begin = [&](auto group, int64_t j) {
-    multiply<Tiles, ADD, decltype(group)::value, ROWS>(k, a, lda, step, b + j, ldb, c + j, ldc);
-  };
-  using Even = std::integral_constant<int, 0>;
-  using Odd = std::integral_constant<int, 1>;
-  begin(Even{}, 0);
-  int64_t j = TILE_SIDE;
-  for (; j + TILE_SIDE < n; j += 2 * TILE_SIDE) {
-    begin(Odd{}, j);
-    store_sums<Tiles, 0, ROWS>(c + j - TILE_SIDE, ldc);
-    begin(Even{}, j + TILE_SIDE);
-    store_sums<Tiles, 1, ROWS>(c + j, ldc);
+template <class Tiles, bool ADD, int COLUMNS>
+void tile_columns(int64_t m, int64_t k, const Left& a, const uint32_t* b, int64_t ldb, float* c, int64_t ldc) {
+  int64_t i = 0;
+  const auto rows = [&] { return Left{a.data + i * a.ld, a.ld, a.step}; };
+  for (; i + 2 * TILE_SIDE <= m; i += 2 * TILE_SIDE) {
+    tile_block<Tiles, ADD, 2, COLUMNS>(k, rows(), b, ldb, c + i * ldc, ldc);
   }
-  if (j < n) begin(Odd{}, j);
-  store_sums<Tiles, 0, ROWS>(c + j - TILE_SIDE, ldc);
-  if (j < n) store_sums<Tiles, 1, ROWS>(c + j, ldc);
+  if (i < m) tile_block<Tiles, ADD, 1, COLUMNS>(k, rows(), b, ldb, c + i * ldc, ldc);
 }
 
 template <class Tiles, bool ADD>
 void tile_product(int64_t m, int64_t n, int64_t k, const Left& a, const uint32_t* b, int64_t ldb, float* c,
                   int64_t ldc) {
-  int64_t i = 0;
-  for (; i + 2 * TILE_SIDE <= m; i += 2 * TILE_SIDE) {
-    tile_rows<Tiles, ADD, 2>(n, k, a.data + i * a.ld, a.ld, a.step, b, ldb, c + i * ldc, ldc);
+  int64_t j = 0;
+  for (; j + 2 * TILE_SIDE <= n; j += 2 * TILE_SIDE) {
+    tile_columns<Tiles, ADD, 2>(m, k, a, b + j, ldb, c + j, ldc);
   }
-  if (i < m) tile_rows<Tiles, ADD, 1>(n, k, a.data + i * a.ld, a.ld, a.step, b, ldb, c + i * ldc, ldc);
+  if (j < n) tile_columns<Tiles, ADD, 1>(m, k, a, b + j, ldb, c + j, ldc);
 }
 
 template <class Tiles>

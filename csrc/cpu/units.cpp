@@ -259,6 +259,32 @@ FASTLM_INLINE void gradient_lanes(const UnitGradient& a) {
   }
 }
 
+// log2 of x > 0, not denormal; infinity and NaN give NaN. x = 2^e m, 1/sqrt(2) <= m < sqrt(2), t = (m - 1) / (m + 1):
+// ln(m) = 2 (t + t³/3 + t⁵/5 + ...), |t| < 0.172.
+FASTLM_INLINE void log2_lanes(Floats& x) {
+  const Ints exponent = ((Ints)x - 0x3F3504F3) >> 23;
+  const Floats m = (Floats)((Ints)x - (exponent << 23));
+  const Floats t = (m - 1.0f) / (m + 1.0f), square = t * t;
+  Floats y = square * (1.0f / 9) + 1.0f / 7;
+  y = y * square + 1.0f / 5;
+  y = y * square + 1.0f / 3;
+  y = y * square + 1.0f;
+  x = y * t * 2.88539008f + (__builtin_convertvector(exponent, Floats) + x * 0.0f);
+}
+
+FASTLM_INLINE void finish_lanes(const float* max, const float* sum, int64_t lanes, float scale, float* factor,
+                                float* lse) {
+  for (int64_t lane = 0; lane < lanes; lane += LANES) {
+    Floats most, total;
+    get(max + lane, most);
+    get(sum + lane, total);
+    const Ints none = total == 0.0f;
+    put(none ? Floats{} : scale / total, factor + lane);
+    log2_lanes(total);
+    put(none ? Floats{} - INF : (most + total) * 0.693147181f, lse + lane);
+  }
+}
+
 template <class W>
 FASTLM_INLINE void round_pairs(const float* x, int64_t rows, int64_t lanes, const float* factor, uint32_t* words) {
   for (int64_t lane = 0; lane < lanes; lane += LANES) {
@@ -317,6 +343,10 @@ FASTLM_INLINE void round_all(const float* x, int64_t ld, int64_t rows, int64_t d
           W::transpose(from + r * ld_from + c, ld_from, to + c * ld_to + r, ld_to);                                   \
       }                                                                                                               \
     }                                                                                                                 \
+    attributes static void finish(const float* max, const float* sum, int64_t lanes, float scale, float* factor,      \
+                                  float* lse) {                                                                       \
+      finish_lanes(max, sum, lanes, scale, factor, lse);                                                              \
+    }                                                                                                                 \
     attributes static void round_lanes(const float* x, int64_t rows, int64_t lanes, const float* factor,              \
                                        uint32_t* words) {                                                             \
       round_pairs<W>(x, rows, lanes, factor, words);                                                                  \
@@ -348,8 +378,8 @@ FASTLM_PASSES(VectorPasses, Avx512Bf16,
 template <class Passes>
 Units make(Isa set) {
   const UnitProducts products = unit_products(set);
-  return {products.begin,   products.end,      products.set,        products.add,      Passes::softmax,
-          Passes::gradient, Passes::transpose, Passes::round_lanes, Passes::round_rows};
+  return {products.begin,   products.end,   products.set,      products.add,        Passes::softmax,
+          Passes::gradient, Passes::finish, Passes::transpose, Passes::round_lanes, Passes::round_rows};
 }
 
 }  // namespace

@@ -69,6 +69,8 @@ struct Units {
 
   bool (*softmax)(const UnitSoftmax& a);  // whether any rescale is not 1
   void (*gradient)(const UnitGradient& a);
+  // From max and sum of all tiles: lse in units of e, and scale / sum; -inf and 0 for a query without keys.
+  void (*finish)(const float* max, const float* sum, int64_t lanes, float scale, float* factor, float* lse);
 
   // to (cols, ld_to) = fromᵀ (rows, ld_from), words; rows and cols are multiples of 16.
   void (*transpose)(const uint32_t* from, int64_t ld_from, int64_t rows, int64_t cols, uint32_t* to, int64_t ld_to);
