@@ -58,16 +58,9 @@ FASTLM_CLONES void multiply(float* x, int64_t rows, int64_t lanes, float factor)
 
 void draw_tile(const UnitScores& t, int64_t sequence_head, Key key) {
   for (int64_t j = 0; j < t.n; j += 64) {
-    Lanes& lanes = t.drop[j / 64];
     const int64_t groups = (std::min<int64_t>(64, t.n - j) + 15) / 16;
-    for (int64_t group = 0; group < groups; ++group) {
-      const int64_t at = group * t.lanes;
-      std::fill_n(lanes.word[0] + at, t.lanes, uint32_t((t.j0 + j) / 16 + group));
-      for (int64_t i = 0; i < t.lanes; ++i) lanes.word[1][at + i] = uint32_t(t.i0 + i);
-      std::fill_n(lanes.word[2] + at, t.lanes, uint32_t(sequence_head));
-      std::fill_n(lanes.word[3] + at, t.lanes, 0u);
-    }
-    philox_many(lanes, groups * t.lanes, key);
+    philox_block(t.drop[j / 64], {groups, t.lanes, uint32_t((t.j0 + j) / 16), uint32_t(t.i0), uint32_t(sequence_head)},
+                 key);
   }
 }
 
