@@ -1,11 +1,14 @@
 // fastlm._cpu: the CPU kernels as Python functions with keyword arguments (csrc/common/fields.h). Each op has a file
 // beside this one. There is no torch here: fastlm/ops/_cpu/<op>.py allocates tensors and calls the functions.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "bindings.h"
+#include "cpu/isa.h"
 #include "cpu/math.h"
 #include "cpu/partials.h"
 #include "cpu/philox_many.h"
+#include "cpu/units.h"
 #include "fields.h"
 #include "philox.h"
 
@@ -30,6 +33,14 @@ void bind_math(py::module_& m) {
   }
 }
 
+void bind_isa(py::module_& m) {
+  m.def("isas", &isas);
+  m.def("use_isa", [](const std::optional<std::string>& name) { return use_isa(name.value_or("auto")); });
+  m.def("bf16_product", [](Address a, Address b, Address c, int64_t rows, int64_t columns, int64_t depth) {
+    bf16_product(input<>(a), input<uint32_t>(b), pointer<float>(c), rows, columns, depth);
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -46,4 +57,5 @@ PYBIND11_MODULE(_cpu, m) {
   });
   m.def("row_blocks", &row_blocks);
   bind_math(m);
+  bind_isa(m);
 }

@@ -3,35 +3,18 @@
 #include <algorithm>
 #include <cstring>
 
-#include "simd.h"
-
-#if defined(FASTLM_HAS_CLONES) && __GNUC__ >= 11
-#define FASTLM_HAS_AMX
-#include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
+#include "tile.h"
 
 namespace fastlm::cpu {
-
-#ifdef FASTLM_HAS_AMX
 namespace {
 
-constexpr int64_t SIDE = 16;           // rows and words of a tile
-constexpr int64_t TILE = SIDE * SIDE;  // words
-constexpr int64_t ROWS = 16;           // of x, whose columns are made into tiles together
-constexpr int64_t PARTS = 3;           // columns of a row of x
+constexpr int64_t SIDE = TILE_SIDE;
+constexpr int64_t TILE = TILE_WORDS;
+constexpr int64_t ROWS = 16;  // of x, whose columns are made into tiles together
+constexpr int64_t PARTS = 3;  // columns of a row of x
 constexpr int64_t TILES = ROWS * PARTS / SIDE;
 constexpr float DIGITS = 127 * 65536.0f;  // the largest number of three signed digits to the base 256, nearly
 constexpr int64_t MOST_COLS = 1 << 17;    // of int8: a sum of so many products of two bytes fits 32 bits
-
-// Linux gives the unit to a process that asks, before its first use.
-bool permitted() {
-  constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
-  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
-         __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("x86-64-v4") &&
-         syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
-}
 
 int64_t words_of(const Matrix& m) { return m.row_bytes() / 4; }
 
@@ -88,45 +71,33 @@ FASTLM_CLONES float split_i8(const float* x, int64_t words, uint32_t* const (&co
   return (normal ? most / DIGITS : 0.0f) + other;
 }
 
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
 // Tiles 0 to 2: sums; 4: weights; 5: columns of x.
-#define FASTLM_STEP(multiply)                          \
-  _tile_stream_loadd(4, w + k * SIDE * 4, stride);     \
-  _tile_loadd(5, columns + k * TILE, SIDE * 4);        \
-  multiply(0, 4, 5);                                   \
-  if (tiles > 1) {                                     \
-    _tile_loadd(5, columns + next + k * TILE, 64);     \
-    multiply(1, 4, 5);                                 \
-  }                                                    \
-  if (tiles > 2) {                                     \
-    _tile_loadd(5, columns + 2 * next + k * TILE, 64); \
-    multiply(2, 4, 5);                                 \
+template <class Tiles, bool BF16, int SUM>
+FASTLM_INLINE void step(const uint32_t* columns) {
+  Tiles::template load<5>(columns, SIDE * 4);
+  if constexpr (BF16) {
+    Tiles::template dot_bf16<SUM, 4, 5>();
+  } else {
+    Tiles::template dot_i8<SUM, 4, 5>();
   }
+}
 
 // out (rows, TILES SIDE) words = a block of at most SIDE rows of weights times the columns of a group.
-template <bool BF16>
-__attribute__((target("amx-tile,amx-int8,amx-bf16"))) void block(const char* w, int64_t stride, int64_t words,
-                                                                 const uint32_t* columns, int64_t tiles,
-                                                                 uint32_t* out) {
+template <class Tiles, bool BF16>
+void block(const char* w, int64_t stride, int64_t words, const uint32_t* columns, int64_t tiles, uint32_t* out) {
   const int64_t next = words * SIDE;  // from one tile of columns to the next
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  for (int64_t k = 0; k < words / SIDE; ++k) {
-    if constexpr (BF16) {
-      FASTLM_STEP(_tile_dpbf16ps)
-    } else {
-      FASTLM_STEP(_tile_dpbssd)
-    }
+  Tiles::template zero<0>();
+  Tiles::template zero<1>();
+  Tiles::template zero<2>();
+  for (int64_t k = 0; k < words / SIDE; ++k, columns += TILE) {
+    Tiles::template load_once<4>(w + k * SIDE * 4, stride);
+    step<Tiles, BF16, 0>(columns);
+    if (tiles > 1) step<Tiles, BF16, 1>(columns + next);
+    if (tiles > 2) step<Tiles, BF16, 2>(columns + 2 * next);
   }
-  _tile_stored(0, out, TILES * SIDE * 4);
-  if (tiles > 1) _tile_stored(1, out + SIDE, TILES * SIDE * 4);
-  if (tiles > 2) _tile_stored(2, out + 2 * SIDE, TILES * SIDE * 4);
+  Tiles::template store<0>(out, TILES * SIDE * 4);
+  if (tiles > 1) Tiles::template store<1>(out + SIDE, TILES * SIDE * 4);
+  if (tiles > 2) Tiles::template store<2>(out + 2 * SIDE, TILES * SIDE * 4);
 }
 
 // sums (batch, ld) of a block, from out.
@@ -150,21 +121,46 @@ FASTLM_CLONES void join_i8(const uint32_t* out, const float* scale, int64_t rows
   }
 }
 
-__attribute__((target("amx-tile"))) void configure(int64_t rows) {
+template <class Tiles>
+void configure(int64_t rows) {
   TileConfig config;
-  for (int tile = 0; tile < 6; ++tile)
-    config.bytes[tile] = SIDE * 4, config.rows[tile] = uint8_t(tile < 5 ? rows : SIDE);
-  // GCC's _tile_loadconfig says that it reads the first 8 bytes alone.
-  __asm__ volatile("" : : "r"(&config) : "memory");
-  _tile_loadconfig(&config);
+  for (int tile = 0; tile < 5; ++tile) config.rows[tile] = uint8_t(rows);
+  Tiles::configure(config);
 }
 
-__attribute__((target("amx-tile"))) void release() { _tile_release(); }
+template <class Tiles>
+void times(const Matrix& m, int64_t begin, int64_t end, const char* columns, int64_t batch, float* sums, int64_t ld) {
+  const int64_t words = words_of(m);
+  alignas(64) uint32_t out[SIDE * TILES * SIDE];
+  // `count` rows of weights from `row` on, `apart` rows from each to the next (matvec.cpp says why they are apart).
+  const auto tile = [&](int64_t row, int64_t count, int64_t apart) {
+    const char* const w = static_cast<const char*>(m.data) + row * m.row_bytes();
+    for_groups(m, batch, [&](int64_t first, int64_t rows, int64_t at) {
+      const uint32_t* const tiles = reinterpret_cast<const uint32_t*>(columns + at + ROWS * 4);
+      float* const to = sums + first * ld + (row - begin);
+      if (m.form == WeightForm::bf16) {
+        block<Tiles, true>(w, apart * m.row_bytes(), words, tiles, tiles_of(rows), out);
+        join_bf16(out, count, rows, to, ld, apart);
+      } else {
+        block<Tiles, false>(w, apart * m.row_bytes(), words, tiles, tiles_of(rows), out);
+        join_i8(out, reinterpret_cast<const float*>(columns + at), count, rows, to, ld, apart);
+      }
+    });
+  };
+  const int64_t apart = (end - begin) / SIDE;
+  if (apart) configure<Tiles>(SIDE);
+  for (int64_t i = 0; i < apart; ++i) tile(begin + i, SIDE, apart);
+  if (const int64_t rest = end - begin - apart * SIDE) {
+    configure<Tiles>(rest);
+    tile(end - rest, rest, 1);
+  }
+  Tiles::release();
+}
 
 }  // namespace
 
 bool amx_takes(const Matrix& m) {
-  static const bool here = permitted();
+  const bool here = isa() == Isa::amx || isa() == Isa::amx_twin;
   return here && m.form != WeightForm::f32 && m.row_bytes() % (SIDE * 4) == 0 && m.cols <= MOST_COLS;
 }
 
@@ -197,40 +193,10 @@ void amx_columns(const Matrix& m, const float* x, int64_t ldx, int64_t batch, ch
 
 void amx_times(const Matrix& m, int64_t begin, int64_t end, const char* columns, int64_t batch, float* sums,
                int64_t ld) {
-  const int64_t words = words_of(m);
-  alignas(64) uint32_t out[SIDE * TILES * SIDE];
-  // Rows of weights from `first` on, `apart` rows from each to the next.
-  const auto tile = [&](int64_t row, int64_t count, int64_t apart) {
-    const char* const w = static_cast<const char*>(m.data) + row * m.row_bytes();
-    for_groups(m, batch, [&](int64_t first, int64_t rows, int64_t at) {
-      const uint32_t* const tiles = reinterpret_cast<const uint32_t*>(columns + at + ROWS * 4);
-      float* const to = sums + first * ld + (row - begin);
-      if (m.form == WeightForm::bf16) {
-        block<true>(w, apart * m.row_bytes(), words, tiles, tiles_of(rows), out);
-        join_bf16(out, count, rows, to, ld, apart);
-      } else {
-        block<false>(w, apart * m.row_bytes(), words, tiles, tiles_of(rows), out);
-        join_i8(out, reinterpret_cast<const float*>(columns + at), count, rows, to, ld, apart);
-      }
-    });
-  };
-  const int64_t apart = (end - begin) / SIDE;
-  if (apart) configure(SIDE);
-  for (int64_t i = 0; i < apart; ++i) tile(begin + i, SIDE, apart);
-  if (const int64_t rest = end - begin - apart * SIDE) {
-    configure(rest);
-    tile(end - rest, rest, 1);
-  }
-  release();
-}
-
-#else
-
-bool amx_takes(const Matrix&) { return false; }
-int64_t amx_bytes(const Matrix&, int64_t) { return 0; }
-void amx_columns(const Matrix&, const float*, int64_t, int64_t, char*) {}
-void amx_times(const Matrix&, int64_t, int64_t, const char*, int64_t, float*, int64_t) {}
-
+#ifdef FASTLM_HAS_UNITS
+  if (isa() == Isa::amx) return times<AmxTiles>(m, begin, end, columns, batch, sums, ld);
 #endif
+  times<TwinTiles>(m, begin, end, columns, batch, sums, ld);
+}
 
 }  // namespace fastlm::cpu

@@ -1,4 +1,4 @@
-// Products with bfloat16 and int8 weights on Intel's matrix unit (AMX), where the machine has it and Linux permits it.
+// Products with bfloat16 and int8 weights on Intel's matrix unit (AMX), or its twin (tile.h), where that set is in use.
 //
 // A tile of 16 rows of weights, 64 bytes each, meets a tile of 16 columns of x. An element of x is three columns, so
 // nothing of its float32 is lost: its bfloat16 parts, whose sum it is, or the digits of a fixed-point number of 24 bits
@@ -9,7 +9,7 @@
 
 namespace fastlm::cpu {
 
-// Whether the products of m run here. False is a property of the machine and of m, never of x.
+// Whether the products of m run here. False is a property of the instruction set and of m, never of x.
 bool amx_takes(const Matrix& m);
 
 // Bytes of scratch, 64-byte aligned, for `batch` rows of x; `amx_columns` makes the columns from x there.

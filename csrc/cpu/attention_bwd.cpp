@@ -4,16 +4,14 @@
 // element. A task goes through its query blocks and sums dk and dv of its head in float. Heads that share keys and
 // values write partials, which are summed in the order of the heads. The bias table's gradient is summed over the
 // sequences in the same way.
+#include "attention_bwd.h"
+
 #include <atomic>
 
-#include "attention_tile.h"
-#include "math.h"
-#include "parallel.h"
+#include "attention_units.h"
 
 namespace fastlm::cpu {
 namespace {
-
-using Floats = std::unique_ptr<float[], Free>;
 
 // The buffers of one thread. ld: a row of d floats, rounded up for gemm.
 struct Scratch {
@@ -113,8 +111,8 @@ FASTLM_CLONES void sum_group(const float* partial, int64_t begin, int64_t end, i
 }
 
 template <class T>
-void backward_task(const Attention& a, const AttentionBackward& g, const Sequence& s, int64_t head, Key key,
-                   Scratch& x) {
+void backward_task(const Attention& a, const Buckets& buckets, const AttentionBackward& g, const Sequence& s,
+                   int64_t head, Key key, Scratch& x) {
   const int64_t d = a.d, ld = round_up(d, kGemmLanes), group = a.heads / a.kv_heads, kv_head = head / group;
   const T* q = rows_of<T>(a.q, a.q_stride, s.b, a.cu_q, head);
   const T* k = rows_of<T>(a.k, a.k_stride, s.b, a.cu_k, kv_head);
@@ -132,7 +130,7 @@ void backward_task(const Attention& a, const AttentionBackward& g, const Sequenc
   load_rows(v + s.first * a.v_stride.row, a.v_stride.row, keys, d, 1.0f, mask, x.v.get() + s.first * ld, ld, keys);
   std::fill_n(x.dk.get(), s.sk * ld, 0.0f);
   std::fill_n(x.dv.get(), s.sk * ld, 0.0f);
-  if (a.table) expand_bias(a, s, head, x.bias.get());
+  if (a.table) expand_bias(a, buckets, s, head, x.bias.get());
   if (g.dtable) std::fill_n(x.dbias.get(), bias_size(s), 0.0f);
 
   for (int64_t i0 = 0; i0 < s.sq; i0 += QUERIES) {
@@ -166,33 +164,39 @@ void backward_task(const Attention& a, const AttentionBackward& g, const Sequenc
     write_rows(x.dq.get(), ld, count, d, a.scale, dq + i0 * row, row);
   }
 
-  const int64_t at_k = s.row_k * row + head * d;
-  if (group == 1) {
-    write_rows(x.dk.get(), ld, s.sk, d, a.scale, static_cast<T*>(g.dk) + at_k, row);
-    write_rows(x.dv.get(), ld, s.sk, d, 1.0f, static_cast<T*>(g.dv) + at_k, row);
-  } else {
-    float* partial = g.partial + at_k;
-    write_rows(x.dk.get(), ld, s.sk, d, a.scale, partial, row);
-    write_rows(x.dv.get(), ld, s.sk, d, 1.0f, partial + a.rows_k() * row, row);
-  }
-  if (g.dtable) {
-    float* dtable = g.dtable_partial + s.b * a.buckets() * a.heads + head;
-    for (int64_t bucket = 0; bucket < a.buckets(); ++bucket) dtable[bucket * a.heads] = 0.0f;
-    for (int64_t t = 0; t < s.sq + s.sk - 1; ++t) dtable[bucket_at(a, s, t) * a.heads] += x.dbias[t];
-  }
+  const auto write = [&](const float* from, float scale, T* to) { write_rows(from, ld, s.sk, d, scale, to, row); };
+  write_key_gradients<T>(a, g, s, head, {x.dk.get(), x.dv.get(), ld, 1.0f}, write);
+  if (g.dtable) add_table(a, buckets, g, s, head, x.dbias.get());
 }
 
+// A thread's part in float: attention_units.h has the other one.
 template <class T>
+class FloatBackward {
+ public:
+  FloatBackward(const Attention& a, const Buckets& buckets, int64_t max_sq, int64_t max_sk)
+      : a_(a), buckets_(buckets), scratch_(max_sq, max_sk, round_up(a.d, kGemmLanes)) {}
+  void task(const AttentionBackward& g, const Sequence& s, int64_t head, Key key) {
+    backward_task<T>(a_, buckets_, g, s, head, key, scratch_);
+  }
+
+ private:
+  const Attention& a_;
+  const Buckets& buckets_;
+  Scratch scratch_;
+};
+
+template <class T, class Worker>
 void backward(const Attention& a, const AttentionBackward& g, int threads) {
   const int64_t max_sq = longest(a.cu_q, a.batch, a.sq), max_sk = longest(a.cu_k, a.batch, a.sk);
   threads = worthwhile(a, threads);
   const int64_t tasks = a.batch * a.heads;
   const Key key = a.dropout.threshold ? dropout_key(a.dropout.rng, a.dropout.site) : Key{0, 0};
+  const Buckets buckets(a, max_sq, max_sk);
   std::atomic<int64_t> next{0};
   parallel_for(std::min<int64_t>(threads, tasks), 1, threads, [&](int64_t, int64_t) {  // one piece per thread
-    Scratch x(max_sq, max_sk, round_up(a.d, kGemmLanes));
+    Worker worker(a, buckets, max_sq, max_sk);
     for (int64_t task; (task = next++) < tasks;) {
-      backward_task<T>(a, g, Sequence(a, task / a.heads), task % a.heads, key, x);
+      worker.task(g, Sequence(a, task / a.heads), task % a.heads, key);
     }
   });
 
@@ -215,7 +219,10 @@ void backward(const Attention& a, const AttentionBackward& g, int threads) {
 }  // namespace
 
 void attention_bwd(const Attention& args, const AttentionBackward& grads, DType dtype, int threads) {
-  dtype == DType::f32 ? backward<float>(args, grads, threads) : backward<bfloat16>(args, grads, threads);
+  const auto run = dtype == DType::f32 ? backward<float, FloatBackward<float>>
+                   : units()           ? backward<bfloat16, UnitBackward>
+                                       : backward<bfloat16, FloatBackward<bfloat16>>;
+  run(args, grads, threads);
 }
 
 }  // namespace fastlm::cpu

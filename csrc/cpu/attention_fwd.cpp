@@ -5,14 +5,10 @@
 // complete.
 #include <atomic>
 
-#include "attention_tile.h"
-#include "math.h"
-#include "parallel.h"
+#include "attention_units.h"
 
 namespace fastlm::cpu {
 namespace {
-
-using Floats = std::unique_ptr<float[], Free>;
 
 // The buffers of one thread. ld: a row of d floats, rounded up for gemm.
 struct Scratch {
@@ -87,8 +83,8 @@ FASTLM_CLONES void drop_tile(float* scores, int64_t n, int64_t lanes, int64_t j0
 }
 
 template <class T>
-void forward_task(const Attention& a, const Sequence& s, int64_t head, int64_t begin, int64_t end, Key key, T* out,
-                  float* lse, Scratch& x) {
+void forward_task(const Attention& a, const Buckets& buckets, const Sequence& s, int64_t head, int64_t begin,
+                  int64_t end, Key key, T* out, float* lse, Scratch& x) {
   const int64_t d = a.d, ld = round_up(d, kGemmLanes), kv_head = head / (a.heads / a.kv_heads);
   const T* q = rows_of<T>(a.q, a.q_stride, s.b, a.cu_q, head);
   const T* k = rows_of<T>(a.k, a.k_stride, s.b, a.cu_k, kv_head);
@@ -100,7 +96,7 @@ void forward_task(const Attention& a, const Sequence& s, int64_t head, int64_t b
   const uint8_t* mask = s.mask ? s.mask + first : nullptr;
   load_rows(k + first * a.k_stride.row, a.k_stride.row, keys, d, 1.0f, mask, x.k.get(), ld, keys);
   load_rows(v + first * a.v_stride.row, a.v_stride.row, keys, d, 1.0f, mask, x.v.get(), ld, keys);
-  if (a.table) expand_bias(a, s, head, x.bias.get());
+  if (a.table) expand_bias(a, buckets, s, head, x.bias.get());
 
   for (int64_t i0 = begin; i0 < end; i0 += QUERIES) {
     const int64_t count = std::min(QUERIES, end - i0), lanes = round_up(count, kGemmLanes);
@@ -132,7 +128,23 @@ void forward_task(const Attention& a, const Sequence& s, int64_t head, int64_t b
   }
 }
 
+// A thread's part in float: attention_units.h has the other one.
 template <class T>
+class FloatForward {
+ public:
+  FloatForward(const Attention& a, const Buckets& buckets, int64_t max_sq, int64_t max_sk)
+      : a_(a), buckets_(buckets), scratch_(max_sq, max_sk, round_up(a.d, kGemmLanes)) {}
+  void task(const Sequence& s, int64_t head, int64_t begin, int64_t end, Key key, T* out, float* lse) {
+    forward_task(a_, buckets_, s, head, begin, end, key, out, lse, scratch_);
+  }
+
+ private:
+  const Attention& a_;
+  const Buckets& buckets_;
+  Scratch scratch_;
+};
+
+template <class T, class Worker>
 void forward(const Attention& a, void* out, float* lse, int threads) {
   const int64_t max_sq = longest(a.cu_q, a.batch, a.sq), max_sk = longest(a.cu_k, a.batch, a.sk);
   threads = worthwhile(a, threads);
@@ -142,13 +154,14 @@ void forward(const Attention& a, void* out, float* lse, int threads) {
   const int64_t runs = std::clamp<int64_t>((4 * threads + heads - 1) / heads, 1, blocks);
   const int64_t run = round_up(blocks, runs) / runs * QUERIES;
   const Key key = a.dropout.threshold ? dropout_key(a.dropout.rng, a.dropout.site) : Key{0, 0};
+  const Buckets buckets(a, max_sq, max_sk);
   std::atomic<int64_t> next{0};
   parallel_for(std::min<int64_t>(threads, heads * runs), 1, threads, [&](int64_t, int64_t) {  // one piece per thread
-    Scratch x(max_sq, max_sk, round_up(a.d, kGemmLanes));
+    Worker worker(a, buckets, max_sq, max_sk);
     for (int64_t task; (task = next++) < heads * runs;) {
       const Sequence s(a, task / runs / a.heads);
       const int64_t begin = task % runs * run, end = std::min(begin + run, s.sq);
-      if (begin < end) forward_task(a, s, task / runs % a.heads, begin, end, key, static_cast<T*>(out), lse, x);
+      if (begin < end) worker.task(s, task / runs % a.heads, begin, end, key, static_cast<T*>(out), lse);
     }
   });
 }
@@ -156,7 +169,10 @@ void forward(const Attention& a, void* out, float* lse, int threads) {
 }  // namespace
 
 void attention_fwd(const Attention& args, void* out, float* lse, DType dtype, int threads) {
-  dtype == DType::f32 ? forward<float>(args, out, lse, threads) : forward<bfloat16>(args, out, lse, threads);
+  const auto run = dtype == DType::f32 ? forward<float, FloatForward<float>>
+                   : units()           ? forward<bfloat16, UnitForward>
+                                       : forward<bfloat16, FloatForward<bfloat16>>;
+  run(args, out, lse, threads);
 }
 
 }  // namespace fastlm::cpu

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <vector>
 
 #include "attention.h"
 #include "gemm.h"
@@ -126,12 +127,27 @@ inline int64_t bucket_of(const Attention& a, int64_t relative) {  // key minus q
   return bucket + (a.bidirectional && relative > 0 ? a.one_way : 0);
 }
 
-inline int64_t bucket_at(const Attention& a, const Sequence& s, int64_t element) {
-  return bucket_of(a, s.sk - 1 - element - s.offset);
-}
+// The buckets of all relative positions, found once a call: a search for each head takes as long as a third of forward
+// on AMX. Empty without a table.
+class Buckets {
+ public:
+  Buckets(const Attention& a, int64_t max_sq, int64_t max_sk) : first_(max_sk - 1) {
+    if (!a.table) return;
+    for (int64_t relative = 1 - max_sk; relative < max_sq; ++relative) {
+      buckets_.push_back(int32_t(bucket_of(a, relative)));
+    }
+  }
 
-inline void expand_bias(const Attention& a, const Sequence& s, int64_t head, float* bias) {
-  for (int64_t t = 0; t < s.sq + s.sk - 1; ++t) bias[t] = a.table[bucket_at(a, s, t) * a.heads + head];
+  // Of an element of a bias by relative position.
+  int64_t at(const Sequence& s, int64_t element) const { return buckets_[s.sk - 1 - element - s.offset + first_]; }
+
+ private:
+  int64_t first_;
+  std::vector<int32_t> buckets_;
+};
+
+inline void expand_bias(const Attention& a, const Buckets& buckets, const Sequence& s, int64_t head, float* bias) {
+  for (int64_t t = 0; t < s.sq + s.sk - 1; ++t) bias[t] = a.table[buckets.at(s, t) * a.heads + head];
   std::fill(bias + std::max<int64_t>(0, s.sq + s.sk - 1), bias + bias_size(s), 0.0f);
 }
 

@@ -6,7 +6,7 @@
 
 #include <algorithm>
 
-#include "simd.h"
+#include "isa.h"
 
 namespace fastlm::cpu {
 namespace {
@@ -87,14 +87,16 @@ constexpr Products PRODUCTS = {{product<Level, false, A::plain>, product<Level, 
                                {product<Level, true, A::plain>, product<Level, true, A::transposed>}};
 
 const Products& products() {
+  switch (float_isa()) {
 #ifdef FASTLM_HAS_CLONES
-  static const Products& best = __builtin_cpu_supports("x86-64-v4")   ? PRODUCTS<V4>
-                                : __builtin_cpu_supports("x86-64-v3") ? PRODUCTS<V3>
-                                                                      : PRODUCTS<Portable>;
-  return best;
-#else
-  return PRODUCTS<Portable>;
+    case Isa::v4:
+      return PRODUCTS<V4>;
+    case Isa::v3:
+      return PRODUCTS<V3>;
 #endif
+    default:
+      return PRODUCTS<Portable>;
+  }
 }
 
 }  // namespace

@@ -7,8 +7,8 @@
 #include <cstring>
 
 #include "amx.h"
+#include "isa.h"
 #include "parallel.h"
-#include "simd.h"
 
 namespace fastlm::cpu {
 namespace {
@@ -216,14 +216,16 @@ template <class Level>
 constexpr Kernels KERNELS = {{times<Level, F32>, times<Level, Bf16>, times<Level, I8>}, Level::read};
 
 const Kernels& kernels() {
+  switch (float_isa()) {
 #ifdef FASTLM_HAS_CLONES
-  static const Kernels& best = __builtin_cpu_supports("x86-64-v4")   ? KERNELS<V4>
-                               : __builtin_cpu_supports("x86-64-v3") ? KERNELS<V3>
-                                                                     : KERNELS<Portable>;
-  return best;
-#else
-  return KERNELS<Portable>;
+    case Isa::v4:
+      return KERNELS<V4>;
+    case Isa::v3:
+      return KERNELS<V3>;
 #endif
+    default:
+      return KERNELS<Portable>;
+  }
 }
 
 }  // namespace

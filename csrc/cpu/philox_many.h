@@ -19,6 +19,15 @@ struct alignas(64) Lanes {
 // sixteen is overwritten.
 void philox_many(Lanes& lanes, int64_t n, Key key);
 
+// Counters (c0 + row, c1 + column, c2, 0) of `rows` rows of `columns` columns, a multiple of 16; kLanes at most in all.
+struct PhiloxBlock {
+  int64_t rows, columns;
+  uint32_t c0, c1, c2;
+};
+
+// Their random words, row by row.
+void philox_block(Lanes& lanes, const PhiloxBlock& block, Key key);
+
 // Multiplies v[0..cols) by 0 or scale. Word j%4 of counter (j/4, row, row>>32, 0) decides column j. threshold > 0.
 FASTLM_INLINE void drop_row(float* v, int64_t row, int64_t cols, const Dropout& dropout, Key key) {
   Lanes lanes;
