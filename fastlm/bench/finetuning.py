@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median, stdev
 
@@ -96,9 +97,8 @@ def timed_steps(names: list[str], spec: Path, steps: int, rounds: int) -> list[d
     ]
 
 
-def whole_runs(names: list[str], spec: dict, folder: Path, seeds: range) -> list[dict]:
+def whole_runs(names: list[str], spec: dict, folder: Path, seeds: range) -> Iterator[dict]:
     """Rows {"contender", "seed", "seconds", "figures"}, of one run after another."""
-    rows = []
     for seed in seeds:
         path = folder / f"seed-{seed}.json"
         path.write_text(json.dumps({**spec, "settings": [*spec["settings"], f"train.seed={seed}"]}))
@@ -106,10 +106,9 @@ def whole_runs(names: list[str], spec: dict, folder: Path, seeds: range) -> list
             worker = Worker(name, path)
             try:
                 worker.read()
-                rows.append({"contender": name, "seed": seed, **worker.ask("finish")})
+                yield {"contender": name, "seed": seed, **worker.ask("finish")}
             finally:
                 worker.close()
-    return rows
 
 
 def paired(rows: list[dict], figure: str) -> str:
@@ -158,8 +157,9 @@ def main() -> int:
     console = Console(highlight=False, soft_wrap=True)
     with tempfile.TemporaryDirectory() as folder:
         if args.whole:
-            rows = whole_runs(args.contenders, spec, Path(folder), range(args.seeds))
-            for row in rows:
+            rows = []
+            for row in whole_runs(args.contenders, spec, Path(folder), range(args.seeds)):
+                rows.append(row)
                 figures = ", ".join(
                     f"{name.removeprefix('val_')} {value:.4f}" for name, value in row["figures"].items()
                 )
