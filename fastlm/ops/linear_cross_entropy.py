@@ -13,8 +13,9 @@ cases the forward saves only its inputs, and backward computes the logits again,
 
 All chunks have the same size. On a CPU a chunk has half of the rows, or a quarter in bfloat16, but at most 512, and at
 least 256 if there are that many. In bfloat16 up to 2 D rows more are one chunk: without a float32 sum of its gradient,
-the weight then takes less memory, and for 1020 rows of GPT-2's head 315 ms in place of 509 (one core with AMX). Smaller chunks cost time, since each chunk packs the weight for the BLAS twice, and
-reads and writes the whole weight gradient. 1024 rows of BERT's head in 1, 2, 4 and 16 chunks take 480, 500, 541 and
+the weight then takes less memory, and 1020 rows of GPT-2's head 315 ms in place of 509 (one core with AMX). Smaller
+chunks cost time, since each chunk packs the weight for the BLAS twice, and reads and writes the whole weight gradient.
+1024 rows of BERT's head in 1, 2, 4 and 16 chunks take 480, 500, 541 and
 792 ms in float32, and 304, 283, 311 and 517 ms in bfloat16 (two Sapphire Rapids cores).
 
 On a GPU a chunk has a quarter of the rows, at most 4096 and at least 1024, in multiples of 128. At 600 TFLOP/s and
