@@ -44,6 +44,7 @@ def run(data, dtype, change=None, graph=True, **settings):
     """(loss and norm of five steps, the weights after them, the graph). change(step, model, micros): before a step."""
     recipe, model, task = parts(data, **settings)
     optimizer, results, taken = make_optimizer(model, recipe.train), [], None
+    optimizer.low_gradients = False  # as on a device, whose gradients are float32 with and without a graph
     for step in range(5):
         micros = [task.micro(step, m) for m in range(recipe.micro_count)]
         if step == 0 and graph:

@@ -1,6 +1,6 @@
 #include "cpu/adamw.h"
-#include "cpu/lamb.h"
 
+#include "cpu/lamb.h"
 #include "fields.h"
 
 FASTLM_TUPLE(fastlm::cpu::Span, &fastlm::cpu::Span::data, &fastlm::cpu::Span::n, &fastlm::cpu::Span::dtype);

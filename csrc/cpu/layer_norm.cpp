@@ -81,7 +81,8 @@ FASTLM_CLONES void forward_rows(const LayerNormForward& a, int64_t begin, int64_
   }
 }
 
-// to (cols,) = dh = rstd (g - mean_g - x̂ mean_gx), plus dh from elsewhere unless it is null. With KEEP also to g, in float.
+// to (cols,) = dh = rstd (g - mean_g - x̂ mean_gx), plus dh from elsewhere unless it is null. With KEEP also to g, in
+// float.
 template <bool KEEP, class T>
 FASTLM_INLINE void row_gradient(const Statistics& s, float mean_g, float mean_gx, const T* h, const T* dh, int64_t cols,
                                 float* g, T* to) {

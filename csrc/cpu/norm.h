@@ -13,8 +13,8 @@ struct Statistics {
   __attribute__((always_inline)) float normalize(float h) const { return (h - mean) * rstd - offset; }
 };
 
-// The statistics of h (cols,), whose sum is given, in one more pass. The squares are of h - mean, so nothing cancels but
-// the square of what the mean's rounding lost.
+// The statistics of h (cols,), whose sum is given, in one more pass. The squares are of h - mean, so nothing cancels
+// but the square of what the mean's rounding lost.
 FASTLM_INLINE Statistics statistics(const float* h, int64_t cols, float sum, float eps, bool rms) {
   constexpr int64_t kSums = 64;  // four vectors of AVX-512: an addition does not wait for the one before
   const float mean = rms ? 0.0f : sum / float(cols);

@@ -2,7 +2,7 @@
 //
 // A tile goes through buffers in the first-level cache: rows whose distance is a power of two would evict each other
 // from the few places of a cache set. Four tiles of a row follow each other, so that a page is read once for all.
-// One thread of a Xeon with AMX, 1024 x 2048: 0.4 ms; torch's copy of the transpose takes 4.9 ms, a copy 0.4.
+// One thread of a loaded Xeon with AMX, 1024 x 2048: 1.2 ms; torch's copy of the transpose takes 4.4, a plain copy 0.5.
 #include "transpose.h"
 
 #include <cstring>
@@ -78,7 +78,8 @@ void transpose16(const Transpose& a, int threads) {
       const int64_t col_end = std::min((g + 1) * GROUP, a.cols);
       for (int64_t row = 0; row < a.rows; row += TILE) {
         for (int64_t col = g * GROUP; col < col_end; col += TILE) {
-          row + TILE <= a.rows && col + TILE <= a.cols ? tile(a, row, col) : edge(a, row, col);
+          const bool whole = row + TILE <= a.rows && col + TILE <= a.cols;
+          whole ? tile(a, row, col) : edge(a, row, col);
         }
       }
     }

@@ -82,5 +82,6 @@ def _whole(weight: torch.Tensor) -> torch.Tensor:
 
 def low_copy(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`weight` in `dtype`, without a gradient: the copy of the step, or one of its own."""
-    copy = None if _current is None else _current.get(weight, dtype)
+    known = _current is not None and not torch.compiler.is_compiling()
+    copy = _current.get(weight, dtype) if known else None
     return weight.detach().to(dtype) if copy is None else copy

@@ -20,6 +20,7 @@ from collections.abc import Iterable
 import torch
 
 from fastlm import _native
+from fastlm.ops._products import transposed_mm
 from fastlm.train.adamw import takes
 from fastlm.train.scaled import Scaled
 
@@ -46,10 +47,23 @@ def _iterate(x: torch.Tensor) -> torch.Tensor:
     tall = x.shape[-2] > x.shape[-1]
     if x.dtype == torch.float32 and max(x.shape[-2:]) >= 2 * min(x.shape[-2:]):
         return _by_gram(x.mT).mT if tall else _by_gram(x)
+    if x.is_cpu and x.dtype == torch.bfloat16:
+        return torch.stack([_iterate_low(matrix) for matrix in x])
     for _ in range(_ITERATIONS):  # the smaller of both products of X with itself
         gram = x.mT @ x if tall else x @ x.mT
         p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, x, p, beta=a) if tall else torch.baddbmm(x, p, x, beta=a)
+    return x
+
+
+def _iterate_low(x: torch.Tensor) -> torch.Tensor:
+    """The same for one matrix in bfloat16 on a CPU, where torch copies a transposed matrix of a batch."""
+    a, b, c = _COEFFICIENTS
+    tall = x.shape[0] > x.shape[1]
+    for _ in range(_ITERATIONS):
+        gram = transposed_mm(x, x) if tall else x @ x.t()
+        p = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.addmm(x, x, p, beta=a) if tall else torch.addmm(x, p, x, beta=a)
     return x
 
 
