@@ -37,7 +37,6 @@ from fastlm.testing.cases import CASES
 
 ARCHITECTURES = (80, 90, 100, 120)
 CUDA_ARCHITECTURES = (80, 90, 100)
-_CODES = {90: ("sm_90", "sm_90a")}  # machine code of an architecture: csrc/cuda/sm90 is compiled for sm_90a alone
 FILE, CUDA_FILE = "triton.csv", "cuda.csv"
 TRITON, OTHER_TRITONS = "3.7", ("3.6",)  # FILE's version, and those whose reports are triton-3.6.csv and so on
 _RESOURCES = ("registers", "spill_bytes", "shared_bytes", "occupancy", "matrix", "loads")
@@ -190,14 +189,8 @@ def matrix_unit(sass: str) -> str:
 def cuda_report(arch: int) -> list[dict[str, str]]:
     """All rows of an architecture that the module is built for, sorted."""
     threads = block_sizes(_cuobjdump("--dump-ptx"))
-    rows = [row for code in _CODES.get(arch, (f"sm_{arch}",)) for row in _cuda_rows(arch, code, threads)]
-    return sorted(rows, key=lambda row: row["kernel"])
-
-
-def _cuda_rows(arch: int, code: str, threads: dict[str, int]) -> list[dict[str, str]]:
-    """Those of the machine code of this name."""
-    usage = _cuobjdump("--dump-resource-usage", "-arch", code)
-    parts = _cuobjdump("--dump-sass", "-arch", code).split("\tFunction : ")[1:]
+    usage = _cuobjdump("--dump-resource-usage", "-arch", f"sm_{arch}")
+    parts = _cuobjdump("--dump-sass", "-arch", f"sm_{arch}").split("\tFunction : ")[1:]
     sass = dict(part.split("\n", 1) for part in parts)
     rows = []
     for name, text in re.findall(r"Function (\w+):\s*(REG.*)", usage):
@@ -211,7 +204,7 @@ def _cuda_rows(arch: int, code: str, threads: dict[str, int]) -> list[dict[str, 
         values += [f"{share:.2f}" if block else "", matrix_unit(sass[name]), loads]
         values += [bytes_in_flight(parse(sass[name]))]
         rows.append(dict(zip(CUDA_COLUMNS, map(str, values))))
-    return rows
+    return sorted(rows, key=lambda row: row["kernel"])
 
 
 def differences(old: str, new: str) -> list[str]:

@@ -95,6 +95,34 @@ __device__ __forceinline__ void clean(const Attention& a, const uint8_t* mask, F
   }
 }
 
+// The online softmax: 2^(factor s + shift - maximum) of a block. rescale: the factors of what was summed so far.
+template <class T, int NT>
+__device__ __forceinline__ void exponentiate(float (&s)[NT][4], float factor, float shift, float (&maximum)[2],
+                                             float (&total)[2], float (&rescale)[2]) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    float top = -kInf;
+#pragma unroll
+    for (int n = 0; n < NT; ++n) top = fmaxf(top, fmaxf(s[n][2 * h], s[n][2 * h + 1]));
+    top = fmaxf(top, __shfl_xor_sync(0xFFFFFFFFu, top, 1));
+    top = fmaxf(top, __shfl_xor_sync(0xFFFFFFFFu, top, 2));
+    top = fmaxf(maximum[h], fmaf(top, factor, shift));
+    const float least = top == -kInf ? 0.0f : top;  // a row that has seen no key yet
+    rescale[h] = power<T>(maximum[h] - least);
+    maximum[h] = top;
+    float sum = 0.0f;
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+#pragma unroll
+      for (int e = 2 * h; e < 2 * h + 2; ++e) {
+        s[n][e] = power<T>(fmaf(s[n][e], factor, shift - least));
+        sum += s[n][e];
+      }
+    }
+    total[h] = fmaf(total[h], rescale[h], sum);
+  }
+}
+
 // A warpgroup: its 64 queries. lost: cu_seqlens are wrong.
 template <bool EXTRAS, class T, int D, int N>
 __device__ __forceinline__ void compute(const AttentionForward& f, const uint8_t* mask, ForwardShared<T, D, N>& shared,
@@ -126,8 +154,7 @@ __device__ __forceinline__ void compute(const AttentionForward& f, const uint8_t
     wait(&shared.v_full[stage], step / kStages & 1);
     start_accumulate(acc[0], p, shared.v[stage]);
   };
-  // Turns scores into probabilities. rescale: the factors of what was summed so far. kind:
-  // std::false_type for a plain block.
+  // Turns scores into probabilities. kind: std::false_type for a plain block.
   auto soften = [&](int step, auto kind, float (&rescale)[2]) {
     constexpr bool masked = decltype(kind)::value;
     const int col0 = plan.column(step, N);
@@ -139,31 +166,11 @@ __device__ __forceinline__ void compute(const AttentionForward& f, const uint8_t
     } else if (biased) {
       shift = bias[plan.before(step) ? 0 : 2 * a.far];
     }
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float top = -kInf;
-#pragma unroll
-      for (int n = 0; n < NT; ++n) top = fmaxf(top, fmaxf(s[0][n][2 * h], s[0][n][2 * h + 1]));
-      top = fmaxf(top, __shfl_xor_sync(0xFFFFFFFFu, top, 1));
-      top = fmaxf(top, __shfl_xor_sync(0xFFFFFFFFu, top, 2));
-      top = fmaxf(maximum[h], fmaf(top, factor, shift));
-      const float least = top == -kInf ? 0.0f : top;  // a row that has seen no key yet
-      rescale[h] = power<T>(maximum[h] - least);
-      maximum[h] = top;
-      float sum = 0.0f;
-#pragma unroll
-      for (int n = 0; n < NT; ++n) {
-#pragma unroll
-        for (int e = 2 * h; e < 2 * h + 2; ++e) {
-          s[0][n][e] = power<T>(fmaf(s[0][n][e], factor, shift - least));
-          sum += s[0][n][e];
-        }
-      }
-      total[0][h] = fmaf(total[0][h], rescale[h], sum);
-    }
+    exponentiate<T>(s[0], factor, shift, maximum, total[0], rescale);
     if (drops) KeptKeys<1, NT>(shared.bytes, shared.dropout, warp_row, col0, straddles && masked).apply(s, 1.0f);
     settle(s[0]);
   };
+
   float rescale[2];
   wait(&shared.q_full, 0);
   if (plan.count > 0) {
@@ -186,11 +193,7 @@ __device__ __forceinline__ void compute(const AttentionForward& f, const uint8_t
       settle(s[0]);
       release(&shared.k_free[step % kStages]);
       // Both branches have the whole of it: ptxas moves a softmax behind the wait if both are in one basic block.
-      if (step < plan.plain()) {
-        soften(step, std::false_type(), rescale);
-      } else {
-        soften(step, std::true_type(), rescale);
-      }
+      step < plan.plain() ? soften(step, std::false_type(), rescale) : soften(step, std::true_type(), rescale);
       products_wait<0>();
       settle(acc[0]);
       release(&shared.v_free[(step - 1) % kStages]);
