@@ -70,7 +70,7 @@ FASTLM_INLINE void gradient_row(float* scores, float* dscores, int64_t lanes, co
 FASTLM_CLONES void gradient_tile(float* scores, float* dscores, int64_t n, int64_t lanes, int64_t j0, int64_t i0,
                                  const float* lse, const float* delta, int64_t sequence_head, Key key,
                                  uint32_t threshold) {
-  DropoutWords words;
+  Lanes words;
   for (int64_t j = j0; j < j0 + n; ++j) {
     float *s = scores + (j - j0) * QUERIES, *ds = dscores + (j - j0) * QUERIES;
     if (threshold == 0) {
