@@ -95,6 +95,12 @@ def backends_table(device: str) -> list[str]:
     return lines
 
 
+def _units() -> str:
+    """What multiplies bfloat16 in the CPU's attention."""
+    isa = _native.cpu().isa()
+    return f", attention in bfloat16 multiplies on {isa}" if isa.startswith(("amx", "avx512-bf16")) else ""
+
+
 def _architectures(cuda) -> str:
     """nvcc's "800,900" as "sm_80, sm_90"."""
     return ", ".join(f"sm_{int(code) // 10}" for code in cuda.architectures().split(","))
@@ -135,7 +141,7 @@ def report() -> str:
         "threads": m["waiting"],
         "CPU's rate": _rates(),
         "train.dtype": _auto_dtypes(bool(m["gpu"])),
-        "CPU kernels": missing_cpu or f"built; they run {m['cpu_code']} code here",
+        "CPU kernels": missing_cpu or f"built; they run {m['cpu_code']} code here{_units()}",
         "AdamW": "torch's fused one" if missing_cpu else "fastlm's for float32 on the CPU, else torch's fused one",
         "OpenMP": ", ".join(openmp) if openmp else "none mapped",
         "allocator": m["allocator"],

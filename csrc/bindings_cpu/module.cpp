@@ -34,6 +34,7 @@ void bind_math(py::module_& m) {
 }
 
 void bind_isa(py::module_& m) {
+  m.def("isa", &isa_name);
   m.def("isas", &isas);
   m.def("use_isa", [](const std::optional<std::string>& name) { return use_isa(name.value_or("auto")); });
   m.def("bf16_product", [](Address a, Address b, Address c, int64_t rows, int64_t columns, int64_t depth) {

@@ -70,7 +70,7 @@ FASTLM_INLINE void gradient_row(float* scores, float* dscores, int64_t lanes, co
 FASTLM_CLONES void gradient_tile(float* scores, float* dscores, int64_t n, int64_t lanes, int64_t j0, int64_t i0,
                                  const float* lse, const float* delta, int64_t sequence_head, Key key,
                                  uint32_t threshold) {
-  DropoutWords words;
+  Lanes words;
   for (int64_t j = j0; j < j0 + n; ++j) {
     float *s = scores + (j - j0) * QUERIES, *ds = dscores + (j - j0) * QUERIES;
     if (threshold == 0) {
@@ -173,7 +173,7 @@ void backward_task(const Attention& a, const Buckets& buckets, const AttentionBa
 template <class T>
 class FloatBackward {
  public:
-  FloatBackward(const Attention& a, const Buckets& buckets, int64_t max_sq, int64_t max_sk)
+  FloatBackward(const Attention& a, const Buckets& buckets, int64_t max_sq, int64_t max_sk, int64_t)
       : a_(a), buckets_(buckets), scratch_(max_sq, max_sk, round_up(a.d, kGemmLanes)) {}
   void task(const AttentionBackward& g, const Sequence& s, int64_t head, Key key) {
     backward_task<T>(a_, buckets_, g, s, head, key, scratch_);
@@ -193,8 +193,9 @@ void backward(const Attention& a, const AttentionBackward& g, int threads) {
   const Key key = a.dropout.threshold ? dropout_key(a.dropout.rng, a.dropout.site) : Key{0, 0};
   const Buckets buckets(a, max_sq, max_sk);
   std::atomic<int64_t> next{0};
-  parallel_for(std::min<int64_t>(threads, tasks), 1, threads, [&](int64_t, int64_t) {  // one piece per thread
-    Worker worker(a, buckets, max_sq, max_sk);
+  const int64_t pieces = std::min<int64_t>(threads, tasks);
+  parallel_for(pieces, 1, threads, [&](int64_t, int64_t) {  // one piece per thread
+    Worker worker(a, buckets, max_sq, max_sk, pieces);
     for (int64_t task; (task = next++) < tasks;) {
       worker.task(g, Sequence(a, task / a.heads), task % a.heads, key);
     }

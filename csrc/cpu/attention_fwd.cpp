@@ -72,7 +72,7 @@ FASTLM_CLONES void scale_lanes(float* x, int64_t d, int64_t lanes, const float* 
 // Sets to zero the dropped elements of keys [j0, j0 + n).
 FASTLM_CLONES void drop_tile(float* scores, int64_t n, int64_t lanes, int64_t j0, int64_t i0, int64_t sequence_head,
                              Key key, uint32_t threshold) {
-  DropoutWords words;
+  Lanes words;
   for (int64_t j = j0; j < j0 + n; ++j) {
     if (j == j0 || j % 16 == 0) draw(j / 16, i0, sequence_head, key, lanes, words);
     const uint32_t* word = words.word[j % 16 / 4];

@@ -12,7 +12,7 @@
 #include "attention.h"
 #include "gemm.h"
 #include "math.h"
-#include "philox.h"
+#include "philox_many.h"
 #include "simd.h"
 
 namespace fastlm::cpu {
@@ -203,20 +203,10 @@ inline void score_tile(const Attention& a, const Sequence& s, int64_t i0, int64_
   mask_scores(a, s, i0, count, lanes, j0, n, scores);
 }
 
-// Dropout's bytes for sixteen keys, 16 group + 0..15, and a tile's queries: byte m%4 of words[m/4][lane] is for key m.
-struct DropoutWords {
-  uint32_t word[4][QUERIES];
-};
-
-FASTLM_INLINE void draw(int64_t group, int64_t i0, int64_t sequence_head, Key key, int64_t lanes, DropoutWords& words) {
-#pragma omp simd
-  for (int64_t i = 0; i < lanes; ++i) {
-    const Words w = philox(uint32_t(group), uint32_t(i0 + i), uint32_t(sequence_head), 0u, key);
-    words.word[0][i] = w.r0;
-    words.word[1][i] = w.r1;
-    words.word[2][i] = w.r2;
-    words.word[3][i] = w.r3;
-  }
+// Dropout's bytes for sixteen keys, 16 group + 0..15, and a tile's queries: byte m%4 of words.word[m/4][lane] is for
+// key m.
+inline void draw(int64_t group, int64_t i0, int64_t sequence_head, Key key, int64_t lanes, Lanes& words) {
+  philox_block(words, {1, lanes, uint32_t(group), uint32_t(i0), uint32_t(sequence_head)}, key);
 }
 
 FASTLM_INLINE bool kept(uint32_t word, int64_t key, uint32_t threshold) {

@@ -24,6 +24,14 @@ FASTLM_CLONES void pack_rows(const HeadRows& x, int64_t begin, int64_t count, in
   }
 }
 
+void prefetch_rows(const bfloat16* rows, int64_t stride, int64_t count, int64_t d, bool write) {
+  for (int64_t r = 0; r < count; ++r, rows += stride) {
+    for (int64_t c = 0; c < d; c += UNIT_DEPTH) {
+      write ? __builtin_prefetch(rows + c, 1, 2) : __builtin_prefetch(rows + c, 0, 2);
+    }
+  }
+}
+
 BlockRows block_rows(const HeadRows& x, int64_t begin, int64_t count, int64_t d, bfloat16* to, int64_t ld) {
   const bool whole = begin >= x.first && begin + count <= x.last && !x.mask && d == ld;
   if (whole && by_words(x.data, x.stride)) return {x.data + begin * x.stride, x.stride};

@@ -37,9 +37,10 @@ FASTLM_CLONES void add_dbias(const float* ds, int64_t n, int64_t count, float* d
 
 }  // namespace
 
-UnitBackward::UnitBackward(const Attention& a, const Buckets& buckets, int64_t max_sq, int64_t max_sk)
+UnitBackward::UnitBackward(const Attention& a, const Buckets& buckets, int64_t max_sq, int64_t max_sk, int64_t tasks)
     : a_(a),
       buckets_(buckets),
+      tasks_(tasks),
       units_(*units()),
       sizes_(a, max_sq, max_sk),
       in_use_(units_),
@@ -127,6 +128,20 @@ void UnitBackward::task(const AttentionBackward& g, const Sequence& s, int64_t h
   if (g.dtable) std::fill_n(dbias_.get(), bias_size(s), 0.0f);
 
   bfloat16* dq = static_cast<bfloat16*>(g.dq) + s.row_q * row + head * d;
+  prefetch_rows(dq, row, s.sq, d, true);
+  if (a_.heads == a_.kv_heads) {
+    prefetch_rows(static_cast<bfloat16*>(g.dk) + s.row_k * row + head * d, row, s.sk, d, true);
+    prefetch_rows(static_cast<bfloat16*>(g.dv) + s.row_k * row + head * d, row, s.sk, d, true);
+  }
+  if (const int64_t next = head + tasks_; next < a_.heads) {
+    const int64_t next_kv = next / (a_.heads / a_.kv_heads);
+    const bfloat16* const out = static_cast<const bfloat16*>(g.out) + s.row_q * row + next * d;
+    prefetch_rows(rows_of<bfloat16>(a_.q, a_.q_stride, s.b, a_.cu_q, next), a_.q_stride.row, s.sq, d, false);
+    prefetch_rows(rows_of<bfloat16>(a_.k, a_.k_stride, s.b, a_.cu_k, next_kv), a_.k_stride.row, s.sk, d, false);
+    prefetch_rows(rows_of<bfloat16>(a_.v, a_.v_stride, s.b, a_.cu_k, next_kv), a_.v_stride.row, s.sk, d, false);
+    prefetch_rows(rows_of<bfloat16>(g.dout, g.dout_stride, s.b, a_.cu_q, next), g.dout_stride.row, s.sq, d, false);
+    prefetch_rows(out, row, s.sq, d, false);
+  }
   for (int64_t i0 = 0; i0 < s.sq; i0 += QUERIES) {
     const int64_t count = std::min(QUERIES, s.sq - i0);
     load_block(g, s, head, i0, count);

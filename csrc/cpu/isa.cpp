@@ -80,6 +80,8 @@ std::atomic<int>& chosen() {
 
 Isa isa() { return Isa(chosen().load(std::memory_order_relaxed)); }
 
+std::string isa_name() { return NAMES[int(isa())]; }
+
 std::vector<std::string> isas() {
   std::vector<std::string> names;
   for (int i = 0; i < COUNT; ++i) {

@@ -31,6 +31,8 @@ Isa isa();
 // The set whose code runs where there is none for bfloat16 units.
 inline Isa float_isa() { return isa() == Isa::amx_twin ? Isa::portable : std::min(isa(), Isa::v4); }
 
+std::string isa_name();
+
 // The names of the sets that this CPU has, in that order.
 std::vector<std::string> isas();
 
