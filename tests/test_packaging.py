@@ -67,8 +67,10 @@ def tree(tmp_path_factory):
         shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=IGNORED)
     for objects in (ROOT / "build").glob("temp.*"):
         shutil.copytree(objects, tree / "build" / objects.name)
-    if (ROOT / "build" / "nvcc-flags").is_file():  # a new one would be newer than the objects, and nvcc takes minutes
-        shutil.copy2(ROOT / "build" / "nvcc-flags", tree / "build")
+    for name in ("nvcc-flags", "sm90/nvcc-flags"):  # a new one would be newer than the objects, and nvcc takes minutes
+        if (ROOT / "build" / name).is_file():
+            (tree / "build" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / "build" / name, tree / "build" / name)
     library = tree / "build" / f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
     for path in (tree / STALE[0], *(library / name for name in STALE)):
         path.parent.mkdir(parents=True, exist_ok=True)
