@@ -46,8 +46,10 @@ def path() -> Path:
 
 def key(dtype: torch.dtype, threads: int) -> str:
     """What the file calls a measurement."""
-    name = str(dtype).removeprefix("torch.")
-    return f"{cpu_info()[0]}; {threads} threads; torch {torch.__version__}; {name}"
+    name, flags = cpu_info()
+    units = [unit for unit in ("avx512_bf16", "amx_bf16") if unit in flags]  # a virtual machine may hide them
+    dtype = str(dtype).removeprefix("torch.")
+    return "; ".join([name, *units, f"{threads} threads", f"torch {torch.__version__}", dtype])
 
 
 def _product(size: int, dtype: torch.dtype) -> Callable[[], object]:

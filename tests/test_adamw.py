@@ -154,6 +154,12 @@ def test_copies_in_bfloat16(make, dtype):
         ours[-1].add_(1.0)  # not the optimizer's, which the next block sees
     with low.fresh(torch.bfloat16):
         assert all(torch.equal(copy, p.bfloat16()) for copy, p in zip(copies, ours))
+    low.wrote(ours)
+    version = ours[-1]._version
+    ours[-1].data.mul_(2.0)  # what autograd does not count
+    assert ours[-1]._version == version
+    with low.fresh(torch.bfloat16):
+        assert all(torch.equal(copy, p.bfloat16()) for copy, p in zip(copies, ours))
 
 
 def test_lamb_in_two_passes_is_lamb(monkeypatch):
@@ -247,6 +253,19 @@ def test_backward_through_an_updated_weight_is_noticed():
     optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_backward_through_an_updated_copy_is_noticed():
+    (p,) = weights(((3, 4),))
+    optimizer, low = AdamW([p]), LowWeights([p])
+    optimizer.low_weights = low
+    x = torch.ones(2, 4, dtype=torch.bfloat16, requires_grad=True)
+    with low.fresh(torch.bfloat16):
+        y = x @ low_copy(p, torch.bfloat16).t()
+    set_gradients([p], 0)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
 @pytest.mark.parametrize("fused", [True, None])

@@ -280,7 +280,10 @@ def test_sizes_that_do_not_fit_into_memory_are_not_tried(data, monkeypatch):
     assert _memory.fitting(task, model.config, [8, 16, 32, 64]) == [8]  # check_step then refuses it
     monkeypatch.setattr(micro_size, "_seconds", None)
     choice = micro_size.find_size(task, model, 1, FLOAT32)
-    assert (choice.tokens, choice.note(32)) == (256, "train.micro_batch_tokens=256: no other size fits")
+    assert (choice.tokens, choice.note(32)) == (
+        256,
+        "train.micro_batch_tokens=256: no other size divides the batch and fits into memory",
+    )
 
 
 def test_a_run_keeps_its_micro_batch(data, tmp_path, said, monkeypatch, interrupted):

@@ -181,3 +181,20 @@ def test_amx_is_its_twin_to_the_bit(use):
     for ours, twin in zip(amx, everything()):
         assert torch.equal(ours.isnan(), twin.isnan())
         assert torch.equal(ours.nan_to_num(0.0), twin.nan_to_num(0.0))
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_scores_of_any_size(name, use):
+    """A key has all of a query's probability: p is 1, not what rounding a score and the maximum apart leaves."""
+    torch.manual_seed(0)
+    q, k, v, dout = (torch.randn(1, 64, 1, 64) for _ in range(4))
+    found = []
+    for isa in ("x86-64-v4", name):
+        use(isa)
+        q_, k_, v_ = (x.bfloat16().requires_grad_() for x in (2e3 * q, 2e3 * k, v))
+        out = ops.attention(q_, k_, v_)
+        out.backward(dout.bfloat16())
+        found.append((out, q_.grad, k_.grad))
+        assert v_.grad.abs().max() <= 64 * dout.abs().max()
+    for a, b in zip(*found):
+        assert torch.allclose(a, b, atol=0.02, rtol=0.02)

@@ -8,7 +8,7 @@ from fastlm import models
 from fastlm.models import Counts, bert
 from fastlm.nn import linear as linears
 from fastlm.nn.linear import Linear, linear
-from fastlm.ops import _low_weights, layer_norm
+from fastlm.ops import _low_weights, _products, layer_norm
 from fastlm.ops._heads import split_heads
 from fastlm.ops._low_weights import LowWeights
 from fastlm.ops._products import COLUMNS, transposed_mm
@@ -149,6 +149,22 @@ def test_a_steps_losses_and_weights(recompute, micro_batches, monkeypatch):
     low = {torch.float32, torch.bfloat16} if micro_batches == 1 else {torch.float32}
     assert dtypes == 3 * [low] + 3 * [{torch.float32}]
     assert all(map(torch.equal, weights, others))
+
+
+def test_a_bias_with_a_stride():
+    x, w, b = torch.randn(6, 32).bfloat16(), torch.randn(16, 32).bfloat16(), torch.randn(32).bfloat16()
+    for bias in (b[::2], b[:1].expand(16)):
+        assert torch.equal(_products.linear(x, w, bias), _products.linear(x, w, bias.contiguous()))
+
+
+def test_a_step_in_float16_has_float32_gradients():
+    torch.manual_seed(0)
+    model = models.GPT2(models.GPT2Config(vocab_size=99, n_positions=16, n_embd=32, n_layer=1, n_head=2))
+    ids = torch.randint(99, (1, 16))
+    micro = Micro({"input_ids": ids, "labels": ids}, Counts(16, 15))
+    optimizer = make_optimizer(model, TrainTable())
+    loss = train_step(model, optimizer, [micro], lr=1e-3, grad_clip=1.0, dtype=torch.float16)[0]
+    assert loss.isfinite()
 
 
 def test_heads_whose_gradients_are_apart():

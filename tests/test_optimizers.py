@@ -59,6 +59,11 @@ def test_muon_is_torchs():
         assert drift < 0.05 * 0.02 * 0.2 * 40**0.5
 
 
+def test_muon_refuses_float16():
+    with pytest.raises(ValueError, match="dtype: expected None, float32 or bfloat16, got float16"):
+        Muon([torch.nn.Parameter(torch.zeros(2, 2))], dtype=torch.float16)
+
+
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_muon_by_passes_is_muon(dtype, monkeypatch):
     """csrc/cpu/muon.cpp beside plain torch, of matrices that lie by rows and by columns; it writes bfloat16 copies."""

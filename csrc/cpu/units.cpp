@@ -32,6 +32,10 @@ FASTLM_INLINE void put(const V& x, T* to) {
 struct Plain {
   // a where it is larger, else b: also where one is NaN.
   FASTLM_INLINE void larger(const Floats& a, const Floats& b, Floats& out) { out = a > b ? a : b; }
+  // x, which the compiler then does not make part of an FMA.
+  FASTLM_INLINE void rounded(Floats& x) { asm("" : "+m"(x)); }
+  // a where it is smaller, else b.
+  FASTLM_INLINE void smaller(const Floats& a, const Floats& b, Floats& out) { out = a < b ? a : b; }
 
   // bfloat16 of low, then of high.
   FASTLM_INLINE void round(const Floats& low, const Floats& high, Halves& out) {
@@ -59,6 +63,10 @@ struct Plain {
 struct Avx512Bf16 {
   FASTLM_INLINE void larger(const Floats& a, const Floats& b, Floats& out) {
     asm("vmaxps %2, %1, %0" : "=v"(out) : "v"(a), "v"(b));
+  }
+  FASTLM_INLINE void rounded(Floats& x) { asm("" : "+v"(x)); }
+  FASTLM_INLINE void smaller(const Floats& a, const Floats& b, Floats& out) {
+    asm("vminps %2, %1, %0" : "=v"(out) : "v"(a), "v"(b));
   }
 
   // Denormals become 0.
@@ -180,7 +188,12 @@ FASTLM_INLINE bool softmax_lanes(const UnitSoftmax& a) {
 #pragma GCC unroll 4
       for (int r = 0; r < 4; ++r) {
         get(t.scores + (j + r) * ROW + lane, e[r]);
-        e[r] = BIAS ? e[r] - shift : e[r] * t.factor - shift;
+        if constexpr (!BIAS) {
+          // As the maximum is rounded: with an FMA, a score of 1e6 would exceed it by what the maximum lost.
+          e[r] = e[r] * t.factor;
+          W::rounded(e[r]);
+        }
+        e[r] = e[r] - shift;
         exp2_lanes<W>(e[r]);
         total[r] += e[r];
         if constexpr (DROPOUT) drop_lanes(words, r, t.last, e[r]);
@@ -227,6 +240,7 @@ FASTLM_INLINE void gradient_lanes(const UnitGradient& a) {
         } else {
           p[r] = p[r] * t.factor - lse;
         }
+        W::smaller(Floats{}, p[r], p[r]);  // what lse and a score of 1e6 lost by rounding exceeds 0; NaN stays
         exp2_lanes<W>(p[r]);
         if constexpr (DROPOUT) drop_lanes(words, r, t.last, product);
         ds[r] = p[r] * (product * a.scale - delta);

@@ -113,6 +113,7 @@ def _chunks(inputs: Inputs, losses: Losses, dloss, wanted: Wanted, row_bytes: in
                 torch.mm(g, w, out=dhidden[chunk])
             if wanted.dweight or wanted.dbias:
                 _add_weight_gradient(dweight, dbias, g, x, wanted, first=begin == 0)
+            del g, logits  # else the next chunk is made beside this one
     dweight, dbias = dweight[:vocabulary], dbias[:vocabulary]
     return Gradients(dhidden.view(hidden.shape if wanted.dhidden else 0), dweight.to(weight.dtype), dbias.to(h.dtype))
 

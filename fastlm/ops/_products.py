@@ -41,7 +41,7 @@ def adds_bias(x: torch.Tensor) -> bool:
 def linear(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
     """F.linear, without a gradient; x, w and b of one dtype."""
     if b is not None and adds_bias(x):
-        return torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, w, b.contiguous(), "none", [], "")  # it ignores a stride of b
     return F.linear(x, w, b)
 
 

@@ -138,6 +138,7 @@ def fused_update(optimizer: torch.optim.Optimizer, kernel: str) -> None:
             copy = low.writable(w) if low is not None and work is w else None
             if copy is not None:
                 cast.append(w)
+                written.append(copy)
             size = w.numel(), number, _native.DTYPE_CODES[gradient.dtype]
             tensors.append((work, gradient, *moments, state["step"], copy, *size))
     with record_function(f"fastlm::{kernel}"):

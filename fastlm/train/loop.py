@@ -211,6 +211,7 @@ class _Run:
         recipe, micro = settle_size(self.task, model, world)
         if recipe is not self.recipe:
             self.recipe, self.task = recipe, find_task(recipe.task)(recipe, data.train, device, data.validation)
+        world.micros(recipe.micro_count, recipe.train.micro_key)
         self.words = why, micro
         self.memory = check_step(self.task, model.config)
         self.model = model.to(device).train()

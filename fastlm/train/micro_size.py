@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from fastlm.models import Model
-from fastlm.nn.linear import LowWeights
+from fastlm.ops._low_weights import LowWeights
 from fastlm.run.recipe import Recipe
 from fastlm.tasks import Task
 from fastlm.train._memory import fitting
@@ -42,7 +42,7 @@ class Choice(NamedTuple):
     def note(self, row_tokens: int) -> str:
         """A line for the terminal."""
         if not self.seconds:
-            return f"train.micro_batch_tokens={self.tokens}: no other size fits"
+            return f"train.micro_batch_tokens={self.tokens}: no other size divides the batch and fits into memory"
         rates = ", ".join(f"{row_tokens / s:,.0f} with {tokens:,}" for tokens, s in self.seconds.items())
         return (
             f"train.micro_batch_tokens={self.tokens}: the fastest here; tokens/s of forward and backward: {rates}; "

@@ -90,7 +90,7 @@ class Muon(Scaled):
 
     `grad_scale` and `found_inf` as of `Scaled`.
 
-    ValueError for parameters of other than two dimensions, or rows that `parts` does not divide.
+    ValueError for parameters of other than two dimensions, or rows that `parts` does not divide, and for another dtype.
 
     shards: with parameters that are this process's rows of matrices, the `fastlm.train.parallel.Shards` that knows the
         others'. Every process then orthogonalizes the whole matrix, and keeps its rows.
@@ -106,6 +106,8 @@ class Muon(Scaled):
         shards=None,
         dtype: torch.dtype | None = None,
     ):
+        if dtype not in (None, torch.float32, torch.bfloat16):
+            raise ValueError(f"dtype: expected None, float32 or bfloat16, got {str(dtype).removeprefix('torch.')}")
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "parts": 1})
         self.shards, self.dtype = shards, dtype
         for group in self.param_groups:
@@ -161,7 +163,7 @@ class Muon(Scaled):
         for to, of in ((p, w), (momentum, m)):
             if to is not of:
                 to.copy_(of)
-        torch.autograd.graph.increment_version((p, momentum))
+        torch.autograd.graph.increment_version([t for t in (p, momentum, copy) if t is not None])
         if copy is not None:
             self.low_weights.wrote((p,))
 

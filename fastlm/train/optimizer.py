@@ -136,7 +136,7 @@ def train_step(
     """
     copies = copies_of(model, dtype) if shards is None else None
     optimizer.low_weights, parameters = copies, [p for group in optimizer.param_groups for p in group["params"]]
-    single = len(micros) == 1 and world.size == 1 and graph is None and copies is not None
+    single = len(micros) == 1 and world.size == 1 and graph is None and copies is not None and dtype == torch.bfloat16
     low = single and parameters[0].is_cpu and getattr(optimizer, "low_gradients", False)
     with low_gradients(parameters) if low else nullcontext():
         return _train_step(model, optimizer, micros, lr, grad_clip, dtype, world, shards, stop, graph)
