@@ -117,13 +117,48 @@ def test_a_missing_barrier_of_the_cluster_is_found(which, kind, message):
     assert "sm90/cross_entropy.cu" in finding.location
 
 
+def arguments(x, columns):
+    """Of the forward's C++ functions, for one row; x is not read."""
+    none = dict.fromkeys(("weight", "weight_sum", "parts", "dloss", "z", "accuracy", "dx"))
+    none |= {"x": x, "target": torch.zeros(1, dtype=torch.int64), "loss": torch.zeros(1), "rows": 1, "cols": columns}
+    none |= {"stride_x": columns, "stride_dx": 0, "ignore_index": -100, "label_smoothing": 0.0, "z_loss": 0.0}
+    return none | {"softcap": 0.0, "dtype": _native.DTYPE_CODES[x.dtype], "place": (0, 0)}
+
+
 def test_a_row_that_no_cluster_holds_is_refused():
-    fields = dict.fromkeys(("weight", "weight_sum", "parts", "dloss", "z", "accuracy", "dx"))
-    fields |= {"x": torch.zeros(1, 8), "target": torch.zeros(1, dtype=torch.int64), "loss": torch.zeros(1), "rows": 1}
-    fields |= {"stride_x": 8, "stride_dx": 0, "ignore_index": -100, "label_smoothing": 0.0, "z_loss": 0.0}
     with (
         cluster(),
         pytest.raises(ValueError, match=r"at most 1835008 bytes, which a cluster holds, got one of 1835012"),
     ):
-        _native.cuda().cross_entropy_fwd_sm90(**fields, softcap=0.0, cols=458753, dtype=0, place=(0, 0))
+        _native.cuda().cross_entropy_fwd_sm90(**arguments(torch.zeros(1, 8), 458753))
     assert MOST == _native.cuda().CLUSTER_ROW_BYTES
+
+
+def static_shared(text):
+    """The bytes of static shared memory of each kernel in PTX."""
+    sizes = {}
+    for entry, body in re.findall(r"\.entry (\w+)\(.*?\n\{(.*?)\n\}", text, re.DOTALL):
+        variables = re.findall(r"\.shared \.align \d+ \.b8 \w+\[(\d+)\];", body)
+        sizes[entry] = sum(int(size) for size in variables)
+    return sizes
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_shared_memory_of_more_than_48_kb_is_requested(dtype):
+    """Static and dynamic together: rows with which the dynamic memory alone stays below that, by a few bytes."""
+    unasked, most, static, launches = _native.cuda().UNASKED_SHARED, 48 << 10, static_shared(kernels()), []
+    assert max(static.values()) > 500
+    bytes_ = dtype.itemsize
+    for kernel, least, end in (("", 48_700, 49_200), ("cluster", 8 * 48_600, 8 * 49_200)):
+        for columns in range(least // bytes_, end // bytes_, (end - least) // bytes_ // 8):
+            args = arguments(torch.empty(1, 1, dtype=dtype).expand(1, columns), columns)
+            _native.record_cuda(lambda entry, grid, block, shared, params: launches.append((entry, shared)))
+            try:
+                getattr(_native.cuda(), "cross_entropy_fwd_sm90" if kernel else "cross_entropy_fwd")(**args)
+            finally:
+                _native.record_cuda(None)
+    sums = [dynamic + static[entry] for entry, dynamic in launches]
+    assert any(dynamic <= most < both for (_, dynamic), both in zip(launches, sums))  # where it was forgotten
+    for (entry, dynamic), both in zip(launches, sums):
+        assert dynamic > unasked or both <= most, entry
+    assert max(static.values()) <= most - unasked
