@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ class Preference(NamedTuple):
     applies(x, **features): what else x must be, or None.
     backend: what runs. kernel: which of its kernels the backend then runs, also for a caller who named the backend; "":
         its usual one.
+    displaces: whether "auto" leaves its order for it. Else it only says which of its kernels the backend runs.
     measured: on such a device. Else it is a prediction, which never displaces a measured entry.
     why: in words, for fastlm info.
     """
@@ -29,11 +31,17 @@ class Preference(NamedTuple):
     shape: tuple[tuple[int, int, int | None], ...] = ()
     applies: Callable | None = None
     kernel: str = ""
+    displaces: bool = True
     measured: bool = True
 
 
 def measured_first(entries: tuple[Preference, ...]) -> tuple[Preference, ...]:
-    """The order in which they are tried: of two that describe an input, a predicted one never displaces a measured."""
+    """The order in which they are tried: of two that describe an input, a predicted one never displaces a measured.
+
+    With FASTLM_PREDICTED=0 in the environment, predicted ones are left out.
+    """
+    if os.environ.get("FASTLM_PREDICTED") == "0":
+        return tuple(entry for entry in entries if entry.measured)
     return tuple(sorted(entries, key=lambda entry: not entry.measured))
 
 
