@@ -125,3 +125,6 @@ def test_auto_takes_a_cluster_for_rows_past_the_cache(planted, columns, dtype, c
     x = on_a_gpu(8, columns, dtype=dtype)
     assert _registry.choose("cross_entropy", "auto", x) == ("cuda" if cluster else "triton")
     assert _registry.kernel("cross_entropy", "cuda", x) == ("cluster" if cluster else "")
+    for feature in ("softcap", "figures"):
+        assert _registry.choose("cross_entropy", "auto", x, **{feature: True}) == "triton"
+        assert _registry.kernel("cross_entropy", "cuda", x, **{feature: True}) == ""
