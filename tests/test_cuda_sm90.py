@@ -204,6 +204,17 @@ def test_what_the_kernel_takes():
         launched(x[..., :33])
 
 
+def test_what_tma_cannot_read_is_refused_by_name(monkeypatch):
+    """The adapter copies such inputs. The driver would say "error 1"."""
+    monkeypatch.setattr("fastlm.ops._cuda.attention._mapped", lambda x: x)
+    x = torch.zeros(2, 20, 3, 64, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"^q: expected an address .* 16 bytes, .* got \d+; use a copy"):
+        launched(torch.zeros(64 * 120 + 1).bfloat16()[1:].view(2, 20, 3, 64), k=x)
+    for wrong in (torch.zeros(2, 20, 3, 65).bfloat16()[..., :64], x[:, :, :1].expand(2, 20, 3, 64)):
+        with pytest.raises(ValueError, match=r"^k: expected strides of 16 bytes .* got (130|0); use a copy"):
+            launched(x, k=wrong)
+
+
 def machine_code(name):
     """What ptxas says of a file, and the machine code of its kernels."""
     knobs = pytest.importorskip("triton.knobs")  # where Triton's cuobjdump is
@@ -228,6 +239,7 @@ def test_machine_code(name):
     log, kernels = machine_code(name)
     assert not serialised(log)
     assert set(re.findall(r"(\d+) bytes spill", log)) == {"0"}
+    assert set(re.findall(r"Used (\d+) registers", log)) == {"168"}  # what setmaxnreg shares out: kRegisters
     assert len(kernels) == 6
     for entry, code in kernels.items():
         assert "UTMALDG.4D" in code
