@@ -6,7 +6,7 @@ import its symbols resolve to the library that torch has loaded (fastlm/_native.
 fastlm._cuda is built if nvcc is found (CUDA_HOME, else PATH). Settings of the build:
   FASTLM_CUDA=0             leaves CUDA out
   FASTLM_CUDA_ARCHS=90,100  architectures of the machine code, with PTX of the last one (default: 80,90,100)
-The kernels of csrc/cuda/sm90 have machine code of sm_90a alone, whatever the architectures.
+The kernels of csrc/cuda/sm90 have machine code of sm_90a alone, whatever the architectures. It takes nvcc 12 or later.
 The kernels do not know Python. Their objects, in build/temp.cuda, are compiled once for all Python versions.
 """
 

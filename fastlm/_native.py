@@ -130,17 +130,4 @@ def cuda_place(tensor: torch.Tensor) -> Place:
     return Place(tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream)
 
 
-@functools.cache
-def _sm90_devices() -> tuple[bool, ...]:
-    return tuple(device.capability == 90 for device in _cuda()[0].devices())
-
-
-def cuda_is_sm90(place: Place) -> bool:
-    """Whether a device runs the kernels of csrc/cuda/sm90, which are for compute capability 9.0 alone.
-
-    False where a recorder takes the launches.
-    """
-    return cuda_recorder is None and _sm90_devices()[place.device]
-
-
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

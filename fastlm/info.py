@@ -91,7 +91,9 @@ def backends_table(device: str) -> list[str]:
     lines = [f"{row[0]:<24}" + "".join(f"{word:<14}" for word in row[1:]).rstrip() for row in rows]
     lines += [f"  ({i}) {reason}" for i, reason in enumerate(reasons, 1)]
     for op in _registry.ops():
-        lines += [f"  {op}: auto is {_words(p)} {p.why}" for p in _registry.preferences(op, device)]
+        for p in _registry.preferences(op, device):
+            head = "auto is" if p.displaces else f'backend="{p.backend}" runs'
+            lines.append(f"  {op}: {head} {_words(p)} {p.why}")
     return lines
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastlm import _native, info
+from fastlm import _native, info, ops
 from fastlm.ops import _preferences, _registry
 
 
@@ -67,6 +67,49 @@ def test_an_entry_describes_inputs(planted, described, chosen):
     assert _registry.choose("rms_norm", "auto", on_a_gpu(4, 1024)) == ("cuda" if chosen else "triton")
 
 
+def test_an_entry_says_first_what_needs_neither_sizes_nor_a_device(planted, monkeypatch):
+    """Of a fake tensor on a device that is not here: no query for it fails."""
+    monkeypatch.undo()
+    monkeypatch.setattr(_preferences, "_capability_of", _preferences._capability_of.__wrapped__)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not _preferences.describes(entry("cuda"), on_a_gpu(4, 1024), {})
+    monkeypatch.setattr(_preferences, "_capability", lambda index: pytest.fail("a query"))
+    assert not _preferences.describes(entry("cuda", applies=lambda x: False), on_a_gpu(4, 1024), {})
+    assert not _preferences.describes(entry("cuda", dtypes=(torch.float16,)), on_a_gpu(4, 1024), {})
+
+
+def test_an_entry_sets_no_bounds_on_symbolic_sizes(monkeypatch):
+    """torch.compile makes one graph for all lengths, and torch.export takes a Dim; a size that is fixed is compared."""
+    page, weight = _registry._pages["rms_norm"], torch.ones(32)
+    graphs = []
+
+    def remember(graph, inputs):
+        graphs.append(any("fastlm" in str(node.target) for node in graph.graph.nodes))
+        return graph.forward
+
+    class Norm(torch.nn.Module):
+        def forward(self, x):
+            return ops.rms_norm(x, weight)
+
+    for dimension, least, ours in ((0, 512, True), (1, 16, False)):
+        chosen = _preferences.Preference("cpu", "reference", "for a test", shape=((dimension, least, None),))
+        monkeypatch.setitem(_registry._pages, "rms_norm", page._replace(prefer=(chosen,)))
+        torch._dynamo.reset()
+        graphs.clear()
+        compiled = torch.compile(Norm(), backend=remember)
+        for length in (600, 300):
+            x = torch.randn(length, 32)
+            torch._dynamo.mark_dynamic(x, 0)
+            compiled(x)
+        assert graphs == [ours]
+    monkeypatch.setitem(
+        _registry._pages, "rms_norm", page._replace(prefer=(chosen._replace(shape=((0, 512, None), (1, 1, None))),))
+    )
+    lengths = {0: torch.export.Dim("length", min=2, max=4096)}
+    exported = torch.export.export(Norm(), (torch.randn(600, 32),), dynamic_shapes=(lengths,))
+    assert exported.module()(torch.randn(300, 32)).shape == (300, 32)
+
+
 @pytest.mark.parametrize(
     ("columns", "dtype", "cluster"),
     [
@@ -82,3 +125,6 @@ def test_auto_takes_a_cluster_for_rows_past_the_cache(planted, columns, dtype, c
     x = on_a_gpu(8, columns, dtype=dtype)
     assert _registry.choose("cross_entropy", "auto", x) == ("cuda" if cluster else "triton")
     assert _registry.kernel("cross_entropy", "cuda", x) == ("cluster" if cluster else "")
+    for feature in ("softcap", "figures"):
+        assert _registry.choose("cross_entropy", "auto", x, **{feature: True}) == "triton"
+        assert _registry.kernel("cross_entropy", "cuda", x, **{feature: True}) == ""

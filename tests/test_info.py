@@ -31,6 +31,8 @@ def test_a_backend_that_cannot_run_has_its_reason():
         "  cross_entropy: auto is cuda's cluster kernel (predicted, not measured) on sm_90, for 97281 to 458752 classes"
     )
     assert any(line.startswith(predicted) for line in lines)
+    long = '  attention: backend="cuda" runs cuda\'s sm90 kernel (predicted, not measured) on sm_90, for 16-bit input'
+    assert any(line.startswith(long) for line in lines)
     assert not any("auto is sdpa on" in line for line in info.backends_table("cpu"))
 
 

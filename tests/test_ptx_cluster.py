@@ -56,9 +56,10 @@ def run(kernel, fault, blocks, **options):
 
 
 @needs_nvcc
-@pytest.mark.parametrize("blocks", [1, 2, 4])
-def test_blocks_read_and_add_to_each_others_shared_memory(blocks):
-    x, y = run("ring", 0, blocks)
+@pytest.mark.parametrize(("blocks", "fault"), [(1, 0), (2, 0), (4, 0), (4, 13)])
+def test_blocks_read_and_add_to_each_others_shared_memory(blocks, fault):
+    """13: a relaxed arrival, after a fence of the cluster's scope."""
+    x, y = run("ring", fault, blocks)
     votes = (x & 1).sum(-1, keepdim=True)  # each block's value is counted at its reader's next
     expected = x.roll(-1, 1) + 2 * x + 1000 * (votes + THREADS)
     assert torch.equal(y, expected.to(y.dtype))

@@ -45,6 +45,7 @@ PYBIND11_MODULE(_cuda, m) {
       "f(entry, grid, block, shared_bytes, params) is called in place of every launch; None ends it.");
   m.def("drop_launches", &drop_launches,
         "Leaves launches out, for measuring the host's share of a call; False ends it.");
+  m.attr("UNASKED_SHARED") = kUnasked;
   m.def("compiler", &compiler, "The version of the nvcc that made this build, as '13.0.48'.");
   m.def("architectures", &architectures, "Architectures with machine code in this build, as '800,900,1000'.");
 }

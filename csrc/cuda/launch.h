@@ -44,7 +44,7 @@ int multiprocessors(int device);
 // Bytes of shared memory that a block can have. Without a device it is sm_80's, for which tests execute kernels.
 size_t shared_memory(int device);
 
-// Allows a kernel this much dynamic shared memory on the current device. More than 48 KB must be requested.
+// Allows a kernel this much dynamic shared memory on the current device, if it must be requested (kUnasked).
 void allow_shared(const void* kernel, size_t bytes);
 
 // Blocks of a kernel that are resident at once on all multiprocessors of the current device, which is `device`. The
@@ -74,7 +74,7 @@ void append_parameter(std::string& params, const T& value) {
 template <class... P, class... A>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream, A... args) {
   if (on_device()) {
-    if (shared > 48 * 1024) allow_shared(reinterpret_cast<const void*>(kernel), shared);
+    allow_shared(reinterpret_cast<const void*>(kernel), shared);
     void* pointers[] = {const_cast<void*>(static_cast<const void*>(&args))...};
     check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, pointers, shared, stream),
           "cudaLaunchKernel");

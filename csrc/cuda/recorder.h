@@ -11,6 +11,10 @@ using Recorder = std::function<void(const char*, const unsigned*, size_t, const 
 void set_recorder(Recorder recorder);
 const Recorder& recorder();
 
+// Bytes of dynamic shared memory up to which a launch requests nothing. Unrequested are 48 KB, static memory included:
+// the rest is left to that. tests/test_cuda.py compares it with what the kernels have.
+constexpr size_t kUnasked = 32 * 1024;
+
 // For measuring the host's share of a call: launches are left out, without a recorder.
 void drop_launches(bool on);
 // Whether kernels are launched, neither recorded nor dropped. If not, the device is not used at all.

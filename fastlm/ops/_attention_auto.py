@@ -1,4 +1,5 @@
-"""Inputs of attention for which "auto" leaves its order of backends, by what was measured."""
+"""Inputs of attention for which "auto" leaves its order of backends, by what was measured, and those for which the
+kernels of sm_90a run, by prediction."""
 
 from __future__ import annotations
 
@@ -17,6 +18,18 @@ def sdpa_is_faster(q, packed=False, dropout=False, bias=False, masked=True, grad
     return q.shape[-1] in (64, 128)
 
 
+# Fewer keys a block are no work for a pipeline: then sm_80's kernels have two blocks on a multiprocessor, these one.
+LONG = 1024
+
+
+def fits_sm90(q, keys=0, longest=0, **features) -> bool:
+    """What csrc/cuda/sm90 takes, and is long enough. Strides have no say, or bits would depend on them.
+
+    keys: rows of k. longest: queries of the longest sequence.
+    """
+    return keys > 0 and longest >= LONG and q.shape[-1] % 8 == 0
+
+
 PREFER = (
     Preference(
         device="cuda",
@@ -27,5 +40,18 @@ PREFER = (
         applies=sdpa_is_faster,
         why="on sm_90, for padded 16-bit input of 512 tokens or more and d 64 or 128, without mask, window, bias, "
         "softcap, dropout and gradient: cuDNN's forward is 1.4 times as fast there",
+    ),
+    # Triton's kernels ran on an H100, so "auto" stays with them.
+    Preference(
+        device="cuda",
+        backend="cuda",
+        kernel="sm90",
+        sm=90,
+        dtypes=(torch.bfloat16, torch.float16),
+        shape=((-1, 40, 128),),
+        applies=fits_sm90,
+        displaces=False,
+        measured=False,
+        why=f"on sm_90, for 16-bit input of {LONG} tokens or more a sequence and d 40 to 128, a multiple of 8",
     ),
 )

@@ -10,6 +10,13 @@ from fastlm.ops._preferences import Preference
 # then read a row from memory twice. The most is what eight blocks hold (csrc/cuda/sm90/cross_entropy.h).
 LEAST, MOST = 380 << 10, 8 * (224 << 10)  # bytes
 
+
+def is_plain(logits, softcap=False, figures=False, **features) -> bool:
+    """The cluster's kernel for a softcap or the figures has one block on a multiprocessor, whose loads wait for its
+    arithmetic; with smoothing it has two, as without."""
+    return not softcap and not figures
+
+
 PREFER = tuple(
     Preference(
         device="cuda",
@@ -18,8 +25,10 @@ PREFER = tuple(
         sm=90,
         dtypes=dtypes,
         shape=((-1, LEAST // bytes_ + 1, MOST // bytes_),),
+        applies=is_plain,
         measured=False,
-        why=f"on sm_90, for {LEAST // bytes_ + 1} to {MOST // bytes_} classes in {words}: a row lies in the shared "
+        why=f"on sm_90, for {LEAST // bytes_ + 1} to {MOST // bytes_} classes in {words}, without softcap and "
+        "figures: a row lies in the shared "
         "memory of a cluster and is read from memory once",
     )
     for dtypes, bytes_, words in (

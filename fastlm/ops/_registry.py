@@ -260,7 +260,7 @@ def choose(op: str, backend: str, x: torch.Tensor, **features) -> str:
     if backend == "auto":
         for preference in _pages[op].prefer:
             name = preference.backend
-            wanted = preference.device == device and describes(preference, x, features)
+            wanted = preference.displaces and preference.device == device and describes(preference, x, features)
             if wanted and reason(op, name, device, x.dtype, x, **features) is None:
                 return name
         for candidate in auto(op, device):

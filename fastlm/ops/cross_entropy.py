@@ -384,7 +384,8 @@ def cross_entropy(
             f"inplace: expected logits whose elements have a place each, got strides {logits.stride()} for shape "
             f"{tuple(logits.shape)}; use inplace=False"
         )
-    backend = _registry.choose("cross_entropy", backend, logits)
+    figures = return_z_loss or return_token_accuracy
+    backend = _registry.choose("cross_entropy", backend, logits, softcap=softcap is not None, figures=figures)
     dtype = autocast_dtype("cross_entropy", logits)
     if backend == "reference":
         check_labels(target, logits.shape[-1], ignore_index)
@@ -400,7 +401,6 @@ def cross_entropy(
             return_z_loss=return_z_loss,
             return_token_accuracy=return_token_accuracy,
         )
-    figures = return_z_loss or return_token_accuracy
     args = LossArgs(target, weight, ignore_index, label_smoothing, z_loss, softcap or 0.0, reduction, figures)
     if overwrites:
         loss = torch.ops.fastlm.cross_entropy_fwd_(logits, *args, backend)

@@ -100,7 +100,6 @@ __device__ __forceinline__ void assist(const AttentionBackward& f, KeysShared<T,
       clean_tile<D, N>(shared.dout[stage], stays);
       fence_async();
     }
-    __syncwarp();
     release(&shared.full[stage]);
   });
 }
@@ -212,6 +211,7 @@ template <class T, int D, bool EXTRAS>
 __global__ void __launch_bounds__(kThreads, 1) attention_dkdv_kernel(const __grid_constant__ KeysArgs args) {
   constexpr int N = kQueries<D>;
   extern __shared__ __align__(1024) unsigned char memory[];
+  static_assert(sizeof(KeysShared<T, D, N>) <= kMostBytes);
   auto& shared = *reinterpret_cast<KeysShared<T, D, N>*>(memory);
   const AttentionBackward& f = args.backward;
   const Attention& a = f.attention;
@@ -264,10 +264,10 @@ void run(const AttentionBackward& f, DType dtype, Place place) {
   constexpr int N = kQueries<D>;
   const Attention& a = f.attention;
   const int batch = a.cu_q ? 1 : a.sequences, kv_heads = a.heads / a.group;
-  const KeysArgs args{tensor_map(a.q, {a.d, a.heads, a.sq, batch}, dtype, N),
-                      tensor_map(a.k, {a.d, kv_heads, a.sk, batch}, dtype, kRows),
-                      tensor_map(a.v, {a.d, kv_heads, a.sk, batch}, dtype, kRows),
-                      tensor_map(f.dout, {a.d, a.heads, a.sq, batch}, dtype, N), f};
+  const KeysArgs args{tensor_map("q", a.q, {a.d, a.heads, a.sq, batch}, dtype, N),
+                      tensor_map("k", a.k, {a.d, kv_heads, a.sk, batch}, dtype, kRows),
+                      tensor_map("v", a.v, {a.d, kv_heads, a.sk, batch}, dtype, kRows),
+                      tensor_map("dout", f.dout, {a.d, a.heads, a.sq, batch}, dtype, N), f};
   launch(attention_dkdv_kernel<T, D, EXTRAS>, grid_size(blocks_of(a.sk, kTile) * kv_heads * batch), kThreads,
          sizeof(KeysShared<T, D, N>), place.stream, args);
 }

@@ -78,7 +78,6 @@ __device__ __forceinline__ void clean(const Attention& a, const uint8_t* mask, Q
     clean_tile<D, kBlock>(shared.k[stage], stays);
     clean_tile<D, kBlock>(shared.v[stage], stays);
     fence_async();
-    __syncwarp();
     release(&shared.full[stage]);
   }
 }
@@ -153,6 +152,7 @@ __device__ __forceinline__ void compute(const AttentionBackward& f, const uint8_
 template <class T, int D, bool EXTRAS>
 __global__ void __launch_bounds__(kThreads, 1) attention_dq_kernel(const __grid_constant__ QueriesArgs args) {
   extern __shared__ __align__(1024) unsigned char memory[];
+  static_assert(sizeof(QueriesShared<T, D>) <= kMostBytes);
   auto& shared = *reinterpret_cast<QueriesShared<T, D>*>(memory);
   const AttentionBackward& f = args.backward;
   const Attention& a = f.attention;
@@ -199,10 +199,10 @@ template <class T, int D, bool EXTRAS>
 void run(const AttentionBackward& f, DType dtype, Place place) {
   const Attention& a = f.attention;
   const int batch = a.cu_q ? 1 : a.sequences, kv_heads = a.heads / a.group;
-  const QueriesArgs args{tensor_map(a.q, {a.d, a.heads, a.sq, batch}, dtype, kRows),
-                         tensor_map(a.k, {a.d, kv_heads, a.sk, batch}, dtype, kBlock),
-                         tensor_map(a.v, {a.d, kv_heads, a.sk, batch}, dtype, kBlock),
-                         tensor_map(f.dout, {a.d, a.heads, a.sq, batch}, dtype, kRows), f};
+  const QueriesArgs args{tensor_map("q", a.q, {a.d, a.heads, a.sq, batch}, dtype, kRows),
+                         tensor_map("k", a.k, {a.d, kv_heads, a.sk, batch}, dtype, kBlock),
+                         tensor_map("v", a.v, {a.d, kv_heads, a.sk, batch}, dtype, kBlock),
+                         tensor_map("dout", f.dout, {a.d, a.heads, a.sq, batch}, dtype, kRows), f};
   launch(attention_dq_kernel<T, D, EXTRAS>, grid_size(blocks_of(a.sq, kTile) * a.heads * batch), kThreads,
          sizeof(QueriesShared<T, D>), place.stream, args);
 }

@@ -90,7 +90,6 @@ __device__ __forceinline__ void clean(const Attention& a, const uint8_t* mask, F
       return key < plan.hi && (!mask || mask[key]);
     });
     fence_async();
-    __syncwarp();
     release(&shared.v_full[stage]);
   }
 }
@@ -228,6 +227,7 @@ template <class T, int D, bool EXTRAS>
 __global__ void __launch_bounds__(kThreads, 1) attention_fwd_kernel(const __grid_constant__ ForwardArgs args) {
   constexpr int N = kKeys<D, EXTRAS>;
   extern __shared__ __align__(1024) unsigned char memory[];
+  static_assert(sizeof(ForwardShared<T, D, N>) <= kMostBytes);
   auto& shared = *reinterpret_cast<ForwardShared<T, D, N>*>(memory);
   const Attention& a = args.forward.attention;
   if (threadIdx.x == 0) {
@@ -278,9 +278,9 @@ void forward(const AttentionForward& f, DType dtype, Place place) {
   constexpr int N = kKeys<D, EXTRAS>;
   const Attention& a = f.attention;
   const int batch = a.cu_q ? 1 : a.sequences, kv_heads = a.heads / a.group;
-  const ForwardArgs args{tensor_map(a.q, {a.d, a.heads, a.sq, batch}, dtype, kRows),
-                         tensor_map(a.k, {a.d, kv_heads, a.sk, batch}, dtype, N),
-                         tensor_map(a.v, {a.d, kv_heads, a.sk, batch}, dtype, N), f};
+  const ForwardArgs args{tensor_map("q", a.q, {a.d, a.heads, a.sq, batch}, dtype, kRows),
+                         tensor_map("k", a.k, {a.d, kv_heads, a.sk, batch}, dtype, N),
+                         tensor_map("v", a.v, {a.d, kv_heads, a.sk, batch}, dtype, N), f};
   launch(attention_fwd_kernel<T, D, EXTRAS>, grid_size(blocks_of(a.sq, kTile) * a.heads * batch), kThreads,
          sizeof(ForwardShared<T, D, N>), place.stream, args);
 }

@@ -13,8 +13,14 @@ constexpr int kGroups = 2, kRows = 64;  // warpgroups that compute, and the rows
 constexpr int kThreads = (1 + kGroups) * kWarpgroup, kTile = kGroups * kRows;
 constexpr int kTurn = 1, kTogether = kTurn + kGroups;  // named barriers, one for each group
 
-// 65536 registers for 128 threads that load and 256 that compute.
-constexpr int kFew = 24, kMany = 240;
+// Registers of a thread that loads, and of one that computes. A block starts with kRegisters for each, all of 65536
+// that 384 threads can have in steps of 8; what it asks for in sum must not be more, or setmaxnreg waits for ever.
+// tests/test_cuda_sm90.py holds ptxas to kRegisters.
+constexpr int kFew = 24, kMany = 240, kRegisters = 65536 / kThreads / 8 * 8;
+static_assert(kFew + kGroups * kMany <= (1 + kGroups) * kRegisters);
+
+// Bytes of shared memory that a block can have.
+constexpr int kMostBytes = 227 * 1024;
 
 // One thread: the tile's rows from `row` on.
 template <int D, int ROWS, class T>
@@ -36,8 +42,9 @@ __device__ __forceinline__ void clean_tile(T* tile, F stays) {
   }
 }
 
-// One lane of the warp arrives for all.
+// One lane of the warp arrives for all, after what all have read and written.
 __device__ __forceinline__ void release(uint64_t* barrier) {
+  __syncwarp();
   if (threadIdx.x % 32 == 0) arrive(barrier);
 }
 

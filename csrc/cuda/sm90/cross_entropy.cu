@@ -99,8 +99,7 @@ __device__ __forceinline__ void put_zeros(T* to, int n) {
   if (edge >= 0) to[edge] = from_float<T>(0.0f);
 }
 
-// Calls of(column, columns left, unit) for this thread's units of a chunk. With WHOLE the chunk is complete, and its
-// units are aligned to 8 bytes.
+// Calls of(column, columns left, unit) for this thread's units of a chunk.
 template <class T, class F>
 __device__ __forceinline__ void each_unit(int begin, int cols, F of) {
 #pragma unroll
@@ -110,20 +109,33 @@ __device__ __forceinline__ void each_unit(int begin, int cols, F of) {
   }
 }
 
-template <bool WHOLE, class T>
+// ON: 8 or 4, the bytes to which the units of a complete chunk are aligned; 0: of any other.
+template <int ON, class T>
 __device__ __forceinline__ void load_unit(const T* at, int left, float (&x)[kUnit<T>]) {
-  if constexpr (WHOLE) {
+  if constexpr (ON == 8) {
     load(at, x);
+  } else if constexpr (ON == 4) {
+    constexpr int H = kUnit<T> / 2;
+    float low[H], high[H];
+    load(at, low), load(at + H, high);
+#pragma unroll
+    for (int j = 0; j < H; ++j) x[j] = low[j], x[H + j] = high[j];
   } else {
 #pragma unroll
     for (int j = 0; j < kUnit<T>; ++j) x[j] = j < left ? to_float(at[j]) : -INFINITY;
   }
 }
 
-template <bool WHOLE, class T>
+template <int ON, class T>
 __device__ __forceinline__ void store_unit(T* at, int left, const float (&x)[kUnit<T>]) {
-  if constexpr (WHOLE) {
+  if constexpr (ON == 8) {
     store(at, x);
+  } else if constexpr (ON == 4) {
+    constexpr int H = kUnit<T> / 2;
+    float low[H], high[H];
+#pragma unroll
+    for (int j = 0; j < H; ++j) low[j] = x[j], high[j] = x[H + j];
+    store(at, low), store(at + H, high);
   } else {
 #pragma unroll
     for (int j = 0; j < kUnit<T>; ++j) {
@@ -132,13 +144,37 @@ __device__ __forceinline__ void store_unit(T* at, int left, const float (&x)[kUn
   }
 }
 
-// Calls of(true_type) or of(false_type), so that a chunk has one branch.
+template <int ON>
+using On = std::integral_constant<int, ON>;
+
+// The bytes to which an address is aligned: 8, 4 or 0.
+__device__ __forceinline__ int alignment(const void* p) {
+  const int past = int(reinterpret_cast<uintptr_t>(p) % 8);
+  return past == 0 ? 8 : past == 4 ? 4 : 0;
+}
+
+// Calls of(On<8>), of(On<4>) or of(On<0>), so that a chunk has one branch.
 template <class F>
-__device__ __forceinline__ void by(bool choice, F of) {
-  if (choice) {
-    of(std::true_type{});
+__device__ __forceinline__ void by(int on, F of) {
+  if (on == 8) {
+    of(On<8>{});
+  } else if (on == 4) {
+    of(On<4>{});
   } else {
-    of(std::false_type{});
+    of(On<0>{});
+  }
+}
+
+// Of loads and of stores, if both are aligned; logits of a wider tensor may be, where their gradient is not. Pairs that
+// no tensors of usual strides have go without.
+template <class F>
+__device__ __forceinline__ void by(int from, int to, F of) {
+  if (from == 8) {
+    by(to, [&](auto to) { of(On<8>{}, to); });
+  } else if (from == 4 && to) {
+    of(On<4>{}, On<4>{});
+  } else {
+    of(On<0>{}, On<0>{});
   }
 }
 
@@ -170,13 +206,16 @@ __device__ __forceinline__ float cap_slope(float x, float cap) {
 
 // ---- rows
 
-// With ALL the kernel tests for every option at run time; without it has neither smoothing, softcap nor figures, and
-// fits 64 registers.
-template <class T, bool ALL>
-__global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, ALL ? 1 : 2)
+// What a kernel computes besides loss and gradient, as in csrc/cuda/cross_entropy.cu. kAll tests for each option at run
+// time; the other kernels have no code for them, and fit 64 registers.
+constexpr int kPlain = 0, kSmooths = 1, kAll = 2;
+
+template <class T, int MODE>
+__global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, MODE == kAll ? 1 : 2)
     cross_entropy_kernel(const CrossEntropyForward a, int part) {
   constexpr int U = kUnit<T>, S = kChunk<T>;
-  const bool smooths = ALL && a.label_smoothing > 0.0f, caps = ALL && a.softcap > 0.0f, judges = ALL && a.accuracy;
+  const bool smooths = MODE == kSmooths || (MODE == kAll && a.label_smoothing > 0.0f);
+  const bool caps = MODE == kAll && a.softcap > 0.0f, judges = MODE == kAll && a.accuracy;
   extern __shared__ uint4 memory[];
   __shared__ float buffer[4][32];
   __shared__ float4 mine;  // maximum, Σ exp, distance, beaten
@@ -210,7 +249,7 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, ALL 
   const float x_t = caps ? capped<T>(raw_t, a.softcap) : raw_t;
   const float w_t = a.weight && is_class ? a.weight[t] : 1.0f;
   auto weight = [&](int col) { return a.weight ? a.weight[first + col] : 1.0f; };
-  const bool aligned = reinterpret_cast<uintptr_t>(in) % 8 == 0;
+  const int from = alignment(in);
 
   // Σ exp(x - top), and Σ w (reference - x), the part of smoothing's Σ w (lse - x). Each column of a unit has its sum.
   // top is finite even if all of the part is -inf. beaten: a logit is greater than the target's, or equal and before
@@ -222,14 +261,14 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, ALL 
     __pipeline_wait_prior(kAhead - 1);
     __syncthreads();
     float v[kUnits][U], higher = top;
-    by(aligned && (c + 1) * S <= cols, [&](auto whole) {
+    by((c + 1) * S <= cols ? from : 0, [&](auto on) {
       each_unit<T>(c * S, cols, [&](int col, int left, int u) {
-        load_unit<whole>(in + col, left, v[u]);
-        if constexpr (ALL) {
+        load_unit<on>(in + col, left, v[u]);
+        if constexpr (MODE != kPlain) {
 #pragma unroll
           for (int j = 0; j < U; ++j) {
             if (j >= left) continue;
-            beaten |= first + col + j < t ? !(v[u][j] < raw_t) : !(v[u][j] <= raw_t);
+            if (judges) beaten |= first + col + j < t ? !(v[u][j] < raw_t) : !(v[u][j] <= raw_t);
             if (caps) v[u][j] = capped<T>(v[u][j], a.softcap);
             if (smooths) distances[j] += weight(col + j) * (reference - v[u][j]);
           }
@@ -302,13 +341,13 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, ALL 
     const float scale = (is_class ? a.dloss ? a.dloss[row] : 1.0f : NAN) / denominator;
     const float one_hot = w_t * (1.0f - a.label_smoothing) * scale, uniform = each * scale;
     const float factor = (one_hot + uniform * w_sum + 2.0f * scale * a.z_loss * lse) / total;
-    const bool both = aligned && reinterpret_cast<uintptr_t>(dx) % 8 == 0;
+    const int to = alignment(dx);
     const int t_col = is_class && t >= first && t < first + cols ? int(t - first) : -1;
     for (int c = chunks - 1; c >= 0; --c) {
-      by(both && (c + 1) * S <= cols, [&](auto whole) {
+      by((c + 1) * S <= cols ? from : 0, to, [&](auto from, auto to) {
         each_unit<T>(c * S, cols, [&](int col, int left, int) {
           float g[U];
-          load_unit<whole>(in + col, left, g);
+          load_unit<from>(in + col, left, g);
 #pragma unroll
           for (int j = 0; j < U; ++j) {
             const float slope = caps ? cap_slope(g[j], a.softcap) : 1.0f;
@@ -317,7 +356,7 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, ALL 
             if (smooths && j < left) g[j] -= uniform * weight(col + j);
             if (caps) g[j] *= slope;
           }
-          store_unit<whole>(dx + col, left, g);
+          store_unit<to>(dx + col, left, g);
         });
       });
     }
@@ -337,11 +376,12 @@ void forward(const CrossEntropyForward& a, Place place) {
   const int64_t part = ((a.cols + kBlocks - 1) / kBlocks + kPart - 1) / kPart * kPart;
   const int64_t bytes = part * int64_t(sizeof(T));
   if (a.cols * int64_t(sizeof(T)) > kClusterRowBytes)
-    throw std::invalid_argument("expected a row of at most " + std::to_string(kClusterRowBytes) +
-                                " bytes, which a cluster holds, got one of " +
-                                std::to_string(a.cols * int64_t(sizeof(T))));
-  const bool all = a.softcap > 0.0f || a.accuracy || a.label_smoothing > 0.0f;
-  const auto kernel = all ? cross_entropy_kernel<T, true> : cross_entropy_kernel<T, false>;
+    throw std::invalid_argument("logits: expected rows of at most " + std::to_string(kClusterRowBytes) +
+                                " bytes, which a cluster holds, got rows of " +
+                                std::to_string(a.cols * int64_t(sizeof(T))) + "; use backend=\"triton\"");
+  const auto kernel = a.softcap > 0.0f || a.accuracy ? cross_entropy_kernel<T, kAll>
+                      : a.label_smoothing > 0.0f     ? cross_entropy_kernel<T, kSmooths>
+                                                     : cross_entropy_kernel<T, kPlain>;
   launch(kernel, grid_size(a.rows * kBlocks), kThreads, size_t(bytes + kPad), place.stream, a, int(part));
 }
 

@@ -1,4 +1,4 @@
-"""attention on CUDA: csrc/cuda/attention_*.cu and, on compute capability 9.0, csrc/cuda/sm90/attention_*.cu."""
+"""attention on CUDA: csrc/cuda/attention_*.cu; of long sequences on sm_90, csrc/cuda/sm90/attention_*.cu."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import torch
 
 from fastlm import _native
-from fastlm.ops import _random
+from fastlm.ops import _random, _registry
 from fastlm.ops._attention_checks import check_cached
 from fastlm.ops._shapes import as_float, contiguous, sequence_strides, unit_stride
 from fastlm.ops.attention import Args, BackwardArgs, CacheArgs, Gradients, Outputs, empty_backward, empty_forward
@@ -79,11 +79,11 @@ def _shared(args: Args, place: _native.Place) -> dict:
     }
 
 
-def _takes_sm90(args: Args, place: _native.Place) -> bool:
-    """Whether the kernels of csrc/cuda/sm90 run. The strides have no say, or bits would depend on them."""
-    d = args.q.shape[-1]
-    fits = args.q.dtype != torch.float32 and d % 8 == 0 and d <= 128 and args.k.shape[-3] > 0
-    return fits and _native.cuda_is_sm90(place)
+def _takes_sm90(args: Args) -> bool:
+    """Whether the kernels of csrc/cuda/sm90 run. Forward and backward have the same answer."""
+    q, keys = args.q, args.k.shape[-3]
+    longest = args.max_seqlen_q if args.packed else q.shape[-3]
+    return _registry.kernel("attention", "cuda", q, keys=keys, longest=longest) == "sm90"
 
 
 def _mapped(x: torch.Tensor) -> torch.Tensor:
@@ -102,7 +102,7 @@ def attention_fwd(args: Args) -> Outputs:
     if outputs.out.numel() == 0:
         return outputs
     place, forward = _native.cuda_place(args.q), _native.cuda().attention_fwd
-    if _takes_sm90(args, place):
+    if _takes_sm90(args):
         forward = _native.cuda().attention_fwd_sm90
         args = _all_mapped(args)
     forward(
@@ -161,7 +161,7 @@ def attention_bwd(args: BackwardArgs) -> Gradients:
         return Gradients(*(x.zero_() for x in gradients))
     module, dtype, place = _native.cuda(), _native.DTYPE_CODES[q.dtype], _native.cuda_place(q)
     backward, dout = module.attention_bwd, args.dout
-    if _takes_sm90(forward, place):
+    if _takes_sm90(forward):
         backward, forward, dout = module.attention_bwd_sm90, _all_mapped(forward), _mapped(dout)
     shared, lse = _shared(forward, place), args.lse.contiguous()
     dq, dk, dv = gradients.dq.unbind(-3) if args.joined else gradients[:3]

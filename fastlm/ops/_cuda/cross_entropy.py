@@ -7,10 +7,10 @@ from fastlm.ops import _losses, _registry
 from fastlm.ops._shapes import as_float, row_stride
 
 
-def _forward(x):
+def _forward(x, softcap: bool, figures: bool):
     """The C++ function for logits x (n, V)."""
     cuda = _native.cuda()
-    clusters = _registry.kernel("cross_entropy", "cuda", x) == "cluster"
+    clusters = _registry.kernel("cross_entropy", "cuda", x, softcap=softcap, figures=figures) == "cluster"
     return cuda.cross_entropy_fwd_sm90 if clusters else cuda.cross_entropy_fwd
 
 
@@ -36,7 +36,7 @@ class Losses(_losses.Losses):
 
     def add(self, x, dx, dloss=None):
         target, loss, figures = self.next(x.shape[0])
-        _forward(x)(
+        _forward(x, self.args.softcap > 0.0, figures is not None)(
             x=x,
             target=target,
             weight=self.weight,

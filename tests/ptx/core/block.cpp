@@ -172,6 +172,7 @@ void Block::reset(u32 number) {
     w.group.fill(0), w.bulk_group.fill(0);
     w.known.assign(warps.size() + 1, 0);
     w.lanes_known = 0;
+    w.fenced.clear();
     w.pairs_known.reset();
     w.turns = 0, w.carry = 0;
     w.arrived = w.passed = w.phases = 0;

@@ -267,6 +267,8 @@ struct Warp {
   std::vector<u32> known;
   u32 lanes_known = 0;
   std::unique_ptr<std::array<std::array<u32, LANES>, LANES>> pairs_known;
+  // What it knew at its last fence beyond the block, itself included: a relaxed arrival after that passes it on.
+  std::vector<u32> fenced;
   // Of every warp, the time up to which its writes passed a fence.proxy.async that this warp knows of.
   std::vector<u32> proxied;
   std::vector<Product> products;

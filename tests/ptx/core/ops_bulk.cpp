@@ -125,6 +125,8 @@ void arrive(Block& b, Warp& w, const Ins& i, u32 mask) {
     if (!i.aux[1]) {
       join(signal->known, w.known), join(signal->proxied, w.proxied);
       signal->known[w.id] = std::max(signal->known[w.id], now);
+    } else {
+      join(signal->known, w.fenced);
     }
     signal->missing -= count, ++b.events;
     complete_phase(b, *signal);

@@ -97,6 +97,8 @@ void Block::cluster_barrier(Warp& w, int current, const Ins& i) {
     const u32 now = tick();
     join(cluster.known, w.known), join(cluster.proxied, w.proxied);
     cluster.known[w.id] = now;
+  } else {
+    join(cluster.known, w.fenced);
   }
   complete_cluster();
 }

@@ -314,12 +314,14 @@ void is_space(Block&, Warp& w, const Ins& i, u32 mask) {
   *d = (*d & ~mask) | result;
 }
 
-// Memory is sequentially consistent here, so a fence only marks what a later strong write publishes.
-void fence(Block& b, Warp&, const Ins&, u32 mask) {
+// Memory is sequentially consistent here, so a fence only marks what a later strong write or relaxed arrival publishes.
+void fence(Block& b, Warp& w, const Ins&, u32 mask) {
   if (!mask) return;
   b.fence_time = b.tick();
   for (auto [other, time] : b.read_before_fence) b.known[other] = std::max(b.known[other], time);
   b.read_before_fence.clear();
+  w.fenced = w.known;
+  w.fenced[w.id] = (mask & w.alive) == w.alive ? b.fence_time : w.lanes_known;
 }
 
 void nothing(Block&, Warp&, const Ins&, u32) {}

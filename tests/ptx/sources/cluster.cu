@@ -98,7 +98,8 @@ extern "C" __global__ void ring(const int* x, int* y, int fault) {
   if (fault == 5) arrive_cluster();
   if (fault == 6) wait_cluster();  // fault 6
   if (fault == 12 && threadIdx.x < 32 && rank() == 1) asm volatile("bar.sync 1, 64;" ::: "memory");
-  if (fault == 9) {
+  if (fault == 9 || fault == 13) {  // 13 is none: the PTX ISA's example of .relaxed
+    if (fault == 13) asm volatile("fence.acq_rel.cluster;" ::: "memory");
     arrive_relaxed();
   } else if (fault != 1) {
     arrive_cluster();  // fault 5
