@@ -209,13 +209,25 @@ def test_what_the_kernel_takes():
         launched(x[..., :33])
 
 
+def test_keys_expanded_from_one_head_are_not_copied_in_forward(monkeypatch):
+    q, one = torch.randn(40, 4, 16).bfloat16()[None], torch.randn(1, 40, 1, 16).bfloat16()
+    k = one.expand(1, 40, 4, 16)
+    with hopper(lambda: compiled("fwd")):
+        want = ops.attention(q, k.contiguous(), k.contiguous(), backend="cuda")
+        clone = torch.Tensor.clone
+        monkeypatch.setattr(
+            torch.Tensor, "clone", lambda x, **options: pytest.fail("a copy") if x.stride() == k.stride() else clone(x)
+        )
+        assert torch.equal(ops.attention(q, k, k, backend="cuda"), want)
+
+
 def test_what_tma_cannot_read_is_refused_by_name(monkeypatch):
     """The adapter copies such inputs. The driver would say "error 1"."""
     monkeypatch.setattr("fastlm.ops._cuda.attention._mapped", lambda x: x)
     x = torch.zeros(2, 20, 3, 64, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"^q: expected an address .* 16 bytes, .* got \d+; use a copy"):
         launched(torch.zeros(64 * 120 + 1).bfloat16()[1:].view(2, 20, 3, 64), k=x)
-    for wrong in (torch.zeros(2, 20, 3, 65).bfloat16()[..., :64], x[:, :, :1].expand(2, 20, 3, 64)):
+    for wrong in (torch.zeros(2, 20, 3, 65).bfloat16()[..., :64], x[:1].expand(2, 20, 3, 64)):
         with pytest.raises(ValueError, match=r"^k: expected strides of 16 bytes .* got (130|0); use a copy"):
             launched(x, k=wrong)
 

@@ -18,6 +18,7 @@
 #include <type_traits>
 
 #include "cross_entropy.h"
+#include "cuda/cross_entropy_rows.cuh"
 #include "cuda/launch.h"
 #include "cuda/rows.cuh"
 
@@ -178,38 +179,9 @@ __device__ __forceinline__ void by(int from, int to, F of) {
   }
 }
 
-// ---- as in csrc/cuda/cross_entropy.cu, which says why
-
-__device__ __forceinline__ float exp_of(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.4426950408889634f));
-  return y;
-}
-
-__device__ __forceinline__ float tanh_float32(float x) {
-  const float u = fabsf(x), e = expf(-2.0f * u), s = u * u;
-  const float p = ((-5.70498872745e-3f * s + 2.06390887954e-2f) * s - 5.37397155531e-2f) * s + 1.33314422036e-1f;
-  const float small = u + u * s * (p * s - 3.33332819422e-1f);
-  return copysignf(u < 0.625f ? small : __fdiv_rn(1.0f - e, 1.0f + e), x);
-}
-
-template <class T>
-__device__ __forceinline__ float capped(float x, float cap) {
-  if constexpr (sizeof(T) == 4) return cap * tanh_float32(x / cap);
-  return cap * tanhf(x / cap);
-}
-
-__device__ __forceinline__ float cap_slope(float x, float cap) {
-  const float e = exp_of(-2.0f * fabsf(x / cap)), sum = 1.0f + e;
-  return 4.0f * e / (sum * sum);
-}
-
 // ---- rows
 
-// What a kernel computes besides loss and gradient, as in csrc/cuda/cross_entropy.cu. kAll tests for each option at run
-// time; the other kernels have no code for them, and fit 64 registers.
-constexpr int kPlain = 0, kSmooths = 1, kAll = 2;
-
+// All but kAll fit 64 registers.
 template <class T, int MODE>
 __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, MODE == kAll ? 1 : 2)
     cross_entropy_kernel(const CrossEntropyForward a, int part) {

@@ -97,6 +97,14 @@ def _all_mapped(args: Args) -> Args:
     return args._replace(q=_mapped(args.q), k=_mapped(args.k), v=_mapped(args.v))
 
 
+def _of_one_head(args: Args) -> Args:
+    """For forward: k and v that are expanded from one head, as that head, which all queries share. The same bits."""
+    k, v = args.k, args.v
+    if k.shape[-2] == 1 or k.stride(-2) or v.stride(-2):
+        return args
+    return args._replace(k=k[..., :1, :], v=v[..., :1, :])
+
+
 def attention_fwd(args: Args) -> Outputs:
     outputs = empty_forward(args)
     if outputs.out.numel() == 0:
@@ -104,7 +112,7 @@ def attention_fwd(args: Args) -> Outputs:
     place, forward = _native.cuda_place(args.q), _native.cuda().attention_fwd
     if _takes_sm90(args):
         forward = _native.cuda().attention_fwd_sm90
-        args = _all_mapped(args)
+        args = _all_mapped(_of_one_head(args))
     forward(
         **_shared(args, place),
         out=outputs.out,
