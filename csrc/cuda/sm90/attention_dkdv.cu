@@ -95,9 +95,9 @@ __device__ __forceinline__ void assist(const AttentionBackward& f, KeysShared<T,
     if (ends_within<N>(a, plan, col0)) {
       wait(&shared.landed[stage], parities >> stage & 1);
       parities ^= 1u << stage;
-      const uint32_t stay = rows_that_stay<N>([&](int row) { return col0 + row < plan.hi; });
-      clean_tile<D, N>(shared.q[stage], stay);
-      clean_tile<D, N>(shared.dout[stage], stay);
+      auto stays = [&](int row) { return col0 + row < plan.hi; };
+      clean_tile<D, N>(shared.q[stage], stays);
+      clean_tile<D, N>(shared.dout[stage], stays);
       fence_async();
     }
     release(&shared.full[stage]);

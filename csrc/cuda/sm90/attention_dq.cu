@@ -72,12 +72,11 @@ __device__ __forceinline__ void clean(const Attention& a, const uint8_t* mask, Q
   for (int step = 0; step < plan.count; ++step) {
     if (!has_other_rows(a, plan, step)) continue;
     const int stage = step % kStages, col0 = plan.column(step, kBlock);
-    const uint32_t stay =
-        rows_that_stay<kBlock>([&](int row) { return col0 + row < plan.hi && (!mask || mask[col0 + row]); });
     wait(&shared.landed[stage], parities >> stage & 1);
     parities ^= 1u << stage;
-    clean_tile<D, kBlock>(shared.k[stage], stay);
-    clean_tile<D, kBlock>(shared.v[stage], stay);
+    auto stays = [&](int row) { return col0 + row < plan.hi && (!mask || mask[col0 + row]); };
+    clean_tile<D, kBlock>(shared.k[stage], stays);
+    clean_tile<D, kBlock>(shared.v[stage], stays);
     fence_async();
     release(&shared.full[stage]);
   }

@@ -83,13 +83,12 @@ __device__ __forceinline__ void clean(const Attention& a, const uint8_t* mask, F
   for (int step = 0; step < plan.count; ++step) {
     if (!has_other_rows<N>(a, plan, step)) continue;
     const int stage = step % kStages, col0 = plan.column(step, N);
-    const uint32_t stay = rows_that_stay<N>([&](int row) {
+    wait(&shared.v_landed[stage], parities >> stage & 1);
+    parities ^= 1u << stage;
+    clean_tile<D, N>(shared.v[stage], [&](int row) {
       const int key = col0 + row;
       return key < plan.hi && (!mask || mask[key]);
     });
-    wait(&shared.v_landed[stage], parities >> stage & 1);
-    parities ^= 1u << stage;
-    clean_tile<D, N>(shared.v[stage], stay);
     fence_async();
     release(&shared.v_full[stage]);
   }

@@ -30,22 +30,12 @@ __device__ __forceinline__ void load_tile(T* to, const CUtensorMap& map, int hea
   for (int col = 0; col < D; col += 64) load_box(to + col * ROWS, map, col, head, row, sequence, barrier);
 }
 
-// One warp: stays(row) of the rows that this lane cleans, a bit each. Asked before the wait for a tile, a mask in
-// global memory is read while the tile is on its way.
-template <int ROWS, class F>
-__device__ __forceinline__ uint32_t rows_that_stay(F stays) {
-  uint32_t bits = 0;
-#pragma unroll
-  for (int i = 0; i < ROWS / 32; ++i) bits |= uint32_t(stays(int(threadIdx.x % 32) + 32 * i)) << i;
-  return bits;
-}
-
-// One warp: sets the other rows to 0.
-template <int D, int ROWS, class T>
-__device__ __forceinline__ void clean_tile(T* tile, uint32_t stay) {
+// One warp: sets rows for which stays(row) is false to 0.
+template <int D, int ROWS, class T, class F>
+__device__ __forceinline__ void clean_tile(T* tile, F stays) {
 #pragma unroll 1
   for (int row = threadIdx.x % 32; row < ROWS; row += 32) {
-    if (stay >> row / 32 & 1) continue;
+    if (stays(row)) continue;
     uint4* const to = reinterpret_cast<uint4*>(tile + row * 64);  // the swizzle permutes within a row of 128 bytes
 #pragma unroll 1
     for (int i = 0; i < D / 8; ++i) to[i / 8 * ROWS * 8 + i % 8] = uint4{};
