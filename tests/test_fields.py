@@ -100,10 +100,10 @@ def test_other_exceptions_pass():
 def test_items_are_in_a_list_or_tuple():
     """The tensors of a generator would be freed before the kernel reads them."""
     x = torch.ones(4)
-    assert _native.cpu().squared_norm(spans=[(x, 4), (x, 4)], threads=1) == 8.0
+    assert _native.cpu().squared_norm(spans=[(x, 4, 0), (x, 4, 0)], threads=1) == 8.0
     with pytest.raises(TypeError, match=r"spans: expected a list or tuple"):
-        _native.cpu().squared_norm(spans=((torch.ones(4), 4) for _ in range(2)), threads=1)
-    with pytest.raises(ValueError, match=r"spans: expected 2 items, got 1"):
+        _native.cpu().squared_norm(spans=((torch.ones(4), 4, 0) for _ in range(2)), threads=1)
+    with pytest.raises(ValueError, match=r"spans: expected 3 items, got 1"):
         _native.cpu().squared_norm(spans=[(x,)], threads=1)
 
 
