@@ -32,9 +32,8 @@ def round_up(n: int, multiple: int) -> int:
 
 def _add_rows(total, g, first: bool) -> None:
     """total (V,) float32 += Σ g over the rows of g (n, V), or = for the first."""
-    if (
-        g.is_cpu and g.dtype == torch.bfloat16
-    ):  # half of the time of a sum; 16 rows are what a product computes at least
+    if g.is_cpu and g.dtype == torch.bfloat16:
+        # Half of the time of a sum; 16 rows are what a product computes at least.
         sums = torch.mm(g.new_ones(16, g.shape[0]), g)[0]
         total.copy_(sums) if first else total.add_(sums)
     elif first:

@@ -1,4 +1,4 @@
-"""Logits for which "auto" leaves its order of backends for cross_entropy. None of it was measured."""
+"""Logits for which cross_entropy on CUDA runs another kernel, by prediction: none of it was measured."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ def is_plain(logits, softcap=False, figures=False, **features) -> bool:
     return not softcap and not figures
 
 
+# Triton's and the usual CUDA kernels ran on an H100, so "auto" stays with them.
 PREFER = tuple(
     Preference(
         device="cuda",
@@ -26,10 +27,10 @@ PREFER = tuple(
         dtypes=dtypes,
         shape=((-1, LEAST // bytes_ + 1, MOST // bytes_),),
         applies=is_plain,
+        displaces=False,
         measured=False,
-        why=f"on sm_90, for {LEAST // bytes_ + 1} to {MOST // bytes_} classes in {words}, without softcap and "
-        "figures: a row lies in the shared "
-        "memory of a cluster and is read from memory once",
+        why=f"on sm_90, for {LEAST // bytes_ + 1} to {MOST // bytes_} classes in {words}, without softcap and figures: "
+        "a row lies in the shared memory of a cluster and is read from memory once",
     )
     for dtypes, bytes_, words in (
         ((torch.bfloat16, torch.float16), 2, "bfloat16 or float16"),
