@@ -1,5 +1,6 @@
 """Training steps beside their peers': inputs, contenders, times on a fake clock, and that a wrong one is not timed."""
 
+import math
 import os
 import random
 import re
@@ -238,6 +239,25 @@ def test_full_rows_are_not_packed(tmp_path):
     made = job_of(recipe, steps.drawn(recipe, 100), tmp_path)
     with pytest.raises(job.NotRun, match="nothing to pack"):
         step_contenders.CONTENDERS["transformers packed"].prepare(made, torch.nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("name", ["fastlm float32", "transformers pure"])
+def test_contenders_of_a_step_in_bfloat16(name, tmp_path):
+    """They start from the step's loss up to rounding, keep their dtype, and do not run a step in float32."""
+    pytest.importorskip("transformers")
+    recipe = small(train__dtype="bfloat16")
+    given = job_of(recipe, steps.drawn(recipe, 100), tmp_path)
+    contender = step_contenders.CONTENDERS[name]
+    model = contender.load(given)
+    loss, step = contender.prepare(given, model)
+    expected, _ = step_contenders.FASTLM.prepare(given, step_contenders.FASTLM.load(given))
+    assert loss() == pytest.approx(expected(), rel=2e-2)
+    assert math.isfinite(float(torch.as_tensor(step(0)).flatten()[0]))
+    dtype = torch.bfloat16 if name == "transformers pure" else torch.float32
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    in_float32 = small(train__dtype="float32")
+    with pytest.raises(job.NotRun, match="in float32 already"):
+        contender.prepare(job_of(in_float32, steps.drawn(in_float32, 100), tmp_path), model)
 
 
 @pytest.mark.parametrize(

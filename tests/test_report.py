@@ -75,6 +75,12 @@ def test_the_summary_of_steps_has_a_line_a_step():
         "| bert-mini 8x128, float32, 2 threads | 10,240 | 2.50 | 1.40 | 70% |",
         "| t5-small-8x256, float32, 2 threads | 20,480 |  |  | 70% |",
     ]
+    header, _, *lines = report.train_summary([*rows, step("fastlm float32", 300.0)]).splitlines()
+    assert header == "| training step | tokens/s | × as shipped | × tuned | × its float32 | of the bound |"
+    assert lines == [
+        "| bert-mini 8x128, float32, 2 threads | 10,240 | 2.50 | 1.40 | 3.00 | 70% |",
+        "| t5-small-8x256, float32, 2 threads | 20,480 |  |  |  | 70% |",
+    ]
 
 
 def test_no_row_is_hidden(tmp_path):

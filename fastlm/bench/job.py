@@ -35,6 +35,12 @@ class Job:
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
 
+def refuse_float32(job: Job) -> None:
+    """For a contender that differs from another one only in a step of less precision."""
+    if job.table.dtype == "float32":
+        raise NotRun("the step is in float32 already")
+
+
 @dataclass(frozen=True)
 class Contender:
     """load: the model on its device; prepare: (the loss of batch 0 without dropout, a function of the step's number).

@@ -17,9 +17,10 @@ from fastlm.bench.results import SAME, against_peers, geometric_mean, is_ours, m
 from fastlm.bench.training import plot_rates, step_label
 
 BEGIN, END = "<!-- results -->\n", "<!-- /results -->\n"
+FLOAT32 = "fastlm float32"
 SHIPPED = "transformers"  # as shipped; the contenders in TUNED are the same model as an expert runs it
 TUNED = ("transformers sdpa", "transformers compiled", "transformers tuned", "transformers tuned compiled")
-TUNED += ("transformers packed",)
+TUNED += ("transformers packed", "transformers pure", "transformers pure compiled")
 
 
 _ON_GPU = (
@@ -138,18 +139,23 @@ def train_table(rows: list[dict]) -> str:
 
 
 def train_summary(rows: list[dict]) -> str:
-    """A line for each step: fastlm's tokens/s, over Transformers' as shipped and over its fastest tuned form."""
-    out = []
+    """A line for each step: fastlm's tokens/s, over Transformers' as shipped and over its fastest tuned form.
+
+    Where some step was timed in float32 too, a column has fastlm's tokens/s over fastlm's in float32.
+    """
+    out, low = [], any(row["contender"] == FLOAT32 for row in rows)
     for row in rows:
         if row["contender"] != "fastlm":
             continue
         others = _contenders_of(row, rows)
         shipped = others.get(SHIPPED)
         tuned = max((others[name] for name in TUNED if name in others), key=lambda r: r["tokens_per_s"], default=None)
-        times = [f"{row['tokens_per_s'] / other['tokens_per_s']:.2f}" if other else "" for other in (shipped, tuned)]
+        beside = (shipped, tuned, others.get(FLOAT32)) if low else (shipped, tuned)
+        times = [f"{row['tokens_per_s'] / other['tokens_per_s']:.2f}" if other else "" for other in beside]
         step = f"{step_label(row['recipe'], row['shape'])}, {row['dtype']}, {row['threads']} threads"
         out.append([step, f"{row['tokens_per_s']:,.0f}", *times, _percent(row.get("of_bound"))])
-    return _table(["training step", "tokens/s", "× as shipped", "× tuned", "of the bound"], out)
+    ratios = ["× as shipped", "× tuned", *(["× its float32"] if low else [])]
+    return _table(["training step", "tokens/s", *ratios, "of the bound"], out)
 
 
 def curves_note(rows: list[dict]) -> str:

@@ -1,11 +1,14 @@
 """The contenders of a training step.
 
     fastlm                         fastlm's model and step, packed, allocator tuned
+    fastlm float32                 the same in float32: what a step in bfloat16 gains
     transformers                   the model with its head, AdamW, clipping and allocator as shipped
     transformers sdpa              SDPA named, fused AdamW, allocator tuned
     transformers compiled          the same under torch.compile
     transformers tuned             as an expert writes it: also BERT's head on the masked tokens only
     transformers tuned compiled    the expert's under torch.compile
+    transformers pure              the expert's with weights, gradients and moments in the step's dtype, no autocast
+    transformers pure compiled     the same under torch.compile
     transformers packed            the expert's with several texts in a row, kept apart by a mask: where rows are padded
     transformers patched           fastlm.patch(model), fused AdamW, allocator tuned
 
@@ -16,12 +19,13 @@ from __future__ import annotations
 
 import importlib
 import math
+from dataclasses import replace
 
 import torch
 
 from fastlm import models
 from fastlm.bench import ceilings
-from fastlm.bench.job import Contender, Job, Loss, Step, predicted_tokens, real_tokens
+from fastlm.bench.job import Contender, Job, Loss, Step, predicted_tokens, real_tokens, refuse_float32
 from fastlm.bench.peers import STEPS
 from fastlm.bench.steps import Batch
 from fastlm.tasks import Micro, TrainTable
@@ -83,13 +87,22 @@ def fastlm_step(
     return loss, step
 
 
+def _prepare_float32(job: Job, model) -> tuple[Loss, Step]:
+    refuse_float32(job)
+    return fastlm_step(model, replace(job.table, dtype="float32"), job.batches)
+
+
 def _prepare_matmul(job: Job, model) -> tuple[Loss, Step]:
     product = ceilings.matmul(job.device, getattr(torch, job.table.dtype))
     return lambda: math.nan, lambda number: product()
 
 
 FASTLM = Contender(_load_fastlm, lambda job, model: fastlm_step(model, job.table, job.batches))
-CONTENDERS: dict[str, Contender] = {"fastlm": FASTLM, **STEPS}
+CONTENDERS: dict[str, Contender] = {
+    "fastlm": FASTLM,
+    "fastlm float32": Contender(_load_fastlm, _prepare_float32),
+    **STEPS,
+}
 
 
 def find(name: str) -> Contender:

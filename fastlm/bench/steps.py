@@ -202,6 +202,7 @@ STEPS: dict[str, Callable[[], tuple[TrainTable, StepInputs]]] = {
     "bert-mini-32x128-text": lambda: bert_step("bert-mini", 32, 128, draw=texts),
     "bert-small-16x128-text": lambda: bert_step("bert-small", 16, 128, draw=texts),
     "gpt2-39m-4x256": lambda: gpt2_step(n_embd=512, n_layer=4, n_head=8),
+    "gpt2-39m-4x512": lambda: gpt2_step(4, 512, n_embd=512, n_layer=4, n_head=8),
     "t5-small-8x256": t5_step,
     "bert-base-32x512": lambda: bert_step("bert-base", 32, 512, "bfloat16"),
     "bert-base-256x128-text": lambda: bert_step("bert-base", 256, 128, "bfloat16", texts),

@@ -1,4 +1,4 @@
-"""Transformers: its collator beside mlm_mask, and its training step in seven forms.
+"""Transformers: its collator beside mlm_mask, and its training step in nine forms.
 
 Masks are made beforehand, so Transformers' steps get them for free, and so is the packing. A padded batch comes with
 its attention_mask, a full one without. "transformers packed" is what torch alone can do: SDPA with a block-diagonal
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -17,7 +18,7 @@ import torch
 
 import fastlm
 from fastlm import models
-from fastlm.bench.job import Contender, Job, Loss, NotRun, Step, predicted_tokens, real_tokens
+from fastlm.bench.job import Contender, Job, Loss, NotRun, Step, predicted_tokens, real_tokens, refuse_float32
 from fastlm.bench.peers._peer import Peer, refuse
 from fastlm.bench.steps import is_padded
 from fastlm.ops import IGNORE_INDEX
@@ -68,13 +69,17 @@ PEERS = {"mlm_mask": {"transformers": Peer(_mlm_mask)}}
 
 @dataclass(frozen=True)
 class _Form:
-    """How the model is trained. tuned: the allocator; sparse: BERT's head runs on the masked tokens only."""
+    """How the model is trained. tuned: the allocator; sparse: BERT's head runs on the masked tokens only.
+
+    pure: weights, gradients and moments are in the step's dtype, beside no float32 ones: less to read, and less exact.
+    """
 
     attention: str | None = None  # None: the model's default
     fused: bool = True
     tuned: bool = True
     sparse: bool = False
     compiled: bool = False
+    pure: bool = False
     packed: bool = False
     patched: bool = False
 
@@ -85,6 +90,8 @@ _FORMS = {
     "transformers compiled": _Form("sdpa", compiled=True),
     "transformers tuned": _Form("sdpa", sparse=True),
     "transformers tuned compiled": _Form("sdpa", sparse=True, compiled=True),
+    "transformers pure": _Form("sdpa", sparse=True, pure=True),
+    "transformers pure compiled": _Form("sdpa", sparse=True, pure=True, compiled=True),
     "transformers packed": _Form("sdpa", sparse=True, packed=True),
     "transformers patched": _Form(patched=True),
 }
@@ -95,7 +102,7 @@ def _load(form: _Form, job: Job):
     model = load(job.weights, attn_implementation=form.attention) if form.attention else load(job.weights)
     if form.patched:
         fastlm.patch(model)
-    return model.to(job.device)
+    return model.to(job.device, getattr(torch, job.table.dtype) if form.pure else None)
 
 
 def padded(input_ids, labels, lengths) -> dict:
@@ -146,7 +153,7 @@ def _loss_function(form: _Form, job: Job, model, batches: list[dict]):
         loss_of = torch.compile(loss_of, dynamic=False)
 
     def call(number):
-        with job.autocast():
+        with nullcontext() if form.pure else job.autocast():
             return loss_of(batches[number], indexes[number], targets[number])
 
     return call
@@ -155,6 +162,8 @@ def _loss_function(form: _Form, job: Job, model, batches: list[dict]):
 def _prepare(form: _Form, job: Job, model) -> tuple[Loss, Step]:
     if form.packed and not any(is_padded(ids, lengths) for ids, _, lengths in job.batches):
         raise NotRun("no row is padded: there is nothing to pack")
+    if form.pure:
+        refuse_float32(job)
     table = job.table
     optimizer = torch.optim.AdamW(
         model.parameters(),
