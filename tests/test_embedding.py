@@ -53,6 +53,20 @@ def test_a_sparse_gradient_has_a_row_for_each_token(backend, padding_idx):
     torch.testing.assert_close(rows.to_dense(), want)
 
 
+@pytest.mark.parametrize("padding_idx", [None, 3, -47])
+def test_a_16_bit_vocabulary_gets_the_float32_sum_rounded(padding_idx):
+    """Its kernel sums the rows that tokens take alone: some tokens of many rows, or of few."""
+    for rows, ids in ((50, IDS), (50, torch.zeros(4, 200, dtype=torch.long)), (700, torch.arange(600).view(2, 300))):
+        word = torch.randn(rows, 6).bfloat16().requires_grad_()
+        exact = word.detach().float().requires_grad_()
+        dy = torch.randn(*ids.shape, 6).bfloat16()
+        given = {"padding_idx": padding_idx, "backend": "cpu"}
+        (got,) = torch.autograd.grad(ops.embedding(ids, word, **given), word, dy)
+        (want,) = torch.autograd.grad(ops.embedding(ids, exact, **given), exact, dy.float())
+        assert got.dtype == torch.bfloat16
+        torch.testing.assert_close(got.float(), want, rtol=2**-8, atol=0.0)
+
+
 def test_a_frozen_table_gets_no_gradient():
     word, position, token_type = tables()
     word.requires_grad_(False)

@@ -5,7 +5,7 @@
 FASTLM_TUPLE(fastlm::cpu::Lookup, &fastlm::cpu::Lookup::table, &fastlm::cpu::Lookup::ids, &fastlm::cpu::Lookup::stride,
              &fastlm::cpu::Lookup::period);
 FASTLM_TUPLE(fastlm::cpu::TableGradient, &fastlm::cpu::TableGradient::data, &fastlm::cpu::TableGradient::rows,
-             &fastlm::cpu::TableGradient::skip);
+             &fastlm::cpu::TableGradient::skip, &fastlm::cpu::TableGradient::ids);
 
 FASTLM_FIELDS(fastlm::cpu::EmbeddingForward) {
   FIELD(lookup);

@@ -102,9 +102,10 @@ FASTLM_INLINE void add(const float* from, int64_t n, float* to) {
 }
 
 // Adds columns [begin, end) of all tokens' dh to the rows of one table.
-FASTLM_CLONES void add_columns(const EmbeddingBackward& a, const Lookup& lookup, const TableGradient& gradient,
-                               int64_t begin, int64_t end) {
+FASTLM_CLONES void add_columns(const EmbeddingBackward& a, Lookup lookup, const TableGradient& gradient, int64_t begin,
+                               int64_t end) {
   const int64_t n = end - begin;
+  if (gradient.ids) lookup.ids = gradient.ids;
   if (gradient.rows > kFew) {
     for (int64_t t = 0; t < a.tokens; ++t) {
       const int64_t row = row_of(lookup, t);

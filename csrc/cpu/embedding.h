@@ -25,9 +25,11 @@ struct EmbeddingForward {
 };
 
 // The gradient of a table, (rows, cols) float32: dh is added to it, except to row `skip`. Null if it is not needed.
+// ids: the row of each token; null: the table's own.
 struct TableGradient {
   float* data;
   int64_t rows, skip;
+  const int64_t* ids;
 };
 
 // dy (tokens, cols) in. dweight, dbias (cols,) float32 or null, set; the gradients of the tables, added to.

@@ -50,16 +50,29 @@ def embedding_fwd(args: Args) -> Outputs:
     return out
 
 
+def _used_rows(lookup: Lookup) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """(the rows of a 16-bit word table that some token takes, the index into these of each token).
+
+    None where the whole gradient is summed in float32: where it has that dtype, or no more rows than there are tokens.
+    """
+    word, ids = lookup.word, lookup.input_ids
+    if word.dtype == torch.float32 or word.shape[0] <= ids.numel():
+        return None
+    return torch.unique(ids, return_inverse=True)
+
+
 def embedding_bwd(args: BackwardArgs) -> Gradients:
     """The kernel adds to float32 gradients. `dh` has the gradient of each token, which is word's if `sparse`."""
     saved, lookup, wanted, out = args.saved, args.saved.lookup, args.wanted, empty_backward(args)
     word, tokens, cols, dy = lookup.word, lookup.input_ids.numel(), lookup.word.shape[1], as_rows(args.dy)
     summed = wanted.dword and not saved.sparse, wanted.dposition, wanted.dtoken_type
-    gradients = [
-        table.new_zeros(table.shape, dtype=torch.float32) if want else None
-        for table, want in zip(lookup.tables, summed)
-    ]
-    skipped = saved.padding_idx, -1, -1
+    # A gradient of all rows in float32, to be rounded at the end, was two thirds of the time (LOG.md, 2026-11-30).
+    used = _used_rows(lookup) if summed[0] else None
+    rows = [table if table is None else table.shape[0] for table in lookup.tables]
+    skipped, of_rows = [saved.padding_idx, -1, -1], [None, None, None]
+    if used is not None:
+        rows[0], skipped[0], of_rows[0] = len(used[0]), -1, used[1]
+    gradients = [word.new_zeros(n, cols, dtype=torch.float32) if want else None for n, want in zip(rows, summed)]
     dweight = None if saved.weight is None else word.new_empty(cols, dtype=torch.float32)
     dh = word.new_empty(tokens, cols, dtype=torch.float32)
     _native.cpu().embedding_bwd(
@@ -72,7 +85,9 @@ def embedding_bwd(args: BackwardArgs) -> Gradients:
         dbias=out.dbias if args.has_bias else None,
         dh=dh,
         partial=word.new_empty(2 * _native.cpu().row_blocks(tokens) * cols, dtype=torch.float32),
-        gradient=[None if g is None else (g, g.shape[0], skip) for g, skip in zip(gradients, skipped)],
+        gradient=[
+            None if g is None else (g, g.shape[0], skip, ids) for g, skip, ids in zip(gradients, skipped, of_rows)
+        ],
         tokens=tokens,
         cols=cols,
         stride_dy=dy.stride(0),
@@ -83,6 +98,10 @@ def embedding_bwd(args: BackwardArgs) -> Gradients:
     if saved.sparse and wanted.dword:
         padding = lookup.input_ids.view(-1, 1) == saved.padding_idx
         gradients[0] = dh if saved.padding_idx < 0 else dh.masked_fill_(padding, 0.0)
+    elif used is not None:
+        gradients[0] = word.new_zeros(word.shape).index_copy_(0, used[0], gradients[0].to(word.dtype))
+        if saved.padding_idx >= 0:
+            gradients[0][saved.padding_idx] = 0.0
     dword, dposition, dtoken_type = (word.new_empty(0) if g is None else g.to(word.dtype) for g in gradients)
     dweight = word.new_empty(0) if dweight is None else dweight.to(saved.weight.dtype)
     return Gradients(dword, dposition, dtoken_type, dweight, out.dbias)
