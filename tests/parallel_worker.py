@@ -32,6 +32,7 @@ RECIPE = {
     },
     "data": {"tokenizer": "train:200", "row_tokens": 32, "documents": "line", "validation_share": 0.1},
     "train": {
+        "dtype": "float32",
         "batch_tokens": 128,
         "micro_batch_tokens": 32,
         "max_steps": 8,

@@ -185,8 +185,8 @@ MEASURE = cpu_rate.measure
 class Machine:
     """Products on a clock: of 1024 x 1024 in 32 ms in float32 and 4 in bfloat16, of others by their FLOPs.
 
-    slow: how many times as long a call takes, by its number; bfloat16: in place of the 4 ms; share: of the time, in which
-    the threads have their processors
+    slow: how many times as long a call takes, by its number; bfloat16: in place of the 4 ms; share: of the time, in
+    which the threads have their processors
     """
 
     def __init__(self, slow=lambda call: 1.0, bfloat16=4.0, share=1.0):
