@@ -17,7 +17,7 @@ from fastlm.storage import replace_json
 # What the tests measure of this machine, which others may load meanwhile, is no run's peak. Models stay where they are.
 _CACHE = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
 os.environ.setdefault("HF_HOME", str(Path(_CACHE, "huggingface")))
-os.environ["XDG_CACHE_HOME"] = str(Path(tempfile.gettempdir(), f"fastlm-test-cache-{os.getuid()}"))
+os.environ["XDG_CACHE_HOME"] = str(Path(tempfile.gettempdir(), f"fastlm-tests-cache-{os.getuid()}"))
 
 
 def _plant_rates():
