@@ -112,14 +112,16 @@ class Peak(NamedTuple):
 
 
 def find_peak(device: torch.device, dtype: torch.dtype) -> Peak:
-    """What MFU on `device` is against. It measures nothing; `fastlm info` and `fastlm pretrain` do, on a CPU."""
+    """What MFU on `device` is against. It measures nothing; `fastlm info` and a run do, on a CPU."""
     name = str(dtype).removeprefix("torch.")
     if device.type == "cpu":
-        flops, threads = cpu_rate.known(dtype), torch.get_num_threads()
+        rate, threads = cpu_rate.known(dtype), torch.get_num_threads()
         what = f"this CPU in {name} with {threads} thread{'s' if threads > 1 else ''}"
-        if flops is None:
-            return Peak(None, f"the rate of {what} was not measured; `fastlm info` does")
-        return Peak(flops, f"as measured on {what}")
+        remedy = f"OMP_NUM_THREADS={threads} fastlm info"
+        if rate is None:
+            return Peak(None, f"the rate of {what} was not measured; `{remedy}` does")
+        busy = "" if rate.steady else f", which was busy; `{remedy}` measures again"
+        return Peak(rate.flops, f"as measured on {what}{busy}")
     flops = peak_flops(device, dtype)
     if flops is None:
         return Peak(None, f"no peak of {chip_name(device)} in {name} is known")
@@ -139,18 +141,20 @@ class Dtype(NamedTuple):
 def auto_dtype(device: torch.device) -> Dtype:
     """The dtype of matrix products that `train.dtype = "auto"` means on `device`.
 
-    On a CPU bfloat16 from GAIN times float32's rate on, which is measured where it is not known: two seconds. On a
-    GPU bfloat16 from sm_80 on, the first with units for it.
+    On a CPU bfloat16 from GAIN times float32's rate on, which is measured where it is not known: a second. On a GPU
+    bfloat16 from sm_80 on, the first with units for it.
     """
     if device.type == "cuda":
         chip, arch = chip_name(device), "sm_{}{}".format(*torch.cuda.get_device_capability(device))
         if torch.cuda.get_device_capability(device) >= (8, 0):
             return Dtype("bfloat16", f"{chip} ({arch}) has units for it")
         return Dtype("float32", f"{chip} ({arch}) has no units for bfloat16")
-    rates = cpu_rate.both()
-    gain, threads = rates[1] / rates[0], torch.get_num_threads()
+    float32, bfloat16 = cpu_rate.both()
+    gain, threads = bfloat16.flops / float32.flops, torch.get_num_threads()
     with_threads = f"with {threads} thread{'s'[: threads > 1]}"
-    measured = f"measured {with_threads}: {rates[1] / 1e9:,.0f} and {rates[0] / 1e9:,.0f} GFLOP/s"
+    busy = "" if float32.steady and bfloat16.steady else " on a busy machine"
+    rates = f"{bfloat16.flops / 1e9:,.0f} and {float32.flops / 1e9:,.0f} GFLOP/s"
+    measured = f"measured {with_threads}{busy}: {rates}"
     if gain >= GAIN:
         return Dtype("bfloat16", f"this CPU multiplies {gain:.3g} times as fast in it as in float32 ({measured})")
     return Dtype("float32", f"this CPU multiplies {gain:.3g} times as fast in bfloat16, less than {GAIN} ({measured})")

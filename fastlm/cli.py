@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -204,28 +203,11 @@ def pretrain(
         raise ValueError("--tokenizer: the data is prepared, with a tokenizer; leave --tokenizer out, or give text")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     _threads.for_work(chosen.layer_flops())
-    if device == "cpu" and os.environ.get("RANK", "0") == "0":
-        _measure_rate(chosen.train.dtype)
     result = train.pretrain(chosen, data, out, device=device, resume=resume, init=init, log=log or ())
     if result.stopped_by is not None:
         sys.exit(128 + result.stopped_by)  # as a shell reports it; `pretrain && next` does not go on without a model
     if result.summary is not None:
         typer.echo(summary_table(result.summary, out / "hf", width_of(sys.stdout)))
-
-
-def _measure_rate(dtype: str) -> None:
-    """Measure the CPU's matrix products where that was not done before: the peak of MFU. For "auto" the run does."""
-    import torch
-
-    from fastlm import cpu_rate
-    from fastlm.settings import AUTO
-
-    if dtype == AUTO:
-        return
-    dtype = getattr(torch, dtype)
-    if cpu_rate.known(dtype) is None:
-        say("Measuring this CPU's matrix products once, for MFU ...", sys.stderr)
-        cpu_rate.remember(dtype, cpu_rate.measure(dtype))
 
 
 @app.command()

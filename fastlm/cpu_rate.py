@@ -1,9 +1,12 @@
-"""The rate of this CPU's matrix products: MFU on a CPU is measured against it, and `train.dtype = "auto"` follows it.
+"""The rates of this CPU's matrix products: the peak of MFU on a CPU, and what `train.dtype = "auto"` follows.
 
-No data sheet has it, so it is measured: the best of large square products with the threads that are used. `measure`
-takes about a second for float32 and bfloat16 together. `remember` keeps the result in the user's cache directory, by
-the CPU's name, the number of threads, torch's version and the dtype; `known` reads it. A busy machine measures too
-little, so the larger of two measurements is kept.
+No data sheet has them, so they are measured, in float32 and bfloat16: large square products of both in turn, in short
+rounds, with the threads that torch has. Of each dtype the fastest product counts, since other work on the machine can
+only make one slower. `Rate.busy` says how much there was.
+
+`measure` takes about a second. `remember` keeps the result in the user's cache directory, by the CPU's name, the number
+of threads, torch's version and the dtype; `known` reads it. A rate of a busy machine decides one process's dtype at
+most: the next process that needs it measures again.
 """
 
 from __future__ import annotations
@@ -11,22 +14,43 @@ from __future__ import annotations
 import json
 import os
 import platform
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from fastlm.storage import replace_json
 
-_SIZES = (1024, 2048, 4096, 8192)  # rows and columns: the larger ones where a product takes less than _SHORT
-_SHORT = 0.03  # seconds
-_SECONDS, _LEAST = 0.3, 5  # each size is measured for so long, and at least so many times,
-_MOST = 1.0  # where these do not take longer: without units for it, bfloat16 may take a second a product
+# Rows and columns: the first whose product takes _SHORT seconds. Longer ones are no faster, and few of them run
+# undisturbed on a busy machine: beside three other processes 1024 in bfloat16 reached 85% of the rate alone, 2048 half.
+_SIZES = (256, 512, 1024, 2048, 4096, 8192)
+_SHORT = 0.0015
+_SECONDS, _LEAST = 0.7, 5  # rounds are measured for so long, and so many of them at least
+_IDLE = 0.2  # the largest `busy` of an idle machine: threads wait for each other too
 BOTH = torch.float32, torch.bfloat16
 
-_measured: dict[str, float] = {}  # by this process, also where the directory cannot be written
+
+class Rate(NamedTuple):
+    """flops: FLOP/s of the fastest product.
+
+    busy: the share of the time that other work had, from 0 to 1: what the threads lacked of their processors' time. The
+    FLOP/s that the median product lacked of the fastest one's, where that is more: what another virtual machine takes.
+    """
+
+    flops: float
+    busy: float
+
+    @property
+    def steady(self) -> bool:
+        """Whether the machine had no other work to speak of."""
+        return self.busy <= _IDLE
+
+
+_measured: dict[str, Rate] = {}  # what this process has, also where the directory cannot be written
 
 
 @cache
@@ -59,64 +83,100 @@ def _product(size: int, dtype: torch.dtype) -> Callable[[], object]:
 
 
 def measure(
-    dtype: torch.dtype,
     clock: Callable[[], float] = time.perf_counter,
+    processor: Callable[[], float] = time.process_time,
     product: Callable[[int, torch.dtype], Callable[[], object]] = _product,
-    seconds: float = _SECONDS,
-) -> float:
-    """FLOP/s of the fastest product in `dtype`, with the threads that torch has now.
+) -> dict[torch.dtype, Rate]:
+    """The rates of BOTH dtypes, with the threads that torch has now.
 
-    seconds: how long each size is measured at least
+    clock, processor   seconds, and those that the threads of this process had a processor
     """
-    best = 0.0
+    began, rounds = clock(), []
+    products = [_large(dtype, clock, product) for dtype in BOTH]
+    while len(rounds) < _LEAST or clock() - began < _SECONDS:
+        rounds.append([_timed(call, clock, processor) for call, _ in products])
+    return {dtype: _rate(flops, times) for dtype, (_, flops), times in zip(BOTH, products, zip(*rounds))}
+
+
+def _rate(flops: float, times: Sequence[tuple[float, float]]) -> Rate:
+    """Of a product. times: what its calls took, in seconds and in seconds of processors."""
+    seconds, had = zip(*times)
+    lacked = 1.0 - sum(had) / (sum(seconds) * torch.get_num_threads())
+    return Rate(flops / min(seconds), max(0.0, lacked, 1.0 - min(seconds) / statistics.median(seconds)))
+
+
+def _large(dtype, clock, product) -> tuple[Callable[[], object], float]:
+    """(a product large enough to be timed, its FLOPs)"""
     for size in _SIZES:
-        call, times = product(size, dtype), []
-        while sum(times) < seconds or (len(times) < _LEAST and sum(times) < _MOST):
-            began = clock()
-            call()
-            times.append(clock() - began)
-        best = max(best, 2.0 * size**3 / min(times))
-        if min(times) > _SHORT:
+        call = product(size, dtype)
+        call()  # it allocates, and prepares the product
+        if _timed(call, clock)[0] >= _SHORT:
             break
-    return best
+    return call, 2.0 * size**3
 
 
-def known(dtype: torch.dtype) -> float | None:
+def _timed(call: Callable[[], object], *clocks: Callable[[], float]) -> tuple[float, ...]:
+    began = [clock() for clock in clocks]
+    call()
+    return tuple(clock() - start for clock, start in zip(clocks, began))
+
+
+def known(dtype: torch.dtype) -> Rate | None:
     """What was measured for this CPU, torch and number of threads; None where nothing was."""
     name = key(dtype, torch.get_num_threads())
     return _measured.get(name) or _read().get(name)
 
 
-def both() -> tuple[float, float]:
-    """FLOP/s in float32 and in bfloat16, measured where either is not known: twice in turn, about two seconds.
+def due() -> str:
+    """Why `both` would measure, in words that follow "measured"; "" where it would not.
 
-    So a busy moment lowers one of them only where it comes twice: their ratio decides `train.dtype`.
+    A rate of a busy machine is measured again, once in a process.
     """
-    if None in map(known, BOTH):
-        for dtype in 2 * BOTH:
-            remember(dtype, measure(dtype, seconds=_SECONDS / 2))
+    if None in (rates := [known(dtype) for dtype in BOTH]):
+        return "once"
+    names = [key(dtype, torch.get_num_threads()) for dtype in BOTH]
+    settled = all(rate.steady for rate in rates) or all(map(_measured.get, names))
+    return "" if settled else "again, as it was busy before"
+
+
+def both() -> tuple[Rate, Rate]:
+    """The rates in float32 and in bfloat16, measured where they are `due`: about a second."""
+    if due():
+        remember(measure())
     return tuple(map(known, BOTH))
 
 
-def remember(dtype: torch.dtype, flops: float) -> float:
-    """Keep a measurement; the larger of it and of one before.
+def remember(rates: Mapping[torch.dtype, Rate]) -> None:
+    """Keep a measurement. A steady one replaces that of a busy machine, and a faster one a slower of the same kind.
 
     Where the directory cannot be written, it is kept for this process alone.
     """
-    name = key(dtype, torch.get_num_threads())
-    _measured[name] = flops = max(flops, known(dtype) or 0.0)
+    threads, before = torch.get_num_threads(), {dtype: known(dtype) for dtype in rates}
+    best = {
+        key(dtype, threads): max(filter(None, (before[dtype], rate)), key=lambda rate: (rate.steady, rate.flops))
+        for dtype, rate in rates.items()
+    }
+    _measured.update(best)
     try:
         path().parent.mkdir(parents=True, exist_ok=True)
-        replace_json(path(), {**_read(), name: flops})
-    except OSError:
-        pass  # a home that is read-only or full: the run goes on, and the next one measures again
-    return flops
+        kept = {**_read(), **best}
+        replace_json(path(), {name: rate._asdict() for name, rate in kept.items()})
+    except (OSError, RuntimeError):
+        pass  # a home that is read-only, full or missing: the run goes on, and the next one measures again
 
 
-def _read() -> dict[str, float]:
-    """The file's content. A damaged file holds nothing: the next measurement replaces it."""
+def _read() -> dict[str, Rate]:
+    """The file's content. A damaged file holds nothing: the next measurement replaces it.
+
+    Nor does a bare number count, as earlier versions wrote them.
+    """
     try:
         content = json.loads(path().read_text(encoding="utf-8"))
     except (OSError, ValueError, RuntimeError):  # RuntimeError: there is no home directory
         return {}
-    return {key: rate for key, rate in content.items() if isinstance(rate, float)} if isinstance(content, dict) else {}
+    found = {}
+    for name, entry in content.items() if isinstance(content, dict) else ():
+        fields = [entry.get(field) for field in Rate._fields] if isinstance(entry, dict) else [None]
+        if all(isinstance(value, float) for value in fields):
+            found[name] = Rate(*fields)
+    return found

@@ -109,12 +109,17 @@ def _architectures(cuda) -> str:
 
 
 def _rates() -> str:
-    """Measures the CPU's matrix products; `fastlm pretrain` takes the result as the peak of MFU."""
-    rates = {
-        str(dtype).removeprefix("torch."): cpu_rate.remember(dtype, cpu_rate.measure(dtype)) / 1e9
-        for dtype in cpu_rate.BOTH
-    }
-    return ", ".join(f"{name} {rate:,.0f} GFLOP/s" for name, rate in rates.items()) + " in large matrix products"
+    """Measures the CPU's matrix products; a run takes the best that was measured as the peak of MFU."""
+    cpu_rate.remember(cpu_rate.measure())
+    float32, bfloat16 = rates = cpu_rate.both()
+    text = (
+        f"float32 {float32.flops / 1e9:,.0f} GFLOP/s, bfloat16 {bfloat16.flops / 1e9:,.0f} GFLOP/s "
+        f"({bfloat16.flops / float32.flops:.3g} times as many) in large matrix products"
+    )
+    if all(rate.steady for rate in rates):
+        return text
+    busy = max(rate.busy for rate in rates)
+    return f"{text}; other work had up to {busy:.0%} of the machine, try again"
 
 
 def _auto_dtypes(gpu: bool) -> str:

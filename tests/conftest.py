@@ -17,7 +17,7 @@ from fastlm.storage import replace_json
 # What the tests measure of this machine, which others may load meanwhile, is no run's peak. Models stay where they are.
 _CACHE = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
 os.environ.setdefault("HF_HOME", str(Path(_CACHE, "huggingface")))
-os.environ["XDG_CACHE_HOME"] = str(Path(tempfile.gettempdir(), f"fastlm-test-cache-{os.getuid()}"))
+os.environ["XDG_CACHE_HOME"] = str(Path(tempfile.gettempdir(), f"fastlm-tests-cache-{os.getuid()}"))
 
 
 def _plant_rates():
@@ -28,7 +28,8 @@ def _plant_rates():
     path = cpu_rate.path()
     path.parent.mkdir(parents=True, exist_ok=True)
     threads = range(1, max(64, os.cpu_count() or 1) + 1)
-    replace_json(path, {cpu_rate.key(dtype, n): 1e18 for dtype in cpu_rate.BOTH for n in threads})
+    rate = cpu_rate.Rate(1e18, 0.0)._asdict()
+    replace_json(path, {cpu_rate.key(dtype, n): rate for dtype in cpu_rate.BOTH for n in threads})
 
 
 def pytest_addoption(parser):

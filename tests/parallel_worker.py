@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from fastlm.models import GPT2, T5, GPT2Config, T5Config
 from fastlm.models._cache import whole_weights
 from fastlm.run.recipe import Recipe
 from fastlm.train import loop, pretrain
+from fastlm.train.micro import copies_of
 from fastlm.train.parallel import _shard
 
 RECIPE = {
@@ -30,6 +32,7 @@ RECIPE = {
     },
     "data": {"tokenizer": "train:200", "row_tokens": 32, "documents": "line", "validation_share": 0.1},
     "train": {
+        "dtype": "float32",
         "batch_tokens": 128,
         "micro_batch_tokens": 32,
         "max_steps": 8,
@@ -46,8 +49,16 @@ def recipe(**train) -> Recipe:
 
 
 MUON = {"shard": True, "optimizer": "muon"}
+LOW = {"dtype": "bfloat16", "batch_tokens": 64}  # a single micro-batch in each process
 # name -> (the step during which the processes are told to stop, settings of [train])
-RUNS = {"ddp": (None, {}), "ddp-first": (5, {}), "fsdp-first": (5, MUON), "from-one": (None, MUON)}
+RUNS = {
+    "ddp": (None, {}),
+    "ddp-first": (5, {}),
+    "fsdp-first": (5, MUON),
+    "from-one": (None, MUON),
+    "low": (None, LOW),
+    "low-first": (5, LOW),
+}
 
 
 def write_sharded() -> None:
@@ -77,6 +88,19 @@ def write_sharded() -> None:
             model.generate(ids)
 
 
+def check_low(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """After a step in bfloat16: both processes have the same weights, and the optimizer wrote the copies of all."""
+    copies = copies_of(model, torch.bfloat16)
+    assert copies is optimizer.low_weights
+    assert copies._copies
+    assert copies._stale() == {}
+    assert all(torch.equal(copy, w.bfloat16()) for w, copy in copies._copies.items())
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    both = [torch.empty_like(weights) for _ in range(2)]
+    dist.all_gather(both, weights)
+    assert torch.equal(*both)
+
+
 def main() -> None:
     folder, kill = Path(sys.argv[1]), sys.argv[2:] == ["kill"]
     original, steps, told = loop.train_step, [], {"at": None}
@@ -87,10 +111,14 @@ def main() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         if len(steps) == told["at"] and os.environ["RANK"] == "1":  # the other process learns it from this one
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(*args, **arguments)
+        result = original(*args, **arguments)
+        if arguments["dtype"] == torch.bfloat16:
+            check_low(*args[:2])
+        return result
 
     loop.train_step = step
-    for name, (at, settings) in ({"killed": (None, {})} if kill else RUNS).items():
+    runs = [("killed", (None, {}))] if kill else [*RUNS.items(), ("low-first", (None, LOW))]  # which goes on
+    for name, (at, settings) in runs:
         steps.clear()
         told["at"] = at
         pretrain(recipe(**settings), folder / "rows", folder / name)

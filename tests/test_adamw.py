@@ -162,6 +162,37 @@ def test_copies_in_bfloat16(make, dtype):
         assert all(torch.equal(copy, p.bfloat16()) for copy, p in zip(copies, ours))
 
 
+def test_a_change_of_a_weight_is_seen(monkeypatch):
+    """Before copies are used again: by autograd's count, by a weight's place, and by eight elements of each."""
+    casts, copy = [], torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda to, of: casts.append(len(to)) or copy(to, of))
+    ours = weights(((64, 40), (5, 3), (7,)))
+    low = LowWeights(ours)
+
+    def begin():
+        """The next step; how many copies it made anew."""
+        casts.clear()
+        with low.fresh(torch.bfloat16):
+            copies = [low_copy(p, torch.bfloat16) for p in ours]
+        assert all(torch.equal(copy, p.bfloat16()) for copy, p in zip(copies, ours))
+        low.wrote(ours)
+        return sum(casts)
+
+    assert (begin(), begin()) == (0, 0)  # cast one by one, then as they are
+    for p in ours:
+        n = p.numel()
+        for place in [i * max(1, n // 8) for i in range(min(n, 8))]:
+            p.data.view(-1)[place] += 1.0
+            assert begin() == len(ours)  # where one changed unseen, others may have
+            assert begin() == 0
+    ours[1].data = torch.randn(5, 3)
+    assert begin() == 1
+    with torch.no_grad():
+        ours[2].mul_(2.0)
+    assert begin() == 1
+    assert begin() == 0
+
+
 def test_lamb_in_two_passes_is_lamb(monkeypatch):
     """csrc/cpu/lamb.cpp beside plain torch; the same bits with any number of threads; a weight of 0; no gradient."""
     found, threads = [], torch.get_num_threads()

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import threading
 
 import pytest
@@ -10,7 +11,7 @@ from fake_clock import FakeClock
 from fake_store import Store
 from training import corpus, small
 
-from fastlm import chip, cli, cpu_rate, info
+from fastlm import chip, cpu_rate, info
 from fastlm.bench.steps import find_step
 from fastlm.data import open_dataset, prepare
 from fastlm.run import settled
@@ -23,7 +24,6 @@ from fastlm.train.parallel import World
 
 CPU = torch.device("cpu")
 BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
-MEASURE = cpu_rate.measure
 DROPOUT = {"model__hidden_dropout_prob": 0.1, "model__attention_probs_dropout_prob": 0.1}
 
 
@@ -36,17 +36,23 @@ def data(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def machine(tmp_path, monkeypatch):
-    """Sets the rates that are known of this CPU, {dtype: FLOP/s}; none are at first, and measuring is an error."""
+    """Sets what is known of this CPU, {dtype: FLOP/s}, and what `cpu_rate.measure` is: at first an error.
 
-    def become(rates):
+    Both dtypes are as fast at first.
+    """
+
+    def become(rates, measure=None):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache-{len(list(tmp_path.iterdir()))}"))
         monkeypatch.setattr(cpu_rate, "_measured", {})
-        monkeypatch.setattr(cpu_rate, "measure", None)
-        for dtype, rate in rates.items():
-            cpu_rate.remember(dtype, rate)
+        monkeypatch.setattr(cpu_rate, "measure", measure)
+        cpu_rate.remember(steady(rates))
 
-    become({})
+    become({FLOAT32: 1e11, BFLOAT16: 1e11})
     return become
+
+
+def steady(rates):
+    return {dtype: cpu_rate.Rate(float(flops), 0.0) for dtype, flops in rates.items()}
 
 
 @pytest.fixture
@@ -101,35 +107,31 @@ def test_bfloat16_from_1_3_times_float32s_rate_on(machine):
     assert info._auto_dtypes(False) == f"auto is {chip.auto_dtype(CPU)}"
 
 
-def test_both_rates_are_measured_in_turn_where_one_is_not_known(machine, monkeypatch, capsys):
-    """Once; the larger of two measurements counts: the machine is busy in the first of float32."""
-    measured, rates = [], iter([50e9, 160e9, 100e9, 80e9])
-    machine({FLOAT32: 30e9})
-    monkeypatch.setattr(cpu_rate, "measure", lambda dtype, seconds: measured.append(dtype) or next(rates))
+def test_both_rates_are_measured_where_one_is_not_known(machine, capsys):
+    """Once. What a busy machine gave is said to be so."""
+    measured = []
+    rates = {FLOAT32: cpu_rate.Rate(100e9, 0.0), BFLOAT16: cpu_rate.Rate(160e9, 0.25)}
+    machine({FLOAT32: 30e9}, lambda: measured.append(1) or rates)
     recipe = Recipe()
     assert recipe.train.dtype == "auto"
     for _ in range(2):
         assert settled.with_dtype(recipe, CPU).train.dtype == "bfloat16"
-    assert measured == [FLOAT32, BFLOAT16, FLOAT32, BFLOAT16]
-    assert cpu_rate.both() == (100e9, 160e9)
+    assert len(measured) == 1
+    assert cpu_rate.both() == (rates[FLOAT32], rates[BFLOAT16])
+    assert "threads on a busy machine: 160 and 100 GFLOP/s)" in str(chip.auto_dtype(CPU))
     assert capsys.readouterr().err.count("Measuring this CPU's matrix products once, for train.dtype and MFU") == 1
 
 
-def test_a_named_dtype_is_measured_for_mfu_alone(monkeypatch, capsys):
-    measured = []
-    monkeypatch.setattr(cpu_rate, "measure", lambda dtype: measured.append(dtype) or 1e11)
-    for name in ("auto", "bfloat16", "bfloat16"):
-        cli._measure_rate(name)
-    assert measured == [BFLOAT16]
-    assert capsys.readouterr().err.count("once, for MFU") == 1
-
-
-def test_a_slow_product_is_not_measured_for_long():
-    """bfloat16 without units for it: seconds a product."""
-    clock, calls = FakeClock(), []
-    rate = MEASURE(BFLOAT16, clock.now, lambda size, dtype: lambda: calls.append(clock.advance(700.0)))
-    assert rate == pytest.approx(2 * 1024**3 / 0.7)
-    assert len(calls) == 2
+def test_a_run_in_a_named_dtype_measures_for_mfu_alone(data, tmp_path, machine, said):
+    """Once: the next run has the rate."""
+    measured, note = [], "measuring this CPU's matrix products once, for MFU"
+    machine({}, lambda: measured.append(1) or steady({FLOAT32: 2e11, BFLOAT16: 1e11}))
+    recipe = small(train__dtype="bfloat16", train__max_steps=5, train__checkpoint_every=0)
+    for name in ("one", "two"):
+        summary = pretrain(recipe, data, tmp_path / name).summary
+        assert (summary["dtype"], summary["peak_flops"]) == ("bfloat16", 1e11)
+    assert len(measured) == said.count(note) == 1
+    assert said[0] == note
 
 
 def test_a_gpu_with_units_for_it_takes_bfloat16(monkeypatch):
@@ -142,22 +144,37 @@ def test_a_gpu_with_units_for_it_takes_bfloat16(monkeypatch):
         assert str(chip.auto_dtype(torch.device("cuda"))) == text
 
 
-def test_a_run_keeps_its_dtype_on_another_machine(data, tmp_path, machine, said, interrupted):
-    """It is written before the first step. What is named is obeyed, and nothing is measured for it."""
+def test_a_run_keeps_its_dtype_on_another_machine(data, tmp_path, machine, said, interrupted, monkeypatch):
+    """It is written before the first step, and what is named is obeyed.
+
+    A resumed run measures for MFU alone, and not on a machine like that of which it recorded the rate.
+    """
     pretrain(small(train__dtype="bfloat16"), data, tmp_path / "named")
     assert " on cpu in bfloat16; " in said[0]
     machine({FLOAT32: 1e11, BFLOAT16: 3.4e11})
     said.clear()
-    interrupted(small(train__dtype="auto"), data, tmp_path / "auto")
+    recipe, run, moved = small(train__dtype="auto"), tmp_path / "run", tmp_path / "moved"
+    interrupted(recipe, data, run)
     assert " on cpu in bfloat16, since this CPU multiplies 3.4 times as fast in it as in float32 (measured " in said[0]
+    shutil.copytree(run, moved)
     machine({})
     said.clear()
     with pytest.raises(ValueError, match=r"train\.dtype is 'float32', was 'bfloat16'"):
-        pretrain(small(train__dtype="float32"), data, tmp_path / "auto")
-    summary = pretrain(small(train__dtype="auto"), data, tmp_path / "auto").summary
+        pretrain(small(train__dtype="float32"), data, run)
+    summary = pretrain(recipe, data, run).summary
     assert " on cpu in bfloat16, as when the run began; " in said[0]
-    assert summary["dtype"] == "bfloat16"
-    assert losses(tmp_path / "auto") == losses(tmp_path / "named")
+    assert (summary["dtype"], summary["peak_flops"]) == ("bfloat16", 3.4e11)
+    assert cpu_rate.known(BFLOAT16) == cpu_rate.Rate(3.4e11, 0.0)
+    measured = []
+    machine({}, lambda: measured.append(1) or steady({FLOAT32: 5e10, BFLOAT16: 2e10}))
+    monkeypatch.setattr(cpu_rate, "cpu_info", lambda: ("another CPU", set()))
+    summary = pretrain(recipe, data, moved).summary
+    assert (summary["dtype"], summary["peak_flops"]) == ("bfloat16", 2e10)
+    assert len(measured) == 1
+    machine({})
+    assert pretrain(recipe, data, moved).summary == summary  # a finished run needs no rate
+    assert losses(run) == losses(moved) == losses(tmp_path / "named")
+    assert None not in [row["mfu"] for path in (run, moved) for row in read_metrics(path / "metrics.jsonl")]
 
 
 def test_a_run_that_is_older_than_the_choice_goes_on(data, tmp_path, interrupted):
@@ -240,18 +257,26 @@ def test_the_fastest_size(times, best, tried):
 
 
 def test_a_measurement_changes_nothing(data, monkeypatch):
-    """On a clock: rows take 10, 6, 5 and 8 ms in forwards of 8, 16, 32 and 64."""
+    """On a clock: rows take 10, 6, 5 and 8 ms in forwards of 8, 16, 32 and 64.
+
+    Each is timed with the gradients of the run: in one of the whole batch matrices have bfloat16 ones, which are not
+    added to any. With two processes, none of which has the whole batch, they are float32, as torch averages them.
+    """
     recipe = small(train__batch_tokens=32 * 64, train__micro_batch_tokens="auto", **DROPOUT)
     task, model = task_of(recipe, data)
     before, random = {name: p.clone() for name, p in model.state_dict().items()}, torch.get_rng_state()
-    clock, original, seen = FakeClock(), micro_size.forward_backward, []
+    clock, original, seen, gradients = FakeClock(), micro_size.forward_backward, [], {}
 
     def forward_backward(model, micro, dtype):
         rows = micro.inputs["input_ids"].numel() // 32
         first = not seen or seen[-1] != rows
         seen.append(rows)
         clock.advance(rows * {8: 10, 16: 6, 32: 5, 64: 8}[rows] * (50 if first else 1))
-        return original(model, micro, dtype)
+        matrix = model.get_parameter("layers.0.mlp.linear2.weight")
+        added = matrix.grad is not None
+        loss = original(model, micro, dtype)
+        gradients[rows] = matrix.grad.dtype, added  # of the last call
+        return loss
 
     monkeypatch.setattr(micro_size, "forward_backward", forward_backward)
     choice = micro_size.find_size(task, model, 1, BFLOAT16, clock.now)
@@ -263,8 +288,12 @@ def test_a_measurement_changes_nothing(data, monkeypatch):
         "train.micro_batch_tokens=1024: the fastest here; tokens/s of forward and backward: 3,200 with 256, 5,333 with "
         f"512, 6,400 with 1,024, 4,000 with 2,048; measured in {clock.seconds:.1f} s"
     )
+    assert gradients == {8: (FLOAT32, True), 16: (FLOAT32, True), 32: (FLOAT32, True), 64: (BFLOAT16, False)}
+    gradients.clear()
+    micro_size.find_size(task, model, 2, BFLOAT16, clock.now)
+    assert gradients == {8: (FLOAT32, True), 16: (FLOAT32, True), 32: (FLOAT32, False)}
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
-    assert all(p.grad is None for p in model.parameters())
+    assert all(p.grad is None and p.grad_dtype == p.dtype for p in model.parameters())
     assert torch.equal(torch.get_rng_state(), random)
 
 

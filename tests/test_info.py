@@ -9,7 +9,7 @@ from fastlm.ops import _registry
 
 
 def test_report_names_every_op_and_what_runs_it(monkeypatch):
-    monkeypatch.setattr(cpu_rate, "measure", lambda dtype: 1e9)
+    monkeypatch.setattr(cpu_rate, "measure", lambda: dict.fromkeys(cpu_rate.BOTH, cpu_rate.Rate(1e9, 0.0)))
     report = info.report()
     table = {line.split()[0]: line.split()[1:] for line in report.splitlines() if line.split()[:1]}
     header = table["on"][1:]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from fake_store import Store
-from parallel_worker import MUON, RUNS, recipe
+from parallel_worker import LOW, MUON, RUNS, recipe
 from training import corpus
 
 from fastlm.data import prepare
@@ -109,6 +109,26 @@ def test_two_processes_continue_what_one_began(folder):
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=1e-5)
     assert MUON["shard"]
     assert (folder / "from-one" / "hf" / "model.safetensors").is_file()
+
+
+def test_two_processes_in_bfloat16(folder):
+    """As one process, to rounding. Their weights are compared after every step, by the worker.
+
+    A run that was interrupted has the bits of one that was not.
+    """
+    for name, dtype in (("one-low", "bfloat16"), ("one-high", "float32")):
+        pretrain(recipe(**{**LOW, "dtype": dtype}), folder / "rows", folder / name)
+    two, one, high = (
+        torch.tensor([loss for loss, _ in losses(folder / name)]) for name in ("low", "one-low", "one-high")
+    )
+    torch.testing.assert_close(two[0], one[0], rtol=1e-6, atol=0)  # of the same weights
+    assert (two - one).abs().max() <= (one - high).abs().max()
+    assert losses(folder / "low-first") == losses(folder / "low")
+    for kind in ("model", "optimizer"):
+        ours, theirs = (
+            read_tensors(load_newest(folder / name / "checkpoints")[0], kind) for name in ("low-first", "low")
+        )
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
 def test_a_killed_process_ends_the_run_with_its_name(folder):

@@ -54,9 +54,10 @@ def said(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
-    """No measurement of this machine, and none kept."""
+    """No measurement of this machine kept, and a quick one for runs."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(cpu_rate, "_measured", {})
+    monkeypatch.setattr(cpu_rate, "measure", lambda: dict.fromkeys(cpu_rate.BOTH, rate(1e12)))
 
 
 # ---- pace
@@ -178,30 +179,78 @@ def test_a_writer_that_is_slow_shows_in_no_rate(data, tmp_path, monkeypatch, sai
 
 # ---- MFU
 
+MEASURE = cpu_rate.measure
 
-def test_the_rate_is_of_the_fastest_product():
-    clock, sizes = FakeClock(), []
 
-    def product(size, dtype):
-        times = iter([50.0, 4.0, 3.0])
+class Machine:
+    """Products on a clock: of 1024 x 1024 in 32 ms in float32 and 4 in bfloat16, of others by their FLOPs.
 
+    slow: how many times as long a call takes, by its number; bfloat16: in place of the 4 ms; share: of the time, in
+    which the threads have their processors
+    """
+
+    def __init__(self, slow=lambda call: 1.0, bfloat16=4.0, share=1.0):
+        self.clock, self.slow, self.share, self.calls = FakeClock(), slow, share, []
+        self.ms = {torch.float32: 32.0, torch.bfloat16: bfloat16}
+
+    def product(self, size, dtype):
         def call():
-            sizes.append(size)
-            clock.advance(next(times, 5.0) * (size / 1024) ** 3)
+            self.calls.append((size, dtype))
+            self.clock.advance(self.ms[dtype] * (size / 1024) ** 3 * self.slow(len(self.calls)))
 
         return call
 
-    assert cpu_rate.measure(torch.float32, clock.now, product) == pytest.approx(2 * 1024**3 / 3e-3)
-    assert sorted(set(sizes)) == [1024, 2048, 4096]  # at 2048 a product takes 24 ms, at 4096 more than 30
+    def measure(self):
+        processors = self.share * torch.get_num_threads()
+        return MEASURE(self.clock.now, lambda: self.clock.now() * processors, self.product)
+
+
+IDLE = {torch.float32: 2 * 1024**3 / 32e-3, torch.bfloat16: 2 * 1024**3 / 4e-3}
+
+
+def rate(flops, busy=0.0):
+    return cpu_rate.Rate(flops, busy)
+
+
+def test_rates_are_of_the_fastest_of_products_in_turn():
+    """On an idle machine; where some products are slowed down, or all, by work that has the processors meanwhile."""
+    machine = Machine()
+    assert {dtype: found.flops for dtype, found in machine.measure().items()} == pytest.approx(IDLE)
+    assert 0.7 < machine.clock.seconds < 1.0
+    # After two calls of each smaller one, the smallest that takes 1.5 ms.
+    ladder = [(256, torch.float32), (512, torch.float32), *((size, torch.bfloat16) for size in (256, 512, 1024))]
+    assert machine.calls[:10] == [call for call in ladder for _ in range(2)]
+    assert set(zip(machine.calls[10::2], machine.calls[11::2])) == {((512, torch.float32), (1024, torch.bfloat16))}
+    for slow, share, slower, busy in (
+        (lambda call: 1.0 if call % 3 == 0 else 4.0, 1.0, 1.0, 0.75),
+        (lambda call: 1.05 if call % 3 else 1.0, 0.9, 1.0, 0.1),
+        (lambda call: 1.05 if call % 3 else 1.0, 1.0, 1.0, 0.05 / 1.05),
+        (lambda call: 2.0, 0.5, 2.0, 0.5),
+        (lambda call: 2.0, 1.0, 2.0, 0.0),
+    ):
+        found = Machine(slow, share=share).measure()
+        for dtype, one in found.items():
+            assert one.flops == pytest.approx(IDLE[dtype] / slower)
+            assert one.busy == pytest.approx(busy)
+            assert one.steady == (busy < 0.2)
     assert cpu_rate._product(64, torch.bfloat16)().shape == (64, 64)
 
 
-def test_a_rate_is_kept_for_the_machine(tmp_path, monkeypatch):
+def test_slow_products_are_not_measured_for_long():
+    """bfloat16 without units for it: half a second for 1024 x 1024."""
+    machine = Machine(bfloat16=500.0)
+    assert machine.measure()[torch.bfloat16].flops == pytest.approx(2 * 1024**3 / 0.5)
+    assert machine.clock.seconds < 1.0
+    assert max(size for size, dtype in machine.calls if dtype == torch.bfloat16) == 256
+
+
+def test_a_rate_is_kept_for_the_machine(monkeypatch):
     assert cpu_rate.known(torch.float32) is None
-    assert cpu_rate.remember(torch.float32, 5e10) == 5e10
-    assert cpu_rate.remember(torch.float32, 4e10) == 5e10  # a busy machine measures too little
+    cpu_rate.remember({torch.float32: rate(5e10)})
+    cpu_rate.remember({torch.float32: rate(4e10)})
+    assert cpu_rate.known(torch.float32) == rate(5e10)
     monkeypatch.setattr(cpu_rate, "_measured", {})  # as another process
-    assert cpu_rate.known(torch.float32) == 5e10
+    assert cpu_rate.known(torch.float32) == rate(5e10)
     assert cpu_rate.known(torch.bfloat16) is None
     (key,) = json.loads(cpu_rate.path().read_text())
     name, flags = cpu_rate.cpu_info()
@@ -211,29 +260,58 @@ def test_a_rate_is_kept_for_the_machine(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch, "get_num_threads", lambda: 99)
         assert cpu_rate.known(torch.float32) is None
-    for damaged in ("{", "[1]", '{"a": "b"}'):
+    # The last is what earlier versions wrote: nothing says how busy the machine was.
+    for damaged in ("{", "[1]", '{"a": "b"}', json.dumps({key: {"flops": 5e10}}), json.dumps({key: 5e10})):
         cpu_rate.path().write_text(damaged)
         assert cpu_rate.known(torch.float32) is None
-    assert cpu_rate.remember(torch.float32, 3e10) == 3e10
-    assert list(json.loads(cpu_rate.path().read_text()).values()) == [3e10]
+    cpu_rate.remember({torch.float32: rate(3e10, 0.5)})
+    assert json.loads(cpu_rate.path().read_text()) == {key: {"flops": 3e10, "busy": 0.5}}
+
+
+def test_a_rate_of_a_busy_machine_is_measured_again(monkeypatch):
+    """By the next process that chooses a dtype; one of an idle machine replaces it, and stays."""
+    waiting = [
+        Machine(lambda call: 4.0 + call % 5 if call % 2 else 1.0),  # in rounds float32 alone is slowed down
+        Machine(lambda call: (1.0, 4.0, 8.0)[call % 3]),
+        Machine(),
+    ]
+    due, ratios = [], []
+    monkeypatch.setattr(cpu_rate, "measure", lambda: waiting.pop(0).measure())
+    for _ in range(4):
+        monkeypatch.setattr(cpu_rate, "_measured", {})  # another process
+        due.append(cpu_rate.due())
+        float32, bfloat16 = cpu_rate.both()
+        assert cpu_rate.both() == (float32, bfloat16)  # once in a process
+        assert cpu_rate.due() == ""
+        ratios.append(bfloat16.flops / float32.flops)
+    assert due == ["once", "again, as it was busy before", "again, as it was busy before", ""]
+    assert not waiting
+    assert ratios[0] > 16
+    assert ratios[1:] == pytest.approx([8.0] * 3)
+    assert all(cpu_rate.known(dtype).steady for dtype in cpu_rate.BOTH)
+    cpu_rate.remember({torch.float32: rate(1e15, 0.5)})  # a busy machine's does not replace it
+    assert cpu_rate.known(torch.float32).flops == pytest.approx(IDLE[torch.float32])
 
 
 def test_a_rate_that_cannot_be_kept_is_this_process_s(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert cpu_rate.remember(torch.float32, 5e10) == 5e10
-    assert cpu_rate.known(torch.float32) == 5e10
+    cpu_rate.remember({torch.float32: rate(5e10)})
+    assert cpu_rate.known(torch.float32) == rate(5e10)
 
 
 def test_where_the_peak_comes_from(monkeypatch):
     threads = torch.get_num_threads()
     assert str(chip.find_peak(CPU, torch.bfloat16)) == (
-        f"n/a, the rate of this CPU in bfloat16 with {threads} threads was not measured; `fastlm info` does"
+        f"n/a, the rate of this CPU in bfloat16 with {threads} threads was not measured; "
+        f"`OMP_NUM_THREADS={threads} fastlm info` does"
     )
-    cpu_rate.remember(torch.bfloat16, 1.234e12)
-    assert str(chip.find_peak(CPU, torch.bfloat16)) == (
-        f"1.234 TFLOP/s, as measured on this CPU in bfloat16 with {threads} threads"
-    )
+    known = f"1.234 TFLOP/s, as measured on this CPU in bfloat16 with {threads} threads"
+    cpu_rate.remember({torch.bfloat16: rate(1.234e12, 0.25)})
+    again = f"`OMP_NUM_THREADS={threads} fastlm info` measures again"
+    assert str(chip.find_peak(CPU, torch.bfloat16)) == f"{known}, which was busy; {again}"
+    cpu_rate.remember({torch.bfloat16: rate(1.234e12)})
+    assert str(chip.find_peak(CPU, torch.bfloat16)) == known
     gpu = torch.device("cuda")
     for name, text in (
         ("NVIDIA H200", "989 TFLOP/s, the data sheet's in bfloat16"),
@@ -243,16 +321,19 @@ def test_where_the_peak_comes_from(monkeypatch):
         assert str(chip.find_peak(gpu, torch.bfloat16)) == text
 
 
-def test_info_measures_the_rate(monkeypatch):
-    rates = {torch.float32: 98e9, torch.bfloat16: 1.058e12}
-    monkeypatch.setattr(cpu_rate, "measure", rates.get)
-    assert info._rates() == "float32 98 GFLOP/s, bfloat16 1,058 GFLOP/s in large matrix products"
-    assert cpu_rate.known(torch.bfloat16) == 1.058e12
+def test_info_measures_the_rates_and_shows_their_ratio(monkeypatch):
+    rates = {torch.float32: rate(98e9, 0.3), torch.bfloat16: rate(1.058e12, 0.05)}
+    monkeypatch.setattr(cpu_rate, "measure", lambda: rates)
+    text = "float32 98 GFLOP/s, bfloat16 1,058 GFLOP/s (10.8 times as many) in large matrix products"
+    assert info._rates() == f"{text}; other work had up to 30% of the machine, try again"
+    rates[torch.float32] = rate(98e9, 0.1)
+    assert info._rates() == text
+    assert cpu_rate.known(torch.bfloat16) == rates[torch.bfloat16]
 
 
 def test_a_run_has_an_mfu_and_measures_nothing(data, tmp_path, monkeypatch, said):
     monkeypatch.setattr(cpu_rate, "measure", None)
-    cpu_rate.remember(torch.float32, 1e9)
+    cpu_rate.remember({torch.float32: rate(1e9)})
     recipe = small(train__checkpoint_every=0)
     _, summary = run_on_a_clock(recipe, data, tmp_path, monkeypatch)
     dataset = open_dataset(data)
@@ -267,7 +348,7 @@ def test_a_run_has_an_mfu_and_measures_nothing(data, tmp_path, monkeypatch, said
 
 
 def test_mfu_of_several_processes_counts_all_their_devices(data, monkeypatch):
-    cpu_rate.remember(torch.float32, 1e9)
+    cpu_rate.remember({torch.float32: rate(1e9)})
     task, world = MaskedLM(small(), open_dataset(data), CPU), loop.World(0, 4, CPU)
     assert watch.Watch(task, world, watch.Counters()).mfu(2e9) == 0.5
 
@@ -388,6 +469,7 @@ def test_advice_for_processes_and_for_one_row():
 
 def test_the_headline_has_the_memory(data, tmp_path, monkeypatch, said):
     """A bound where little is needed; for a long run the estimate itself."""
+    cpu_rate.remember({torch.float32: rate(1e12)})
     short = small(train__max_steps=1, train__warmup_steps=0)
     pretrain(short, data, tmp_path / "short")
     bound = r"^memory of a step: less than \d+ MB of the [\d.,]+ [MG]B that are free on cpu$"

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 
 import torch
 
+from fastlm import _native
+
 
 class LowWeights:
     """Copies of a model's weights in autocast's dtype, made anew by `fresh`, of those that `low_copy` was asked for.
@@ -33,10 +35,7 @@ class LowWeights:
             self._copies.clear()
             self._written.clear()
             self._dtype = dtype
-        written = [w for w in self._copies if self._written.get(w) == _state(w)]
-        if written and not torch.equal(_sample(written).to(dtype), _sample([self._copies[w] for w in written])):
-            self._written.clear()  # changed unseen by autograd
-        stale = {w: copy for w, copy in self._copies.items() if self._written.get(w) != _state(w)}
+        stale = self._stale()
         if stale:
             with torch.no_grad():
                 torch._foreach_copy_(list(stale.values()), list(stale))
@@ -45,6 +44,19 @@ class LowWeights:
             yield
         finally:
             _current = before
+
+    def _stale(self) -> dict[torch.Tensor, torch.Tensor]:
+        """The copies that are not, or may not be, those of their weights as these are now."""
+        stale, written = {}, []
+        for w, copy in self._copies.items():
+            if self._written.get(w) == _state(w):
+                written.append((w, copy, w.numel()))
+            else:
+                stale[w] = copy
+        if written and _native.cpu().changed_copy(copies=written, samples=_SAMPLES) >= 0:
+            self._written.clear()  # changed unseen by autograd, perhaps others too
+            return self._copies
+        return stale
 
     def get(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
         """The copy in `dtype`; None where the weight is another model's, or the block of another dtype."""
@@ -62,7 +74,7 @@ class LowWeights:
         return copy if copy is not None and copy.dtype == torch.bfloat16 and copy.stride() == weight.stride() else None
 
     def wrote(self, weights: Iterable[torch.Tensor]) -> None:
-        """Says that the copies of these are those of the weights as they are now, until they change again.
+        """Says that the copies of these, float32 on a CPU, are those of the weights as they are now, until they change.
 
         A change that autograd does not count, as through `weight.data` or by a fused optimizer of torch, is noticed by
         some elements of each weight: one that leaves those as they are is not.
@@ -70,7 +82,7 @@ class LowWeights:
         self._written.update((w, _state(w)) for w in weights)
 
 
-_SAMPLES = 8
+_SAMPLES = 8  # elements of a weight, evenly apart in memory
 
 # Not of a thread: a checkpointed layer runs again in a thread of autograd's.
 _current: LowWeights | None = None
@@ -78,12 +90,6 @@ _current: LowWeights | None = None
 
 def _state(weight: torch.Tensor) -> tuple[int, int]:
     return weight._version, weight.data_ptr()
-
-
-def _sample(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """_SAMPLES elements of each, by place in memory; a millisecond or so for a hundred weights and their copies."""
-    sizes = [(t.detach(), t.numel()) for t in tensors]
-    return torch.cat([t.as_strided((min(n, _SAMPLES),), (max(1, n // _SAMPLES),)) for t, n in sizes])
 
 
 def _whole(weight: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
-"""`train.dtype = "auto"` becomes the dtype in which the device multiplies faster, before the first step of a run.
+"""What a run takes from this machine: `train.dtype = "auto"` becomes the dtype in which the device multiplies faster.
 
-recipe.json then names it. A resumed run takes it from there, also on another machine.
+That happens before the first step, and recipe.json then names the dtype. A resumed run takes it from there, also on
+another machine. The rate that MFU is measured against is looked up when steps begin, in a resumed run too.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from fastlm.terminal import say
 
 def find_dtype(device: torch.device) -> Dtype:
     """`auto_dtype`, with a line on the terminal where this CPU is measured first."""
-    if device.type == "cpu" and None in map(cpu_rate.known, cpu_rate.BOTH):
-        say("Measuring this CPU's matrix products once, for train.dtype and MFU ...", sys.stderr)
+    if device.type == "cpu" and (why := cpu_rate.due()):
+        say(f"Measuring this CPU's matrix products {why}, for train.dtype and MFU ...", sys.stderr)
     return auto_dtype(device)
 
 
@@ -43,3 +44,31 @@ def settle_dtype(
         return started, ", as when the run began" if given.train.dtype == AUTO else ""
     name, why = share("dtype", lambda: list(find_dtype(device)))
     return started.with_values({"train.dtype": name}), f", since {why}"
+
+
+def settle_rate(
+    dtype: torch.dtype,
+    recorded: dict[str, list[float]],
+    share: Callable[[str, Callable[[], object]], object],
+    note: Callable[[str], object],
+) -> None:
+    """See to it that the rate of this CPU in `dtype` is known, and recorded by the run.
+
+    It is the best of what this machine keeps and of what the run recorded on a machine like this; measured where
+    neither has it. So a resumed run has an MFU on any machine, and against the same peak on the same.
+
+    recorded   the run's rates, `cpu_rate.Rate` by `cpu_rate.key`; this one is entered
+    share      `World.share`: the first process measures, while the others wait
+    note       prints a line
+    """
+    name = cpu_rate.key(dtype, torch.get_num_threads())
+
+    def find() -> list[float]:
+        if name in recorded:
+            cpu_rate.remember({dtype: cpu_rate.Rate(*recorded[name])})
+        if cpu_rate.known(dtype) is None:
+            note("measuring this CPU's matrix products once, for MFU")
+            cpu_rate.remember(cpu_rate.measure())
+        return list(cpu_rate.known(dtype))
+
+    recorded[name] = share("rate", find)

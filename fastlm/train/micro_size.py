@@ -2,8 +2,8 @@
 
 Few tokens leave a machine idle between its calls, many push the activations out of its caches; where the best lies
 depends on the model and the machine. So the forward and backward of a few sizes are timed before step 0, on batches of
-the run and its initial weights: none of these, no gradient and no random number is left changed. The choice goes into
-recipe.json, and a resumed run takes it from there.
+the run and its initial weights, with gradients of the dtype that they have in the run. No weight, no gradient and no
+random number is left changed. The choice goes into recipe.json, and a resumed run takes it from there.
 
 What is learned depends on the size as it does on a named one: by rounding, and with dropout by what is dropped.
 """
@@ -22,7 +22,8 @@ from fastlm.ops._low_weights import LowWeights
 from fastlm.run.recipe import Recipe
 from fastlm.tasks import Task
 from fastlm.train._memory import fitting
-from fastlm.train.micro import forward_backward
+from fastlm.train.micro import forward_backward, low_gradients
+from fastlm.train.optimizer import has_low_gradients, make_optimizer
 from fastlm.train.parallel import World
 
 _SMALLEST = 256  # tokens of the smallest size that is tried
@@ -97,7 +98,7 @@ def find_size(
     model.to(task.device).train()
     best, seconds = tried[0], {}
     if len(tried) > 1:
-        best, seconds = fastest(tried, lambda rows: _seconds(task, model, rows, dtype, clock))
+        best, seconds = fastest(tried, lambda rows: _seconds(task, model, rows, processes, dtype, clock))
     return Choice(best * row, {rows * row: s for rows, s in seconds.items()}, clock() - began)
 
 
@@ -116,18 +117,24 @@ def settle_size(task: Task, model: Model, world: World) -> tuple[Recipe, str]:
     return recipe.with_values({recipe.train.micro_key: tokens}), note
 
 
-def _seconds(task: Task, model: Model, rows: int, dtype: torch.dtype, clock: Callable[[], float]) -> float:
+def _seconds(
+    task: Task, model: Model, rows: int, processes: int, dtype: torch.dtype, clock: Callable[[], float]
+) -> float:
     """Of forward and backward of a row, with `rows` in a micro-batch.
 
-    Gradients are added to those before, as in a step of several micro-batches; in one of a single one they are not.
+    As in the run: gradients are added to those before in a step of several micro-batches of a process. In one of a
+    single one they are not, and may be bfloat16.
     """
     recipe = task.recipe
     small = recipe.with_values({recipe.train.micro_key: rows * recipe.data.row_tokens})
     micro = type(task)(small, task.dataset, task.device).micro(0, 0).to(task.device)
-    low = nullcontext() if dtype == torch.float32 else LowWeights(model.parameters()).fresh(dtype)
+    micros, optimizer = small.micro_count // processes, make_optimizer(model, recipe.train)
+    weights = nullcontext() if dtype == torch.float32 else LowWeights(model.parameters()).fresh(dtype)
+    low = has_low_gradients(optimizer, dtype, micros, processes)
+    trained = (p for group in optimizer.param_groups for p in group["params"])
 
     def run() -> float:
-        if small.micro_count == 1:
+        if micros == 1:
             model.zero_grad()
         _wait(task.device)
         start = clock()
@@ -136,7 +143,7 @@ def _seconds(task: Task, model: Model, rows: int, dtype: torch.dtype, clock: Cal
         return clock() - start
 
     try:
-        with low:
+        with weights, low_gradients(trained) if low else nullcontext():
             run()  # it allocates, and compiles on a GPU
             times = [run()]
             while sum(times) < _SECONDS or (len(times) < _TIMES and sum(times) < _ENOUGH):

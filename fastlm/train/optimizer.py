@@ -106,6 +106,15 @@ def lr_at(step: int, table: TrainTable) -> float:
     return table.lr * (table.final_lr + (1.0 - table.final_lr) * left)
 
 
+def has_low_gradients(optimizer: torch.optim.Optimizer, dtype: torch.dtype, micros: int, processes: int) -> bool:
+    """Whether the gradients of a step in `dtype` stay as backward computes them, in bfloat16 (`low_gradients`).
+
+    So on a CPU, of one micro-batch in one process: torch sums those of several in float32. micros: of this process
+    """
+    single = micros == processes == 1 and dtype == torch.bfloat16 and getattr(optimizer, "low_gradients", False)
+    return single and optimizer.param_groups[0]["params"][0].is_cpu
+
+
 def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -134,11 +143,9 @@ def train_step(
     parameters and the optimizer's state are as they were. No parameter has a .grad afterwards. With several processes
     follow the sums over them of `stop`, of the entries of Counts, and of what was dropped: the same in all.
     """
-    copies = copies_of(model, dtype) if shards is None else None
-    optimizer.low_weights, parameters = copies, [p for group in optimizer.param_groups for p in group["params"]]
-    single = len(micros) == 1 and world.size == 1 and graph is None and copies is not None and dtype == torch.bfloat16
-    low = single and parameters[0].is_cpu and getattr(optimizer, "low_gradients", False)
-    with low_gradients(parameters) if low else nullcontext():
+    optimizer.low_weights = copies_of(model, dtype) if shards is None else None
+    low = graph is None and has_low_gradients(optimizer, dtype, len(micros), world.size)
+    with low_gradients(p for group in optimizer.param_groups for p in group["params"]) if low else nullcontext():
         return _train_step(model, optimizer, micros, lr, grad_clip, dtype, world, shards, stop, graph)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -14,6 +14,7 @@ from fastlm.models import Model
 from fastlm.run.pace import Pace, due
 from fastlm.run.progress import ProgressLine, duration
 from fastlm.run.recipe import Recipe
+from fastlm.run.settled import settle_rate
 from fastlm.run.summary import mix_text, percent
 from fastlm.tasks import Task
 from fastlm.train.optimizer import parameter_groups
@@ -40,6 +41,7 @@ class Counters:
     best: float | None = None  # of a scored task: its best figure on held-out examples,
     best_step: int = 0  # the step that it is of,
     stale: int = 0  # and the evaluations since then
+    rates: dict[str, list[float]] = field(default_factory=dict)  # of CPUs that it ran on, by `settle_rate`
 
 
 class Watch:
@@ -51,13 +53,17 @@ class Watch:
     def __init__(self, task: Task, world: World, counters: Counters):
         self.task, self.world, self.counters = task, world, counters
         self.recipe: Recipe = task.recipe
-        self.peak = find_peak(world.device, getattr(torch, self.recipe.train.dtype))
+        self.dtype = getattr(torch, self.recipe.train.dtype)
+        self.peak = find_peak(world.device, self.dtype)
         self.pace, self.spikes, self._steps = Pace(), Spikes(), 0
         self.note: Callable[[str], None] = print
 
     def start(self, line: ProgressLine, losses: Iterable[float | None]) -> None:
-        """losses: of the steps before the first of this process"""
+        """losses: of the steps before the first of this process. A CPU whose rate is not known is measured."""
         self.line, self.note = line, line.note
+        if self.world.device.type == "cpu":
+            settle_rate(self.dtype, self.counters.rates, self.world.share, self.note)
+            self.peak = find_peak(self.world.device, self.dtype)
         self.spikes = Spikes(losses)
 
     def headline(self, model: Model, memory: str, why: str = "", micro: str = "") -> None:
