@@ -125,6 +125,31 @@ def test_check(check, variant):
     check(CASE, variant, torch.bfloat16, "cpu", "cuda", around=hopper)
 
 
+@pytest.mark.parametrize("key", [40, 57, 128 + 57])
+def test_exponentials_on_the_fma_units(key):
+    """Heads of 64 without dropout and bias: of 16 keys, the exponential of one, as 57, is computed by FMA.
+
+    Far below the maximum its weight is 0; NaN and infinity stay. Key 40 has the exponential unit.
+    """
+    q, k, v = torch.randn(3, 1, 256, 1, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    q = q[:, :8].abs()
+
+    def out(score, value):
+        k[:, key], v[:, key] = score, value
+        with hopper(lambda: compiled("fwd")):
+            return ops.attention(q, k, v, backend="cuda")
+
+    want = out(-100.0, 0.0)  # 2 to the power of about -900
+    assert want.isfinite().all()
+    assert torch.equal(out(-100.0, 3e38), want)
+    assert torch.equal(out(-torch.inf, 3e38), want)
+    assert out(torch.inf, 1.0).isnan().all()
+    assert out(torch.nan, 1.0).isnan().all()
+    q[:, 3] = torch.nan
+    rows = out(1.0, 1.0).isnan().flatten(2).any(-1)[0]
+    assert rows.tolist() == [row == 3 for row in range(8)]
+
+
 def launched(q, k=None, **options):
     """The kernels of a forward pass and, of an input with a gradient, of backward; none runs."""
     found = []
@@ -250,8 +275,8 @@ def machine_code(name):
 def test_machine_code(name):
     """Products by wgmma, none serialised (C75xx); copies by TMA; no spills.
 
-    Forward: the softmax is between two waits. ptxas moved the exponentials behind the wait for p v, where nothing
-    overlaps with them (LOG.md, 2026-11-30).
+    The exponentials are between two waits. ptxas moved forward's behind the wait for p v, where nothing overlaps with
+    them (LOG.md, 2026-11-30).
     """
     log, kernels = machine_code(name)
     assert not serialised(log)
@@ -261,15 +286,24 @@ def test_machine_code(name):
     for entry, code in kernels.items():
         assert "UTMALDG.4D" in code
         loop = next(loop for loop in sass.loops(sass.parse(code)) if any("HGMMA" in i.opcode for i in loop))
-        if name != "fwd":
-            continue
         order = " ".join(i.opcode.split(".")[0] + i.operands[-3:] * i.opcode.startswith("WARPGROUP.D") for i in loop)
-        before, softmax, after = re.split(r"WARPGROUP0x[10]", order)
-        keys = 64 if "Li128ELb1" in entry else 128
-        assert before.count("HGMMA") == keys // 16 + (128 if "Li128" in entry else 64) // 16
-        assert softmax.count("MUFU") >= 2 * (keys // 2 + 2)  # of both kinds of blocks
-        assert "HGMMA" not in softmax + after
-        assert "MUFU" not in after
+        before, softmax, after = re.split(r"WARPGROUP0x\d", order, maxsplit=2)
+        wide, extras = "Li128" in entry, "ELb1" in entry
+        columns = 64 if name != "fwd" or (wide and extras) else 128
+        depth, deep = (128 if wide else 64) // 16, columns // 16
+        # Those before the first wait. At 128 columns dkdv has no registers to start dk of the block before.
+        products = depth + deep if name == "fwd" else 2 * depth + deep * (name == "dq" or not wide)
+        assert before.count("HGMMA") == products
+        exponentials = columns // 2 + 2 * (name == "fwd")
+        if name == "fwd" and not wide and not extras:
+            exponentials -= columns // 2 // 16  # on the FMA units
+        assert softmax.count("MUFU") >= 2 * exponentials  # of both kinds of blocks
+        assert "HGMMA" not in softmax
+        if name != "dkdv":
+            assert "HGMMA" not in after
+        if not extras:  # dkdv has the slope of a softcap behind
+            assert "MUFU" not in after
+            assert softmax.count("MUFU") == 2 * exponentials
 
 
 # ---- planted faults ------------------------------------------------------------------------------------------------
@@ -282,12 +316,12 @@ MORE_BYTES = r"{ .reg .b32 o; add.u32 o, \2, 16; \1, o; }"
 ARRIVE = r"mbarrier\.arrive\.shared::cta\.b64 _, \[%r\d+\];"
 MEET = r"bar\.sync \s*%r\d+, %r\d+;"
 PROXY = r"fence\.proxy\.async[^;]*;"
-GROUP, MORE_GROUPS = r"(wgmma\.wait_group\.sync\.aligned) (\d);", r"\1 2;"
+GROUP = r"(wgmma\.wait_group\.sync\.aligned) (\d);"
 WRITING, FULL = "a bulk copy is still writing", "1 arrivals at an mbarrier that misses 0"
 # The waits in the order of the code: of forward and, below, of dkdv and dq.
 K_FREE, V_FREE, V_LANDED, Q_FULL, FIRST_K, K_FULL, V_FULL, LAST_V = range(8)
-# File: its kernel of heads of 128 without dropout and bias. (kind, pattern, which, what takes its place, what the
-# finding says.)
+# File: its kernel of heads of 128, or of those named, without dropout and bias. (kind, pattern, which, what takes its
+# place, what the finding says.)
 FAULTS = {
     ("fwd", "keys of another phase"): ("async", WAIT, K_FULL, OTHER_PHASE, WRITING),
     ("fwd", "keys are not waited for"): ("async", WAIT, K_FULL, NO_WAIT, WRITING),
@@ -299,7 +333,7 @@ FAULTS = {
     ("fwd", "too many bytes"): ("divergence", EXPECT, 1, MORE_BYTES, "16 bytes"),
     ("fwd", "a warp does not free the stage"): ("divergence", ARRIVE, 3, ";", "nothing completes"),
     ("fwd", "no fence of the proxies"): ("async", PROXY, 0, ";", "fence.proxy.async"),
-    ("fwd", "scores in flight"): ("async", GROUP, 1, MORE_GROUPS, "still writing"),
+    ("fwd", "scores in flight"): ("async", GROUP, 1, r"\1 2;", "still writing"),
     ("fwd", "output in flight"): ("async", GROUP, 2, r"\1 1;", "still writing"),
     ("fwd", "no fence of the accumulators"): ("async", r"wgmma\.fence[^;]*;", 1, ";", "after the last wgmma.fence"),
     ("fwd", "output over queries in use"): ("race", MEET, 1, ";", "nothing orders"),
@@ -310,24 +344,34 @@ FAULTS = {
     ("dkdv", "queries of another phase"): ("async", WAIT, 4, OTHER_PHASE, WRITING),
     ("dkdv", "too many bytes"): ("divergence", EXPECT, 1, MORE_BYTES, "16 bytes"),
     ("dkdv", "no fence of the proxies"): ("async", PROXY, 0, ";", "fence.proxy.async"),
-    ("dkdv", "scores in flight"): ("async", GROUP, 0, MORE_GROUPS, "still writing"),
+    ("dkdv", "scores in flight"): ("async", GROUP, 0, r"\1 2;", "still writing"),
     ("dkdv", "dp in flight"): ("async", GROUP, 1, r"\1 1;", "still writing"),
     ("dkdv", "gradients in flight"): ("race", GROUP, 2, r"\1 1;", "nothing orders"),
+    ("dkdv 64", "keys in registers are not waited for"): ("race", WAIT, 3, NO_WAIT, "nothing orders"),
+    ("dkdv 64", "scores in flight"): ("async", GROUP, 0, r"\1 3;", "still writing"),
+    ("dkdv 64", "dp in flight"): ("async", GROUP, 1, r"\1 2;", "still writing"),
+    ("dkdv 64", "dk of the block before in flight"): ("async", GROUP, 2, r"\1 2;", "still reading"),
+    ("dkdv 64", "gradients in flight"): ("async", GROUP, 3, r"\1 1;", "still writing"),
+    ("dkdv 64", "a warp does not free the stage"): ("divergence", ARRIVE, -1, ";", "nothing completes"),
     ("dq", "keys of a stage in use"): ("async", WAIT, 0, NO_WAIT, FULL),
     ("dq", "rows set to 0 before they are there"): ("async", WAIT, 1, NO_WAIT, WRITING),
-    ("dq", "queries are not waited for"): ("async", WAIT, 2, NO_WAIT, WRITING),
+    ("dq", "queries are not waited for"): ("race", WAIT, 2, NO_WAIT, "nothing orders"),
     ("dq", "keys of another phase"): ("async", WAIT, 3, OTHER_PHASE, WRITING),
     ("dq", "no fence of the proxies"): ("async", PROXY, 0, ";", "fence.proxy.async"),
-    ("dq", "dp in flight"): ("async", GROUP, 1, r"\1 1;", "still writing"),
-    ("dq", "gradient in flight"): ("race", GROUP, 2, r"\1 1;", "nothing orders"),
+    ("dq", "scores in flight"): ("async", GROUP, 0, r"\1 3;", "still writing"),
+    ("dq", "dp in flight"): ("async", GROUP, 1, r"\1 2;", "still writing"),
+    ("dq", "dq of the block before in flight"): ("async", GROUP, 2, r"\1 1;", "still reading"),
+    ("dq", "gradient in flight"): ("async", GROUP, 3, r"\1 1;", "still writing"),
+    ("dq", "a warp does not free the stage"): ("divergence", ARRIVE, -1, ";", "nothing completes"),
 }
 DAILY = {("fwd", "keys of another phase"), ("fwd", "scores in flight"), ("dq", "no fence of the proxies")}
 
 
 def planted(name, pattern, which, instead):
     """The PTX of the kernels, with the edit in one. A fault of forward ends the test there."""
+    name, d = (*name.split(), "128")[:2]
     text = compiled(name)
-    (entry,) = re.finditer(r"\.entry \w+bfloat16Li128ELb0.*?\n}", text, re.DOTALL)
+    (entry,) = re.finditer(rf"\.entry \w+bfloat16Li{d}ELb0.*?\n}}", text, re.DOTALL)
     found = list(re.finditer(pattern, entry[0]))[which]
     start, end = entry.start() + found.start(), entry.start() + found.end()
     edited = text[:start] + found.expand(instead) + text[end:]
@@ -341,10 +385,11 @@ def test_planted_fault_is_found(name):
     kind, pattern, which, instead, message = FAULTS[name]
     text = planted(name[0], pattern, which, instead)
     # Padding behind the keys of forward and dq, and rows behind the last sequence of dkdv.
-    q, k, v = torch.randn(3, 470, 1, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    file, d = (*name[0].split(), "128")[:2]
+    q, k, v = torch.randn(3, 470, 1, int(d), generator=torch.Generator().manual_seed(0)).bfloat16()
     cu = {"cu_seqlens_q": torch.tensor([0, 460], dtype=torch.int32), "max_seqlen_q": 470}
     options = {**cu, "cu_seqlens_k": cu["cu_seqlens_q"], "max_seqlen_k": 470}
-    if name[0] != "dkdv":
+    if file != "dkdv":
         q, k, v, options = q[None, :128], k[None], v[None], {"key_mask": torch.arange(470)[None] < 460}
 
     def step():
@@ -355,6 +400,6 @@ def test_planted_fault_is_found(name):
         step()
     (finding,) = caught.value.findings
     print(name, finding)
-    assert f"attention_{name[0]}_kernel" in finding.kernel
+    assert f"attention_{file}_kernel" in finding.kernel
     assert finding.kind == kind
     assert message in finding.message

@@ -12,37 +12,40 @@ namespace fastlm::cuda {
 
 namespace sm90 {
 
-constexpr int kStages = 2;
+constexpr int kStages = 4, kQueries = 64;  // of a block
 
-// Queries of a block. With 64, 128 columns would spill.
+// Whether keys and values stay in registers, and products of a block start before dk of the one before. At 128 columns
+// dk and dv take 128 registers, which leaves too few for either.
 template <int D>
-constexpr int kQueries = D == 128 ? 32 : 64;
+constexpr bool kRoomy = D == 64;
 
 struct KeysArgs {
   CUtensorMap q, k, v, dout;
   AttentionBackward backward;
 };
 
-// full: q, dout, lse and delta are there. landed: q and dout are, but some of their rows are still to be set to 0.
-// free: each warp has multiplied with them.
+// less: -lse in the unit of scores. full: q, dout, less and delta are there. landed: q and dout are, but some of their
+// rows are still to be set to 0. free: each warp has multiplied with them.
 template <class T, int D, int N>
 struct KeysShared {
   T k[kGroups][kRows * D], v[kGroups][kRows * D], q[kStages][N * D], dout[kStages][N * D];
-  float lse[kStages][N], delta[kStages][N];
+  float less[kStages][N], delta[kStages][N];
   RowSight<kTile> sight;
   Plan plan;
   Bytes bytes;
   uint64_t rows_full, full[kStages], landed[kStages], free[kStages];
 };
 
-// Calls f(stage, parity, head, block) for the blocks of queries, head by head.
+// Calls f(stage, parity, head, block) for the blocks of queries, head by head. One loop: in an inner one, products that
+// are under way from one turn to the next would be waited for at its end.
 template <class F>
 __device__ __forceinline__ void each_block(const Attention& a, const Plan& plan, int kv_head, F f) {
-  int step = 0;
+  const int count = plan.count;
+  int head = kv_head * a.group, at = 0;
 #pragma unroll 1
-  for (int head = kv_head * a.group; head < (kv_head + 1) * a.group; ++head) {
-#pragma unroll 1
-    for (int at = 0; at < plan.count; ++at, ++step) f(step % kStages, step / kStages & 1, head, at);
+  for (int step = 0; step < count * a.group; ++step) {
+    f(step % kStages, step / kStages & 1, head, at);
+    if (++at == count) at = 0, ++head;
   }
 }
 
@@ -76,7 +79,7 @@ __device__ __forceinline__ void bring(const KeysArgs& args, KeysShared<T, D, N>&
   });
 }
 
-// One warp: lse and delta, and zeros.
+// One warp: less and delta, and zeros.
 template <class T, int D, int N>
 __device__ __forceinline__ void assist(const AttentionBackward& f, KeysShared<T, D, N>& shared, int kv_head,
                                        int64_t b) {
@@ -89,7 +92,8 @@ __device__ __forceinline__ void assist(const AttentionBackward& f, KeysShared<T,
     wait(&shared.free[stage], parity ^ 1);
     for (int i = threadIdx.x % 32; i < N; i += 32) {
       const bool real = col0 + i < plan.hi;
-      shared.lse[stage][i] = real ? f.lse[from + col0 + i] : 0.0f;
+      const float lse = real ? f.lse[from + col0 + i] : 0.0f;
+      shared.less[stage][i] = lse == -kInf ? 0.0f : -kUnit<T> * lse;  // -inf: a query without keys
       shared.delta[stage][i] = real ? f.delta[from + col0 + i] : 0.0f;
     }
     if (ends_within<N>(a, plan, col0)) {
@@ -104,82 +108,15 @@ __device__ __forceinline__ void assist(const AttentionBackward& f, KeysShared<T,
   });
 }
 
-// A warpgroup: its 64 keys.
+// A warpgroup: writes the gradients of its 64 keys.
 template <bool EXTRAS, class T, int D, int N>
-__device__ __forceinline__ void compute(const AttentionBackward& f, const uint8_t* mask, KeysShared<T, D, N>& shared,
-                                        int kv_head, int64_t b, int row0, int last_row) {
-  constexpr int NT = N / 8;
+__device__ __forceinline__ void store_gradients(const AttentionBackward& f, const uint8_t* mask,
+                                                KeysShared<T, D, N>& shared, int kv_head, int64_t b, int row0,
+                                                int last_row, float (&dk)[1][D / 8][4], float (&dv)[1][D / 8][4]) {
   const Attention& a = f.attention;
   const Plan& plan = shared.plan;
-  const bool drops = EXTRAS && a.dropout.threshold, biased = EXTRAS && a.bias, capped = EXTRAS && a.softcap > 0.0f;
   const int group = threadIdx.x / kWarpgroup - 1, warp = threadIdx.x % kWarpgroup / 32;
-  const int warp_row = kRows * group + 16 * warp, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-
-  float dk[1][D / 8][4], dv[1][D / 8][4];
-  clear(dk);
-  clear(dv);
-  wait(&shared.rows_full, 0);
-  each_block(a, plan, kv_head, [&](int stage, uint32_t parity, int head, int at) {
-    const int col0 = plan.column(at, N);
-    const bool plain = at < plan.plain();
-    const float* bias = biased ? a.bias + int64_t(head) * (2 * a.far + 1) : nullptr;
-    float s[1][NT][4], dp[1][NT][4], factor = a.scale * kUnit<T>, shift = 0.0f;
-    uint32_t left[NT / 2][4], right[NT / 2][4];
-    wait(&shared.full[stage], parity);
-    start_product<D>(s[0], shared.k[group], shared.q[stage]);
-    start_product<D>(dp[0], shared.v[group], shared.dout[stage]);
-    products_wait<1>();
-    settle(s[0]);
-    if (capped) factor = cap_scores<T>(s, factor, a.softcap);
-    if (!plain) {
-      const RealColumns<NT> columns(nullptr, col0, plan.hi);
-      factor = finish_scores(s, factor, shared.sight, warp_row, col0, columns, bias, a.far, -1);
-    } else if (biased) {  // before a key's diagonal, keys are after the query
-      shift = bias[plan.before(at) ? 2 * a.far : 0];
-    }
-#pragma unroll
-    for (int n = 0; n < NT; ++n) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const float lse = shared.lse[stage][8 * n + 2 * t + e];
-        const float less = lse == -kInf ? 0.0f : fmaf(-kUnit<T>, lse, shift);  // a query without keys
-#pragma unroll
-        for (int h = 0; h < 2; ++h) s[0][n][2 * h + e] = power<T>(fmaf(s[0][n][2 * h + e], factor, less));
-      }
-    }
-    KeptQueries<1, NT> stays;
-    if (drops) {
-      stays.draw(shared.bytes, a.cu_q, [&](int i) {
-        const int query = col0 + i;
-        if (!a.cu_q) return Draw{row0 + warp_row, query, int(b) * a.heads + head};
-        const int of = plain ? plan.first : query < plan.hi ? f.sequence[query] : plan.last;
-        return Draw{row0 + warp_row - a.cu_k[of], query - a.cu_q[of], of * a.heads + head};
-      });
-      float kept[1][NT][4];
-      each<1, NT>([&](int m, int n, int e) { kept[m][n][e] = stays.has(m, n, e) ? s[m][n][e] : 0.0f; });
-      round_to<T>(left, kept[0]);
-    } else {
-      round_to<T>(left, s[0]);
-    }
-    products_wait<0>();
-    settle(dp[0]);
-    start_accumulate(dv[0], left, shared.dout[stage]);
-    each<1, NT>([&](int m, int n, int e) {
-      const int col = 8 * n + 2 * t + e % 2;
-      if (drops) dp[m][n][e] = stays.has(m, n, e) ? dp[m][n][e] * a.dropout.scale : 0.0f;
-      float ds = s[m][n][e] * (dp[m][n][e] - shared.delta[stage][col]);
-      // The capped score, from p: kept in registers, it would spill. Where p is 0, so is ds.
-      if (capped) ds *= cap_slope(logarithm<T>(s[m][n][e]) + kUnit<T> * shared.lse[stage][col], a.softcap * kUnit<T>);
-      s[m][n][e] = ds;
-    });
-    round_to<T>(right, s[0]);
-    start_accumulate(dk[0], right, shared.q[stage]);
-    products_wait<0>();
-    settle(dv[0]);
-    settle(dk[0]);
-    release(&shared.free[stage]);
-  });
-
+  const int warp_row = kRows * group + 16 * warp, g = threadIdx.x % 32 / 4;
   float factor_k[1][2], factor_v[1][2];
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
@@ -187,7 +124,7 @@ __device__ __forceinline__ void compute(const AttentionBackward& f, const uint8_
     const bool is_real = !mask || (row <= last_row && mask[row]);
     const bool lost = row < plan.known.lo || row >= plan.known.hi;  // a key of no sequence
     factor_k[0][h] = lost ? kNaN : a.scale;
-    factor_v[0][h] = lost ? kNaN : drops ? a.dropout.scale : 1.0f;
+    factor_v[0][h] = lost ? kNaN : EXTRAS && a.dropout.threshold ? a.dropout.scale : 1.0f;
 #pragma unroll
     for (int n = 0; n < D / 8; ++n) {  // not by a factor of 0: 0 times infinity is NaN
 #pragma unroll
@@ -207,9 +144,102 @@ __device__ __forceinline__ void compute(const AttentionBackward& f, const uint8_
                    shared.v[group] + 16 * warp * D, 0);
 }
 
+// A warpgroup: its 64 keys. At 64 columns it starts s and dp of a block before dk of the one before, which the tensor
+// cores multiply while it computes p.
+template <bool EXTRAS, class T, int D, int N>
+__device__ __forceinline__ void compute(const AttentionBackward& f, const uint8_t* mask, KeysShared<T, D, N>& shared,
+                                        int kv_head, int64_t b, int row0, int last_row) {
+  constexpr int NT = N / 8;
+  const Attention& a = f.attention;
+  const Plan& plan = shared.plan;
+  const bool drops = EXTRAS && a.dropout.threshold, biased = EXTRAS && a.bias, capped = EXTRAS && a.softcap > 0.0f;
+  const int group = threadIdx.x / kWarpgroup - 1, warp = threadIdx.x % kWarpgroup / 32;
+  const int warp_row = kRows * group + 16 * warp, t = threadIdx.x % 4;
+
+  float dk[1][D / 8][4], dv[1][D / 8][4], s[1][NT][4], dp[1][NT][4];
+  uint32_t left[NT / 2][4], right[NT / 2][4] = {};  // of dv and dk
+  clear(dk);
+  clear(dv);
+  wait(&shared.rows_full, 0);
+  const LeftTile<D, T, kRoomy<D>> k(shared.k[group]), v(shared.v[group]);
+  int before = -1;  // the stage of the block before
+  each_block(a, plan, kv_head, [&](int stage, uint32_t parity, int head, int at) {
+    const int col0 = plan.column(at, N);
+    const bool plain = at < plan.plain();
+    const float* bias = biased ? a.bias + int64_t(head) * (2 * a.far + 1) : nullptr;
+    KeptQueries<1, NT> stays;
+    // Turns scores into p. kind: std::false_type for a plain block.
+    auto soften = [&](auto kind) {
+      constexpr bool masked = decltype(kind)::value;
+      float factor = a.scale * kUnit<T>, shift = 0.0f;
+      if (capped) factor = cap_scores<T>(s, factor, a.softcap);
+      if (masked) {
+        const RealColumns<NT> columns(nullptr, col0, plan.hi);
+        factor = finish_scores(s, factor, shared.sight, warp_row, col0, columns, bias, a.far, -1);
+      } else if (biased) {  // before a key's diagonal, keys are after the query
+        shift = bias[plan.before(at) ? 2 * a.far : 0];
+      }
+      each<1, NT>([&](int m, int n, int e) {
+        const float less = shared.less[stage][8 * n + 2 * t + e % 2];
+        s[m][n][e] = power<T>(fmaf(s[m][n][e], factor, biased ? less + shift : less));
+      });
+      if (drops) {
+        stays.draw(shared.bytes, a.cu_q, [&](int i) {
+          const int query = col0 + i;
+          if (!a.cu_q) return Draw{row0 + warp_row, query, int(b) * a.heads + head};
+          const int of = !masked ? plan.first : query < plan.hi ? f.sequence[query] : plan.last;
+          return Draw{row0 + warp_row - a.cu_k[of], query - a.cu_q[of], of * a.heads + head};
+        });
+        float kept[1][NT][4];
+        each<1, NT>([&](int m, int n, int e) { kept[m][n][e] = stays.has(m, n, e) ? s[m][n][e] : 0.0f; });
+        round_to<T>(left, kept[0]);
+      } else {
+        round_to<T>(left, s[0]);
+      }
+    };
+
+    wait(&shared.full[stage], parity);
+    k.start_product(s[0], shared.q[stage]);
+    v.start_product(dp[0], shared.dout[stage]);
+    if (kRoomy<D>) start_accumulate(dk[0], right, shared.q[before < 0 ? stage : before]);  // at first 0 times q
+    products_wait<kRoomy<D> ? 2 : 1>();
+    settle(s[0]);
+    // Both branches have the whole of it: ptxas moves the exponentials behind the wait if both are in one basic block.
+    plain ? soften(std::false_type()) : soften(std::true_type());
+    products_wait<kRoomy<D> ? 1 : 0>();
+    settle(dp[0]);
+    start_accumulate(dv[0], left, shared.dout[stage]);
+    each<1, NT>([&](int m, int n, int e) {
+      const int col = 8 * n + 2 * t + e % 2;
+      const float p = s[m][n][e];
+      if (drops) dp[m][n][e] = stays.has(m, n, e) ? dp[m][n][e] * a.dropout.scale : 0.0f;
+      dp[m][n][e] = p * (dp[m][n][e] - shared.delta[stage][col]);
+      // The capped score, from p: kept in registers, it would spill. Where p is 0, so is ds.
+      if (capped) dp[m][n][e] *= cap_slope(logarithm<T>(p) - shared.less[stage][col], a.softcap * kUnit<T>);
+    });
+    if (kRoomy<D>) {
+      products_wait<1>();
+      settle(dp[0]);
+      if (before >= 0) release(&shared.free[before]);
+      round_to<T>(right, dp[0]);
+      before = stage;
+    } else {
+      round_to<T>(right, dp[0]);
+      start_accumulate(dk[0], right, shared.q[stage]);
+      products_wait<0>();
+      release(&shared.free[stage]);
+    }
+  });
+  if (before >= 0) start_accumulate(dk[0], right, shared.q[before]);
+  products_wait<0>();
+  settle(dv[0]);
+  settle(dk[0]);
+  store_gradients<EXTRAS>(f, mask, shared, kv_head, b, row0, last_row, dk, dv);
+}
+
 template <class T, int D, bool EXTRAS>
 __global__ void __launch_bounds__(kThreads, 1) attention_dkdv_kernel(const __grid_constant__ KeysArgs args) {
-  constexpr int N = kQueries<D>;
+  constexpr int N = kQueries;
   extern __shared__ __align__(1024) unsigned char memory[];
   static_assert(sizeof(KeysShared<T, D, N>) <= kMostBytes);
   auto& shared = *reinterpret_cast<KeysShared<T, D, N>*>(memory);
@@ -261,7 +291,7 @@ namespace {
 
 template <class T, int D, bool EXTRAS>
 void run(const AttentionBackward& f, DType dtype, Place place) {
-  constexpr int N = kQueries<D>;
+  constexpr int N = kQueries;
   const Attention& a = f.attention;
   const int batch = a.cu_q ? 1 : a.sequences, kv_heads = a.heads / a.group;
   const KeysArgs args{tensor_map("q", a.q, {a.d, a.heads, a.sq, batch}, dtype, N),

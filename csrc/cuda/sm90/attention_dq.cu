@@ -13,7 +13,7 @@ namespace fastlm::cuda {
 
 namespace sm90 {
 
-constexpr int kStages = 2, kBlock = 64;  // keys
+constexpr int kStages = 4, kBlock = 64;  // keys
 
 struct QueriesArgs {
   CUtensorMap q, k, v, dout;
@@ -82,7 +82,8 @@ __device__ __forceinline__ void clean(const Attention& a, const uint8_t* mask, Q
   }
 }
 
-// A warpgroup: its 64 queries.
+// A warpgroup: its 64 queries. It starts s and dp of a block before dq of the one before, which the tensor cores
+// multiply while it computes p.
 template <bool EXTRAS, class T, int D>
 __device__ __forceinline__ void compute(const AttentionBackward& f, const uint8_t* mask, QueriesShared<T, D>& shared,
                                         int head, int64_t b, int row0, int last_row) {
@@ -95,7 +96,8 @@ __device__ __forceinline__ void compute(const AttentionBackward& f, const uint8_
   const float* bias = biased ? a.bias + int64_t(head) * (2 * a.far + 1) : nullptr;
   const bool straddles = a.cu_q && plan.first != plan.last;
 
-  float dq[1][D / 8][4], less[2], delta[2];
+  float dq[1][D / 8][4], s[1][NT][4], dp[1][NT][4], less[2], delta[2];
+  uint32_t left[NT / 2][4] = {};
   clear(dq);
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
@@ -105,39 +107,56 @@ __device__ __forceinline__ void compute(const AttentionBackward& f, const uint8_
     less[h] = lse == -kInf ? 0.0f : -kUnit<T> * lse;  // a query without keys
     delta[h] = row <= last_row ? f.delta[at] : 0.0f;
   }
-  wait(&shared.rows_full, 0);
-#pragma unroll 1
-  for (int step = 0; step < plan.count; ++step) {
-    const int stage = step % kStages, col0 = plan.column(step, N);
-    const bool plain = step < plan.plain();
-    float s[1][NT][4], dp[1][NT][4], factor = a.scale * kUnit<T>, shift = 0.0f;
-    uint32_t left[NT / 2][4];
-    wait(&shared.full[stage], step / kStages & 1);
-    start_product<D>(s[0], shared.q[group], shared.k[stage]);
-    start_product<D>(dp[0], shared.dout[group], shared.v[stage]);
-    products_wait<1>();
-    settle(s[0]);
+  // Turns scores into p, with a softcap times its slope. kind: std::false_type for a plain block.
+  auto soften = [&](int step, auto kind) {
+    constexpr bool masked = decltype(kind)::value;
+    const int col0 = plan.column(step, N);
+    float factor = a.scale * kUnit<T>, shift = 0.0f;
     if (capped) factor = cap_scores<T>(s, factor, a.softcap);
-    if (!plain) {
+    if (masked) {
       const RealColumns<NT> columns(mask, col0, plan.hi);
       factor = finish_scores(s, factor, shared.sight, warp_row, col0, columns, bias, a.far, 1);
     } else if (biased) {
       shift = bias[plan.before(step) ? 0 : 2 * a.far];
     }
-    products_wait<0>();
-    settle(dp[0]);
-    if (drops)
-      KeptKeys<1, NT>(shared.bytes, shared.dropout, warp_row, col0, straddles && !plain).apply(dp, a.dropout.scale);
     each<1, NT>([&](int m, int n, int e) {
       const float slope = capped ? cap_slope(s[m][n][e], a.softcap * kUnit<T>) : 1.0f;
-      s[m][n][e] = power<T>(fmaf(s[m][n][e], factor, less[e / 2] + shift)) * (dp[m][n][e] - delta[e / 2]);
+      s[m][n][e] = power<T>(fmaf(s[m][n][e], factor, less[e / 2] + shift));
       if (capped) s[m][n][e] *= slope;
     });
+  };
+
+  wait(&shared.rows_full, 0);
+  const LeftTile<D, T, D == 64 || !EXTRAS> q(shared.q[group]);  // dropout or a bias would spill at 128 columns
+  const LeftTile<D, T, true> dout(shared.dout[group]);
+#pragma unroll 1
+  for (int step = 0; step < plan.count; ++step) {
+    const int stage = step % kStages, before = max(step - 1, 0) % kStages;
+    wait(&shared.full[stage], step / kStages & 1);
+    q.start_product(s[0], shared.k[stage]);
+    dout.start_product(dp[0], shared.v[stage]);
+    start_accumulate(dq[0], left, shared.k[before]);  // at first 0 times k
+    products_wait<2>();
+    settle(s[0]);
+    const bool plain = step < plan.plain();
+    // Both branches have the whole of it: ptxas moves the exponentials behind the wait if both are in one basic block.
+    plain ? soften(step, std::false_type()) : soften(step, std::true_type());
+    products_wait<1>();
+    settle(dp[0]);
+    if (drops) {
+      const bool across = straddles && !plain;
+      KeptKeys<1, NT>(shared.bytes, shared.dropout, warp_row, plan.column(step, N), across).apply(dp, a.dropout.scale);
+    }
+    each<1, NT>([&](int m, int n, int e) { s[m][n][e] *= dp[m][n][e] - delta[e / 2]; });
+    products_wait<0>();
+    settle(s[0]);
+    if (step > 0) release(&shared.free[before]);
     round_to<T>(left, s[0]);
-    start_accumulate(dq[0], left, shared.k[stage]);
+  }
+  if (plan.count > 0) {
+    start_accumulate(dq[0], left, shared.k[(plan.count - 1) % kStages]);
     products_wait<0>();
     settle(dq[0]);
-    release(&shared.free[stage]);
   }
 
   const float scale[1][2] = {{a.scale, a.scale}};

@@ -94,27 +94,51 @@ __device__ __forceinline__ void clean(const Attention& a, const uint8_t* mask, F
   }
 }
 
+// At 64 columns the exponential unit takes longer than the tensor cores, so one of so many exponentials is computed on
+// the FMA units. Dropout and a bias already take the issue slots for that.
+constexpr int kByFma = 16;
+
+// 2^x without the exponential unit, for x of at most 0 that is no NaN; below -127 it is 0. The integer part goes into
+// the exponent. The polynomial of the rest, in -1/2..1/2, is off by at most 1.0e-4 of the value.
+__device__ __forceinline__ float power_by_fma(float x) {
+  constexpr float kRound = 12582912.0f;  // 1.5 2^23: a sum with it is an integer, in its low bits
+  x = fmaxf(x, -127.0f);
+  const float sum = x + kRound, rest = x - (sum - kRound);
+  const float y = fmaf(fmaf(fmaf(0.055008933f, rest, 0.24221095f), rest, 0.6932829f), rest, 1.0f);
+  return __int_as_float(__float_as_int(y) + (__float_as_int(sum) << 23));
+}
+
+// The larger one, or NaN.
+__device__ __forceinline__ float larger(float x, float y) {
+  float z;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
+}
+
 // The online softmax: 2^(factor s + shift - maximum) of a block. rescale: the factors of what was summed so far.
-template <class T, int NT>
+// power_by_fma hides NaN, so the maximum and the sum carry it.
+template <bool BY_FMA, class T, int NT>
 __device__ __forceinline__ void exponentiate(float (&s)[NT][4], float factor, float shift, float (&maximum)[2],
                                              float (&total)[2], float (&rescale)[2]) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     float top = -kInf;
 #pragma unroll
-    for (int n = 0; n < NT; ++n) top = fmaxf(top, fmaxf(s[n][2 * h], s[n][2 * h + 1]));
-    top = fmaxf(top, __shfl_xor_sync(0xFFFFFFFFu, top, 1));
-    top = fmaxf(top, __shfl_xor_sync(0xFFFFFFFFu, top, 2));
-    top = fmaxf(maximum[h], fmaf(top, factor, shift));
+    for (int n = 0; n < NT; ++n) top = larger(top, larger(s[n][2 * h], s[n][2 * h + 1]));
+    top = larger(top, __shfl_xor_sync(0xFFFFFFFFu, top, 1));
+    top = larger(top, __shfl_xor_sync(0xFFFFFFFFu, top, 2));
+    top = larger(maximum[h], fmaf(top, factor, shift));
     const float least = top == -kInf ? 0.0f : top;  // a row that has seen no key yet
     rescale[h] = power<T>(maximum[h] - least);
     maximum[h] = top;
-    float sum = 0.0f;
+    float sum = BY_FMA ? 0.0f * least : 0.0f;
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
 #pragma unroll
       for (int e = 2 * h; e < 2 * h + 2; ++e) {
-        s[n][e] = power<T>(fmaf(s[n][e], factor, shift - least));
+        const float x = fmaf(s[n][e], factor, shift - least);
+        const bool by_fma = BY_FMA && (2 * n + e % 2) % kByFma == kByFma - 1;
+        s[n][e] = by_fma ? power_by_fma(x) : power<T>(x);
         sum += s[n][e];
       }
     }
@@ -147,7 +171,8 @@ __device__ __forceinline__ void compute(const AttentionForward& f, const uint8_t
     total[0][h] = lost || row < plan.known.lo || row >= plan.known.hi ? kNaN : 0.0f;
   }
 
-  auto start_scores = [&](int step) { start_product<D>(s[0], shared.q[group], shared.k[step % kStages]); };
+  const LeftTile<D, T, false> q(shared.q[group]);
+  auto start_scores = [&](int step) { q.start_product(s[0], shared.k[step % kStages]); };
   auto start_values = [&](int step) {
     const int stage = step % kStages;
     wait(&shared.v_full[stage], step / kStages & 1);
@@ -165,7 +190,7 @@ __device__ __forceinline__ void compute(const AttentionForward& f, const uint8_t
     } else if (biased) {
       shift = bias[plan.before(step) ? 0 : 2 * a.far];
     }
-    exponentiate<T>(s[0], factor, shift, maximum, total[0], rescale);
+    exponentiate<D == 64 && !EXTRAS, T>(s[0], factor, shift, maximum, total[0], rescale);
     if (drops) KeptKeys<1, NT>(shared.bytes, shared.dropout, warp_row, col0, straddles && masked).apply(s, 1.0f);
     settle(s[0]);
   };

@@ -48,16 +48,42 @@ __device__ __forceinline__ void release(uint64_t* barrier) {
   if (threadIdx.x % 32 == 0) arrive(barrier);
 }
 
-// d (64, 8 NT) = x yᵀ of tiles x (64, D) and y (8 NT, D). Starts the products. A descriptor counts 16 bytes.
-template <int D, class T, int NT>
-__device__ __forceinline__ void start_product(float (&d)[NT][4], const T* x, const T* y) {
-  const uint64_t a = describe(x), b = describe(y);
-  products_begin();
+// A tile x (64, D), the left side of products. KEEP: its fragments are loaded once and stay in registers. Else each
+// product reads them from shared memory, which at 64 columns takes all of its 128 bytes a cycle.
+template <int D, class T, bool KEEP>
+struct LeftTile {
+  const T* tile;
+  uint32_t kept[KEEP ? D / 16 : 1][4];
+
+  __device__ __forceinline__ explicit LeftTile(const T* tile) : tile(tile) {
+    if constexpr (KEEP) {
 #pragma unroll
-  for (int i = 0; i < D / 16; ++i)
-    multiply<T, false>(d, a + i / 4 * (8 * kRows) + i % 4 * 2, b + i / 4 * (8 * 8 * NT) + i % 4 * 2, i > 0);
-  products_commit();
-}
+      for (int i = 0; i < D / 16; i += 4) {
+        const int warp_row = 16 * (threadIdx.x % kWarpgroup / 32);
+        const Left<T, 64, 1, true> part(tile + (i / 4 * kRows + warp_row) * 64);
+#pragma unroll
+        for (int j = 0; j < 16; ++j) kept[i + j / 4][j % 4] = part.kept[0][j / 4][j % 4];
+      }
+    }
+  }
+
+  // d (64, 8 NT) = x yᵀ of a tile y (8 NT, D). Starts the products. A descriptor counts 16 bytes.
+  template <int NT>
+  __device__ __forceinline__ void start_product(float (&d)[NT][4], const T* y) const {
+    const uint64_t a = describe(tile), b = describe(y);
+    products_begin();
+#pragma unroll
+    for (int i = 0; i < D / 16; ++i) {
+      const uint64_t columns = b + i / 4 * (8 * 8 * NT) + i % 4 * 2;
+      if constexpr (KEEP) {
+        multiply<T, false>(d, kept[i], columns, i > 0);
+      } else {
+        multiply<T, false>(d, a + i / 4 * (8 * kRows) + i % 4 * 2, columns, i > 0);
+      }
+    }
+    products_commit();
+  }
+};
 
 // d (64, D) += x y of a rounded fragment x (64, 16 KT) and a tile y (16 KT, D). Starts the products.
 template <class T, int KT, int DT>

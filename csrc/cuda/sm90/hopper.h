@@ -134,18 +134,10 @@ __device__ __forceinline__ void settle(float (&d)[NT][4]) {
 // the columns of d or, ACROSS, the sixteen.
 template <class T, bool ACROSS, int NT>
 __device__ __forceinline__ void multiply(float (&d)[NT][4], uint64_t a, uint64_t b, bool add) {
-  static_assert(NT == 4 || NT == 8 || NT == 16);
+  static_assert(NT == 8 || NT == 16);
   constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;
   const int keep = add;
-  if constexpr (NT == 4 && kBf16) {
-    asm volatile(FASTLM_WGMMA("32", "bf16", FASTLM_NAMES_16, "%16", "%17", "%18", "0, %19")
-                 : FASTLM_16(d, 0)
-                 : "l"(a), "l"(b), "r"(keep), "n"(ACROSS));
-  } else if constexpr (NT == 4) {
-    asm volatile(FASTLM_WGMMA("32", "f16", FASTLM_NAMES_16, "%16", "%17", "%18", "0, %19")
-                 : FASTLM_16(d, 0)
-                 : "l"(a), "l"(b), "r"(keep), "n"(ACROSS));
-  } else if constexpr (NT == 8 && kBf16) {
+  if constexpr (NT == 8 && kBf16) {
     asm volatile(FASTLM_WGMMA("64", "bf16", FASTLM_NAMES_32, "%32", "%33", "%34", "0, %35")
                  : FASTLM_32(d, 0)
                  : "l"(a), "l"(b), "r"(keep), "n"(ACROSS));
@@ -164,12 +156,12 @@ __device__ __forceinline__ void multiply(float (&d)[NT][4], uint64_t a, uint64_t
   }
 }
 
-// The same with a in registers, in mma.sync's fragment; always added.
+// The same with a in registers, in mma.sync's fragment.
 template <class T, bool ACROSS, int NT>
-__device__ __forceinline__ void multiply(float (&d)[NT][4], const uint32_t (&a)[4], uint64_t b) {
+__device__ __forceinline__ void multiply(float (&d)[NT][4], const uint32_t (&a)[4], uint64_t b, bool add = true) {
   static_assert(NT == 8 || NT == 16);
   constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;
-  const int keep = 1;
+  const int keep = add;
   if constexpr (NT == 8 && kBf16) {
     asm volatile(FASTLM_WGMMA("64", "bf16", FASTLM_NAMES_32, "{%32, %33, %34, %35}", "%36", "%37", "%38")
                  : FASTLM_32(d, 0)
