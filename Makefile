@@ -31,7 +31,7 @@ PYTEST := OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(JOBS) --dist worksteal
 PIP := $(PY) -m pip install --disable-pip-version-check --quiet -c constraints.txt
 OUT := benchmarks/results/cpu
 STEPS := bert-mini-16x128 bert-small-8x128 bert-small-32x128 bert-base-4x128 bert-mini-32x128-text
-STEPS += bert-small-16x128-text gpt2-39m-4x256 t5-small-8x256
+STEPS += bert-small-16x128-text gpt2-39m-4x256 gpt2-39m-4x512 t5-small-8x256
 SOURCES := .ci setup.py fastlm kernels tests benchmarks
 
 # An incomplete environment is made again (Debian without python3-venv makes one without pip).
@@ -98,7 +98,7 @@ test-gpu:
 
 bench: setup
 	$(PY) benchmarks/bench_ops.py --op all --device cpu --json $(OUT)/ops.json --plot $(OUT)/ops.png
-	$(PY) benchmarks/bench_train.py --device cpu --recipe $(STEPS) --json $(OUT)/train.json --plot $(OUT)/train.png \
+	$(PY) benchmarks/bench_train.py --device cpu --recipe $(STEPS) --set train.dtype=auto --json $(OUT)/train.json --plot $(OUT)/train.png \
 		--curve 20 --curve-plot $(OUT)/curves.png
 	$(PY) benchmarks/report.py
 
