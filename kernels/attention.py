@@ -131,10 +131,10 @@ def _describable(x: torch.Tensor) -> bool:
 
 def _descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
     """x as (b, heads, rows, D), packed as (1, heads, rows, D), in blocks of so many rows of one head."""
-    x = (x if x.dim() == 4 else x.unsqueeze(0)).transpose(1, 2)
     # No load takes the stride of a dimension of one; TMA refuses some, so it has one of 16.
-    strides = [stride if size > 1 else 16 for size, stride in zip(x.shape[:-1], x.stride())]
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, _block_d(x.shape[-1])])
+    strides = [stride if size > 1 else 16 for size, stride in zip((1, *x.shape)[-4:], (16, *x.stride())[-4:])]
+    b, m, h, d = (1, *x.shape)[-4:]
+    return TensorDescriptor(x, [b, h, m, d], [strides[0], strides[2], strides[1], 1], [1, 1, rows, _block_d(d)])
 
 
 def _descriptors(c: Config, k: torch.Tensor, v: torch.Tensor) -> dict[str, TensorDescriptor]:
