@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import attention_bias as bias_kernels
 from . import attention_bwd as bwd
@@ -23,12 +24,16 @@ from .tuning import choose
 
 @dataclass(frozen=True)
 class Config:
-    """One kernel's block of queries and keys, its warps, and the stages of its loads in flight."""
+    """One kernel's block of queries and keys, its warps, and the stages of its loads in flight.
+
+    descriptors: `_fwd` loads k and v by tensor descriptors (TMA) where every query sees every key, if `_describable`.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    descriptors: bool = False
 
 
 # By the head dimension, rounded up to a power of two. None spills, packed input with dropout included.
@@ -54,11 +59,18 @@ _MMA = {
 # float32 uses FMA, unrolled over the whole tile: larger tiles would make the code huge.
 _FLOAT32 = {64: Config(32, 32, 8, 1), 128: Config(32, 32, 8, 1), 256: Config(16, 32, 8, 1)}
 
+# Forward on sm_90 without dropout, by descriptors: the blocks for which the model of kernels predicts at least 5% less
+# time than for _WGMMA's (LOG.md, 2026-11-30). No GPU has run them, so the rule has none of them; `fastlm tune` does.
+_DESCRIBED = {
+    128: ((64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2)),
+    256: ((64, 32, 8, 2), (64, 32, 8, 3), (64, 64, 8, 2)),
+}
+
 
 def config(kernel: str, block_d: int, itemsize: int, dropout: bool) -> Config:
     """kernel: "fwd", "dkdv", "dq", "dtable" or "cache"."""
     shape = block_d, itemsize, architecture(), int(dropout)
-    return choose(f"attention_{kernel}", shape, lambda: _rule(kernel, *shape), lambda: _others(kernel, itemsize))
+    return choose(f"attention_{kernel}", shape, lambda: _rule(kernel, *shape), lambda: _others(kernel, *shape))
 
 
 def _rule(kernel: str, block_d: int, itemsize: int, arch: int, dropout: int) -> Config:
@@ -75,10 +87,12 @@ def _rule(kernel: str, block_d: int, itemsize: int, arch: int, dropout: int) -> 
     return (dropout and _WGMMA_DROPOUT.get(kernel, {}).get(width)) or _WGMMA[kernel][width]
 
 
-def _others(kernel: str, itemsize: int) -> list[Config]:
+def _others(kernel: str, block_d: int, itemsize: int, arch: int, dropout: int) -> list[Config]:
     sizes, depths = ((32, 64), (1, 2)) if itemsize == 4 else ((32, 64, 128), (1, 2, 3, 4))
     sizes_m = (16,) if kernel == "cache" else sizes
     every = [Config(*fields) for fields in itertools.product(sizes_m, sizes, (4, 8), depths)]
+    if kernel == "fwd" and itemsize == 2 and arch // 10 == 9 and not dropout:
+        every += [Config(*block, descriptors=True) for block in _DESCRIBED.get(block_d, ())]
     return [c for c in every if kernel != "dtable" or c.block_m == c.block_n]
 
 
@@ -107,6 +121,27 @@ def _rows(x: torch.Tensor) -> Rows:
     """x for the kernels; a packed tensor is one sequence. Strides of size 1 are 0, to compile for one number."""
     strides = [stride if size > 1 and x.numel() else 0 for size, stride in zip(x.shape[:-1], x.stride())]
     return Rows(x, 0, *strides) if x.dim() == 3 else Rows(x, *strides)
+
+
+def _describable(x: torch.Tensor) -> bool:
+    """Whether TMA can load x: addresses of rows and heads that 16 bytes divide, and no stride of 0 over several."""
+    steps = [stride * x.element_size() for size, stride in zip(x.shape[:-1], x.stride()) if size > 1]
+    return x.numel() > 0 and x.data_ptr() % 16 == 0 and all(step % 16 == 0 and 0 < step < 2**40 for step in steps)
+
+
+def _descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
+    """x as (b, heads, rows, D), packed as (1, heads, rows, D), in blocks of so many rows of one head."""
+    # No load takes the stride of a dimension of one; TMA refuses some, so it has one of 16.
+    strides = [stride if size > 1 else 16 for size, stride in zip((1, *x.shape)[-4:], (16, *x.stride())[-4:])]
+    b, m, h, d = (1, *x.shape)[-4:]
+    return TensorDescriptor(x, [b, h, m, d], [strides[0], strides[2], strides[1], 1], [1, 1, rows, _block_d(d)])
+
+
+def _descriptors(c: Config, k: torch.Tensor, v: torch.Tensor) -> dict[str, TensorDescriptor]:
+    """What `_fwd` loads k and v by, besides pointers; {} if the configuration, or TMA for one of them, has pointers."""
+    if not (c.descriptors and _describable(k) and _describable(v)):
+        return {}
+    return {"k_desc": _descriptor(k, c.block_n), "v_desc": _descriptor(v, c.block_n)}
 
 
 class Options(NamedTuple):
@@ -202,9 +237,8 @@ def attention_fwd(q, k, v, out, lse, options: Options) -> None:
     c = _config("fwd", q, options.threshold)
     features, numbers = options.features(q.dtype), _numbers(q, k, options)
     tiles = triton.cdiv(q.shape[-3], c.block_m)
-    fwd._fwd[(tiles * q.shape[-2] * _batch(q),)](
-        _rows(q), _rows(k), _rows(v), out, lse, features, tiles=tiles, **numbers, **_blocks(c)
-    )
+    rows, constants = tuple(map(_rows, (q, k, v))), {**_blocks(c), **_descriptors(c, k, v)}
+    fwd._fwd[(tiles * q.shape[-2] * _batch(q),)](*rows, out, lse, features, tiles=tiles, **numbers, **constants)
 
 
 class CacheOptions(NamedTuple):

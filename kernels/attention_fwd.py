@@ -17,7 +17,7 @@ from .attention_plan import (
     general_block,
     general_count,
     in_no_sequence,
-    load_rows,
+    load_block,
     plain_block,
     plain_count,
     plan_of_queries,
@@ -30,6 +30,7 @@ from .attention_tile import (
     biased,
     cap,
     exp,
+    fenced,
     head_bias,
     keep_tile,
     make_drop,
@@ -67,10 +68,15 @@ def _fwd(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
+    k_desc=None,
+    v_desc=None,
 ):
     """out like q, lse (b, heads, sq). q (b, sq, heads, D), k, v (b, sk, heads / group, D); packed: b 1, all rows.
 
     far, far_right: the bias is constant for rel <= -far, and for rel >= far_right.
+
+    k_desc, v_desc: tensor descriptors, for load_block, or None. Only the plain loop may load by them: they bring all
+    rows of the tensor, those of other sequences and of masked keys too, whose NaN times a probability of 0 is NaN.
     """
     PACKED: tl.constexpr = features.cu_q_ptr is not None
     HAS_BIAS: tl.constexpr = features.bias_ptr is not None
@@ -106,8 +112,9 @@ def _fwd(
     for t in range(0, plain_count(plan)):
         block = plain_block(plan, t) if HAS_BIAS else plan.a0 + t
         n0 = plan.begin + block * BLOCK_N
-        at = tl.cast(n0, tl.int64)
-        k_tile = load_rows(k_ptrs + at * k.stride_m, in_col, D)
+        if k_desc is not None:
+            n0 = fenced(n0)
+        k_tile = load_block(k, k_ptrs, k_desc, b, head // group, n0, in_col, D)
         scores, still = product(q_tile, k_tile, PRECISION), qk_scale
         if HAS_SOFTCAP:
             scores, still = cap(scores * qk_scale, features.softcap, FLOAT32), 1.0
@@ -123,7 +130,7 @@ def _fwd(
             position = n0 - plan.first.col_start
             keep = keep_tile(drop, position, row - seen.start, sequence_head, BLOCK_M, BLOCK_N, True, False)
             p = tl.where(keep, p, 0.0)
-        v_tile = load_rows(v_ptrs + at * v.stride_m, in_col, D)
+        v_tile = load_block(v, v_ptrs, v_desc, b, head // group, n0, in_col, D)
         acc = accumulate(acc * alpha[:, None], p.to(v_tile.dtype), v_tile, zero, PRECISION)
         if HAS_BIAS:
             acc = settled(acc)

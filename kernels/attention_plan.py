@@ -68,6 +68,19 @@ def load_rows(ptrs, in_col, D: tl.constexpr):
 
 
 @triton.jit
+def load_block(x: Rows, ptrs, desc, b, head, start, in_col, D: tl.constexpr):
+    """Rows from `start` on that all exist, 0 in the columns from D on.
+
+    desc: of (b, heads, rows, D) in blocks of (1, 1, rows, columns). If it is None, by ptrs, row_ptrs from row 0 on.
+    """
+    if desc is not None:
+        tile = desc.load([tl.cast(b, tl.int32), head, start, 0])
+        return tl.reshape(tile, (desc.block_shape[2], desc.block_shape[3]))
+    else:
+        return load_rows(ptrs + tl.cast(start, tl.int64) * x.stride_m, in_col, D)
+
+
+@triton.jit
 def counted(N: tl.constexpr):
     """0..N-1, to load numbers of rows by. With tl.arange, Triton 3.6 copies them in the layout of a tile's columns.
 

@@ -75,6 +75,18 @@ def settled(acc):
         return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [acc], dtype=acc.dtype, is_pure=True, pack=1)
 
 
+@triton.jit
+def fenced(start):
+    """start, a coordinate of a load by a tensor descriptor, behind a fence of the proxies.
+
+    Triton 3.7.1 has none between the initialisation of a loop's mbarriers and the first copy that reports to one, where
+    CUDA's programming guide demands it. The compiler puts what a coordinate is made of between the two.
+    """
+    return tl.inline_asm_elementwise(
+        "fence.proxy.async.shared::cta; mov.b32 $0, $1;", "=r,r", [start], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
 # ---- softcap
 
 

@@ -13,6 +13,7 @@ import torch
 
 from ptx.compile import ARCH, ptx_pipeline
 from ptx.launch import SHARED_LIMITS, Report, load, run, uninitialised
+from ptx.tensor_map import tensor_map
 
 
 @dataclass
@@ -69,7 +70,8 @@ class _Driver:
         def launch(x, y, z, stream, function, packed, launch_metadata, enter, exit_, *args):
             if x * y * z == 0:  # as Triton's own launcher
                 return
-            named = list(_flat(source.signature, source.signature.values(), args))
+            described = iter(getattr(metadata, "tensordesc_meta", None) or ())
+            named = list(_flat(source.signature, source.signature.values(), args, described))
             names = [name for name, _ in named]
             arguments = [value.base if isinstance(value, TensorWrapper) else value for _, value in named]
             # After the kernel's own parameters come pointers to scratch memory, for every block its share.
@@ -85,14 +87,26 @@ class _Driver:
         return launch
 
 
-def _flat(names, types, values):
-    """(name, value) of each parameter in PTX: a tuple's elements one by one, constants not at all."""
+def _flat(names, types, values, described):
+    """(name, value) of each parameter in PTX: a tuple's elements one by one, constants not at all.
+
+    described: what the compiler says of each tensor descriptor in turn.
+    """
     for name, type_, value in zip(names, types, values):
         if isinstance(type_, tuple):
             fields = getattr(type_, "_fields", range(len(type_)))
-            yield from _flat([f"{name}.{field}" for field in fields], type_, value)
+            yield from _flat([f"{name}.{field}" for field in fields], type_, value, described)
+        elif type_.startswith("tensordesc"):
+            yield from ((name, part) for part in _descriptor(value, next(described)))
         elif type_ != "constexpr":
             yield name, value
+
+
+def _descriptor(value, meta: dict):
+    """The parameters of one TensorDescriptor of the host: its map for sm_90's copies, its sizes and its strides."""
+    tensor = value.base.as_strided(value.shape, value.strides)
+    yield tensor_map(tensor, tuple(meta["block_size"][::-1]), (0, 32, 64, 128)[meta["swizzle"]])
+    yield from (*value.shape, *value.strides)
 
 
 @contextlib.contextmanager
