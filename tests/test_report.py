@@ -110,6 +110,13 @@ def test_a_page_of_a_directory(tmp_path):
     assert "Some CPU, 2 cores; torch 2.13.0; commit 0123456" in page
     line = "| bert-mini 8x128 float32, 2 threads | transformers | 4,096 | 250.0 ±0% | n/a | 70% | 700 | 400 | 2.50 |"
     assert line in page
+    assert report.summary([tmp_path]).count("commit 0123456") == 1
+    other = provenance | {"commit": "abcdef0123"}
+    (tmp_path / "ops.json").write_text(json.dumps({"provenance": other, "rows": ROWS}))
+    steps, ops = report.summary([tmp_path]).split("commit abcdef0")
+    assert "commit 0123456" in steps
+    assert "| training step |" in steps
+    assert "| `gelu` |" in ops
     report.plots(tmp_path, ROWS, STEPS)
     assert all((tmp_path / name).stat().st_size > 1000 for name in ("ops.png", "train.png"))
     assert report.with_summary(f"a\n{report.BEGIN}old\n{report.END}b\n", "new\n").split("\n")[2] == "new"

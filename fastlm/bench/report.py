@@ -246,21 +246,28 @@ def page(directory: Path) -> str:
 
 
 def summary(directories: list[Path]) -> str:
-    """README.md's block: for each directory the training steps, and the ops' geometric means."""
+    """README.md's block: for each directory the training steps, and the ops' geometric means.
+
+    The machine and the commit are named once, or above each of the two where they differ.
+    """
     out = []
     for directory in directories:
         of_ops, ops_from = read(directory, "ops.json")
         train, train_from = read(directory, "train.json")
         where = f"benchmarks/results/{directory.name}"
-        out.append(f"**{machine(ops_from or train_from)}** ([every row]({where}/report.md))\n")
+        named = None
         if train:
+            named = machine(train_from)
             out.append(
+                f"**{named}** ([every row]({where}/report.md))\n\n"
                 f"![training steps]({where}/train.png)\n\n"
                 "fastlm's training step beside Transformers', as shipped and in the fastest form that was tuned by "
                 "hand. The bound is the time of the step's matrix products alone, at the rate of a large product in "
                 f"the same run.\n\n{train_summary(train)}"
             )
         if of_ops:
+            if machine(ops_from) != named:
+                out.append(f"**{machine(ops_from)}** ([every row]({where}/report.md))\n")
             out.append(
                 f"How many times as fast as its best peer an op is, geometric mean over shapes (range):\n\n"
                 f"{ops_summary(of_ops)}"
