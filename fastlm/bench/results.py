@@ -176,6 +176,7 @@ def plot_steps(path: str | Path, steps: dict[str, dict[str, float]], *, title: s
     shades = pyplot.get_cmap("Greys")
     peers = [name for name in names if not name.startswith("fastlm")]
     color = {name: shades(0.3 + 0.45 * i / max(1, len(peers) - 1)) for i, name in enumerate(peers)}
+    color |= {name: "lightcoral" for name in names if name.startswith("fastlm ")}  # fastlm in another form
     figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.24 * sum(len(rates) + 1 for rates in steps.values())))
     y, ticks = 0.0, []
     for rates in steps.values():
