@@ -58,7 +58,7 @@ def hopper(text=kernels, **options):
         yield remember
 
 
-# Blocks without a mask come first, before and behind the others with a bias; more than two blocks, so that stages are
+# Blocks without a mask come first, before and behind the others with a bias; more than four blocks, so that stages are
 # used again; two groups of queries and a part of a third.
 MORE = (
     *LONG,
@@ -127,9 +127,9 @@ def test_check(check, variant):
 
 @pytest.mark.parametrize("key", [40, 57, 128 + 57])
 def test_exponentials_on_the_fma_units(key):
-    """Heads of 64 without dropout and bias: of 16 keys, the exponential of one, as 57, is computed by FMA.
+    """Heads of 64 in bfloat16 without dropout, bias and softcap: of 64 keys, those of 57, 59, 61 and 63 are by FMA.
 
-    Far below the maximum its weight is 0; NaN and infinity stay. Key 40 has the exponential unit.
+    Far below the maximum a weight is 0; NaN and infinity stay. The exponential unit computes that of key 40.
     """
     q, k, v = torch.randn(3, 1, 256, 1, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     q = q[:, :8].abs()
