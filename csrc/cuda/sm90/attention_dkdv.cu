@@ -12,7 +12,7 @@ namespace fastlm::cuda {
 
 namespace sm90 {
 
-constexpr int kStages = 4, kQueries = 64;  // of a block
+constexpr int kStages = 4, kQueries = 64;  // blocks in shared memory at a time, queries of each
 
 // Whether keys and values stay in registers, and products of a block start before dk of the one before. At 128 columns
 // dk and dv take 128 registers, which leaves too few for either.

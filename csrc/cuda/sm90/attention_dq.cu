@@ -13,7 +13,7 @@ namespace fastlm::cuda {
 
 namespace sm90 {
 
-constexpr int kStages = 4, kBlock = 64;  // keys
+constexpr int kStages = 4, kBlock = 64;  // blocks in shared memory at a time, keys of each
 
 struct QueriesArgs {
   CUtensorMap q, k, v, dout;

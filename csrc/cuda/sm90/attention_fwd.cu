@@ -94,12 +94,12 @@ __device__ __forceinline__ void clean(const Attention& a, const uint8_t* mask, F
   }
 }
 
-// At 64 columns the exponential unit takes longer than the tensor cores, so one of so many exponentials is computed on
-// the FMA units. Dropout and a bias already take the issue slots for that.
+// At 64 columns the exponential unit takes longer than the tensor cores, so one exponential in kByFma is computed on
+// the FMA units: those of keys 57, 59, 61 and 63 of each 64. With dropout or a bias, issue slots are the limit.
 constexpr int kByFma = 16;
 
-// 2^x without the exponential unit, for x of at most 0 that is no NaN; below -127 it is 0. The integer part goes into
-// the exponent. The polynomial of the rest, in -1/2..1/2, is off by at most 1.0e-4 of the value.
+// 2^x without the exponential unit, for x of -126 to 127; off by at most 1.02e-4 of the value. Below it is 2^-126 at
+// most, from -127 down and for NaN 0. The integer part goes into the exponent, a polynomial has the rest, -1/2..1/2.
 __device__ __forceinline__ float power_by_fma(float x) {
   constexpr float kRound = 12582912.0f;  // 1.5 2^23: a sum with it is an integer, in its low bits
   x = fmaxf(x, -127.0f);

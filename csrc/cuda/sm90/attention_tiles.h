@@ -49,7 +49,7 @@ __device__ __forceinline__ void release(uint64_t* barrier) {
 }
 
 // A tile x (64, D), the left side of products. KEEP: its fragments are loaded once and stay in registers. Else each
-// product reads them from shared memory, which at 64 columns takes all of its 128 bytes a cycle.
+// product reads x from shared memory, and with a y of 64 rows the two take all of its 128 bytes a cycle.
 template <int D, class T, bool KEEP>
 struct LeftTile {
   const T* tile;
