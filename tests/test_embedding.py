@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from fastlm import ops
+from fastlm.ops._cpu.embedding import _used_rows
+from fastlm.ops.embedding import Lookup
 
 BACKENDS = ("cpu", "reference")
 IDS = torch.tensor([[3, 0, 3], [1, 4, 0]])
@@ -65,6 +67,14 @@ def test_a_16_bit_vocabulary_gets_the_float32_sum_rounded(padding_idx):
         (want,) = torch.autograd.grad(ops.embedding(ids, exact, **given), exact, dy.float())
         assert got.dtype == torch.bfloat16
         torch.testing.assert_close(got.float(), want, rtol=2**-8, atol=0.0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "summed"), [(901, "bfloat16", True), (900, "bfloat16", False), (901, "float32", False)]
+)
+def test_rows_in_use_are_summed_where_that_is_faster(rows, dtype, summed):
+    word = torch.zeros(rows, 6, dtype=getattr(torch, dtype))
+    assert (_used_rows(Lookup(torch.arange(600), word, None, None, None, None)) is not None) == summed
 
 
 @pytest.mark.parametrize("sparse", [False, True])
