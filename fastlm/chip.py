@@ -141,8 +141,8 @@ class Dtype(NamedTuple):
 def auto_dtype(device: torch.device) -> Dtype:
     """The dtype of matrix products that `train.dtype = "auto"` means on `device`.
 
-    On a CPU bfloat16 from GAIN times float32's rate on, which is measured where it is not known: a second. On a GPU
-    bfloat16 from sm_80 on, the first with units for it.
+    On a CPU bfloat16 from GAIN times float32's rate on. The rates are measured, in a second, where they are not
+    known or the machine was busy. On a GPU bfloat16 from sm_80 on, the first with units for it.
     """
     if device.type == "cuda":
         chip, arch = chip_name(device), "sm_{}{}".format(*torch.cuda.get_device_capability(device))

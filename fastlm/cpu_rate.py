@@ -6,7 +6,7 @@ only make one slower. `Rate.busy` says how much there was.
 
 `measure` takes about a second. `remember` keeps the result in the user's cache directory, by the CPU's name, the number
 of threads, torch's version and the dtype; `known` reads it. A rate of a busy machine decides one process's dtype at
-most: the next process that needs it measures again.
+most: the next process that chooses one measures again. For MFU alone it is not measured again.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from fastlm.storage import replace_json
 # undisturbed on a busy machine: beside three other processes 1024 in bfloat16 reached 85% of the rate alone, 2048 half.
 _SIZES = (256, 512, 1024, 2048, 4096, 8192)
 _SHORT = 0.0015
+_TRIES = 3  # the best of so many calls says how long a product takes: a pause in one would end the search too early
 _SECONDS, _LEAST = 0.7, 5  # rounds are measured for so long, and so many of them at least
 _IDLE = 0.2  # the largest `busy` of an idle machine: threads wait for each other too
 BOTH = torch.float32, torch.bfloat16
@@ -37,8 +38,9 @@ BOTH = torch.float32, torch.bfloat16
 class Rate(NamedTuple):
     """flops: FLOP/s of the fastest product.
 
-    busy: the share of the time that other work had, from 0 to 1: what the threads lacked of their processors' time. The
-    FLOP/s that the median product lacked of the fastest one's, where that is more: what another virtual machine takes.
+    busy: the share of the time that other work had, from 0 to 1. It is the larger of two: the share that the threads
+    lacked of their processors' time; and by how much the median product was slower than the fastest, since the time
+    that another virtual machine takes is not counted as lacking.
     """
 
     flops: float
@@ -110,7 +112,7 @@ def _large(dtype, clock, product) -> tuple[Callable[[], object], float]:
     for size in _SIZES:
         call = product(size, dtype)
         call()  # it allocates, and prepares the product
-        if _timed(call, clock)[0] >= _SHORT:
+        if min(_timed(call, clock)[0] for _ in range(_TRIES)) >= _SHORT:
             break
     return call, 2.0 * size**3
 
@@ -122,9 +124,14 @@ def _timed(call: Callable[[], object], *clocks: Callable[[], float]) -> tuple[fl
 
 
 def known(dtype: torch.dtype) -> Rate | None:
-    """What was measured for this CPU, torch and number of threads; None where nothing was."""
+    """The best rate that any process measured for this CPU, torch and number of threads; None where none did."""
     name = key(dtype, torch.get_num_threads())
-    return _measured.get(name) or _read().get(name)
+    return _best(_measured.get(name), _read().get(name))
+
+
+def _best(*rates: Rate | None) -> Rate | None:
+    """A steady one goes before that of a busy machine, and a faster one before a slower of the same kind."""
+    return max(filter(None, rates), key=lambda rate: (rate.steady, rate.flops), default=None)
 
 
 def due() -> str:
@@ -146,21 +153,24 @@ def both() -> tuple[Rate, Rate]:
     return tuple(map(known, BOTH))
 
 
-def remember(rates: Mapping[torch.dtype, Rate]) -> None:
-    """Keep a measurement. A steady one replaces that of a busy machine, and a faster one a slower of the same kind.
+def remember(rates: Mapping[torch.dtype, Rate], keep: bool = True) -> None:
+    """Take a measurement for this process, where it has none that is better, and likewise into the file.
 
-    Where the directory cannot be written, it is kept for this process alone.
+    keep: False for one of another machine, which is this process's alone. So is one where the directory cannot be
+    written.
     """
-    threads, before = torch.get_num_threads(), {dtype: known(dtype) for dtype in rates}
-    best = {
-        key(dtype, threads): max(filter(None, (before[dtype], rate)), key=lambda rate: (rate.steady, rate.flops))
-        for dtype, rate in rates.items()
-    }
-    _measured.update(best)
+    threads = torch.get_num_threads()
+    new = {key(dtype, threads): rate for dtype, rate in rates.items()}
+
+    def merged(before: dict[str, Rate]) -> dict[str, Rate]:
+        return {**before, **{name: _best(before.get(name), rate) for name, rate in new.items()}}
+
+    _measured.update(merged(_measured))
+    if not keep:
+        return
     try:
         path().parent.mkdir(parents=True, exist_ok=True)
-        kept = {**_read(), **best}
-        replace_json(path(), {name: rate._asdict() for name, rate in kept.items()})
+        replace_json(path(), {name: rate._asdict() for name, rate in merged(_read()).items()})
     except (OSError, RuntimeError):
         pass  # a home that is read-only, full or missing: the run goes on, and the next one measures again
 

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from fastlm import ops
+from fastlm.ops._cpu.embedding import _used_rows
+from fastlm.ops.embedding import Lookup
 
 BACKENDS = ("cpu", "reference")
 IDS = torch.tensor([[3, 0, 3], [1, 4, 0]])
@@ -56,7 +58,7 @@ def test_a_sparse_gradient_has_a_row_for_each_token(backend, padding_idx):
 @pytest.mark.parametrize("padding_idx", [None, 3, -47])
 def test_a_16_bit_vocabulary_gets_the_float32_sum_rounded(padding_idx):
     """Its kernel sums the rows that tokens take alone: some tokens of many rows, or of few."""
-    for rows, ids in ((50, IDS), (50, torch.zeros(4, 200, dtype=torch.long)), (700, torch.arange(600).view(2, 300))):
+    for rows, ids in ((50, IDS), (50, torch.zeros(4, 200, dtype=torch.long)), (1000, torch.arange(600).view(2, 300))):
         word = torch.randn(rows, 6).bfloat16().requires_grad_()
         exact = word.detach().float().requires_grad_()
         dy = torch.randn(*ids.shape, 6).bfloat16()
@@ -65,6 +67,29 @@ def test_a_16_bit_vocabulary_gets_the_float32_sum_rounded(padding_idx):
         (want,) = torch.autograd.grad(ops.embedding(ids, exact, **given), exact, dy.float())
         assert got.dtype == torch.bfloat16
         torch.testing.assert_close(got.float(), want, rtol=2**-8, atol=0.0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "summed"), [(901, "bfloat16", True), (900, "bfloat16", False), (901, "float32", False)]
+)
+def test_rows_in_use_are_summed_where_that_is_faster(rows, dtype, summed):
+    word = torch.zeros(rows, 6, dtype=getattr(torch, dtype))
+    assert (_used_rows(Lookup(torch.arange(600), word, None, None, None, None)) is not None) == summed
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_16_bit_vocabulary_and_ids_of_any_layout(sparse):
+    """Strided rows; strided, int32 and no ids: the bits of the gradient of contiguous ones."""
+    table = torch.randn(50, 13).bfloat16()[:, 2:8]
+    for ids in (IDS.t(), IDS[:, ::2], IDS.int(), IDS[:, 1], IDS[:0]):
+        found, dy = [], torch.randn(*ids.shape, 6).bfloat16()
+        for word, input_ids in ((table, ids), (table.contiguous(), ids.long().contiguous())):
+            word = word.detach().requires_grad_()
+            y = ops.embedding(input_ids, word, padding_idx=3, sparse=sparse, backend="cpu")
+            (gradient,) = torch.autograd.grad(y, word, dy)
+            found.append(gradient.to_dense() if sparse else gradient)
+        assert found[0].dtype == torch.bfloat16
+        assert torch.equal(*found)
 
 
 def test_a_frozen_table_gets_no_gradient():

@@ -83,6 +83,28 @@ def test_the_summary_of_steps_has_a_line_a_step():
     ]
 
 
+def test_contenders_of_a_step_in_bfloat16_are_explained(tmp_path, monkeypatch):
+    """Beside the table of README.md; and fastlm's two have two colours in the plot."""
+    for contenders, said in (
+        ((), ".\n"),
+        (("fastlm float32",), ". Its float32 is fastlm's own step in float32.\n"),
+        (
+            ("transformers pure",),
+            ". For a step in bfloat16 the tuned forms include those that keep weights and moments",
+        ),
+    ):
+        rows = [*STEPS, *(step(name, 300.0) for name in contenders)]
+        (tmp_path / "train.json").write_text(json.dumps({"provenance": {}, "rows": rows}))
+        assert f"at the rate of a large product in the same run{said}" in report.summary([tmp_path])
+    figures = []
+    monkeypatch.setattr(results, "save_figure", lambda figure, path: figures.append(figure))
+    names = ("fastlm", "fastlm float32", "transformers", "transformers pure")
+    results.plot_steps("x.png", {"bert-mini": dict.fromkeys(names, 1000.0)}, title="steps")
+    legend = figures[0].axes[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == list(names)
+    assert len({patch.get_facecolor() for patch in legend.get_patches()}) == len(names)
+
+
 def test_no_row_is_hidden(tmp_path):
     """Every contender's time, spread and memory is on the page, and what did not run, with the reason."""
     missing = [

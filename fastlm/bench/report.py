@@ -19,8 +19,9 @@ from fastlm.bench.training import plot_rates, step_label
 BEGIN, END = "<!-- results -->\n", "<!-- /results -->\n"
 FLOAT32 = "fastlm float32"
 SHIPPED = "transformers"  # as shipped; the contenders in TUNED are the same model as an expert runs it
+PURE = ("transformers pure", "transformers pure compiled")  # those of TUNED without float32 weights: less exact
 TUNED = ("transformers sdpa", "transformers compiled", "transformers tuned", "transformers tuned compiled")
-TUNED += ("transformers packed", "transformers pure", "transformers pure compiled")
+TUNED += ("transformers packed", *PURE)
 
 
 _ON_GPU = (
@@ -158,6 +159,19 @@ def train_summary(rows: list[dict]) -> str:
     return _table(["training step", "tokens/s", *ratios, "of the bound"], out)
 
 
+def steps_note(rows: list[dict]) -> str:
+    """What `train_summary` compares, as far as its columns do not say it."""
+    names, out = {row["contender"] for row in rows}, ""
+    if names.intersection(PURE):
+        out += (
+            " For a step in bfloat16 the tuned forms include those that keep weights and moments in bfloat16, which "
+            "is less exact; fastlm keeps float32 ones."
+        )
+    if FLOAT32 in names:
+        out += " Its float32 is fastlm's own step in float32."
+    return out
+
+
 def curves_note(rows: list[dict]) -> str:
     """The largest distance of a curve from fastlm's, and each that noise does not explain; "" without curves."""
     rows = [row for row in rows if row.get("curve_off") is not None and not is_ours(row)]
@@ -263,7 +277,7 @@ def summary(directories: list[Path]) -> str:
                 f"![training steps]({where}/train.png)\n\n"
                 "fastlm's training step beside Transformers', as shipped and in the fastest form that was tuned by "
                 "hand. The bound is the time of the step's matrix products alone, at the rate of a large product in "
-                f"the same run.\n\n{train_summary(train)}"
+                f"the same run.{steps_note(train)}\n\n{train_summary(train)}"
             )
         if of_ops:
             if machine(ops_from) != named:

@@ -173,17 +173,18 @@ def plot_steps(path: str | Path, steps: dict[str, dict[str, float]], *, title: s
     """A PNG of {step: {contender: tokens/s}}: a group of bars a step, in multiples of its slowest contender."""
     pyplot = pyplot_without_a_display()
     names = list(dict.fromkeys(name for rates in steps.values() for name in rates))
-    shades = pyplot.get_cmap("Greys")
-    peers = [name for name in names if not name.startswith("fastlm")]
-    color = {name: shades(0.3 + 0.45 * i / max(1, len(peers) - 1)) for i, name in enumerate(peers)}
-    color |= {name: "lightcoral" for name in names if name.startswith("fastlm ")}  # fastlm in another form
+    color = {}
+    for shades, first, last, ours in (("Reds", 0.7, 0.35, True), ("Greys", 0.3, 0.75, False)):
+        those = [name for name in names if name.startswith("fastlm") == ours]
+        step = (last - first) / max(1, len(those) - 1)
+        color |= {name: pyplot.get_cmap(shades)(first + step * i) for i, name in enumerate(those)}
     figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.24 * sum(len(rates) + 1 for rates in steps.values())))
     y, ticks = 0.0, []
     for rates in steps.values():
         ticks.append(y + (len(rates) - 1) / 2)
         slowest = min(rates.values())
         for name, rate in rates.items():
-            axes.barh(y, rate / slowest, height=0.8, color=color.get(name, "tab:red"))
+            axes.barh(y, rate / slowest, height=0.8, color=color[name])
             axes.text(rate / slowest, y, f" {rate:,.0f} tokens/s", va="center", fontsize=7)
             y += 1
         y += 1
@@ -192,7 +193,7 @@ def plot_steps(path: str | Path, steps: dict[str, dict[str, float]], *, title: s
     axes.margins(x=0.18)
     axes.set_xlabel("times the tokens/s of the slowest contender of the step")
     axes.set_title(title, fontsize=10)
-    handles = [pyplot.Rectangle((0, 0), 1, 1, color=color.get(name, "tab:red")) for name in names]
+    handles = [pyplot.Rectangle((0, 0), 1, 1, color=color[name]) for name in names]
     axes.legend(handles, names, fontsize=7, loc="lower right")
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()

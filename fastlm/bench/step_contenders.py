@@ -1,7 +1,7 @@
 """The contenders of a training step.
 
     fastlm                         fastlm's model and step, packed, allocator tuned
-    fastlm float32                 the same in float32: what a step in bfloat16 gains
+    fastlm float32                 the same in float32: what a step in bfloat16 gains; its bound is bfloat16's too
     transformers                   the model with its head, AdamW, clipping and allocator as shipped
     transformers sdpa              SDPA named, fused AdamW, allocator tuned
     transformers compiled          the same under torch.compile

@@ -173,7 +173,7 @@ def _backward(saved: Saved, needs: Args, backend, dy, _dmean, _drstd):
     args = BackwardArgs(dy, saved, wanted, has_bias=needs.bias)
     dword, dposition, dtoken_type, dweight, dbias = _registry.call("embedding_bwd", args, backend)
     if saved.sparse and wanted.dword:
-        ids, shape = saved.lookup.input_ids.view(1, -1), saved.lookup.word.shape
+        ids, shape = saved.lookup.input_ids.reshape(1, -1), saved.lookup.word.shape
         dword = torch.sparse_coo_tensor(ids, dword, shape, check_invariants=False)
     return {
         "word": dword if wanted.dword else None,

@@ -54,8 +54,8 @@ def settle_rate(
 ) -> None:
     """See to it that the rate of this CPU in `dtype` is known, and recorded by the run.
 
-    It is the best of what this machine keeps and of what the run recorded on a machine like this; measured where
-    neither has it. So a resumed run has an MFU on any machine, and against the same peak on the same.
+    It is the better of what this machine keeps and of what the run recorded on a CPU of this name; measured where
+    neither has it. What a run recorded, perhaps on another machine, is not kept for other runs.
 
     recorded   the run's rates, `cpu_rate.Rate` by `cpu_rate.key`; this one is entered
     share      `World.share`: the first process measures, while the others wait
@@ -65,7 +65,7 @@ def settle_rate(
 
     def find() -> list[float]:
         if name in recorded:
-            cpu_rate.remember({dtype: cpu_rate.Rate(*recorded[name])})
+            cpu_rate.remember({dtype: cpu_rate.Rate(*recorded[name])}, keep=False)
         if cpu_rate.known(dtype) is None:
             note("measuring this CPU's matrix products once, for MFU")
             cpu_rate.remember(cpu_rate.measure())
