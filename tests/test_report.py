@@ -166,3 +166,9 @@ def test_curves_and_what_did_not_run(tmp_path):
 
 def test_pages_and_readme_are_what_the_results_say(capsys):
     assert report.main(ROOT, ["--check"]) == 0, capsys.readouterr().out + "python benchmarks/report.py writes them"
+
+
+def test_a_recorded_command_can_be_run_and_names_no_directory_of_this_machine():
+    given = ["benchmarks/bench_train.py", "--contenders", "fastlm float32", "--json", "/somewhere/else/train.json"]
+    command = results._command(given)
+    assert command == "python benchmarks/bench_train.py --contenders 'fastlm float32' --json train.json"

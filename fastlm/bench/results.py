@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -34,6 +35,12 @@ def _output(*command: str, cwd: Path | None = None) -> str | None:
 _SETTINGS = ("MALLOC_", "OMP_", "MKL_", "GOMP_", "KMP_")  # environment variables that change timings
 
 
+def _command(arguments: list[str]) -> str:
+    """The line that ran the benchmark, for a shell. Of absolute paths only the name: directories are this machine's."""
+    names = [Path(argument).name if Path(argument).is_absolute() else argument for argument in arguments]
+    return shlex.join(["python", *names])
+
+
 def provenance(**more) -> dict:
     """Where a result comes from: machine, versions, settings, commit (None outside a checkout), command, time.
 
@@ -48,7 +55,7 @@ def provenance(**more) -> dict:
         "environment": {key: value for key, value in os.environ.items() if key.startswith(_SETTINGS)},
         "commit": _output("git", "rev-parse", "HEAD", cwd=here) or os.environ.get("FASTLM_COMMIT"),
         "dirty": None if status is None else bool(status),
-        "command": " ".join(["python", *sys.argv]),
+        "command": _command(sys.argv),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **more,
     }
